@@ -1,0 +1,71 @@
+# What can be made: `make help`. Needs python3 (3.11 or newer), a POSIX shell and a network that reaches the package index.
+
+ACCEL ?= auto
+PYTHON ?= python3
+BIN = .venv/bin
+INSTALL = PYTHON="$(PYTHON)" tools/install.sh
+LOCK = uv pip compile pyproject.toml --universal --python-version 3.11 --extra dev --no-header --no-annotate \
+       --generate-hashes --quiet --output-file requirements.lock
+
+# The first interpreter that is exactly Python $(1), from PATH or pyenv; empty where there is none.
+find_python = $(shell for python in python$(1) $(HOME)/.pyenv/versions/$(1)*/bin/python python3; do \
+    $$python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$(1)')" >/dev/null 2>&1 && echo $$python && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-latest lint format peers lock clean clean-all
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@echo "  ACCEL=auto|cpu|tpu|cuda chooses the accelerator (now $(ACCEL)), PYTHON=... the interpreter (now $(PYTHON))"
+
+install: ## .venv from requirements.lock; ACCEL=auto looks for a TPU or GPU
+	@$(INSTALL) .venv $(ACCEL)
+
+demo: install ## train SASRec on MovieLens-100K, under five minutes on two cores
+	$(BIN)/jaxops train configs/rec/movielens_sasrec.yaml
+
+test: install ## the test suite
+	$(BIN)/python -m pytest
+
+test-slow: install ## the long checks
+	$(BIN)/python -m pytest -m slow
+
+test-latest: ## a smoke set on the newest jax, where a Python 3.12 is found
+	@python="$(call find_python,3.12)"; \
+	if [ -z "$$python" ]; then \
+	    echo "test-latest: no Python 3.12 in PATH or among pyenv's versions: nothing was run"; \
+	else \
+	    PYTHON="$$python" tools/install.sh .venv-latest cpu && .venv-latest/bin/python -m pytest -m latest; \
+	fi
+
+lint: install ## formatting, rules, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install ## rewrite files as lint wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+peers: .peers/recbole/.installed ## separate environments in which benchmarks run peers
+
+# RecBole asks for a ray that newer Pythons cannot install and that we stub, hence --no-deps.
+.peers/recbole/.installed: benchmarks/peers/recbole.txt
+	@python="$(or $(call find_python,3.11),$(call find_python,3.12))"; \
+	if [ -z "$$python" ]; then echo "error: RecBole needs Python 3.11 or 3.12 (numpy<2): none was found" >&2; exit 2; fi; \
+	echo "making .peers/recbole with $$($$python --version) (about a minute, torch is large) ..."; \
+	$$python -m venv --clear .peers/recbole
+	@.peers/recbole/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers/recbole.txt
+	@.peers/recbole/bin/python -m pip install --quiet --disable-pip-version-check --no-deps recbole==1.2.1
+	@touch $@
+
+lock: ## regenerate requirements.lock (UPGRADE=1 for the newest versions)
+	@command -v uv >/dev/null || { echo "error: make lock needs uv: python3 -m pip install uv" >&2; exit 2; }
+	$(LOCK) $(if $(UPGRADE),--upgrade)
+
+clean: ## remove caches and built packages
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find jaxops tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
+
+clean-all: clean ## remove the virtual environments too
+	rm -rf .venv .venv-latest .peers

@@ -1,0 +1,42 @@
+"""jaxops trains recommendation, reward and policy models with one functional core on any JAX mesh.
+
+The names below are imported at first use, so `import jaxops` costs nothing and touches no device.
+"""
+
+import importlib
+from typing import Any
+
+_NAMES = {
+    "Sum": "jaxops.core.sums",
+    "Max": "jaxops.core.sums",
+    "Sums": "jaxops.core.sums",
+    "constrain": "jaxops.core.sharding",
+    "dropout": "jaxops.core.random",
+    "every": "jaxops.core.loop",
+    "example_keys": "jaxops.core.random",
+    "make_mesh": "jaxops.core.mesh",
+    "State": "jaxops.core.state",
+    "build_step": "jaxops.core.step",
+    "init_state": "jaxops.core.step",
+    "build_task": "jaxops.tasks.build",
+    "load_config": "jaxops.tasks.build",
+    "fit": "jaxops.tasks.fit",
+    "load": "jaxops.tasks.trained",
+    "UserError": "jaxops.core.failures",
+    "RunFailed": "jaxops.core.failures",
+}
+
+__all__ = [*_NAMES, "testing"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return importlib.import_module("jaxops.testing")
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'jaxops' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,142 @@
+"""`jaxops ...`: parse, call one function, print.
+
+Exit status: 0 done; 1 the run failed (non-finite loss, out of memory, an error in code); 2 the input is wrong and
+nothing was written; 75 interrupted and saved, the same command resumes; 130 a second Ctrl-C.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, RunFailed, UserError, nearest
+
+EPILOG = """exit status: 0 done, 1 the run failed, 2 wrong input (nothing was written), 75 interrupted and saved (the
+same command resumes)"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose unknown commands and flags name the nearest right one."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        if "invalid choice: " in message:
+            given = message.split("invalid choice: ")[1].split("'")[1]
+            message += nearest(given, commands(self))
+        self.print_usage(sys.stderr)
+        raise UserError(message)
+
+
+def commands(parser: argparse.ArgumentParser) -> list[str]:
+    """The names of a parser's subcommands."""
+    return [
+        name
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for name in action.choices
+    ]
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="jaxops", description="Train recommenders on any JAX mesh.", epilog=EPILOG)
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of a failure")
+    sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, text: str, *, config: bool = False, run: bool = False, as_json: bool = False) -> Parser:
+        made = sub.add_parser(name, help=text, description=text, epilog=EPILOG)
+        if config:
+            made.add_argument("config", help="a YAML file, or the name of a shipped config (rec/movielens_sasrec)")
+            made.add_argument("overrides", nargs="*", metavar="a.b=VALUE", help="override a field, in YAML")
+        if run:
+            made.add_argument("run", help="the folder of a run")
+        if as_json:
+            made.add_argument("--json", action="store_true", help="print one JSON object")
+        made.add_argument("--cpu-devices", type=int, metavar="N", help="N virtual CPU devices, where there is no chip")
+        return made
+
+    train = command("train", "Train a config, or go on where it stopped.", config=True, as_json=True)
+    train.add_argument("--smoke", action="store_true", help="two steps, evaluation, save, restore, in a scratch folder")
+    evaluate = command("evaluate", "Evaluate a run's model on its validation and test data.", run=True, as_json=True)
+    evaluate.add_argument("--step", type=int, help="the checkpoint of this step (default: the best, else the latest)")
+    predict = command("predict", "The best unseen items for users: Parquet in, original ids out.", run=True)
+    predict.add_argument("users", help="events (user, item, time), or a user column alone: users of the run's data")
+    predict.add_argument("--top", type=int, default=10, metavar="K", help="items a user (default 10)")
+    predict.add_argument("--out", required=True, help="a .parquet file, or a folder")
+    predict.add_argument("--step", type=int, help="the checkpoint of this step")
+    export = command("export", "Write a run's item vectors with their original ids.", run=True)
+    export.add_argument("out", help="a .parquet file, or a folder")
+    export.add_argument("--to", choices=["parquet"], default="parquet")
+    export.add_argument("--step", type=int, help="the checkpoint of this step")
+    config = command("config", "Print the resolved config and where each value comes from.", as_json=True)
+    config.add_argument("config", nargs="?", help="a YAML file or the name of a shipped config")
+    config.add_argument("overrides", nargs="*", metavar="a.b=VALUE")
+    config.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what differs between two configs or run folders")
+    command("shardings", "Where every parameter lies on the mesh.", config=True, as_json=True)
+    command("doctor", "What this machine has and what is wrong with it.", as_json=True)
+    data = command("data", "Named and own data sets.")
+    data_sub = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
+    for name, text in (("list", "The named data sets."), ("get", "Fetch a named data set into the cache.")):
+        made = data_sub.add_parser(name, help=text, description=text)
+        made.add_argument("--json", action="store_true")
+        if name == "get":
+            made.add_argument("name")
+    for name, text in (
+        ("build", "Build the memory-mapped cache of a config's data."),
+        ("inspect", "Counts, time range, lengths, the split and its hash, what was dropped."),
+    ):
+        made = data_sub.add_parser(name, help=text, description=text)
+        made.add_argument("config", help="a YAML file, the name of a shipped config, or of a named data set")
+        made.add_argument("overrides", nargs="*", metavar="a.b=VALUE")
+        made.add_argument("--json", action="store_true")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; a user's mistake is one message, never a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    trace = "--traceback" in argv or bool(os.environ.get("JAXOPS_TRACEBACK"))
+    try:
+        args = _parser().parse_args([arg for arg in argv if arg != "--traceback"])
+        _prepare(args)
+        return _run(args) or EXIT_OK
+    except UserError as error:
+        if trace:
+            raise
+        print(f"jaxops: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except RunFailed as error:
+        if trace:
+            raise
+        print(f"jaxops: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    """Devices and compilation cache, before anything imports a backend."""
+    count = getattr(args, "cpu_devices", None)
+    if count is not None:
+        if count < 1:
+            raise UserError(f"--cpu-devices: expected at least 1, got {count}")
+        from jaxops.core.mesh import use_cpu_devices
+
+        use_cpu_devices(count)
+    if args.command in ("train", "evaluate", "predict"):
+        from jaxops.core.compiles import enable_compilation_cache
+
+        enable_compilation_cache()
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Imported here: `jaxops --help` must not wait for jax.
+    from jaxops.cli import commands as run
+
+    if args.command == "data":
+        return run.data(args)
+    return getattr(run, args.command)(args)
+
+
+def script() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Anything of the user's own comes in by import path; that it can be called as intended is known at load."""
+
+import dataclasses
+import importlib
+import inspect
+import keyword
+import os
+import pkgutil
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+from jaxops.config.errors import unknown
+from jaxops.core.failures import UserError, nearest
+
+IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Factory:
+    """Says, inside `Annotated[...]`, how the callable behind a `ByPath` is called.
+
+    Attributes:
+      leading: positional arguments that come before the user's keywords.
+      note: what it must be, for the error message ("a factory, called once as fn(model, ...)").
+    """
+
+    leading: int = 1
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ByPath:
+    """A callable of the user's own: `{fn: "pkg.mod:name", gamma: 2}`, or `pkg.mod:name` alone.
+
+    `kwargs` holds Python names (`lambda_` for the key `lambda`) and must not be changed.
+    """
+
+    fn: str
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def resolve(self) -> Any:
+        """Imports what `fn` names; the current folder is searched first, as it is for `python -m`.
+
+        Raises:
+          UserError: no such module or attribute (with the nearest names), or the import itself fails.
+        """
+        if not IMPORT_PATH.fullmatch(self.fn):
+            raise UserError(f"expected an import path 'package.module:name', got {self.fn!r}")
+        module_name, _, attributes = self.fn.partition(":")
+        found = _import(module_name)
+        for name in attributes.split("."):
+            if not hasattr(found, name):
+                where = getattr(found, "__name__", module_name)
+                known = [known for known in dir(found) if not known.startswith("_")]
+                raise UserError(f"{where!r} has no {name!r}{nearest(name, known)}")
+            found = getattr(found, name)
+        return found
+
+    def call(self, *leading: Any) -> Any:
+        """What the callable returns for these positional arguments and the keywords of the configuration."""
+        return self.resolve()(*leading, **self.kwargs)
+
+    def check(self, leading: int = 1, note: str = "") -> None:
+        """Holds the callable's signature against `leading` positional arguments and the keywords.
+
+        Raises:
+          UserError: it cannot be imported or called like that; all complaints in one message.
+        """
+        complaints = [
+            message if key == "fn" else f"{key}: {message}" for key, message in self.complaints(leading, note)
+        ]
+        if complaints:
+            raise UserError(f"{self.fn}: " + "; ".join(complaints))
+
+    def complaints(self, leading: int = 1, note: str = "") -> Iterator[tuple[str, str]]:
+        """Everything that `check` would say, as (key in the mapping, message)."""
+        try:
+            found = self.resolve()
+        except UserError as error:
+            yield "fn", str(error)
+            return
+        if not callable(found):
+            yield "fn", f"{self.fn!r} is not callable but {type(found).__name__}{_noted(note)}"
+            return
+        yield from _signature_complaints(found, self.kwargs, leading, note)
+
+
+def spelled(name: str) -> str:
+    """The name in YAML: `global_`, `lambda_`, `in_` (words that Python reserves) lose their underscore."""
+    return name[:-1] if name.endswith("_") and keyword.iskeyword(name[:-1]) else name
+
+
+def python_name(name: str) -> str:
+    """The opposite of `spelled`."""
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
+def _noted(note: str) -> str:
+    return f" ({note})" if note else ""
+
+
+def _signature_complaints(
+    found: Callable[..., Any], kwargs: Mapping[str, Any], leading: int, note: str
+) -> Iterator[tuple[str, str]]:
+    try:
+        parameters = list(inspect.signature(found).parameters.values())
+    except (ValueError, TypeError):  # some builtins have no signature to look at
+        return
+    name = getattr(found, "__name__", type(found).__name__)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < leading and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        yield (
+            "fn",
+            f"{name} is called with {leading} positional, it takes {len(positional)}{_noted(note)}",
+        )
+        return
+    taken = {p.name for p in positional[:leading]}
+    free = {
+        p.name: p
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in taken
+    }
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for key in kwargs:
+            if key not in free:
+                known = [spelled(known) for known in free]
+                yield spelled(key), unknown(f"{name} takes no such keyword", spelled(key), known)
+    required = [p.name for p in parameters if p.default is p.empty and p.name in free]
+    required += [p.name for p in positional[leading:] if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    missing = [repr(spelled(name_)) for name_ in required if name_ not in kwargs]
+    if missing:
+        yield "fn", f"{name} cannot be called without {', '.join(missing)}{_noted(note)}"
+
+
+def _import(name: str) -> Any:
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            _not_found(error.name)
+        _failed(name, error)
+    except Exception as error:
+        _failed(name, error)
+
+
+def _not_found(name: str) -> NoReturn:
+    parent, _, last = name.rpartition(".")
+    folders = getattr(sys.modules.get(parent), "__path__", None) if parent else None
+    if parent and folders is None:
+        raise UserError(f"no module {name!r}: {parent!r} is a module, not a package")
+    hint = nearest(last, {module.name for module in pkgutil.iter_modules(folders)})
+    where = f"in {parent!r}" if parent else "in the current folder or among the installed packages"
+    raise UserError(f"no module {last!r} {where}{hint}")
+
+
+def _failed(name: str, error: Exception) -> NoReturn:
+    """Importing ran the user's code and that failed: their line, not a traceback through importlib."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename
+    ]
+    theirs = [frame for frame in frames if frame.filename != __file__]
+    line = f" ({os.path.relpath(theirs[-1].filename)}:{theirs[-1].lineno})" if theirs else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        line = f" ({os.path.relpath(error.filename)}:{error.lineno})"
+    message = error.msg if isinstance(error, SyntaxError) else error
+    raise UserError(f"importing {name!r} failed: {type(error).__name__}: {message}{line}") from error

@@ -1,0 +1,182 @@
+"""The one way in: files, their bases and overrides become a validated, frozen configuration, or all problems.
+
+loaded = load(RunConfig, "my.yaml", ["optimizer.lr=3e-4"])
+loaded.config.optimizer.lr
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar, overload
+
+from jaxops.config.dump import flatten, plain_of
+from jaxops.config.environment import expand
+from jaxops.config.errors import ConfigError, Problem, show, unknown
+from jaxops.config.files import ConfigPath, read_files
+from jaxops.config.merge import merge_all, parse_overrides
+from jaxops.config.node import BROKEN, Node, node_of, plain
+from jaxops.config.schema import record_of
+from jaxops.config.validate import Validator, origin_of
+
+T = TypeVar("T")
+Variants = Mapping[str, type]
+"""Schemas by the value of one top-level key: {"rec": RecConfig, "reward": RewardConfig}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """A configuration that holds.
+
+    Attributes:
+      config: the instance of the schema.
+      resolved: the same as plain values with every default, which `dump_yaml`, `diff` and `digest` take.
+      origins: where each dotted path came from: "my.yaml:12", "override 'a.b=3'" or "default".
+    """
+
+    config: T
+    resolved: dict[str, Any]
+    origins: dict[str, str]
+
+
+@overload
+def load(
+    schema: type[T],
+    paths: ConfigPath | Sequence[ConfigPath],
+    overrides: Sequence[str] = (),
+    *,
+    by: str = "task",
+    check_imports: bool = True,
+) -> Loaded[T]: ...
+
+
+@overload
+def load(
+    schema: Variants,
+    paths: ConfigPath | Sequence[ConfigPath],
+    overrides: Sequence[str] = (),
+    *,
+    by: str = "task",
+    check_imports: bool = True,
+) -> Loaded[Any]: ...
+
+
+def load(
+    schema: type[Any] | Variants,
+    paths: ConfigPath | Sequence[ConfigPath],
+    overrides: Sequence[str] = (),
+    *,
+    by: str = "task",
+    check_imports: bool = True,
+) -> Loaded[Any]:
+    """Reads files (merged left to right, each over its `base:`), then overrides, and validates the result.
+
+    Args:
+      schema: a frozen dataclass, or several by the value of the top-level key `by`.
+      paths: files by name or path (see `find_config`), or one of them.
+      overrides: `dotted.path=VALUE`, the value in YAML; later ones win.
+      by: the key that chooses among several schemas.
+      check_imports: import what `fn:` names and check its signature; False to read the configuration of a run
+        whose code is not here.
+
+    Raises:
+      ConfigError: everything that is wrong, each with its dotted path and origin.
+      UserError: there is no such file.
+    """
+    named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    return _resolve(schema, read_files(named), overrides, by, check_imports)
+
+
+@overload
+def from_dict(
+    schema: type[T],
+    values: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    source: str = "given",
+    by: str = "task",
+    check_imports: bool = True,
+) -> Loaded[T]: ...
+
+
+@overload
+def from_dict(
+    schema: Variants,
+    values: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    source: str = "given",
+    by: str = "task",
+    check_imports: bool = True,
+) -> Loaded[Any]: ...
+
+
+def from_dict(
+    schema: type[Any] | Variants,
+    values: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    source: str = "given",
+    by: str = "task",
+    check_imports: bool = True,
+) -> Loaded[Any]:
+    """As `load`, from plain values (a checkpoint's, a sweep's point); `source` names them in errors.
+
+    Raises:
+      ConfigError: everything that is wrong, each with its dotted path and origin.
+    """
+    return _resolve(schema, [node_of(values, source)], overrides, by, check_imports)
+
+
+def _resolve(
+    schema: type[Any] | Variants, trees: list[Node], overrides: Sequence[str], by: str, check_imports: bool
+) -> Loaded[Any]:
+    given, tag = parse_overrides(overrides), None
+    if isinstance(schema, Mapping):
+        tag = _tag(schema, [*trees, *given], by)
+        schema = schema[tag.value]
+    root = record_of(schema)
+    problems: list[Problem] = []
+    merged = merge_all(root, trees, given, problems)
+    if tag is not None and by not in root.fields:
+        merged = Node({key: entry for key, entry in merged.value.items() if key != by}, merged.origin)
+    merged = expand(merged, "", problems)
+    validator = Validator(root, check_imports=check_imports)
+    config = validator.read(root, merged)
+    problems += validator.problems
+    if problems:
+        raise ConfigError(problems)
+    resolved = plain_of(config)
+    if tag is not None and by not in resolved:
+        resolved = {by: tag.value} | resolved
+        validator.origins[by] = tag.origin
+    return Loaded(config, resolved, _origins(resolved, validator.origins))
+
+
+def _tag(variants: Variants, trees: Sequence[Node], by: str) -> Node:
+    """Which of several schemas all the trees are written for: the last to say so."""
+    said = [tree.value[by] for tree in trees if by in tree.value]
+    if not said:
+        origin = next((tree.origin for tree in reversed(trees) if not tree.implied), "")
+        raise ConfigError([Problem(by, origin, None, f"missing (known: {', '.join(variants)})")])
+    problems: list[Problem] = []
+    last = expand(said[-1], by, problems)
+    if last.value is BROKEN:
+        raise ConfigError(problems)
+    if not isinstance(last.value, str) or last.value not in variants:
+        message = unknown(f"unknown {by} {show(last)}", str(plain(last)), variants)
+        raise ConfigError([Problem(by, last.origin, plain(last), message)])
+    for other in said:
+        if plain(expand(other, by, [])) != last.value:
+            message = f"{show(last)} here, but {show(other)} at {other.origin}, which it is merged over"
+            raise ConfigError([Problem(by, last.origin, last.value, message)])
+    return last
+
+
+def _origins(resolved: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, str]:
+    leaves = {path: origin_of(path, origins) for path, _ in flatten(resolved)}
+    return {path: origin for path, origin in origins.items() if path} | leaves
+
+
+def explain(loaded: Loaded[Any]) -> list[tuple[str, Any, str]]:
+    """(dotted path, value, origin) of every leaf, in the order of the schema: what `jaxops config` prints."""
+    return [(path, value, loaded.origins[path]) for path, value in flatten(loaded.resolved)]

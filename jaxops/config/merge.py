@@ -1,0 +1,127 @@
+"""Later wins, mapping by mapping; one of another `kind` replaces the earlier one whole."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxops.config.errors import ConfigError, Problem, show
+from jaxops.config.node import Node, join, plain
+from jaxops.config.shapes import ABSENT, Anything, Call, Checked, Choice, Entries, Record, Shape
+from jaxops.config.yaml_text import parse
+
+
+def merge(
+    shape: Shape | None, old: Node, new: Node, problems: list[Problem], path: str = "", default: Any = ABSENT
+) -> Node:
+    """`new` over `old`: mappings entry by entry, everything else whole.
+
+    A mapping whose `kind` or `fn` is another than the old one's replaces it whole, and so does a list.
+    `shape` says where a word is short for a mapping (`adamw` for `{kind: adamw}`), None: there is no schema;
+    `default` is the field's, whose kind holds where none is written.
+    An override beneath a scalar or a list is added to `problems`.
+    """
+    while isinstance(shape, Checked):
+        shape = shape.inner
+    if isinstance(shape, Choice):
+        old, new = shape.spelled_out(old), shape.spelled_out(new)
+    if not (isinstance(old.value, dict) and isinstance(new.value, dict)):
+        if not new.implied or old.value is None:
+            return new
+        problems.append(_beneath(path, old, new))
+        return old
+    # Among overrides, model.layers=3 and model.kind=hstu may come in any order; the files' kind is unknown.
+    known = ABSENT if old.implied else default
+    if _another_kind(shape, old.value, new.value, known) and not (old.implied and new.implied):
+        return new
+    entries = dict(old.value)
+    for key, entry in new.value.items():
+        child, fallback = _child(shape, {**old.value, **new.value}, key, default)
+        entries[key] = (
+            merge(child, entries[key], entry, problems, join(path, key), fallback)
+            if key in entries
+            else entry
+        )
+    return Node(entries, old.origin if new.implied else new.origin, implied=old.implied and new.implied)
+
+
+def _beneath(path: str, old: Node, new: Node) -> Problem:
+    what = "a list: override it whole" if isinstance(old.value, list) else "a single value"
+    below = join(path, next(iter(new.value)))
+    return Problem(below, new.origin, plain(new), f"'{path}' is {show(old)} [{old.origin}], {what}")
+
+
+def _another_kind(shape: Shape | None, old: dict[str, Node], new: dict[str, Node], default: Any) -> bool:
+    if isinstance(shape, Choice):
+        before, after = shape.tag(old, default), shape.tag(new)
+        return before is not None and after is not None and before != after
+    if isinstance(shape, Anything):  # the user's own keywords: no schema, the same custom
+        return any(key in old and key in new and old[key].value != new[key].value for key in ("kind", "fn"))
+    return False
+
+
+def _child(shape: Shape | None, entries: dict[str, Node], key: str, default: Any) -> tuple[Shape | None, Any]:
+    """The shape beneath `key` and the default that it has there."""
+    if isinstance(shape, Choice):
+        member = shape.member(entries, default)
+        if member is not None:
+            return _child(member, entries, key, default)
+        # A kind that only another file names: any member that has this key will do.
+        members = [*shape.tagged.values(), *shape.others]
+        found = (_child(other, entries, key, ABSENT) for other in members)
+        return next((child for child in found if child[0]), (None, ABSENT))
+    if isinstance(shape, Record) and key in shape.fields:
+        field = shape.fields[key]
+        return field.shape, field.default(default if type(default) is shape.cls else ABSENT)
+    if isinstance(shape, Entries):
+        return shape.value, ABSENT
+    return (Anything() if isinstance(shape, Anything | Call) else None), ABSENT
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Node]:
+    """Each `a.b=3` as a tree of its own, the value read as YAML.
+
+    Raises:
+      ConfigError: no `=`, an empty name in the path, or a value that is not YAML: all of them at once.
+    """
+    trees, problems = list[Node](), list[Problem]()
+    for override in overrides:
+        try:
+            trees.append(_override(override))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return trees
+
+
+def merge_all(
+    shape: Shape, trees: Sequence[Node], overrides: Sequence[Node], problems: list[Problem]
+) -> Node:
+    """Files in their order, then the overrides, which are merged among themselves first."""
+    command_line = Node({}, "the command line", implied=True)
+    for tree in overrides:
+        command_line = merge(shape, command_line, tree, problems)
+    merged = Node({}, "nothing given")
+    for tree in [*trees, command_line]:
+        merged = merge(shape, merged, tree, problems)
+    return merged
+
+
+def _override(override: str) -> Node:
+    path, equals, text = override.partition("=")
+    origin = f"override '{override}'"
+    names = path.strip().split(".")
+    if not equals or not all(names):
+        message = "an override is written dotted.path=VALUE" + ("" if equals else " (there is no '=')")
+        raise ConfigError([Problem("", origin, None, message)])
+    try:
+        node = parse(text, origin, lines=False)
+    except ConfigError as error:
+        raise ConfigError(
+            [
+                Problem(join(path, p.path) if p.path else path, p.origin, p.value, p.message)
+                for p in error.problems
+            ]
+        ) from None
+    for name in reversed(names):
+        node = Node({name: node}, origin, implied=True)
+    return node

@@ -1,0 +1,47 @@
+"""A configuration on its way in: plain values, each of which remembers where it was written."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Node:
+    """A value read from YAML: a dict of str to Node, a list of Nodes, or a scalar, with its origin.
+
+    `text` is the spelling of an unquoted scalar that came through the shell (an override, the environment),
+    where quoting is awkward: a string field takes it as it stands. `implied` marks a mapping that nobody
+    wrote: the `{model: {` around an override of `model.kind`.
+    """
+
+    value: Any
+    origin: str
+    text: str | None = None
+    implied: bool = False
+
+
+BROKEN = object()
+"""The value of a node whose problem has been reported already."""
+
+
+def plain(node: Node) -> Any:
+    """The value without origins: nested dicts, lists and scalars."""
+    if isinstance(node.value, dict):
+        return {key: plain(entry) for key, entry in node.value.items()}
+    if isinstance(node.value, list):
+        return [plain(entry) for entry in node.value]
+    return node.value
+
+
+def node_of(value: Any, origin: str) -> Node:
+    """Wraps nested plain values (mappings, lists or tuples, scalars), all with the same origin."""
+    if isinstance(value, Mapping):
+        return Node({str(key): node_of(entry, origin) for key, entry in value.items()}, origin)
+    if isinstance(value, list | tuple):
+        return Node([node_of(entry, origin) for entry in value], origin)
+    return Node(value, origin)
+
+
+def join(path: str, key: str | int) -> str:
+    """`a.b` and `c` make `a.b.c`; list entries are numbered from 0."""
+    return f"{path}.{key}" if path else str(key)

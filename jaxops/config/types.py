@@ -1,0 +1,115 @@
+"""Small values that configurations are made of, each with one spelling in YAML that the dump gives back."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+from jaxops.config.bypath import ByPath, Factory
+
+__all__ = ["ByPath", "CrossChecked", "Duration", "Every", "Factory", "Spelled"]
+
+_SECONDS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+@runtime_checkable
+class Spelled(Protocol):
+    """A dataclass that is written as one YAML value, read by these and not by its fields."""
+
+    expected: ClassVar[str]
+    """What to write, for the error message: "a duration such as 30s"."""
+
+    @classmethod
+    def from_config(cls, value: Any) -> Self:
+        """The value that YAML holds; ValueError where it does not fit."""
+        ...
+
+    def to_config(self) -> Any:
+        """The inverse, in plain YAML values."""
+        ...
+
+
+@runtime_checkable
+class CrossChecked(Protocol):
+    """A dataclass whose fields depend on each other: it is asked once each of them is valid."""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """(dotted path from this dataclass on, what is wrong) for all that does not go together."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """A length of time: `500ms`, `30s`, `10min`, `2h`, `1d`."""
+
+    seconds: float
+    text: str = dataclasses.field(default="", compare=False, repr=False)
+
+    expected: ClassVar[str] = "a duration such as 30s, 10min or 2h"
+
+    @classmethod
+    def from_config(cls, value: Any) -> "Duration":
+        """Reads `30s`.
+
+        Raises:
+          ValueError: another spelling, or nothing above zero.
+        """
+        return cls(_seconds(value), value)
+
+    def to_config(self) -> str:
+        """The spelling that it was read from, else the shortest that is exact."""
+        return self.text or _spell(self.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """How often something is done: each `steps` steps, or each `seconds` seconds; the other one is None."""
+
+    steps: int | None = None
+    seconds: float | None = None
+    text: str = dataclasses.field(default="", compare=False, repr=False)
+
+    expected: ClassVar[str] = "a number of steps, or a duration such as 30s, 10min or 2h"
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError("exactly one of steps and seconds")
+
+    @classmethod
+    def from_config(cls, value: Any) -> "Every":
+        """Reads `1000` or `10min`.
+
+        Raises:
+          ValueError: another spelling, or nothing above zero.
+        """
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value < 1:
+                raise ValueError("must be at least 1 step")
+            return cls(steps=value)
+        return cls(seconds=_seconds(value), text=value)
+
+    def to_config(self) -> int | str:
+        """The spelling that it was read from, else the shortest that is exact."""
+        if self.steps is not None:
+            return self.steps
+        assert self.seconds is not None
+        return self.text or _spell(self.seconds)
+
+
+def _seconds(value: Any) -> float:
+    match = (
+        re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(_SECONDS)})", value) if isinstance(value, str) else None
+    )
+    if match is None:
+        raise ValueError
+    seconds = float(match.group(1)) * _SECONDS[match.group(2)]
+    if seconds <= 0:
+        raise ValueError("must be longer than nothing")
+    return seconds
+
+
+def _spell(seconds: float) -> str:
+    for unit in ("d", "h", "min"):
+        if seconds % _SECONDS[unit] == 0:
+            return f"{int(seconds / _SECONDS[unit])}{unit}"
+    return f"{seconds:g}s" if float(f"{seconds:g}") == seconds else f"{seconds!r}s"

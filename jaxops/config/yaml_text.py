@@ -1,0 +1,171 @@
+"""YAML text into nodes that know their line, scalars as YAML 1.2 has them: `1e-4` is a number, `no` a word.
+
+PyYAML follows YAML 1.1, where `1e-4` is a string, `on` is true, `1:30` is 90 and a date is an object. Here
+null, true, false, integers (decimal, 0x, 0o, 0b; underscores allowed) and floats are special, all else text.
+"""
+
+import re
+from typing import Any
+
+import yaml
+
+from jaxops.config.errors import ConfigError, Problem
+from jaxops.config.node import BROKEN, Node, join
+
+_INT = r"[-+]?(?:0|[1-9](?:_?[0-9])*|0x[0-9a-fA-F](?:_?[0-9a-fA-F])*|0o[0-7]+|0b[01]+)"
+_DIGITS = r"(?:0|[1-9](?:_?[0-9])*)"
+_EXPONENT = r"[eE][-+]?[0-9]+"
+_FLOAT = (
+    rf"[-+]?(?:{_DIGITS}\.[0-9]*(?:{_EXPONENT})?|\.[0-9]+(?:{_EXPONENT})?|{_DIGITS}{_EXPONENT})"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_TAG = "tag:yaml.org,2002:"
+_RESOLVERS = {
+    _TAG + "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    _TAG + "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    _TAG + "int": (_INT, list("-+0123456789")),
+    _TAG + "float": (_FLOAT, list("-+.0123456789")),
+}
+
+
+class Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's scalars; used to compose nodes only, never to construct objects."""
+
+    yaml_implicit_resolvers: dict = {}
+
+
+for _tag, (_pattern, _first) in _RESOLVERS.items():
+    Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _first)
+
+
+class Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a string wherever this reader, or a YAML 1.1 one, would see something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, (_pattern, _first) in _RESOLVERS.items():
+    Dumper.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def scalar_of(text: str) -> Any:
+    """The value of an unquoted scalar: `5` is an int, `1e-4` a float, `null` None, anything else a string."""
+    for tag, (pattern, _) in _RESOLVERS.items():
+        if re.fullmatch(pattern, text):
+            return _construct(tag, text)
+    return text
+
+
+def _construct(tag: str, text: str) -> Any:
+    kind = tag.removeprefix(_TAG)
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int":
+        return int(text, 0)
+    if kind == "float":
+        word = text.lower().lstrip("+-")
+        number = float(word[1:] if word in (".inf", ".nan") else word)
+        return -number if text.startswith("-") else number
+    return text
+
+
+def parse(text: str, name: str, *, lines: bool = True) -> Node:
+    """Reads one YAML document; an empty one is null.
+
+    With `lines` each origin is "name:line"; without, it is `name` as it stands (an override), and unquoted
+    scalars keep their text.
+
+    Raises:
+      ConfigError: not YAML, a key twice in one mapping, a key that is no scalar, an unknown tag.
+    """
+    loader = Loader(text)
+    try:
+        root = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}" if mark and lines else name
+        raise ConfigError([Problem("", where, None, _syntax(error))]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([Problem("", name, None, f"not YAML: {error}")]) from None
+    finally:
+        loader.dispose()
+    converter = _Converter(name, lines)
+    node = Node(None, name) if root is None else converter.convert(root, "", converter.origin(root))
+    if converter.problems:
+        raise ConfigError(converter.problems)
+    return node
+
+
+def _syntax(error: yaml.MarkedYAMLError) -> str:
+    said = " ".join(part for part in (error.context, error.problem) if part)
+    if "'\\t'" in said:
+        return "not YAML: YAML is indented with spaces, there is a tab here"
+    if "expected a single document" in said:
+        return "not one YAML document: a second one starts here"
+    return f"not YAML: {said}"
+
+
+class _Converter:
+    """PyYAML's nodes to ours; problems are gathered so that all duplicates are told at once."""
+
+    def __init__(self, name: str, lines: bool):
+        self.name, self.lines, self.problems = name, lines, list[Problem]()
+        self.open: set[int] = set()
+
+    def origin(self, node: yaml.Node) -> str:
+        return f"{self.name}:{node.start_mark.line + 1}" if self.lines else self.name
+
+    def convert(self, node: yaml.Node, path: str, origin: str) -> Node:
+        if id(node) in self.open:
+            return self._wrong(path, origin, "an alias (*) inside the very thing that its anchor (&) names")
+        self.open.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, path, origin)
+            if isinstance(node, yaml.SequenceNode):
+                entries = [
+                    self.convert(entry, join(path, i), self.origin(entry))
+                    for i, entry in enumerate(node.value)
+                ]
+                return Node(entries, origin)
+            assert isinstance(node, yaml.ScalarNode)
+            return self._scalar(node, path, origin)
+        finally:
+            self.open.discard(id(node))
+
+    def _mapping(self, node: yaml.MappingNode, path: str, origin: str) -> Node:
+        entries: dict[str, Node] = {}
+        for key, value in node.value:
+            where = self.origin(key)
+            if not isinstance(key, yaml.ScalarNode):
+                self._wrong(path, where, "a key must be a single word or number")
+            elif key.value == "<<" and key.style is None:
+                self._wrong(path, where, "merge keys (<<) are not read; name other files in 'base:'")
+            elif key.value in entries:
+                first = entries[key.value].origin
+                self._wrong(
+                    join(path, key.value), where, f"the same key twice in one mapping, first at {first}"
+                )
+            else:
+                entries[key.value] = self.convert(value, join(path, key.value), where)
+        return Node(entries, origin)
+
+    def _scalar(self, node: yaml.ScalarNode, path: str, origin: str) -> Node:
+        if not node.tag.startswith(_TAG) or node.tag.removeprefix(_TAG) not in ("str", *_KINDS):
+            return self._wrong(path, origin, f"unknown YAML tag {node.tag.replace(_TAG, '!!')!r}")
+        unquoted = node.style is None
+        text = node.value if unquoted and (not self.lines or "${env" in node.value) else None
+        try:
+            return Node(_construct(node.tag, node.value), origin, text)
+        except ValueError:
+            return self._wrong(path, origin, f"{node.value!r} is not what its tag says")
+
+    def _wrong(self, path: str, origin: str, message: str) -> Node:
+        self.problems.append(Problem(path, origin, None, message))
+        return Node(BROKEN, origin)
+
+
+_KINDS = tuple(tag.removeprefix(_TAG) for tag in _RESOLVERS)

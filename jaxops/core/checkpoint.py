@@ -1,0 +1,399 @@
+"""Checkpoints of a run: saved while it goes on, restored to any mesh, never a partial one taken for whole.
+
+A save is orbax's files first and `jaxops.json` (manifest.py) last, in a new folder (checkpoint_folder.py): a
+folder without it is not a checkpoint. An old one goes only after a newer one has been read back.
+This is the only module that imports orbax, and it does so when first used. Held by
+tests/core/test_checkpoint*.py, which kill real processes in mid-save.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, NamedSharding, Sharding
+
+from jaxops.core import manifest, plain
+from jaxops.core.checkpoint_folder import CheckpointFolder, Retention, some
+from jaxops.core.failures import RunFailed, UserError, nearest
+from jaxops.core.manifest import Damaged, Leaf, Manifest
+
+_ITEM = "state"
+"""Where orbax's tree lies in a checkpoint; `orbax.checkpoint.v1.load(folder)` reads it without jaxops."""
+
+
+class Checkpoints:
+    """The checkpoints in one folder (local, gs:// or s3://); use as a context, or call `close()`.
+
+    Every method but `check` first waits for the save under way, and raises RunFailed if it failed; an error
+    is raised once, at the next call. With several processes all of them make the same calls; process 0
+    decides, writes the manifests and deletes. Opening reads and writes nothing.
+
+    Args:
+      directory: where the checkpoints lie; made by the first save.
+      keep: how many of those saved last to keep.
+      keep_every: also keep steps that are a multiple of this.
+      best: also keep the best by this name of `metrics`.
+      best_mode: whether more of it is better.
+      compress: zstd; little smaller on disk (weights hardly compress), much slower.
+      checksums: read every save back (in the background) and note its CRC-32; sizes alone otherwise.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        best: str | None = None,
+        best_mode: Literal["max", "min"] = "max",
+        compress: bool = False,
+        checksums: bool = True,
+    ) -> None:
+        self._retention = Retention(keep, keep_every, best, best_mode)
+        self._folder = CheckpointFolder(directory)
+        self._compress, self._checksums = compress, checksums
+        self._thread: threading.Thread | None = None
+        self._failure: tuple[str, BaseException | None] | None = None
+        self._swept = False
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        *,
+        wait: bool = False,
+    ) -> None:
+        """Starts to save `state`, a pytree of arrays; it may be donated or overwritten once this returns.
+
+        A step that is there already is saved again: the new one counts from the moment it is whole, and the
+        old one is deleted then (a run that went back may reach the same step with another state).
+
+        Args:
+          meta: JSON to keep with it (cursor, seed, resolved config).
+          metrics: numbers known at this step, from which `best` picks; what is not finite is left out.
+          wait: return when the save is complete.
+
+        Raises:
+          RunFailed: an earlier save failed, or this one could not be started.
+          TypeError, ValueError: `meta` is not JSON, or two leaves share a path.
+        """
+        self._settle()
+        leaves = plain.flatten(state)
+        draft = Manifest(
+            step=int(step),
+            serial=1 + max((saved.serial for saved in self._folder.readable().values()), default=0),
+            meta=dict(meta),
+            metrics={name: float(x) for name, x in (metrics or {}).items() if math.isfinite(x)},
+            arrays={path: (np.shape(leaf), str(_dtype(leaf))) for path, leaf in leaves.items()},
+        )
+        manifest.encode(draft)  # what is not JSON is an error here, not in the background
+        folder = self._folder.at(draft.step, _agreed(lambda: self._folder.edition(draft.step)))
+        try:
+            if jax.process_index() == 0 and not self._swept:
+                self._folder.path.mkdir(parents=True, exist_ok=True)
+                self._folder.sweep()
+                self._swept = True
+            begin = self._prepare(folder, {path: leaf for path, leaf in leaves.items() if np.size(leaf)})
+        except Exception as error:
+            raise RunFailed(_failed(folder, error)) from error
+        self._thread = threading.Thread(target=self._complete, args=(begin, folder, draft), name="checkpoint")
+        self._thread.start()
+        if wait:
+            self._settle()
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed; never waits, costs nothing: call it every step."""
+        if self._failure is not None:
+            (message, cause), self._failure = self._failure, None
+            raise RunFailed(message) from cause
+
+    def wait(self) -> None:
+        """Returns when no save is under way.
+
+        Raises:
+          RunFailed: it failed.
+        """
+        self._settle()
+
+    def close(self) -> None:
+        """As `wait`. A process that exits without it may lose its last save (never half of one)."""
+        self._settle()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._settle(together=error is None)  # the other processes may know nothing of this error
+        except RunFailed as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+
+    def steps(self) -> list[int]:
+        """Every saved step, ascending, damaged ones too.
+
+        Raises:
+          UserError: the folder cannot be read (so do all the methods below).
+        """
+        self._settle()
+        return sorted(self._folder.steps())
+
+    def latest(self) -> int | None:
+        """The step saved last (not the highest, where a run went back), unchecked; see `latest_good`."""
+        self._settle()
+        saved = self._folder.readable()
+        return max(saved, key=lambda step: saved[step].serial) if saved else None
+
+    def latest_good(self, warn: Callable[[str], None]) -> int | None:
+        """The step saved last of those whose files are as they were written; None if none was saved.
+
+        Reads every byte of what it returns (CRC-32 runs at 1 to 4 GB/s). Each damaged one that is passed over
+        is told to `warn` (on process 0); nothing is deleted.
+
+        Raises:
+          UserError: all are damaged.
+        """
+        self._settle()
+        found = _agreed(lambda: -1 if (step := self._folder.newest_good(warn)) is None else step)
+        if found < 0 and (steps := self._folder.steps()):
+            raise UserError(
+                f"every checkpoint in {self._folder.path} is damaged (steps {some(sorted(steps))}); "
+                "move the folder away to start afresh"
+            )
+        return None if found < 0 else found
+
+    def best(self) -> int | None:
+        """The step whose metric `best` is best, the one saved first of equals; None if none has it."""
+        self._settle()
+        return self._retention.best_of(self._folder.readable())
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` was given as `meta`.
+
+        Raises:
+          UserError: no such step, or its manifest is damaged.
+        """
+        self._settle()
+        return self._folder.open(step)[1].meta
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What `save` was given as `metrics`, without what was not finite; raises as `meta`."""
+        self._settle()
+        return self._folder.open(step)[1].metrics
+
+    def describe(self, step: int) -> list[Leaf]:
+        """(path, shape, dtype, bytes) of every array, without reading them; raises as `meta`."""
+        self._settle()
+        return self._folder.open(step)[1].leaves()
+
+    def verify(self, step: int) -> list[str]:
+        """Reads every byte and says what is wrong, naming each file; empty where all is well.
+
+        Raises:
+          UserError: no such step.
+        """
+        self._settle()
+        folder = self._folder.find(step)
+        try:
+            saved = manifest.read(folder)
+        except Damaged as damage:
+            return [str(damage)]
+        found = list(manifest.problems(folder, saved, checksums=True))
+        if any(file.crc32 is None for file in saved.files.values()):
+            found.append("no checksums were written: the sizes are right, the contents are not known to be")
+        return found
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The state saved at `step`, as a tree like `abstract` and placed as its shardings say, on any mesh.
+
+        `abstract` is a pytree of jax.ShapeDtypeStruct (or arrays). A sharding on an abstract mesh means the
+        mesh of `jax.set_mesh`; a leaf without sharding is loaded as a numpy array.
+
+        Raises:
+          UserError: no such step, a file is missing or truncated, or a path, shape or dtype differs: all are
+            named, before anything is loaded.
+        """
+        self._settle()
+        folder, saved = self._folder.open(step)
+        wanted = {path: _target(leaf) for path, leaf in plain.flatten(abstract).items()}
+        names = [plain.name(path) for path in saved.arrays]
+        wrong = [
+            f"{name}: {what}{nearest(name, names) if what.startswith('not in') else ''}"
+            for name, what in manifest.differences(
+                saved, {path: (leaf.shape, str(leaf.dtype)) for path, leaf in wanted.items()}
+            )
+        ]
+        if wrong:
+            shown = "\n  ".join(wrong[:12] + [f"... and {len(wrong) - 12} more"] * (len(wrong) > 12))
+            raise UserError(f"checkpoint {folder} does not fit this run:\n  {shown}")
+        loaded = self._load(folder, saved, wanted)
+        return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in wanted])
+
+    def load_params(self, step: int, prefix: str = "params", sharding: Sharding | None = None) -> Any:
+        """The arrays under `prefix` as nested dicts, without the mesh or the model that wrote them.
+
+        Numpy arrays, or jax arrays placed by `sharding`. Positions (lists, integer keys) are int keys.
+
+        Raises:
+          UserError: no such step or prefix, or a file is missing or truncated.
+        """
+        self._settle()
+        folder, saved = self._folder.open(step)
+        at = prefix.split("/") if prefix else []
+        wanted = {
+            path: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding)
+            for path, (shape, dtype) in saved.arrays.items()
+            if [str(part) for part in path[: len(at)]] == at
+        }
+        if not wanted:
+            tops = sorted({str(path[0]) for path in saved.arrays})
+            raise UserError(
+                f"{folder} holds nothing under {prefix!r}{nearest(prefix, tops)} (it holds {some(tops)})"
+            )
+        loaded = self._load(folder, saved, wanted)
+        return plain.nest({path[len(at) :]: leaf for path, leaf in loaded.items()})
+
+    def _settle(self, together: bool = True) -> None:
+        """Waits for the save under way and raises its error, on all processes if process 0 had it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if together and _agreed(lambda: int(self._failure is not None)) and self._failure is None:
+                self._failure = ("saving a checkpoint failed on process 0", None)
+        self.check()
+
+    def _prepare(self, folder: epath.Path, leaves: Mapping[plain.Path, Any]) -> Callable[[], None]:
+        """Takes hold of the leaves' values now; what it returns writes them, and is run in the background."""
+
+        def save_async(tree: Any) -> Any:
+            with self._context():
+                return _orbax().save_async(folder, tree, checkpointable_name=_ITEM)
+
+        if jax.process_count() == 1 and all(map(_on_cpu, leaves.values())):
+            # On CPU, orbax gets the arrays' own memory, and a step that is given them to overwrite would wait
+            # until all is written. Copies, dispatched here and not waited for, set them free.
+            copies = plain.nest({path: _copy(leaf) for path, leaf in leaves.items()}, key=str)
+            return lambda: save_async(copies).result()
+        held = {path: x if isinstance(x, jax.Array) else np.array(x) for path, x in leaves.items()}
+        return save_async(plain.nest(held, key=str)).result  # the copy to the host is made by now
+
+    def _complete(self, begin: Callable[[], None], folder: epath.Path, draft: Manifest) -> None:
+        """In the background: the files, the manifest, the manifest with checksums, then retention."""
+        try:
+            begin()
+            if jax.process_index() == 0:
+                manifest.write(
+                    folder, dataclasses.replace(draft, files=manifest.survey(folder, checksums=False))
+                )
+                if self._checksums:
+                    files = manifest.survey(folder, checksums=True)
+                    manifest.write(folder, dataclasses.replace(draft, files=files))
+                self._folder.retire(self._retention)
+        except BaseException as error:
+            self._swept = False
+            self._failure = (_failed(folder, error), error)
+
+    def _context(self) -> Any:
+        ocp = _orbax()
+        context = ocp.Context()
+        context.array.saving.use_compression = self._compress
+        # Splitting replicas spreads the writing over processes; within one it only costs a compilation.
+        context.array.saving.use_replica_parallel = jax.process_count() > 1
+        context.memory.deepcopy_host_arrays = False
+        context.pytree.loading.partial_load = True
+        if self._folder.remote:  # a rename would be a copy of every object, and the manifest commits anyway
+            context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+        return context
+
+    def _load(
+        self, folder: epath.Path, saved: Manifest, wanted: Mapping[plain.Path, jax.ShapeDtypeStruct]
+    ) -> dict[plain.Path, Any]:
+        """The wanted leaves; sizes of files are checked first, so that a truncated file has a name."""
+        if found := list(manifest.problems(folder, saved, checksums=False)):
+            raise UserError(f"checkpoint {folder} is damaged: {some(found, 3)}")
+        stored = {path: _orbax_target(leaf) for path, leaf in wanted.items() if leaf.size}
+        tree: Any = {}
+        if stored:
+            try:
+                with self._context():
+                    tree = _orbax().load(folder, plain.nest(stored, key=str), checkpointable_name=_ITEM)
+            except (jax.errors.JaxRuntimeError, MemoryError):
+                raise
+            except Exception as error:
+                raise UserError(f"checkpoint {folder} cannot be read: {_brief(error)}") from error
+        pick = lambda path: functools.reduce(lambda node, part: node[str(part)], path, tree)
+        return {path: pick(path) if path in stored else _empty(leaf) for path, leaf in wanted.items()}
+
+
+def _agreed(decide: Callable[[], int]) -> int:
+    """What process 0 decides, on all processes."""
+    if jax.process_count() == 1:
+        return decide()
+    return int(multihost_utils.broadcast_one_to_all(np.int32(decide() if jax.process_index() == 0 else 0)))
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
+def _on_cpu(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or {d.platform for d in leaf.devices()} == {"cpu"}
+
+
+def _copy(leaf: Any) -> Any:
+    """A copy that nobody else holds; of one replica, where all devices hold the same."""
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf)
+    one = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+    return jax.device_put(one, one.sharding, may_alias=False)
+
+
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What to restore for a leaf of an abstract tree."""
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
+        sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+    return jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf), sharding=sharding)
+
+
+def _orbax_target(leaf: jax.ShapeDtypeStruct) -> Any:
+    return np.empty(leaf.shape, leaf.dtype) if leaf.sharding is None else leaf
+
+
+def _empty(leaf: jax.ShapeDtypeStruct) -> Any:
+    """An array without entries: orbax refuses those, so only the manifest knows of them."""
+    zeros = np.zeros(leaf.shape, leaf.dtype)
+    return zeros if leaf.sharding is None else jax.device_put(zeros, leaf.sharding)
+
+
+def _failed(folder: epath.Path, error: BaseException) -> str:
+    return f"saving {folder} failed: {_brief(error)}; the checkpoints before it are untouched"
+
+
+def _brief(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+
+
+@functools.cache
+def _orbax() -> Any:
+    """Orbax v1, imported on first use (0.7 s), and its log lines dropped: what matters is raised by us."""
+    from orbax.checkpoint import v1
+
+    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    return v1

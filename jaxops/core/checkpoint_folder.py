@@ -1,0 +1,183 @@
+"""The folder that a run's checkpoints lie in: which steps are there, which are whole, and which may go.
+
+A checkpoint is a folder `20` (or `20-2` where step 20 was saved again: beside the older, never over it) that
+has a manifest. Nothing damaged is deleted, and nothing goes before something newer is whole.
+Held by tests/core/test_checkpoint_folder.py.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from etils import epath
+
+from jaxops.core import manifest
+from jaxops.core.failures import UserError
+from jaxops.core.manifest import Damaged, Manifest
+
+_NAME = re.compile(r"(\d+)(?:-(\d+))?$")
+_UNFINISHED = re.compile(r"\d+(-\d+)?\.orbax-checkpoint-tmp.*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the `keep` saved last, multiples of `keep_every`, and the best by a metric."""
+
+    keep: int = 3
+    keep_every: int | None = None
+    best: str | None = None
+    best_mode: Literal["max", "min"] = "max"
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise UserError(f"keep must be at least 1, got {self.keep}")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise UserError(f"keep_every must be at least 1, got {self.keep_every}")
+        if self.best_mode not in ("max", "min"):
+            raise UserError(f"best_mode must be 'max' or 'min', got {self.best_mode!r}")
+
+    def best_of(self, saved: Mapping[int, Manifest]) -> int | None:
+        """The step with the best metric, the one saved first of equals; None if none has it."""
+        if self.best is None:
+            return None
+        sign = -1 if self.best_mode == "max" else 1
+        scored = [
+            (sign * one.metrics[self.best], one.serial, step)
+            for step, one in saved.items()
+            if self.best in one.metrics
+        ]
+        return min(scored)[2] if scored else None
+
+    def kept(self, saved: Mapping[int, Manifest]) -> set[int]:
+        """The steps of `saved` that stay."""
+        kept = set(sorted(saved, key=lambda step: saved[step].serial)[-self.keep :])
+        if self.keep_every is not None:
+            kept |= {step for step in saved if step % self.keep_every == 0}
+        best = self.best_of(saved)
+        return kept if best is None else kept | {best}
+
+
+class CheckpointFolder:
+    """The checkpoints under one path, local or gs:// or s3://; every call looks anew."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        path = os.fspath(directory)
+        self.path = epath.Path(path if "://" in path else os.path.abspath(path))
+        self._damaged: set[epath.Path] = set()
+
+    @property
+    def remote(self) -> bool:
+        return "://" in os.fspath(self.path)
+
+    def steps(self) -> dict[int, epath.Path]:
+        """Step -> its newest folder that has a manifest, damaged or not; empty where nothing was saved.
+
+        Raises:
+          UserError: the path cannot be listed.
+        """
+        listing = sorted(self._listing(), key=lambda found: found[2])
+        return {step: folder for folder, step, _ in listing if (folder / manifest.FILE).exists()}
+
+    def readable(self) -> dict[int, Manifest]:
+        """Step -> manifest, without those whose manifest cannot be read."""
+        found = {}
+        for step, folder in self.steps().items():
+            try:
+                found[step] = manifest.read(folder)
+            except Damaged:
+                continue
+        return found
+
+    def find(self, step: int) -> epath.Path:
+        """The folder of `step`.
+
+        Raises:
+          UserError: there is none.
+        """
+        folders = self.steps()
+        if step not in folders:
+            there = f"there are steps {some(sorted(folders))}" if folders else "there are none"
+            raise UserError(f"no checkpoint of step {step} in {self.path}; {there}")
+        return folders[step]
+
+    def open(self, step: int) -> tuple[epath.Path, Manifest]:
+        """Folder and manifest of `step`.
+
+        Raises:
+          UserError: there is none, or its manifest is damaged.
+        """
+        folder = self.find(step)
+        try:
+            return folder, manifest.read(folder)
+        except Damaged as damage:
+            raise UserError(f"checkpoint {folder} is damaged: {damage}") from damage
+
+    def edition(self, step: int) -> int:
+        """The number of the next save of `step`: 1, or one more than what is there, whole or not."""
+        return 1 + max((edition for _, there, edition in self._listing() if there == step), default=0)
+
+    def at(self, step: int, edition: int) -> epath.Path:
+        return self.path / (str(step) if edition == 1 else f"{step}-{edition}")
+
+    def newest_good(self, warn: Callable[[str], None]) -> int | None:
+        """The step saved last whose files are as they were written; tells `warn` of each passed over."""
+        folders, readable = self.steps(), self.readable()
+        # Without a readable manifest there is no serial: such a one is told of first.
+        serials = {step: readable[step].serial if step in readable else math.inf for step in folders}
+        for step in sorted(folders, key=lambda step: (serials[step], step), reverse=True):
+            try:
+                found = list(manifest.problems(folders[step], manifest.read(folders[step]), checksums=True))
+            except Damaged as damage:
+                found = [str(damage)]
+            if not found:
+                return step
+            self._damaged.add(folders[step])
+            warn(f"WARNING: checkpoint {folders[step]} is damaged and is passed over: {some(found, 3)}")
+        return None
+
+    def sweep(self) -> None:
+        """Removes what killed or failed saves left behind; no save may be under way."""
+        for path in self.path.iterdir():
+            named = _NAME.fullmatch(path.name) and not (path / manifest.FILE).exists()
+            if named or _UNFINISHED.fullmatch(path.name):
+                _delete(path)
+
+    def retire(self, retention: Retention) -> None:
+        """Deletes what `retention` does not keep; what is known to be damaged neither counts nor goes."""
+        folders = self.steps()
+        good = {
+            step: saved
+            for step, saved in self.readable().items()
+            if folders[step] not in self._damaged
+            and next(manifest.problems(folders[step], saved, checksums=False), None) is None
+        }
+        kept = retention.kept(good)
+        for folder, step, _ in self._listing():
+            if step in good and (step not in kept or folder != folders[step]):
+                _delete(folder)
+
+    def _listing(self) -> list[tuple[epath.Path, int, int]]:
+        """(folder, step, edition) of everything named like a checkpoint."""
+        try:
+            paths = list(self.path.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"cannot read the checkpoint folder {self.path}: {error}") from error
+        named = [(path, match) for path in paths if (match := _NAME.fullmatch(path.name))]
+        return [(path, int(match[1]), int(match[2] or 1)) for path, match in named]
+
+
+def some(items: list[Any], most: int = 10) -> str:
+    """`1, 2, 3 and 4 more`."""
+    shown = ", ".join(str(item) for item in items[:most])
+    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+
+
+def _delete(folder: epath.Path) -> None:
+    """Manifest first: a process killed in between leaves no checkpoint rather than a damaged one."""
+    (folder / manifest.FILE).unlink(missing_ok=True)
+    folder.rmtree(missing_ok=True)

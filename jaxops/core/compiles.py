@@ -1,0 +1,58 @@
+"""What was compiled, how often and for how long, by name: a compile after warm-up is a bug that hides as slowness."""
+
+import collections
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+
+from jaxops.core.cache import cache_root
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class Compiles:
+    """Counts compiles by function name while `watching`."""
+
+    def __init__(self, on_compile: Callable[[str], None] = lambda name: None) -> None:
+        self._on_compile = on_compile
+        self.count: collections.Counter[str] = collections.Counter()
+        self.seconds = 0.0
+        self._warm: collections.Counter[str] | None = None
+
+    def _listen(self, event: str, duration: float, **kwargs: Any) -> None:
+        if event == _EVENT:
+            name = re.sub(r"^jit\((.*)\)$", r"\1", str(kwargs.get("fun_name", "?")))
+            self.count[name] += 1
+            self.seconds += duration
+            self._on_compile(name)
+
+    def warm(self) -> None:
+        """Everything compiled until now was expected."""
+        self._warm = self.count.copy()
+
+    def again(self, programs: Iterable[str]) -> dict[str, int]:
+        """Which of these programs were compiled again since `warm`, and how many times."""
+        if self._warm is None:
+            return {}
+        since = self.count - self._warm
+        return {name: since[name] for name in programs if self._warm[name] and since[name]}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator["Compiles"]:
+        """Listens to jax's compile events inside."""
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        try:
+            yield self
+        finally:
+            jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the jaxops cache between processes; JAX_COMPILATION_CACHE_DIR overrides it."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,81 @@
+"""Evaluation on the mesh: whole batches of a fixed size, sums merged on the device, one fetch at the end."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from jaxops.core.accumulate import zeros_like_sums
+from jaxops.core.mesh import batch_axes, batch_sharding, serialise_dispatch
+from jaxops.core.state import Params, State, join
+from jaxops.core.step import cast
+from jaxops.core.sums import Sums, finalize, merge
+
+Batch = Mapping[str, Any]
+Metrics = Callable[[PyTree, Batch], Sums]
+
+
+class Interrupted(Exception):
+    """`poll` said stop in the middle of an evaluation; nothing of it is kept."""
+
+
+class Evaluator:
+    """`metrics(params, batch) -> Sums` over batches; the rows of a batch are divided over the mesh's batch axes."""
+
+    def __init__(self, metrics: Metrics, mesh: Mesh, compute_dtype: Any = None):
+        self.mesh = mesh
+        run = jax.sharding.auto_axes(
+            lambda params, batch: metrics(cast(params, compute_dtype), batch), out_sharding=P()
+        )
+
+        def sums_of(params: Params, batch: Batch) -> Sums:
+            batch = jax.tree.map(lambda x: jax.sharding.reshard(x, P(batch_axes(mesh))), dict(batch))
+            return run(params, batch)
+
+        def evaluate_step(params: Params, batch: Batch, total: Sums) -> Sums:
+            return merge(total, sums_of(params, batch))
+
+        self._sums_of = sums_of
+        self._step = jax.jit(evaluate_step, in_shardings=(None, batch_sharding(mesh), None), donate_argnums=2)
+        self._empty: Callable[[], Sums] | None = None
+
+    def __call__(
+        self, params: Params, batches: Iterable[Batch], poll: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any]:
+        """Host-side values over all batches; call it inside `jax.set_mesh(mesh)`.
+
+        Raises:
+          Interrupted: `poll` returned true.
+          ValueError: there are no batches.
+        """
+        total: Sums | None = None
+        for batch in batches:
+            if poll():
+                raise Interrupted
+            if total is None:
+                total = self._zeros(params, batch)
+            total = self._step(params, batch, total)
+            if serialise_dispatch(self.mesh):
+                jax.block_until_ready(total)
+        if total is None:
+            raise ValueError("evaluation: no batches")
+        return finalize(jax.device_get(total))
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was evaluated yet: the first call compiles."""
+        return self._empty is None
+
+    def _zeros(self, params: Params, batch: Batch) -> Sums:
+        if self._empty is None:
+            shapes = jax.eval_shape(self._sums_of, params, batch)
+            self._empty = jax.jit(lambda: zeros_like_sums(shapes), out_shardings=NamedSharding(self.mesh, P()))
+        return self._empty()
+
+
+def evaluated_params(state: State) -> Params:
+    """What evaluation and serving use: the moving average where there is one, else the parameters."""
+    return join(state.extra.get("ema", state.params), state.frozen)

@@ -1,0 +1,198 @@
+"""One JSON file inside a checkpoint that says what is in it and what every byte of it should be.
+
+It is written last, atomically: a folder without a manifest is not a checkpoint, whatever else is in it. Plain
+JSON over any file system that etils.epath reaches. Held by tests/core/test_checkpoint_manifest.py.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from jaxops.core import plain
+
+FILE = "jaxops.json"
+FORMAT = 1
+"""Version of what is written; all versions up to this one are read."""
+
+_TEMPORARY = f".{FILE}.tmp"
+
+
+class Damaged(Exception):
+    """A manifest that cannot be believed; the message says why."""
+
+
+class Leaf(NamedTuple):
+    """One array of a checkpoint: path `params/w`, shape, dtype by name, bytes in memory."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+class File(NamedTuple):
+    """Size of one stored file and its CRC-32; the latter is None until the file has been read back."""
+
+    bytes: int
+    crc32: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+      format: FORMAT of the writer.
+      step: the step it was saved at.
+      serial: counts the saves of a run, so that the newest is known after a run went back to an earlier step.
+      meta: the caller's JSON.
+      metrics: finite numbers known when it was saved.
+      arrays: path -> (shape, dtype name).
+      files: name relative to the folder -> File.
+    """
+
+    step: int
+    serial: int
+    meta: dict[str, Any]
+    metrics: dict[str, float]
+    arrays: dict[plain.Path, tuple[tuple[int, ...], str]]
+    files: dict[str, File] = dataclasses.field(default_factory=dict)
+    format: int = FORMAT
+
+    def leaves(self) -> list[Leaf]:
+        return [
+            Leaf(plain.name(path), shape, dtype, math.prod(shape) * np.dtype(dtype).itemsize)
+            for path, (shape, dtype) in self.arrays.items()
+        ]
+
+
+def encode(manifest: Manifest) -> str:
+    """As JSON text that carries its own checksum.
+
+    Raises:
+      TypeError, ValueError: `meta` is not JSON.
+    """
+    body = {
+        "format": manifest.format,
+        "step": manifest.step,
+        "serial": manifest.serial,
+        "meta": manifest.meta,
+        "metrics": manifest.metrics,
+        "arrays": [
+            {"path": path, "shape": shape, "dtype": dtype} for path, (shape, dtype) in manifest.arrays.items()
+        ],
+        "files": {name: file._asdict() for name, file in manifest.files.items()},
+    }
+    body = json.loads(json.dumps(body, allow_nan=False))
+    return json.dumps({"crc32": _crc_of(body), "manifest": body})
+
+
+def write(folder: epath.Path, manifest: Manifest) -> None:
+    """Puts the manifest into `folder`, at once and whole; replaces an older one."""
+    text = encode(manifest)
+    if "://" in os.fspath(folder):  # object stores write an object whole or not at all
+        (folder / FILE).write_text(text)
+        return
+    with open(folder / _TEMPORARY, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(folder / _TEMPORARY, folder / FILE)
+
+
+def read(folder: epath.Path) -> Manifest:
+    """The manifest of `folder`.
+
+    Raises:
+      Damaged: it is missing, cannot be read, was changed, or has a newer format.
+    """
+    try:
+        outer = json.loads((folder / FILE).read_text())
+        body, crc = outer["manifest"], outer["crc32"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{FILE} cannot be read ({type(error).__name__}: {error})") from error
+    if crc != _crc_of(body):
+        raise Damaged(f"{FILE} was changed (its checksum differs)")
+    if body["format"] > FORMAT:
+        raise Damaged(
+            f"{FILE} has format {body['format']}, written by a newer jaxops; this one reads {FORMAT}"
+        )
+    return Manifest(
+        step=body["step"],
+        serial=body["serial"],
+        meta=body["meta"],
+        metrics=body["metrics"],
+        arrays={tuple(a["path"]): (tuple(a["shape"]), a["dtype"]) for a in body["arrays"]},
+        files={name: File(**file) for name, file in body["files"].items()},
+        format=body["format"],
+    )
+
+
+def survey(folder: epath.Path, *, checksums: bool) -> dict[str, File]:
+    """Every file under `folder` but the manifest, with its size and, if asked (it reads all), its CRC-32."""
+    return {
+        name: File(path.stat().length, _crc_of_file(path) if checksums else None)
+        for name, path in sorted(_files(folder, ""))
+        if name not in (FILE, _TEMPORARY)
+    }
+
+
+def problems(folder: epath.Path, manifest: Manifest, *, checksums: bool) -> Iterator[str]:
+    """One line for each file that is missing, has another size or, if asked, another checksum."""
+    for name, expected in manifest.files.items():
+        path = folder / name
+        try:
+            size = path.stat().length
+            if size != expected.bytes:
+                yield f"{name}: {size} bytes, expected {expected.bytes}"
+            elif checksums and expected.crc32 is not None and _crc_of_file(path) != expected.crc32:
+                yield f"{name}: contents were changed (CRC-32 differs)"
+        except FileNotFoundError:
+            yield f"{name}: missing"
+        except OSError as error:
+            yield f"{name}: cannot be read ({error})"
+
+
+def differences(
+    saved: Manifest, wanted: Mapping[plain.Path, tuple[tuple[int, ...], str]]
+) -> Iterator[tuple[str, str]]:
+    """(path, what) of every array that is missing, not expected, or of another shape or dtype."""
+    there = {plain.name(path): array for path, array in saved.arrays.items()}
+    here = {plain.name(path): array for path, array in wanted.items()}
+    for name, (shape, dtype) in here.items():
+        if name not in there:
+            yield name, f"not in the checkpoint, {dtype}{list(shape)} expected"
+        elif there[name][0] != shape:
+            yield name, f"shape {list(there[name][0])} in the checkpoint, {list(shape)} expected"
+        elif there[name][1] != dtype:
+            yield name, f"{there[name][1]} in the checkpoint, {dtype} expected"
+    for name, (shape, dtype) in there.items():
+        if name not in here:
+            yield name, f"{dtype}{list(shape)} in the checkpoint, not expected"
+
+
+def _files(folder: epath.Path, prefix: str) -> Iterator[tuple[str, epath.Path]]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path, f"{prefix}{path.name}/")
+        else:
+            yield f"{prefix}{path.name}", path
+
+
+def _crc_of(body: Any) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _crc_of_file(path: epath.Path, chunk: int = 1 << 22) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(chunk):
+            crc = zlib.crc32(block, crc)
+    return crc

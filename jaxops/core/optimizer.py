@@ -1,0 +1,265 @@
+"""Optimizers and schedules from the config, as optax chains; what is clipped, masked or frozen is decided by path.
+
+Clipping is not in the chain: the core clips, by the global norm of the dense trainables (core/step.py).
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from jaxops.core.failures import UserError
+from jaxops.core.sharding import map_named, named_leaves
+from jaxops.core.state import Params
+from jaxops.core.step import Extra
+from jaxops.core.sums import Sums
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The same learning rate at every step, after a linear warm-up of `warmup` steps."""
+
+    kind: Literal["constant"] = "constant"
+    warmup: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Linear warm-up, then linear decay to `end` times the learning rate at the last step."""
+
+    kind: Literal["linear"] = "linear"
+    warmup: int = 0
+    end: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmupCosine:
+    """Linear warm-up, then a half cosine to `end` times the learning rate (Loshchilov & Hutter 2017)."""
+
+    kind: Literal["warmup_cosine"] = "warmup_cosine"
+    warmup: int = 0
+    end: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wsd:
+    """Warm-up, stable, decay: constant until the last `decay` share of steps, then linear to `end` (Hu et al. 2024)."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup: int = 0
+    decay: float = 0.1
+    end: float = 0.0
+
+
+Schedule = Constant | Linear | WarmupCosine | Wsd
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every optimizer understands.
+
+    `no_decay`, `frozen` and the keys of `lr_multipliers` are patterns searched in parameter paths; `ema` is the decay
+    of an exponential moving average of the parameters, which evaluation then uses.
+    """
+
+    lr: float = 1e-3
+    schedule: Schedule = Constant()
+    clip: float | None = 1.0
+    weight_decay: float = 0.0
+    no_decay: tuple[str, ...] = (r"bias$", r"scale$")
+    lr_multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    ema: float | None = None
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Values that no model could make right (dotted path, message)."""
+        found = []
+        if self.lr <= 0:
+            found.append(("lr", "expected a positive learning rate"))
+        if self.clip is not None and self.clip <= 0:
+            found.append(("clip", "expected a positive norm, or null for none"))
+        if self.weight_decay < 0:
+            found.append(("weight_decay", "expected zero or more"))
+        if self.ema is not None and not 0 < self.ema < 1:
+            found.append(("ema", "expected a decay in (0, 1), or null for none"))
+        if self.schedule.warmup < 0:
+            found.append(("schedule.warmup", "expected zero or more steps"))
+        if isinstance(self.schedule, Wsd) and not 0 < self.schedule.decay <= 1:
+            found.append(("schedule.decay", "expected a share of the steps in (0, 1]"))
+        for name in ("no_decay", "frozen", "lr_multipliers"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    found.append((name, f"{pattern!r} is not a regular expression: {error}"))
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW(Common):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+    kind: Literal["adamw"] = "adamw"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adafactor(Common):
+    """Adafactor: factored second moments (Shazeer & Stern 2018)."""
+
+    kind: Literal["adafactor"] = "adafactor"
+    min_factored: int = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lion(Common):
+    """Lion: the sign of an interpolated momentum (Chen et al. 2023)."""
+
+    kind: Literal["lion"] = "lion"
+    b1: float = 0.9
+    b2: float = 0.99
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sgd(Common):
+    """Gradient descent, with momentum where it is not zero."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: float = 0.0
+    nesterov: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Muon(Common):
+    """Muon for matrices (orthogonalised momentum; Jordan et al. 2024), AdamW for the rest and for `adam` paths."""
+
+    kind: Literal["muon"] = "muon"
+    momentum: float = 0.95
+    adam: tuple[str, ...] = ("embedding",)
+    adam_lr: float | None = None
+    b1: float = 0.9
+    b2: float = 0.999
+
+
+Optimizer = AdamW | Adafactor | Lion | Sgd | Muon
+
+
+def build_schedule(config: Common, steps: int) -> Callable[[Array], Array]:
+    """The learning rate at each step of a run of `steps`.
+
+    Raises:
+      UserError: the warm-up is longer than the run.
+    """
+    plan, lr = config.schedule, config.lr
+    if plan.warmup > steps:
+        raise UserError(f"optimizer.schedule.warmup: {plan.warmup} steps, but the run has {steps}")
+    body = max(steps - plan.warmup, 1)
+    after: Callable[[Array], Array]
+    if isinstance(plan, Constant):
+        after = optax.constant_schedule(lr)
+    elif isinstance(plan, Linear):
+        after = optax.linear_schedule(lr, lr * plan.end, body)
+    elif isinstance(plan, WarmupCosine):
+        after = optax.cosine_decay_schedule(lr, body, plan.end)
+    else:
+        fall = max(round(steps * plan.decay), 1)
+        after = optax.linear_schedule(lr, lr * plan.end, fall, transition_begin=max(body - fall, 0))
+    if not plan.warmup:
+        return after
+    # (step + 1) / warmup: the first update already moves, the warmup-th has the full rate
+    rise = optax.linear_schedule(lr / plan.warmup, lr, max(plan.warmup - 1, 1))
+    return optax.join_schedules([rise, after], [plan.warmup])
+
+
+def _matches(patterns: tuple[str, ...], path: str) -> bool:
+    return any(re.search(pattern, path) for pattern in patterns)
+
+
+def build_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
+    """The optax chain of the config: update rule, decoupled decay, learning rate, per-path multipliers.
+
+    Raises:
+      UserError: (at init) a multiplier's pattern matches no parameter; (here) what `build_schedule` raises.
+    """
+    schedule = build_schedule(config, steps)
+
+    def decayed(params: PyTree) -> PyTree:
+        return map_named(lambda path, _: not _matches(config.no_decay, path), params)
+
+    parts: list[optax.GradientTransformation] = []
+    if isinstance(config, AdamW):
+        parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+    elif isinstance(config, Adafactor):
+        parts += [optax.scale_by_factored_rms(min_dim_size_to_factor=config.min_factored), optax.clip_by_block_rms(1.0)]
+    elif isinstance(config, Lion):
+        parts.append(optax.scale_by_lion(config.b1, config.b2))
+    elif isinstance(config, Sgd):
+        if config.momentum:
+            parts.append(optax.trace(config.momentum, config.nesterov))
+    else:
+        parts.append(_muon(config))
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, decayed))
+    parts.append(optax.scale_by_learning_rate(schedule))
+    if config.lr_multipliers:
+        parts.append(_multiply(dict(config.lr_multipliers)))
+    return optax.chain(*parts)
+
+
+def _muon(config: Muon) -> optax.GradientTransformation:
+    """Muon's directions for matrices and Adam's for the rest, the latter scaled by adam_lr / lr."""
+    ratio = 1.0 if config.adam_lr is None else config.adam_lr / config.lr
+
+    def label(params: PyTree) -> PyTree:
+        return map_named(lambda path, x: "muon" if x.ndim == 2 and not _matches(config.adam, path) else "adam", params)
+
+    def matrices(updates: PyTree) -> PyTree:  # optax 0.2.8 fails without: its default of None is no tree
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(0, 1), updates)
+
+    muon = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=matrices)
+    adam = optax.chain(optax.scale_by_adam(config.b1, config.b2), optax.scale(ratio))
+    return optax.partition({"muon": muon, "adam": adam}, label)
+
+
+def _multiply(multipliers: dict[str, float]) -> optax.GradientTransformation:
+    """Scales each update by the product of the multipliers whose pattern its path matches."""
+
+    def factor(path: str) -> float:
+        product = 1.0
+        for pattern, value in multipliers.items():
+            product *= value if re.search(pattern, path) else 1.0
+        return product
+
+    def init(params: PyTree) -> optax.EmptyState:
+        names = [name for name, _ in named_leaves(params)]
+        for pattern in multipliers:
+            if not any(re.search(pattern, name) for name in names):
+                raise UserError(
+                    f"optimizer.lr_multipliers: {pattern!r} matches no parameter (there are: {', '.join(names[:12])}, ...)"
+                )
+        return optax.EmptyState()
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None) -> tuple[PyTree, optax.EmptyState]:
+        del params
+        return map_named(lambda path, u: u * jnp.asarray(factor(path), u.dtype), updates), state
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def ema(decay: float) -> Extra:
+    """An exponential moving average of the parameters: min(decay, (1 + t) / (10 + t)), so early steps are not stale."""
+
+    def update(average: Params, params: Params, sums: Sums, step: Array) -> Params:
+        del sums
+        t = step.astype(jnp.float32)
+        rate = jnp.minimum(decay, (1 + t) / (10 + t))
+        return jax.tree.map(lambda a, p: a + (1 - rate).astype(a.dtype) * (p - a), average, params)
+
+    return Extra(init=lambda params: jax.tree.map(jnp.copy, params), update=update)

@@ -1,0 +1,62 @@
+"""Any pytree as {path: leaf} and as nested dicts: what is stored needs none of our classes to be read.
+
+A path is a tuple of dict keys, attribute names (str) and positions (int): `State(params={"w": x}, ...)` gives
+("params", "w"), an optax chain ("opt_state", 0, "mu", "w"). Held by tests/core/test_checkpoint_plain.py.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+Path = tuple[str | int, ...]
+
+
+def name(path: Path) -> str:
+    """`params/layers/0/w`."""
+    return "/".join(str(part) for part in path)
+
+
+def flatten(tree: Any) -> dict[Path, Any]:
+    """Leaves by path, in the order of `jax.tree.leaves`; empty containers and None vanish.
+
+    Raises:
+      ValueError: two leaves have one name once "." and "/" separate alike (one would replace the other).
+    """
+    leaves = {
+        tuple(_part(key) for key in keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    seen: dict[str, Path] = {}
+    for path in leaves:
+        stored = name(path).replace(".", "/")
+        if stored in seen:
+            raise ValueError(f"two leaves share the name {stored!r}: {seen[stored]} and {path}")
+        seen[stored] = path
+    if len(seen) != len(jax.tree.leaves(tree)):
+        raise ValueError("two leaves share a path")
+    return leaves
+
+
+def nest(leaves: Mapping[Path, Any], key: Callable[[str | int], Any] = lambda part: part) -> Any:
+    """Nested dicts of `leaves`, keys through `key`; the one leaf itself where its path is empty."""
+    if () in leaves:
+        return leaves[()]
+    tree: dict[Any, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(key(part), {})
+        node[key(path[-1])] = leaf
+    return tree
+
+
+def _part(key: Any) -> str | int:
+    match key:
+        case DictKey(key=part) | FlattenedIndexKey(key=part):
+            return part if isinstance(part, int) and not isinstance(part, bool) else str(part)
+        case SequenceKey(idx=part):
+            return part
+        case GetAttrKey(name=part):
+            return part
+    return str(key)

@@ -1,0 +1,160 @@
+"""Sharding rules: a short list of (path pattern, axes) beside each model, and logical names for activations.
+
+Every decision is reported: an axis that does not divide a dimension is dropped and said, and a large parameter
+that no rule matches is an error, because silently replicating it is how memory runs out.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from jaxops.core.failures import UserError
+from jaxops.core.mesh import BATCH_AXES
+
+Axes = str | tuple[str, ...] | None
+Rule = tuple[str, tuple[Axes, ...]]
+"""(pattern, axes of each dimension); the pattern is searched in the parameter's path, the first match wins."""
+
+LARGE = 2**20
+"""Entries from which a parameter without a rule is an error."""
+
+LOGICAL: Mapping[str, Axes] = {
+    "batch": BATCH_AXES,
+    "length": "sequence",
+    "embed": None,
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+"""Default mesh axes of the logical activation names."""
+
+_logical: contextvars.ContextVar[Mapping[str, Axes]] = contextvars.ContextVar("logical", default=LOGICAL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How one parameter lies on the mesh."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: PartitionSpec
+    dropped: tuple[str, ...]
+    bytes_per_device: int
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """A key path as `blocks/0/attention/kernel`."""
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    """(path, leaf) of every leaf, in tree order."""
+    return [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def map_named(fn: Any, tree: PyTree) -> PyTree:
+    """`jax.tree.map` whose function gets (path, leaf)."""
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: fn(path_of(keys), leaf), tree)
+
+
+def _fit(shape: tuple[int, ...], axes: Sequence[Axes], mesh: Any) -> tuple[PartitionSpec, tuple[str, ...]]:
+    """The spec that `axes` asks for on this mesh, and the axes that had to be dropped."""
+    entries: list[Axes] = []
+    dropped = []
+    for size, wanted in zip(shape, axes, strict=False):
+        kept: list[str] = []
+        for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
+            ways = mesh.shape.get(axis, 1)
+            if ways == 1:
+                continue
+            if size % (ways * math.prod(mesh.shape[a] for a in kept)) == 0:
+                kept.append(axis)
+            else:
+                dropped.append(f"{axis} does not divide {size}")
+        entries.append(tuple(kept) if len(kept) > 1 else (kept[0] if kept else None))
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries), tuple(dropped)
+
+
+def place(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> list[Placement]:
+    """The placement of every parameter (arrays or ShapeDtypeStructs), in tree order.
+
+    Raises:
+      UserError: a rule names an axis that does not exist or more dimensions than the parameter has, or a parameter
+        of at least `LARGE` entries matches no rule.
+    """
+    out = []
+    for path, leaf in named_leaves(params):
+        shape = tuple(leaf.shape)
+        rule = next((rule for rule in rules if re.search(rule[0], path)), None)
+        if rule is None and math.prod(shape) >= LARGE:
+            raise UserError(
+                f"sharding: no rule matches parameter {path} {shape}, too large to replicate unasked;"
+                f" add one, for example ['{re.escape(path.rsplit('/', 1)[-1])}', [fsdp]] (or [] to replicate it)"
+            )
+        axes = rule[1] if rule else ()
+        if len(axes) > len(shape):
+            raise UserError(
+                f"sharding: rule {rule} has {len(axes)} dimensions, parameter {path} has {len(shape)}"
+            )
+        for axis in (a for entry in axes for a in ((entry,) if isinstance(entry, str) else entry or ())):
+            if axis not in mesh.shape:
+                raise UserError(
+                    f"sharding: rule {rule} names no mesh axis: {axis} (known: {', '.join(mesh.shape)})"
+                )
+        spec, dropped = _fit(shape, axes, mesh)
+        shards = math.prod(
+            mesh.shape[a] for entry in spec for a in ((entry,) if isinstance(entry, str) else entry or ())
+        )
+        size = math.prod(shape) * leaf.dtype.itemsize // shards
+        out.append(Placement(path, shape, str(leaf.dtype), spec, dropped, size))
+    return out
+
+
+def shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> PyTree:
+    """The `NamedSharding` of every parameter, as a tree like `params`. Raises what `place` raises."""
+    specs = [NamedSharding(mesh, placement.spec) for placement in place(params, rules, mesh)]
+    return jax.tree.unflatten(jax.tree.structure(params), specs)
+
+
+@contextlib.contextmanager
+def logical_axes(rules: Mapping[str, Axes]) -> Iterator[None]:
+    """While tracing inside: `constrain` maps its names by `rules` (over the defaults)."""
+    token = _logical.set({**LOGICAL, **rules})
+    try:
+        yield
+    finally:
+        _logical.reset(token)
+
+
+def constrain(x: Array, names: Sequence[str | None]) -> Array:
+    """Marks an activation's dimensions by logical names, e.g. `constrain(x, ("batch", "length", "embed"))`.
+
+    Where there is no mesh, or inside a manual `shard_map`, it does nothing, so a model needs no mesh to run.
+
+    Raises:
+      ValueError: a name is unknown, or the number of names is not the rank of `x`.
+    """
+    if len(names) != x.ndim:
+        raise ValueError(f"constrain: {len(names)} names {tuple(names)} for an array of rank {x.ndim}")
+    rules = _logical.get()
+    unknown = [name for name in names if name is not None and name not in rules]
+    if unknown:
+        raise ValueError(f"constrain: unknown logical names {unknown} (known: {', '.join(rules)})")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return x
+    spec, _ = _fit(x.shape, [rules[name] if name else None for name in names], mesh)
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(x, spec)
+    return jax.lax.with_sharding_constraint(x, spec)

@@ -1,0 +1,186 @@
+"""How each file format is streamed as record batches that hold the wanted columns, and nothing converted yet.
+
+Text is read as strings and JSON with types fixed by its first lines, so where a block ends never changes a
+type.
+"""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.json as pajson
+import pyarrow.parquet as pq
+
+from jaxops.core.failures import UserError, nearest
+from jaxops.data.files import DataFile
+
+ROWS = 1 << 18
+"""Rows in a batch, at most."""
+BLOCK = 1 << 23
+"""Bytes of text that are parsed at once."""
+
+
+def batches(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    """The file's rows in order, as batches that have the `wanted` columns (user, item, then numbers) by name.
+
+    Columns that are not in the file come from its hive partition. `header` names the columns of text without
+    one.
+
+    Raises:
+      UserError: a missing or double column, a file that is not of its format (with the line where it breaks).
+    """
+    if file.size == 0 and file.format != "parquet":
+        return
+    readers: dict[str, Callable[..., Iterator[pa.RecordBatch]]] = {"jsonl": _jsonl, "parquet": _parquet}
+    for batch in readers.get(file.format, _text)(file, wanted, header):
+        for name in dict.fromkeys(wanted):
+            if name not in batch.schema.names:
+                batch = batch.append_column(name, pa.array([file.partition[name]] * len(batch), pa.string()))
+        for start in range(0, len(batch), ROWS):
+            yield batch.slice(start, ROWS)
+
+
+def _text(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    """CSV and TSV: all is read as strings, so no value's type depends on where a block happens to end."""
+    delimiter = "\t" if file.format == "tsv" else ","
+    names = list(header) if header is not None else _header(file, delimiter)
+    if not names:
+        return
+    inside = _check_columns(file, wanted, names)
+    convert = pacsv.ConvertOptions(
+        include_columns=inside,
+        column_types=dict.fromkeys(inside, pa.string()),
+        strings_can_be_null=True,
+        null_values=[""],
+    )
+    parse = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    # One thread, so that a broken row is told by its number.
+    read = pacsv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=header)
+    with file.stream() as stream, pacsv.open_csv(stream, read, parse, convert) as reader:
+        yield from reader
+
+
+def _header(file: DataFile, delimiter: str) -> list[str]:
+    with file.stream() as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace") as text:
+        return next(csv.reader([text.readline()], delimiter=delimiter), [])
+
+
+def _jsonl(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    types = _json_types(file, wanted)
+    if not types:
+        return
+    inside = _check_columns(file, wanted, list(types))
+    schema = pa.schema([(name, types[name]) for name in inside])
+    parse = pajson.ParseOptions(
+        explicit_schema=schema, newlines_in_values=False, unexpected_field_behavior="ignore"
+    )
+    try:
+        with (
+            file.stream() as stream,
+            pajson.open_json(stream, pajson.ReadOptions(block_size=BLOCK), parse) as reader,
+        ):
+            yield from reader
+    except pa.ArrowInvalid as error:
+        raise UserError(_broken_line(file, schema) or f"{file.name}: not JSON lines: {error}") from error
+
+
+def _json_types(file: DataFile, wanted: Sequence[str]) -> dict[str, pa.DataType]:
+    """Column -> type by the first line that has a value for it; columns that are not wanted only by name."""
+    types: dict[str, pa.DataType] = {}
+    with file.stream() as stream, io.TextIOWrapper(stream, encoding="utf-8", errors="replace") as text:
+        for number, line in enumerate(itertools.islice(text, 1000), 1):
+            if not line.strip():
+                continue
+            for name, value in _json_object(file, number, line).items():
+                known = types.setdefault(name, pa.null())
+                if name in wanted and known == pa.null() and value is not None:
+                    types[name] = _json_type(value, name in wanted[2:])
+                    if types[name] == pa.null():
+                        shown = json.dumps(value)[:80]
+                        raise UserError(
+                            f"{file.name}:{number}: column {name!r} is {shown}, expected a number or a string"
+                        )
+            if all(types.get(name, pa.null()) != pa.null() for name in wanted):
+                break
+    return types
+
+
+def _json_type(value: Any, number: bool) -> pa.DataType:
+    """`number`: a column where an integer may be followed by a fraction."""
+    if isinstance(value, bool):
+        return pa.bool_()
+    if isinstance(value, int) and not number:
+        return pa.int64()
+    if isinstance(value, int | float):
+        return pa.float64()
+    return pa.string() if isinstance(value, str) else pa.null()
+
+
+def _json_object(file: DataFile, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"{file.name}:{number}: not JSON: {error}; the line is {line.strip()[:80]!r}"
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file.name}:{number}: expected a JSON object a line, got {line.strip()[:80]!r}")
+    return value
+
+
+def _broken_line(file: DataFile, schema: pa.Schema) -> str:
+    """Read again slowly, for the line that the fast reader could not take: its number and what is wrong."""
+    expected: dict[pa.DataType, Any] = {
+        pa.string(): str,
+        pa.int64(): int,
+        pa.float64(): (int, float),
+        pa.bool_(): bool,
+    }
+    with file.stream() as stream, io.TextIOWrapper(stream, encoding="utf-8", errors="replace") as text:
+        for number, line in enumerate(text, 1):
+            if not line.strip():
+                continue
+            try:
+                row = _json_object(file, number, line)
+            except UserError as error:
+                return str(error)
+            for field in schema:
+                value = row.get(field.name)
+                right = isinstance(value, expected.get(field.type, object)) and (
+                    isinstance(value, bool) <= (field.type == pa.bool_())
+                )
+                if value is not None and not right:
+                    return (
+                        f"{file.name}:{number}: column {field.name!r} is {json.dumps(value)[:80]} here and "
+                        f"{field.type} before; a column has one type"
+                    )
+    return ""
+
+
+def _parquet(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    try:
+        parquet = pq.ParquetFile(file.random())
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file.name}: not a Parquet file ({error})") from error
+    with parquet:
+        inside = _check_columns(file, wanted, parquet.schema_arrow.names)
+        yield from parquet.iter_batches(batch_size=ROWS, columns=inside)
+
+
+def _check_columns(file: DataFile, wanted: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The wanted columns that are in the file (the others are in its partition)."""
+    for name in dict.fromkeys(wanted):
+        if names.count(name) > 1:
+            raise UserError(f"{file.name}: column {name!r} is there {names.count(name)} times")
+        if name not in names and name not in file.partition:
+            known = [*names, *file.partition]
+            raise UserError(
+                f"{file.name}: no column {name!r}{nearest(name, known)} (columns: {', '.join(known)}); "
+                "say which is which with `columns: {user: ..., item: ..., time: ...}`; no time: `time: null`"
+            )
+    return [name for name in dict.fromkeys(wanted) if name in names]

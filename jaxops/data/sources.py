@@ -1,0 +1,238 @@
+"""Data sets by name: fetched once from the first address that answers, checked by SHA-256, kept in a cache.
+
+Whatever the address, what is kept is the same bytes: each address knows how to unpack its download to the one
+file.
+"""
+
+import dataclasses
+import hashlib
+import http.client
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from jaxops.core.failures import UserError, nearest
+from jaxops.data.scratch import folder_beside
+
+CONNECT_S = 5.0
+"""Seconds that a site may take to answer, and then between two pieces."""
+PACKAGE_S = 300.0
+"""Seconds that the package client may take in all."""
+
+
+class Unavailable(Exception):
+    """An address that did not give the file; the reason is shown when no address did."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Url:
+    """An archive on the web; `member` is the path in the zip."""
+
+    url: str
+    member: str
+
+    @property
+    def file(self) -> str:
+        """The name of the download, under which a user may also put it by hand."""
+        return self.url.rsplit("/", 1)[-1]
+
+    def __str__(self) -> str:
+        return self.url
+
+    def fetch(self, folder: Path) -> Path:
+        """Download into `folder`.
+
+        Raises:
+          Unavailable: no answer in time, or a refusal.
+        """
+        path = folder / self.file
+        try:
+            with urllib.request.urlopen(self.url, timeout=CONNECT_S) as answer, open(path, "wb") as out:
+                shutil.copyfileobj(answer, out)
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(str(getattr(error, "reason", error)) or type(error).__name__) from error
+        return path
+
+    def unpack(self, path: Path) -> bytes:
+        """The data file's bytes.
+
+        Raises:
+          Unavailable: not such an archive.
+        """
+        return _member(path, self.member)
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A wheel that carries the data, fetched by name and version; `skip_lines` of header are cut off."""
+
+    requirement: str
+    member: str
+    skip_lines: int = 0
+
+    @property
+    def file(self) -> str:
+        """As `Url.file`."""
+        name, _, version = self.requirement.partition("==")
+        return f"{name}-{version}-py3-none-any.whl"
+
+    def __str__(self) -> str:
+        return f"the Python package {self.requirement}"
+
+    def fetch(self, folder: Path) -> Path:
+        """Download the wheel (nothing is installed, no code of it runs).
+
+        Raises:
+          Unavailable: no pip, or pip did not get it.
+        """
+        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
+        command = [*_pip(), "download", *options, "--dest", str(folder), self.requirement]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PACKAGE_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise Unavailable(f"pip download took longer than {PACKAGE_S:.0f} s") from error
+        wheels = sorted(folder.glob("*.whl"))
+        if done.returncode or not wheels:
+            said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+            raise Unavailable(f"pip download failed: {said[-1].strip()}")
+        return wheels[0]
+
+    def unpack(self, path: Path) -> bytes:
+        """As `Url.unpack`."""
+        return b"".join(_member(path, self.member).splitlines(keepends=True)[self.skip_lines :])
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedSource:
+    """A public data set: `file` is what is kept, `sha256` its checksum, `addresses` are tried in order."""
+
+    name: str
+    title: str
+    licence: str
+    file: str
+    sha256: str
+    addresses: tuple[Url | Package, ...]
+
+    @property
+    def path(self) -> Path:
+        """Where the file is kept."""
+        return cache_root() / self.name / self.file
+
+
+SOURCES = {
+    source.name: source
+    for source in (
+        NamedSource(
+            name="movielens_100k",
+            title="MovieLens-100K: 100,000 ratings of 1,682 films by 943 people, 1997-98 (GroupLens)",
+            licence="research use, cite Harper and Konstan 2015, no redistribution, no commercial use",
+            # u.data as GroupLens publishes it. The package has the same rows in the same order, under a
+            # header: "original row", which breaks ties of (user, time), is u.data's from either address.
+            file="u.data",
+            sha256="06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
+            addresses=(
+                Url("https://files.grouplens.org/datasets/movielens/ml-100k.zip", "ml-100k/u.data"),
+                Package("recbole==1.2.1", "recbole/dataset_example/ml-100k/ml-100k.inter", skip_lines=1),
+            ),
+        ),
+    )
+}
+
+
+def cache_root() -> Path:
+    """$JAXOPS_CACHE, else $XDG_CACHE_HOME/jaxops, else ~/.cache/jaxops."""
+    if given := os.environ.get("JAXOPS_CACHE"):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "jaxops"
+
+
+def list_sources() -> list[NamedSource]:
+    """All data sets that have a name."""
+    return list(SOURCES.values())
+
+
+def find_source(name: str) -> NamedSource:
+    """The data set of that name.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name not in SOURCES:
+        raise UserError(
+            f"no data set is called {name!r}{nearest(name, SOURCES)} (known: {', '.join(SOURCES)})"
+        )
+    return SOURCES[name]
+
+
+def get(name: str) -> Path:
+    """The checked file of a named data set, downloaded unless it is in the cache already.
+
+    Raises:
+      UserError: no such name; no address gave it (each is named with its reason); a checksum is wrong.
+    """
+    source = find_source(name)
+    path = source.path
+    try:
+        if path.exists():
+            _check(path.read_bytes(), source, str(path), "remove it to fetch it again")
+            return path
+        return _fetch(source)
+    except OSError as error:
+        raise UserError(
+            f"cannot keep {name} in {path.parent}: {error}; set JAXOPS_CACHE elsewhere"
+        ) from error
+
+
+def _fetch(source: NamedSource) -> Path:
+    path, reasons = source.path, []
+    with folder_beside(path) as scratch:
+        for number, address in enumerate(source.addresses):
+            folder = scratch / str(number)
+            folder.mkdir()
+            try:
+                by_hand = path.parent / address.file
+                download = by_hand if by_hand.exists() else address.fetch(folder)
+                content = address.unpack(download)
+            except Unavailable as error:
+                reasons.append(f"  {address}: {error}")
+                continue
+            _check(content, source, f"{source.file} from {download.name}", f"it came from {address}")
+            (scratch / source.file).write_bytes(content)
+            os.replace(scratch / source.file, path)
+            return path
+    files = " or ".join(address.file for address in source.addresses)
+    tried = "\n".join(reasons)
+    raise UserError(
+        f"no address gave {source.name}:\n{tried}\nOr put {files} into {path.parent} by hand and run again"
+    )
+
+
+def _check(content: bytes, source: NamedSource, what: str, clue: str) -> None:
+    got = hashlib.sha256(content).hexdigest()
+    if got != source.sha256:
+        raise UserError(f"{what} has SHA-256 {got}, expected {source.sha256}: {clue}")
+
+
+def _member(path: Path, member: str) -> bytes:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(member)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise Unavailable(f"{path.name} is no archive with {member} in it: {error}") from error
+
+
+def _pip() -> list[str]:
+    """The ordinary package client: this environment's, else one on the path."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    if found := shutil.which("pip"):
+        return [found]
+    if found := shutil.which("uv"):
+        return [found, "tool", "run", "pip"]
+    raise Unavailable("this environment has no pip (`python -m ensurepip` adds it)")

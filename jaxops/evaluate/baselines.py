@@ -1,0 +1,146 @@
+"""The two baselines that a recommender must beat, most-popular and item-kNN, by the same metrics and rank
+rule.
+
+Plain numpy and scipy.sparse on the host: no mesh, no training, and never a dense items x items matrix.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.sparse as sp
+from jaxtyping import Bool, Float, Int, Int64
+
+from jaxops.core.failures import UserError, nearest
+from jaxops.evaluate.ranking import UNRANKED, parse_metric
+
+BLOCK_CELLS = 2**23
+"""Scores held at once: 64 MiB of float64."""
+
+Block = slice
+Scorer = Callable[[Block], Float[np.ndarray, "block vocab"]]
+
+
+def evaluate_baseline(
+    name: str,
+    items: Int[np.ndarray, " events"],
+    offsets: Int64[np.ndarray, " users_plus_1"],
+    train_end: Int64[np.ndarray, " users"],
+    user: Int[np.ndarray, " queries"],
+    history: Int64[np.ndarray, " queries"],
+    target: Int[np.ndarray, " queries"],
+    metrics: Sequence[str],
+    *,
+    n_items: int,
+) -> dict[str, float]:
+    """The mean of each metric over the queries for `most_popular` or `item_knn`: whole catalogue, unseen
+    items.
+
+    User u's events are `items[offsets[u]:offsets[u + 1]]`, of which the first `train_end[u]` may be learnt
+    from; a query asks where `target` ranks after the first `history` events of `user`. Items are 1..n_items.
+    Metrics named `sampled_...` are left out: a baseline is quoted on the whole catalogue.
+
+    Raises:
+      UserError: an unknown baseline or metric.
+    """
+    if name not in BASELINES:
+        raise UserError(
+            f"unknown baseline '{name}'{nearest(name, BASELINES)}; known are {', '.join(BASELINES)}"
+        )
+    parsed = [metric for metric in map(parse_metric, metrics) if not metric.sampled]
+    train = prefixes(items, offsets, np.arange(len(train_end)), train_end, n_items=n_items)
+    seen = prefixes(items, offsets, user, history, n_items=n_items)
+    ranks = ranks_of(BASELINES[name](train, seen), seen, target, n_items=n_items)
+    return {
+        metric.name: float(np.mean(metric.gain(ranks), dtype=np.float64)) if len(ranks) else float("nan")
+        for metric in parsed
+    }
+
+
+def prefixes(
+    items: Int[np.ndarray, " events"],
+    offsets: Int64[np.ndarray, " users_plus_1"],
+    user: Int[np.ndarray, " rows"],
+    length: Int64[np.ndarray, " rows"],
+    *,
+    n_items: int,
+) -> sp.csr_array:
+    """Row r holds a 1.0 for each of the first `length[r]` events of `user[r]`: [rows, n_items + 1], repeats
+    kept."""
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(length, dtype=np.int64)])
+    position = np.arange(bounds[-1]) + np.repeat(offsets[user] - bounds[:-1], length)
+    events = np.asarray(items[position], np.int64)
+    return sp.csr_array((np.ones(len(events)), events, bounds), shape=(len(user), n_items + 1))
+
+
+def most_popular(train: sp.csr_array, seen: sp.csr_array) -> Scorer:
+    """Every user gets each item's number of train events."""
+    counts = np.bincount(train.indices, minlength=train.shape[1]).astype(np.float64)
+    return lambda block: np.tile(counts, (seen[block].shape[0], 1))
+
+
+def item_knn(
+    train: sp.csr_array, seen: sp.csr_array, *, neighbours: int = 100, shrinkage: float = 10.0
+) -> Scorer:
+    """The sum, over the events of the history, of the similarity to each one's nearest items.
+
+    Similarity is the cosine of the items' binary user vectors, damped for rare pairs: n_ij / (sqrt(n_i n_j) +
+    shrinkage). Each item keeps its `neighbours` most similar (equal ones by index), never itself. Deshpande
+    and Karypis 2004, "Item-based top-N recommendation algorithms".
+    """
+    similar = item_similarity(train, neighbours=neighbours, shrinkage=shrinkage)
+    return lambda block: (seen[block] @ similar).toarray()
+
+
+def item_similarity(train: sp.csr_array, *, neighbours: int, shrinkage: float) -> sp.csr_array:
+    """[vocab, vocab] sparse: row i holds the similarities of item i's nearest items."""
+    binary = train.copy()
+    binary.sum_duplicates()
+    binary.data[:] = 1.0
+    by_item = binary.T.tocsr()
+    norms = np.sqrt(np.diff(by_item.indptr))
+    vocab = binary.shape[1]
+    size = min(max(1, BLOCK_CELLS // vocab), 2**15)
+    blocks = []
+    for start in range(0, vocab, size):
+        shared = sp.csr_array(by_item[start : start + size] @ binary)
+        shared.sort_indices()
+        pairs = shared.tocoo()
+        row, column = pairs.row, pairs.col
+        similarity = pairs.data / (norms[row + start] * norms[column] + shrinkage)
+        similarity[row + start == column] = -1.0
+        # Row, then similarity, then column: stable sorts, least key first (numpy sorts int16 by radix).
+        order = np.argsort(-similarity, kind="stable")
+        order = order[np.argsort(row[order].astype(np.int16), kind="stable")]
+        row, column, similarity = row[order] + start, column[order], similarity[order]
+        place = np.arange(len(row)) - np.searchsorted(row, row)
+        near = (place < neighbours) & (similarity > 0)
+        blocks.append((row[near], column[near], similarity[near]))
+    row, column, similarity = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    return sp.coo_array((similarity, (row, column)), shape=(vocab, vocab)).tocsr()
+
+
+def ranks_of(
+    score: Scorer, seen: sp.csr_array, target: Int[np.ndarray, " queries"], *, n_items: int
+) -> Int64[np.ndarray, " queries"]:
+    """`ranking.target_ranks` on the host, block by block, in float64; a test holds the two equal."""
+    ranks = np.empty(len(target), np.int64)
+    size = max(1, BLOCK_CELLS // (n_items + 1))
+    item = np.arange(n_items + 1)
+    for start in range(0, len(target), size):
+        block = slice(start, min(start + size, len(target)))
+        scores, wanted = score(block), target[block, None]
+        row = np.arange(len(wanted))[:, None]
+        own = scores[row, np.clip(wanted, 0, n_items)]
+        past = seen[block].tocoo()
+        scores[:, 0] = -np.inf
+        scores[past.row, past.col] = -np.inf
+        ahead: Bool[np.ndarray, "block vocab"] = (scores > own) | ((scores == own) & (item < wanted))
+        valid = np.isfinite(own) & (wanted >= 1) & (wanted <= n_items)
+        ranks[block] = np.where(valid, ahead.sum(1, keepdims=True), UNRANKED)[:, 0]
+    return ranks
+
+
+BASELINES: dict[str, Callable[[sp.csr_array, sp.csr_array], Scorer]] = {
+    "most_popular": most_popular,
+    "item_knn": item_knn,
+}

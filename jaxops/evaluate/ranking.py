@@ -1,0 +1,211 @@
+"""Where the held-out item ranks: exact, over the whole catalogue, ties by item index; sampled only by name.
+
+Items are numbered 1..n_items; column 0 of the scores is padding and columns past n_items are vocabulary
+padding. Everything here is pure and per example, so any cut of the evaluation set into batches merges to the
+same numbers.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from jaxops.core.failures import UserError, nearest
+from jaxops.core.sums import Sum, Sums
+
+A = TypeVar("A", Array, np.ndarray)
+
+UNRANKED = np.iinfo(np.int32).max
+"""The rank of a target that cannot be ranked: a miss at every K."""
+KINDS = ("hr", "recall", "ndcg", "mrr")
+SAMPLED = "sampled_"
+SAMPLED_NEGATIVES = 100
+_NAME = re.compile(rf"({SAMPLED})?({'|'.join(KINDS)})@([1-9][0-9]*)")
+SAMPLED_SEED = 20
+"""Negatives depend on this and the example's id alone, so two models meet the same ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One parsed name: `ndcg@10`, or `sampled_ndcg@10` for the rank among 100 random negatives."""
+
+    name: str
+    kind: str
+    k: int
+    sampled: bool
+
+    def gain(self, ranks: Int[A, " batch"]) -> Float[A, " batch"]:
+        """What one example adds, in [0, 1], given its 0-based rank; zero from rank k on.
+
+        With a single relevant item recall equals the hit rate and the ideal DCG is one (Järvelin and
+        Kekäläinen 2002).
+        """
+        xp = jnp if isinstance(ranks, jax.Array) else np
+        place = ranks.astype(xp.float32) + 1.0
+        gains = {"hr": xp.ones_like(place), "ndcg": 1.0 / xp.log2(place + 1.0), "mrr": 1.0 / place}
+        return xp.where(ranks < self.k, gains.get(self.kind, gains["hr"]), xp.zeros_like(place))
+
+
+def parse_metric(name: str) -> Metric:
+    """Reads `hr@K`, `recall@K`, `ndcg@K`, `mrr@K`, each also with `sampled_` in front.
+
+    Raises:
+      UserError: another name; it tells the nearest right one.
+    """
+    match = _NAME.fullmatch(name)
+    if match:
+        return Metric(name, match[2], int(match[3]), match[1] is not None)
+    digits = re.search(r"[1-9][0-9]*", name)
+    k = digits[0] if digits else "10"
+    known = [f"{prefix}{kind}@{k}" for prefix in ("", SAMPLED) for kind in KINDS]
+    raise UserError(
+        f"unknown metric '{name}'{nearest(name.lower(), known)}; known are hr@K, recall@K, ndcg@K and mrr@K "
+        f"over the whole catalogue (K a whole number, 1 or more), and the same with {SAMPLED} in front, "
+        f"which rank among {SAMPLED_NEGATIVES} random items only"
+    )
+
+
+def target_ranks(
+    scores: Float[Array, "batch vocab"],
+    target: Int[Array, " batch"],
+    seen: Int[Array, "batch seen"],
+    *,
+    n_items: int,
+) -> Int32[Array, " batch"]:
+    """The 0-based rank of each target among all items that its user has not seen.
+
+    The order is that of a stable descending argsort: equal scores are ranked by item index. Seen items (0 =
+    padding, repeats allowed) are left out, except the target itself. A target whose score is not finite, or
+    that is no item of the catalogue, is `UNRANKED`; a rival whose score is NaN counts as ahead: a broken
+    model cannot win by its NaNs.
+    """
+    # One rounding for all readers: else XLA may recompute the scores in each fusion and split exact ties.
+    scores = jax.lax.optimization_barrier(scores)
+    target = target[:, None].astype(jnp.int32)
+    own = _score_of(scores, target)
+    items = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    rival = (items >= 1) & (items <= n_items) & (items != target)
+    ahead = jnp.sum(rival & _ahead(scores, items, own, target), axis=1, dtype=jnp.int32)
+    seen, distinct = _distinct(seen, n_items)
+    removed = distinct & (seen != target) & _ahead(_score_of(scores, seen), seen, own, target)
+    rank = ahead - jnp.sum(removed, axis=1, dtype=jnp.int32)
+    valid = jnp.isfinite(own) & (target >= 1) & (target <= n_items)
+    return jnp.where(valid[:, 0], rank, jnp.int32(UNRANKED))
+
+
+def sampled_ranks(
+    scores: Float[Array, "batch vocab"],
+    target: Int[Array, " batch"],
+    seen: Int[Array, "batch seen"],
+    ids: Int[Array, " batch"],
+    *,
+    n_items: int,
+) -> Int32[Array, " batch"]:
+    """The 0-based rank of each target among 100 unseen items, drawn uniformly with replacement.
+
+    For comparison with papers that report it (SASRec, Kang and McAuley 2018) and for nothing else: it can
+    order models otherwise than the whole catalogue does (Krichene and Rendle 2020). The draw depends on the
+    example's id only.
+    """
+    scores = jax.lax.optimization_barrier(scores)
+    target = target[:, None].astype(jnp.int32)
+    excluded, distinct = _distinct(jnp.concatenate([seen.astype(jnp.int32), target], axis=1), n_items)
+    free = n_items - jnp.sum(distinct, axis=1, keepdims=True, dtype=jnp.int32)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(SAMPLED_SEED), i))(ids)
+    shape = (SAMPLED_NEGATIVES,)
+    draw = jax.vmap(lambda key, n: jax.random.randint(key, shape, 0, n))(keys, jnp.maximum(free[:, 0], 1))
+    # The u-th free item, from 0, is 1 + u + the number of excluded e_0 < e_1 < ... with e_j - j <= 1 + u.
+    gap = excluded - (jnp.cumsum(distinct, axis=1, dtype=jnp.int32) - 1)
+    skipped = distinct[:, None, :] & (gap[:, None, :] <= draw[:, :, None] + 1)
+    negative = draw + 1 + jnp.sum(skipped, axis=2, dtype=jnp.int32)
+    own = _score_of(scores, target)
+    ahead = (free > 0) & _ahead(_score_of(scores, negative), negative, own, target)
+    valid = jnp.isfinite(own) & (target >= 1) & (target <= n_items)
+    return jnp.where(valid[:, 0], jnp.sum(ahead, axis=1, dtype=jnp.int32), jnp.int32(UNRANKED))
+
+
+def ranking_sums(
+    ranks: Int[Array, " batch"],
+    weight: Float[Array, " batch"],
+    metrics: Sequence[str],
+    sampled: Int[Array, " batch"] | None = None,
+) -> Sums:
+    """A mergeable weighted mean for each name; names with `sampled_` are read from the ranks in `sampled`.
+
+    Raises:
+      UserError: an unknown name.
+      ValueError: a sampled name without sampled ranks.
+    """
+    sums: Sums = {}
+    for metric in map(parse_metric, metrics):
+        if metric.sampled and sampled is None:
+            raise ValueError(f"'{metric.name}' needs sampled ranks")
+        chosen = sampled if metric.sampled and sampled is not None else ranks
+        sums[metric.name] = Sum.of(metric.gain(chosen), weight)
+    return sums
+
+
+def evaluate_scores(
+    scores: Float[Array, "batch vocab"], batch: Mapping[str, Array], metrics: Sequence[str], *, n_items: int
+) -> Sums:
+    """Ranking metrics of one evaluation batch, which holds `target`, `seen`, `id` and `weight`.
+
+    Raises:
+      UserError: an unknown metric name.
+    """
+    target, seen = batch["target"], batch["seen"]
+    ranks = target_ranks(scores, target, seen, n_items=n_items)
+    sampled = None
+    if any(parse_metric(name).sampled for name in metrics):
+        sampled = sampled_ranks(scores, target, seen, batch["id"], n_items=n_items)
+    return ranking_sums(ranks, batch["weight"], metrics, sampled)
+
+
+def top_k_unseen(
+    scores: Float[Array, "batch vocab"], seen: Int[Array, "batch seen"], k: int, n_items: int
+) -> tuple[Float[Array, "batch k"], Int32[Array, "batch k"]]:
+    """The k best items that each user has not seen, best first, equal scores by item index.
+
+    Items whose score is not finite are never returned. Where fewer than k are left the row ends in item 0,
+    score -inf.
+    """
+    vocab = scores.shape[1]
+    items = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    allowed = (items >= 1) & (items <= n_items) & jnp.isfinite(scores)
+    scores = jnp.where(scores == 0, jnp.zeros_like(scores), scores)  # lax.top_k puts -0.0 behind 0.0
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    rows = jax.lax.broadcasted_iota(jnp.int32, seen.shape, 0)
+    scores = scores.at[rows, seen].set(-jnp.inf)
+    best, found = jax.lax.top_k(scores, min(k, vocab))
+    found = jnp.where(best > -jnp.inf, found, 0)
+    missing = ((0, 0), (0, k - found.shape[1]))
+    return jnp.pad(best, missing, constant_values=-jnp.inf), jnp.pad(found, missing)
+
+
+def _score_of(scores: Float[Array, "batch vocab"], items: Int[Array, "batch n"]) -> Float[Array, "batch n"]:
+    """NaN for an item outside the scores."""
+    return jnp.take_along_axis(scores, items, axis=1, mode="fill", fill_value=jnp.nan)
+
+
+def _ahead(
+    scores: Float[Array, "batch n"],
+    items: Int[Array, "batch n"],
+    own: Float[Array, "batch 1"],
+    target: Int[Array, "batch 1"],
+) -> Bool[Array, "batch n"]:
+    """Whether an item stands before the target in a stable descending argsort."""
+    return (scores > own) | jnp.isnan(scores) | ((scores == own) & (items < target))
+
+
+def _distinct(
+    items: Int[Array, "batch n"], n_items: int
+) -> tuple[Int32[Array, "batch n"], Bool[Array, "batch n"]]:
+    """Each row sorted, and whether an entry is the first of its value and an item of the catalogue."""
+    items = jnp.sort(items.astype(jnp.int32), axis=1)
+    first = jnp.diff(items, axis=1, prepend=jnp.int32(0)) != 0
+    return items, first & (items >= 1) & (items <= n_items)

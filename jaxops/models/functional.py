@@ -1,0 +1,37 @@
+"""NNX defines the modules and stays out of signatures: parameters are plain nested dicts, merged inside the trace.
+
+(`nnx.jit` costs about 4.5 times the host dispatch of `jax.jit` over split and merge.)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+Params = dict[str, Any]
+
+
+class Functional:
+    """A module class made pure: `init(key) -> params`, and `bind(params)` gives the module for one traced call.
+
+    Raises:
+      TypeError: the module holds state other than parameters (running statistics, RNG): such state would be lost.
+    """
+
+    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
+        self._build = build
+        shapes = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
+        self._graphdef, params, rest = nnx.split(shapes, nnx.Param, ...)
+        if jax.tree.leaves(rest):
+            raise TypeError(f"module keeps state that is not a parameter: {nnx.to_pure_dict(rest)}")
+        self.shapes: PyTree = nnx.to_pure_dict(params)
+
+    def init(self, key: Array) -> Params:
+        """Fresh parameters as nested dicts."""
+        return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(params=key)), nnx.Param))
+
+    def bind(self, params: Params) -> Any:
+        """The module with these parameters; use it inside the function that is traced and let it go."""
+        return nnx.merge(self._graphdef, params)

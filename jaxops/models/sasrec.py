@@ -1,0 +1,142 @@
+"""SASRec: next-item prediction by a causal transformer over a user's history (Kang & McAuley 2018).
+
+Every position of a sequence is trained at once. Items are 1..n_items, 0 is padding; the item matrix is padded to a
+multiple of 128 rows, whatever the mesh, so that any mesh can divide it and any mesh can restore it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxops.core.random import dropout, example_keys
+from jaxops.core.sharding import Rule, constrain
+from jaxops.models.functional import Functional, Params
+from jaxops.models.transformer import BLOCK_RULES, Block
+
+PAD_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SASRecConfig:
+    """The model's shape: `dim` wide, `length` most recent items, `norm` before or after each sublayer."""
+
+    kind: Literal["sasrec"] = "sasrec"
+    dim: int = 64
+    layers: int = 2
+    heads: int = 2
+    hidden: int | None = None
+    length: int = 50
+    dropout: float = 0.2
+    norm: Literal["pre", "post"] = "pre"
+    remat: Literal["none", "full", "dots"] = "none"
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What no value of another section could make right (dotted path, message)."""
+        found = [
+            (name, "expected a positive number")
+            for name in ("dim", "layers", "heads", "length")
+            if getattr(self, name) < 1
+        ]
+        if self.hidden is not None and self.hidden < 1:
+            found.append(("hidden", "expected a positive number, or null for 4 x dim"))
+        if not 0 <= self.dropout < 1:
+            found.append(("dropout", "expected a rate in [0, 1)"))
+        if not found and self.dim % self.heads:
+            found.append(("heads", f"must divide dim {self.dim}"))
+        return found
+
+
+class _SASRec(nnx.Module):
+    def __init__(self, config: SASRecConfig, rows: int, rngs: nnx.Rngs):
+        self.config = config
+        normal = nnx.initializers.normal(0.02)
+        self.item = nnx.Embed(rows, config.dim, embedding_init=normal, rngs=rngs)
+        self.position = nnx.Embed(config.length, config.dim, embedding_init=normal, rngs=rngs)
+        for layer in range(config.layers):
+            hidden = config.hidden or 4 * config.dim
+            block = Block(config.dim, config.heads, hidden, config.dropout, config.norm, rngs=rngs)
+            setattr(self, f"block_{layer}", block)
+        self.norm = nnx.LayerNorm(config.dim, rngs=rngs)
+
+    def __call__(
+        self, items: Int[Array, "batch length"], keys: Key[Array, " batch"] | None
+    ) -> Float[Array, "batch length dim"]:
+        config = self.config
+        real = items > 0
+        x = self.item.embedding[items] * jnp.asarray(config.dim**0.5, self.item.embedding.dtype)
+        x = x + self.position.embedding[-items.shape[1] :][None]
+        if config.norm == "post":
+            x = self.norm(x)
+        x = constrain(dropout(x, config.dropout, keys, 0), ("batch", "length", "embed"))
+        mask = _causal(items.shape[1])[None] & real[:, None, :]
+        for layer in range(config.layers):
+            x = _remat(getattr(self, f"block_{layer}"), config.remat)(x, mask, keys, 1 + 3 * layer)
+        return self.norm(x) if config.norm == "pre" else x
+
+
+def _causal(length: int) -> Bool[Array, "length length"]:
+    return jnp.tril(jnp.ones((length, length), bool))
+
+
+def _remat(block: Any, policy: str) -> Any:
+    """The block, recomputed in the backward pass: all of it (`full`) or all but matmuls (`dots`)."""
+    if policy == "none":
+        return block
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(block, policy=keep, static_argnums=(3,))
+
+
+class SASRec:
+    """SASRec over a catalogue of `n_items`; parameters are plain dicts, every method is pure.
+
+    Padding on the left: position `length - 1` is always the most recent item. `batch` needs "items" [batch, length]
+    and "id" [batch].
+    """
+
+    def __init__(self, config: SASRecConfig, n_items: int):
+        self.config, self.n_items = config, n_items
+        self.rows = -(-(n_items + 1) // PAD_ROWS) * PAD_ROWS
+        self._pure = Functional(lambda rngs: _SASRec(config, self.rows, rngs))
+        self.rules: list[Rule] = [
+            (r"^item/embedding$", ("tensor", "fsdp")),
+            (r"^position/embedding$", (None, "fsdp")),
+            *BLOCK_RULES,
+            (r"(bias|scale)$", ()),
+        ]
+        self.shapes = self._pure.shapes
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Fresh parameters: normal(0.02), layer norms at one, biases at zero."""
+        return self._pure.init(key)
+
+    def encode(
+        self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None
+    ) -> Float[Array, "batch length dim"]:
+        """What the model says after each item of the history; no dropout where `key` is None."""
+        return self._pure.bind(params)(batch["items"], example_keys(key, batch["id"]))
+
+    def item_vectors(self, params: Params) -> Float[Array, "rows dim"]:
+        """The item matrix, padding rows included (row 0 and rows above n_items)."""
+        return params["item"]["embedding"]
+
+    def real_rows(self) -> Bool[Array, " rows"]:
+        """Which rows of the item matrix are items."""
+        row = jnp.arange(self.rows)
+        return (row > 0) & (row <= self.n_items)
+
+    def apply(
+        self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None
+    ) -> Float[Array, "batch length rows"]:
+        """Logits over the catalogue after each item, float32; rows that are no items are -inf-like (-1e9)."""
+        return self.logits(params, self.encode(params, batch, key))
+
+    def logits(self, params: Params, hidden: Float[Array, "... dim"]) -> Float[Array, "... rows"]:
+        """Scores of every item for these states, float32, padding rows at -1e9."""
+        scores = jnp.einsum("...d,vd->...v", hidden, self.item_vectors(params)).astype(jnp.float32)
+        rows = self.real_rows().reshape((1,) * (scores.ndim - 1) + (-1,))
+        return jnp.where(rows, scores, jnp.asarray(-1e9, jnp.float32))

@@ -1,0 +1,89 @@
+"""A small causal transformer block with per-example dropout; activations are marked by logical names."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from jaxops.core.random import dropout
+from jaxops.core.sharding import Rule, constrain
+
+BLOCK_RULES: list[Rule] = [
+    (r"attention/(query|key|value)/kernel$", ("fsdp", "tensor")),
+    (r"attention/out/kernel$", ("tensor", "fsdp")),
+    (r"mlp/up/kernel$", ("fsdp", "tensor")),
+    (r"mlp/down/kernel$", ("tensor", "fsdp")),
+]
+
+_normal = nnx.initializers.normal(0.02)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with dropout on its probabilities (Vaswani et al. 2017)."""
+
+    def __init__(self, dim: int, heads: int, rate: float, *, rngs: nnx.Rngs):
+        self.heads, self.rate = heads, rate
+        self.query = nnx.Linear(dim, dim, kernel_init=_normal, rngs=rngs)
+        self.key = nnx.Linear(dim, dim, kernel_init=_normal, rngs=rngs)
+        self.value = nnx.Linear(dim, dim, kernel_init=_normal, rngs=rngs)
+        self.out = nnx.Linear(dim, dim, kernel_init=_normal, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length dim"],
+        mask: Bool[Array, "batch length length"],
+        keys: Key[Array, " batch"] | None,
+        site: int,
+    ) -> Float[Array, "batch length dim"]:
+        def split(y: Array) -> Array:
+            y = y.reshape(*y.shape[:2], self.heads, -1)
+            return constrain(y, ("batch", "length", "heads", None))
+
+        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        scale = q.shape[-1] ** -0.5
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) * scale
+        # a finite floor: a row that may see nothing (padding) must stay finite
+        probs = jax.nn.softmax(jnp.where(mask[:, None], logits, -1e9), axis=-1).astype(x.dtype)
+        probs = dropout(probs, self.rate, keys, site)
+        out = jnp.einsum("bhqk,bkhd->bqhd", probs, v)
+        return self.out(out.reshape(x.shape))
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with GELU between."""
+
+    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs):
+        self.up = nnx.Linear(dim, hidden, kernel_init=_normal, rngs=rngs)
+        self.down = nnx.Linear(hidden, dim, kernel_init=_normal, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
+        return self.down(constrain(jax.nn.gelu(self.up(x)), ("batch", "length", "mlp")))
+
+
+class Block(nnx.Module):
+    """Attention and MLP with residuals, normalised before (`pre`) or after (`post`) each."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, rate: float, norm: str, *, rngs: nnx.Rngs):
+        self.rate, self.pre = rate, norm == "pre"
+        self.attention = Attention(dim, heads, rate, rngs=rngs)
+        self.mlp = Mlp(dim, hidden, rngs=rngs)
+        self.norm_attention = nnx.LayerNorm(dim, rngs=rngs)
+        self.norm_mlp = nnx.LayerNorm(dim, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length dim"],
+        mask: Bool[Array, "batch length length"],
+        keys: Key[Array, " batch"] | None,
+        site: int,
+    ) -> Float[Array, "batch length dim"]:
+        names = ("batch", "length", "embed")
+        if self.pre:
+            x = x + dropout(
+                self.attention(self.norm_attention(x), mask, keys, site), self.rate, keys, site + 1
+            )
+            x = constrain(x, names)
+            return constrain(x + dropout(self.mlp(self.norm_mlp(x)), self.rate, keys, site + 2), names)
+        attended = dropout(self.attention(x, mask, keys, site), self.rate, keys, site + 1)
+        x = constrain(self.norm_attention(x + attended), names)
+        return constrain(self.norm_mlp(x + dropout(self.mlp(x), self.rate, keys, site + 2)), names)

@@ -1,0 +1,158 @@
+"""Losses of next-item ranking: per position, pure, each a factory called with the model.
+
+A batch has "items", "targets" and "weight", all [batch, length], and "id" [batch]; the weight of a position without
+a target is zero. Shared negatives depend on the step's key alone, so every microbatch and device draws the same.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from jaxops.core.random import example_keys
+from jaxops.core.sharding import constrain
+from jaxops.core.sums import Sum, Sums
+
+Batch = Mapping[str, Any]
+Objective = Callable[[PyTree, Batch, Key[Array, ""] | None], Sums]
+
+_NEGATIVES = 2**31 - 1
+"""Folded into a key to draw negatives, far from the sites of dropout."""
+
+
+class Ranker(Protocol):
+    """What these losses ask of a model; items are rows 1..n_items of its item matrix."""
+
+    n_items: int
+
+    def encode(self, params: PyTree, batch: Batch, key: Array | None) -> Float[Array, "batch length dim"]: ...
+
+    def item_vectors(self, params: PyTree) -> Float[Array, "rows dim"]: ...
+
+    def logits(self, params: PyTree, hidden: Float[Array, "... dim"]) -> Float[Array, "... rows"]: ...
+
+
+def softmax_cross_entropy(
+    logits: Float[Array, "... rows"], targets: Int[Array, "..."]
+) -> Float[Array, "..."]:
+    """-log softmax(logits)[target], per entry, float32."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def sampled_softmax_cross_entropy(
+    positive: Float[Array, "..."], negatives: Float[Array, "... n"], hits: Array, expected: float
+) -> Float[Array, "..."]:
+    """Softmax over the target and `n` sampled negatives, per entry, float32.
+
+    Each negative stands for 1 / `expected` items (its expected number of draws), hence the correction
+    -log(expected) on its logit; the target is there with certainty and has none. `hits` marks negatives that are the
+    target, which are left out (Bengio & Senecal 2008; Jean et al. 2015).
+    """
+    positive = positive.astype(jnp.float32)
+    corrected = jnp.where(hits, -1e9, negatives.astype(jnp.float32) - math.log(expected))
+    everything = jnp.concatenate([positive[..., None], corrected], axis=-1)
+    return jax.nn.logsumexp(everything, axis=-1) - positive
+
+
+def gbce(positive: Float[Array, "..."], negatives: Float[Array, "... n"], beta: float) -> Float[Array, "..."]:
+    """Generalised binary cross-entropy, the mean over the positive (its probability to the power beta) and negatives.
+
+    beta = 1 is plain BCE over 1 + n logits (Petrov & Macdonald 2023, eq. 9).
+    """
+    positive, negatives = positive.astype(jnp.float32), negatives.astype(jnp.float32)
+    total = beta * jax.nn.softplus(-positive) + jnp.sum(jax.nn.softplus(negatives), axis=-1)
+    return total / (1 + negatives.shape[-1])
+
+
+def gbce_beta(negatives: int, n_items: int, t: float) -> float:
+    """The power that calibrates gBCE: t = 1 undoes the overconfidence of sampling, t = 0 is BCE."""
+    alpha = negatives / max(n_items - 1, 1)
+    return alpha * (t * (1 - 1 / alpha) + 1 / alpha)
+
+
+def _sums(name: str, loss: Array, batch: Batch) -> Sums:
+    return {f"loss/{name}": Sum.of(loss, batch["weight"])}
+
+
+def softmax(model: Ranker) -> Objective:
+    """Cross-entropy over the whole catalogue at every position."""
+
+    def objective(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
+        logits = model.logits(params, model.encode(params, batch, key))
+        logits = constrain(logits, ("batch", "length", "vocab"))
+        return _sums("softmax", softmax_cross_entropy(logits, batch["targets"]), batch)
+
+    return objective
+
+
+def sampled_softmax(model: Ranker, negatives: int = 256) -> Objective:
+    """Softmax against `negatives` uniform draws (with replacement) that the whole step shares, with correction.
+
+    Without a key (evaluation) there is nothing to draw with: the loss is then the full softmax.
+
+    Raises:
+      ValueError: `negatives` is below one.
+    """
+    if negatives < 1:
+        raise ValueError(f"sampled_softmax: negatives must be at least 1, got {negatives}")
+    full = softmax(model)
+
+    def objective(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
+        if key is None:
+            return {"loss/sampled_softmax": full(params, batch, None)["loss/softmax"]}
+        hidden, vectors = model.encode(params, batch, key), model.item_vectors(params)
+        drawn = jax.random.randint(jax.random.fold_in(key, _NEGATIVES), (negatives,), 1, model.n_items + 1)
+        positive = jnp.einsum("bld,bld->bl", hidden, vectors[batch["targets"]])
+        others = jnp.einsum("bld,nd->bln", hidden, vectors[drawn])
+        hits = drawn[None, None] == batch["targets"][..., None]
+        loss = sampled_softmax_cross_entropy(positive, others, hits, negatives / model.n_items)
+        return _sums("sampled_softmax", loss, batch)
+
+    return objective
+
+
+def _per_position(model: Ranker, negatives: int, name: str, beta: float) -> Objective:
+    """BCE against draws of each position's own, from the example's key; a draw may not be the target."""
+
+    def objective(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
+        hidden, vectors = model.encode(params, batch, key), model.item_vectors(params)
+        targets = batch["targets"]
+        keys = example_keys(jax.random.key(0) if key is None else key, batch["id"])
+        shape = (targets.shape[1], negatives)
+        # 1..n_items without the target: draw from one fewer and step over it
+        draw = jax.vmap(
+            lambda k: jax.random.randint(jax.random.fold_in(k, _NEGATIVES), shape, 1, model.n_items)
+        )(keys)
+        drawn = draw + (draw >= targets[..., None]).astype(draw.dtype)
+        positive = jnp.einsum("bld,bld->bl", hidden, vectors[targets])
+        others = jnp.einsum("bld,blnd->bln", hidden, vectors[drawn])
+        return _sums(name, gbce(positive, others, beta), batch)
+
+    return objective
+
+
+def bce(model: Ranker, negatives: int = 1) -> Objective:
+    """Binary cross-entropy against `negatives` uniform draws a position, as SASRec was published.
+
+    Raises:
+      ValueError: `negatives` is below one.
+    """
+    if negatives < 1:
+        raise ValueError(f"bce: negatives must be at least 1, got {negatives}")
+    return _per_position(model, negatives, "bce", 1.0)
+
+
+def gbce_loss(model: Ranker, negatives: int = 256, t: float = 0.75) -> Objective:
+    """gBCE of gSASRec with calibration `t` in [0, 1].
+
+    Raises:
+      ValueError: `negatives` is below one, or `t` outside [0, 1].
+    """
+    if negatives < 1 or not 0 <= t <= 1:
+        raise ValueError(f"gbce: negatives must be at least 1 and t in [0, 1], got {negatives} and {t}")
+    return _per_position(model, negatives, "gbce", gbce_beta(negatives, model.n_items, t))

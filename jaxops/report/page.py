@@ -1,0 +1,249 @@
+"""`report.html`: one page about a run that one would send to a colleague, in one file that loads nothing."""
+
+import dataclasses
+import datetime as dt
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from jaxops.core.failures import RunFailed
+from jaxops.core.writers import replace_file
+from jaxops.report import figures, results
+from jaxops.report.figures import Mark, Plot
+from jaxops.report.folder import EVALUATED, RunFolder, Series, moment, read_run
+
+MAX_EVENTS = 200
+MAX_SMALL_PLOTS = 24
+_MAIN = ("train/loss", "train/examples_per_s")
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """How a run stands, in a word and a tone (good, bad, warn, busy)."""
+
+    text: str
+    tone: str
+
+
+_TONES = {
+    "finished": "good",
+    "stopped": "good",
+    "failed": "bad",
+    "interrupted": "warn",
+    "in progress": "busy",
+}
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Writes `report.html` into a run folder from what is there, finished or not, and returns its path.
+
+    Reads `config.yaml`, `metrics.jsonl`, `data.json` and `summary.json`; any may be missing or cut off. Of
+    the summary it shows, besides the results: name, state, reason, device, step, steps, best_step (whose
+    parameters the results are of), wall_s, finished (unix or ISO), command, versions (by package), seed.
+
+    Raises:
+      UserError: there is no such folder.
+      RunFailed: the page cannot be written.
+    """
+    run = read_run(run_dir)
+    html = render(run)
+    path = run.path / "report.html"
+    try:
+        replace_file(path, [html.encode("utf-8", errors="replace")])
+    except OSError as error:
+        raise RunFailed(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def render(run: RunFolder) -> str:
+    """The page as HTML."""
+    environment = Environment(
+        loader=PackageLoader("jaxops.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = run.events[-MAX_EVENTS:]
+    return environment.get_template("report.html").render(
+        name=run.name,
+        state=State(run.state, _TONES.get(run.state, "warn")),
+        facts=list(_facts(run)),
+        reason=run.reason,
+        problems=run.problems,
+        cards=results.cards(run),
+        tables=results.tables(run),
+        full_ranking=any(name.startswith(("hr@", "ndcg@", "mrr@", "recall@")) for name in _results(run)),
+        kept=run.number("best_step"),
+        sampled=any(name.startswith("sampled_") for name in _results(run)),
+        plots=list(_main_plots(run)),
+        small_plots=list(_small_plots(run)),
+        data_rows=_data_rows(run.data),
+        data_plot=_lengths(run.data),
+        events=[(event.step, _time(event.time), event.kind, event.text) for event in shown],
+        events_hidden=len(run.events) - len(shown),
+        config=_highlighted(run.config_text),
+        reproduce=list(_reproduce(run)),
+    )
+
+
+def _results(run: RunFolder) -> list[str]:
+    return [name for split in EVALUATED for name in results.metrics(run, split)]
+
+
+def _facts(run: RunFolder) -> Iterator[str]:
+    """The line under the name: device, when, what."""
+    finished = moment(run.summary.get("finished")) or run.last_time
+    if run.summary.get("device"):
+        yield str(run.summary["device"])
+    if finished is not None:
+        yield _time(finished)
+    kinds = [run.setting(part, "kind") for part in ("model", "objective")]
+    yield from (results.display(str(kind)) for kind in kinds if kind)
+
+
+def _time(time: dt.datetime | None) -> str:
+    return "" if time is None else f"{time.day} {time:%b %Y, %H:%M} UTC"
+
+
+def _main_plots(run: RunFolder) -> Iterator[Plot]:
+    resumed = [event.step for event in run.events if event.kind == "resumed"]
+    loss = run.curve("train/loss")
+    if len(loss):
+        caption = "Bold: running mean." if figures.noisy(loss) else ""
+        if loss.left_out:
+            caption += f" {loss.left_out} non-finite value{'s' * (loss.left_out > 1)} left out."
+        if resumed:
+            caption += " Dotted: resumed."
+        yield figures.curves(
+            {"training loss": loss},
+            title="Training loss",
+            caption=caption.strip(),
+            smooth=True,
+            resumed=resumed,
+        )
+    metric = results.headline(run)
+    curves = {name: run.curve(f"valid/{name}") for name in results.metrics(run, "valid")}
+    present = {name: curve for name, curve in curves.items() if len(curve)}
+    if metric in present:
+        yield _headline_plot(run, metric, present.pop(metric))
+    others = {results.metric_label(name): curve for name, curve in list(present.items())[:4]}
+    if others:
+        yield figures.curves(others, title="Other validation metrics")
+    speed = run.curve("train/examples_per_s")
+    if len(speed):
+        median = float(np.median(speed.values))
+        yield figures.curves(
+            {"examples a second": speed},
+            title="Throughput",
+            levels={f"median {results.count(median)}": median},
+            from_zero=True,
+        )
+
+
+def _headline_plot(run: RunFolder, metric: str, curve: Series) -> Plot:
+    label = results.metric_label(metric)
+    best = results.best_step(run, metric)
+    levels = {}
+    for name in results.baselines(run):
+        value = run.number(f"baseline/{name}/valid/{metric}")
+        if value is not None:
+            levels[results.display(name)] = value
+    return figures.curves(
+        {results.model_name(run): curve},
+        title=f"Validation {label}",
+        caption=f"Best: {results.score(best[1])} at step {best[0]:,.0f}." if best else "",
+        levels=levels,
+        mark=Mark(*best, text=f"best {results.score(best[1])}") if best else None,
+    )
+
+
+def _small_plots(run: RunFolder) -> Iterator[Plot]:
+    """Every other curve that moves."""
+    shown = {*_MAIN, *(f"valid/{name}" for name in results.metrics(run, "valid"))}
+    rest = [(name, curve) for name, curve in run.series.items() if name not in shown and len(curve) > 1]
+    for name, curve in rest[:MAX_SMALL_PLOTS]:
+        yield figures.curves({name: curve}, title=name, smooth=True)
+
+
+def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """As `jaxops data inspect` says it; the bare values where the inspection has another form."""
+    from jaxops.data.inspect import describe
+
+    if not data:
+        return []
+    try:
+        return describe(data)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return [(path, text) for path, text in _flat(data) if path != "version"]
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path} {key}".strip())
+    elif isinstance(value, list):
+        yield path, ", ".join(str(inner) for inner in value[:12]) + (", ..." if len(value) > 12 else "")
+    else:
+        yield path, f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _lengths(data: dict[str, Any]) -> Plot | None:
+    lengths = data.get("lengths")
+    found = lengths.get("histogram") if isinstance(lengths, dict) else None
+    try:
+        edges, counts = (np.array(found[key], np.float64) for key in ("edges", "counts"))  # type: ignore[index]
+    except (TypeError, KeyError, ValueError):
+        return None
+    if counts.ndim != 1 or len(counts) < 1 or edges.shape != (len(counts) + 1,):
+        return None
+    full = np.flatnonzero(counts)
+    if not len(full):
+        return None
+    first, last = full[0], full[-1] + 1
+    edges, counts = edges[first : last + 1], counts[first:last]
+    return figures.histogram(edges, counts, title="Users by number of events", label="events of a user")
+
+
+def _highlighted(text: str) -> Markup:
+    """The config with its keys and comments marked."""
+    lines = []
+    for line in text.rstrip().split("\n") if text.strip() else []:
+        key = re.match(r"^(\s*(?:- )?)([^\s#:][^:#]*)(:)(?=\s|$)(.*)$", line)
+        if line.lstrip().startswith("#"):
+            lines.append(Markup('<span class="comment">{}</span>').format(line))
+        elif key:
+            lines.append(Markup('{}<span class="key">{}</span>{}{}').format(*key.groups()))
+        else:
+            lines.append(escape(line))
+    return Markup("\n").join(lines)
+
+
+def _reproduce(run: RunFolder) -> Iterator[tuple[str, str]]:
+    """(what, value) rows; commands and hashes are shown as code by the page."""
+    command = run.summary.get("command")
+    if isinstance(command, list):
+        command = shlex.join(str(word) for word in command)
+    if command:
+        yield "Command", str(command)
+    if run.config_text:
+        yield "The same again", f"jaxops train {shlex.quote(str(run.path / 'config.yaml'))} run.name=again"
+    seed = run.summary.get("seed", run.setting("run", "seed"))
+    if seed is not None:
+        yield "Seed", str(seed)
+    versions = run.summary.get("versions")
+    if isinstance(versions, dict):
+        yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+    if run.summary.get("device"):
+        yield "Device", str(run.summary["device"])
+    split = run.data.get("split")
+    if isinstance(split, dict) and split.get("sha256"):
+        yield "Split SHA-256", str(split["sha256"])
+    yield "Folder", str(run.path)

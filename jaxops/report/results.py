@@ -1,0 +1,259 @@
+"""The numbers that the reader came for: the model against the baselines, and the few headline values."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxops.report.folder import EVALUATED, RunFolder, finite
+
+TITLES = {"test": "Test", "valid": "Validation"}
+_NAMES = {
+    "sasrec": "SASRec",
+    "most_popular": "Most popular",
+    "item_knn": "Item-kNN",
+    "hr": "HR",
+    "recall": "Recall",
+    "ndcg": "NDCG",
+    "mrr": "MRR",
+    "auc": "AUC",
+}
+_LOWER_IS_BETTER = re.compile(r"loss|nll|perplexity|rmse|mae|error|\bne\b|\bkl\b")
+_SAMPLED = "sampled_"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    text: str
+    best: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    label: str
+    ours: bool
+    cells: list[Cell]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """Against the best baseline: `+38.2%`, and whether that is for the better."""
+
+    text: str
+    better: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One split: a row for the model and for each baseline, a column for each metric."""
+
+    title: str
+    columns: list[str]
+    rows: list[Row]
+    gains: list[Gain | None]
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A headline value: what it is, the value, and what puts it in proportion."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def metric_label(name: str) -> str:
+    """`NDCG@10` for `ndcg@10`; a sampled metric says so."""
+    plain = name.removeprefix(_SAMPLED)
+    kind, at, k = plain.partition("@")
+    label = _NAMES.get(kind, kind) + at + k
+    return label if plain == name else f"{label} (sampled)"
+
+
+def display(name: str) -> str:
+    """A model's or baseline's name for people."""
+    return _NAMES.get(name, name)
+
+
+def model_name(run: RunFolder) -> str:
+    return display(str(run.setting("model", "kind") or run.setting("model", "fn") or "Model"))
+
+
+def lower_is_better(metric: str) -> bool:
+    return _LOWER_IS_BETTER.search(metric) is not None
+
+
+def baselines(run: RunFolder) -> list[str]:
+    """Names in the order of the summary."""
+    found = (key.split("/")[1] for key in run.summary if key.startswith("baseline/") and key.count("/") >= 3)
+    return list(dict.fromkeys(found))
+
+
+def metrics(run: RunFolder, split: str) -> list[str]:
+    """What the summary (without one, the log) holds of a split, ranking metrics first in usual order."""
+    keys = [
+        key for key in run.summary if key.startswith(f"{split}/") and finite(run.summary[key]) is not None
+    ]
+    if not keys and split == "valid":
+        keys = [key for key in run.series if key.startswith("valid/") and len(run.series[key])]
+    usual = ("hr", "recall", "ndcg", "mrr")
+    names = [key.removeprefix(f"{split}/") for key in keys]
+    ranked = sorted(
+        (n for n in names if n.split("@")[0] in usual), key=lambda n: usual.index(n.split("@")[0])
+    )
+    return ranked + [name for name in names if name not in ranked]
+
+
+def headline(run: RunFolder) -> str | None:
+    """What the run is about: what checkpoints or early stopping go by, else NDCG@10, else the first."""
+    there = dict.fromkeys(name for split in EVALUATED for name in metrics(run, split))
+    wanted = (run.setting("checkpoint", "best"), run.setting("evaluate", "stop", "metric"), "ndcg@10", *there)
+    return next((name for name in wanted if isinstance(name, str) and name in there), None)
+
+
+def best_step(run: RunFolder, metric: str) -> tuple[float, float] | None:
+    """(step, value) of the best evaluation on validation; of equal ones the step that was kept, else the
+    first."""
+    curve = run.curve(f"valid/{metric}")
+    if not len(curve):
+        return None
+    best = curve.values.min() if lower_is_better(metric) else curve.values.max()
+    steps = curve.steps[curve.values == best]
+    kept = run.number("best_step")
+    step = kept if kept is not None and kept in steps else steps[0]
+    return float(step), float(best)
+
+
+def tables(run: RunFolder) -> list[Table]:
+    """One for each split that the summary has results of."""
+    return [_table(run, split) for split in EVALUATED if run.summary and metrics(run, split)]
+
+
+def cards(run: RunFolder) -> list[Card]:
+    """The headline values; a run that has not finished shows first how far it is."""
+    progress = [] if run.state == "finished" else [_progress(run)]
+    return [*progress, *_result_cards(run), *_training_cards(run)]
+
+
+def _result_cards(run: RunFolder) -> Iterator[Card]:
+    metric = headline(run)
+    if metric is None:
+        return
+    hit_rates = [name for name in metrics(run, "test") if name.startswith("hr@")]
+    for name in dict.fromkeys([metric, *hit_rates[:1]]):
+        value, gain = run.number(f"test/{name}"), _gain(run, "test", name)
+        against = _best_baseline(run, "test", name)[0].replace("-", "\u2011")
+        if value is not None:
+            note = f"{gain.text} vs {against}" if gain else ""
+            yield Card(f"Test {metric_label(name)}", score(value), note)
+    best = best_step(run, metric)
+    if best is not None:
+        yield Card(f"Validation {metric_label(metric)}", score(best[1]), f"best, at step {best[0]:,.0f}")
+
+
+def _training_cards(run: RunFolder) -> Iterator[Card]:
+    loss, speed, mfu = (run.curve(f"train/{name}") for name in ("loss", "examples_per_s", "mfu"))
+    if len(loss):
+        yield Card("Training loss", f"{loss.values[-1]:.4g}", f"from {loss.values[0]:.4g}")
+    if len(speed):
+        note = f"median; MFU {np.median(mfu.values):.1%}" if len(mfu) else "median of the run"
+        yield Card("Examples/s", count(float(np.median(speed.values))), note)
+    wall, steps = run.number("wall_s"), run.number("step")
+    if wall is not None:
+        yield Card("Wall time", duration(wall), f"{steps:,.0f} steps" if steps else "")
+    elif run.first_time and run.last_time and run.last_time > run.first_time:
+        logged = (run.last_time - run.first_time).total_seconds()
+        yield Card("Time so far", duration(logged), "pauses included")
+
+
+def score(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}"
+
+
+def count(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: `1 h 05 min`, `4 min 12 s`, `8.3 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours:02d} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _table(run: RunFolder, split: str) -> Table:
+    names, shown = metrics(run, split), baselines(run)
+    if shown:
+        compared = [name for name in names if any(_baseline(run, b, split, name) is not None for b in shown)]
+        names = compared or names
+    values = [(model_name(run), [run.number(f"{split}/{name}") for name in names])]
+    values += [(display(b), [_baseline(run, b, split, name) for name in names]) for b in shown]
+    best = [_best(name, [row[i] for _, row in values]) if shown else None for i, name in enumerate(names)]
+    rows = [
+        Row(label, place == 0, [_cell(value, top) for value, top in zip(row, best, strict=True)])
+        for place, (label, row) in enumerate(values)
+    ]
+    gains = [_gain(run, split, name) for name in names]
+    return Table(TITLES[split], [metric_label(n) for n in names], rows, gains, _certainty(run, split, names))
+
+
+def _cell(value: float | None, best: float | None) -> Cell:
+    return Cell("\u2013" if value is None else score(value), value is not None and value == best)
+
+
+def _best(metric: str, values: list[float | None]) -> float | None:
+    pick = min if lower_is_better(metric) else max
+    return pick((value for value in values if value is not None), default=None)
+
+
+def _baseline(run: RunFolder, baseline: str, split: str, metric: str) -> float | None:
+    return run.number(f"baseline/{baseline}/{split}/{metric}")
+
+
+def _best_baseline(run: RunFolder, split: str, metric: str) -> tuple[str, float | None]:
+    values = {name: _baseline(run, name, split, metric) for name in baselines(run)}
+    best = _best(metric, list(values.values()))
+    name = next((name for name, value in values.items() if value == best), "")
+    return display(name), best
+
+
+def _gain(run: RunFolder, split: str, metric: str) -> Gain | None:
+    """None without both numbers, or over a baseline of zero."""
+    ours, (_, best) = run.number(f"{split}/{metric}"), _best_baseline(run, split, metric)
+    if ours is None or not best:
+        return None
+    gain = (ours - best) / abs(best)
+    text = f"{gain:+.1%}".replace("-", "\u2212")
+    return Gain(text, (gain < 0) if lower_is_better(metric) else (gain > 0))
+
+
+def _certainty(run: RunFolder, split: str, names: list[str]) -> str:
+    """How far chance alone moves a hit rate over that many queries (normal approximation, 95 %)."""
+    counts = run.data.get("split")
+    n = finite(counts.get(split)) if isinstance(counts, dict) else None
+    if not n or n < 1:
+        return ""
+    note = f"{n:,.0f} queries"
+    rate = next((name for name in names if name.startswith(("hr@", "recall@"))), None)
+    value = run.number(f"{split}/{rate}")
+    if rate is None or value is None or not 0 <= value <= 1:
+        return note
+    margin = 1.96 * math.sqrt(value * (1 - value) / n)
+    return f"{note}; {metric_label(rate)} of the model is {value:.3f} \u00b1 {margin:.3f} (95% interval)"
+
+
+def _progress(run: RunFolder) -> Card:
+    step = run.number("step")
+    step = run.step if step is None else step
+    total = run.number("steps") or finite(run.setting("run", "steps"))
+    if step is None:
+        return Card("Step", "\u2013", "nothing logged yet")
+    return Card("Step", f"{step:,.0f}", f"of {total:,.0f} ({step / total:.0%})" if total else "so far")

@@ -1,0 +1,218 @@
+"""RunConfig: one frozen dataclass a task family, and the checks that need more than one section."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jaxops.config.types import ByPath, Every, Factory
+from jaxops.core.failures import UserError
+from jaxops.core.mesh import MeshConfig
+from jaxops.core.optimizer import AdamW, Optimizer
+from jaxops.data.spec import RecDataConfig
+from jaxops.evaluate.ranking import parse_metric
+from jaxops.models.sasrec import SASRecConfig
+
+Positive = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Softmax:
+    """Cross-entropy over the whole catalogue."""
+
+    kind: Literal["softmax"] = "softmax"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledSoftmax:
+    """Softmax against uniform negatives that the step shares, with sampling correction."""
+
+    kind: Literal["sampled_softmax"] = "sampled_softmax"
+    negatives: Positive = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bce:
+    """Binary cross-entropy with negatives drawn per position (SASRec as published)."""
+
+    kind: Literal["bce"] = "bce"
+    negatives: Positive = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gbce:
+    """Generalised BCE (gSASRec), calibrated by `t` in [0, 1]."""
+
+    kind: Literal["gbce"] = "gbce"
+    negatives: Positive = 256
+    t: Annotated[float, Field(ge=0, le=1)] = 0.75
+
+
+RecObjective = Softmax | SampledSoftmax | Bce | Gbce | Annotated[ByPath, Factory(leading=1)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Examples a step over all devices; `microbatch` examples at a time (auto: as many as fit)."""
+
+    global_: Positive = 256
+    microbatch: Positive | Literal["auto"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Dtype of the stored parameters and of the computation; totals, counts and norms are float32."""
+
+    params: Dtype = "float32"
+    compute: Dtype = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlyStop:
+    """Stop after `patience` evaluations without a better `metric` on validation."""
+
+    metric: str = "ndcg@10"
+    patience: Positive = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Every `every` steps on validation; at the end on validation and test, with the best checkpoint if one is kept."""
+
+    every: Positive = 500
+    metrics: tuple[str, ...] = ("hr@10", "ndcg@10", "mrr@10")
+    batch: Positive = 512
+    baselines: bool = True
+    stop: EarlyStop | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When to save and what to keep: the latest `keep`, every `keep_every` steps, the best by `best` on validation."""
+
+    every: Every = Every(seconds=600)
+    keep: Positive = 3
+    keep_every: Positive | None = None
+    best: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorBoard:
+    """TensorBoard events in the run folder."""
+
+    kind: Literal["tensorboard"] = "tensorboard"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """Weights & Biases (`pip install 'jaxops[wandb]'`); a resumed run goes on in the same W&B run."""
+
+    kind: Literal["wandb"] = "wandb"
+    project: str = "jaxops"
+    entity: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A profiler trace of `steps` steps after step `start`, in the run folder (TensorBoard opens it)."""
+
+    start: Annotated[int, Field(ge=0)] = 10
+    steps: Positive = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """The run's name and folder, its length (epochs or steps), its seed, and where metrics go."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    dir: str = "runs"
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    log_every: Positive = 50
+    loggers: tuple[TensorBoard | Wandb | Annotated[ByPath, Factory(leading=0)], ...] = (TensorBoard(),)
+    profile: Profile | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """Rules tried before the model's own ([pattern, [axis of each dimension]]), and logical activation names."""
+
+    rules: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] = ()
+    logical: Mapping[str, str | tuple[str, ...] | None] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecConfig:
+    """A recommender run."""
+
+    task: Literal["rec"] = "rec"
+    data: RecDataConfig | Annotated[ByPath, Factory(leading=0)]
+    model: SASRecConfig = SASRecConfig()
+    objective: RecObjective = Softmax()
+    loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    optimizer: Optimizer = AdamW()
+    batch: Batch = Batch()
+    mesh: MeshConfig = MeshConfig(data=-1)
+    precision: Precision = Precision()
+    sharding: Sharding = Sharding()
+    nonfinite: Literal["raise", "skip"] = "raise"
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    run: Run = Run()
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What does not go together, whatever the machine (dotted path, message)."""
+        found = []
+        batch = self.batch
+        if (self.run.epochs is None) == (self.run.steps is None):
+            found.append(("run", "say how long: exactly one of run.epochs and run.steps"))
+        if isinstance(batch.microbatch, int) and batch.global_ % batch.microbatch:
+            found.append(("batch.microbatch", f"must divide batch.global {batch.global_}"))
+        mesh = self.mesh
+        shards = math.prod(max(size, 1) for size in (mesh.replica, mesh.data, mesh.fsdp))
+        if batch.global_ % shards:
+            found.append(("batch.global", f"must be a multiple of the mesh's batch shards (at least {shards})"))
+        elif isinstance(batch.microbatch, int) and batch.microbatch % shards:
+            found.append(("batch.microbatch", f"must be a multiple of the mesh's batch shards (at least {shards})"))
+        if mesh.tensor > 1 and self.model.heads % mesh.tensor:
+            found.append(("mesh.tensor", f"must divide model.heads {self.model.heads}"))
+        if mesh.sequence > 1:
+            found.append(("mesh.sequence", "sasrec has no sequence parallelism: leave it at 1"))
+        for index, name in enumerate(self.evaluate.metrics):
+            try:
+                parse_metric(name)
+            except UserError as error:
+                found.append((f"evaluate.metrics.{index}", str(error)))
+        for path, name in (
+            ("checkpoint.best", self.checkpoint.best),
+            ("evaluate.stop.metric", self.evaluate.stop.metric if self.evaluate.stop else None),
+        ):
+            if name is not None and name not in self.evaluate.metrics:
+                found.append((path, f"{name!r} is not in evaluate.metrics ({', '.join(self.evaluate.metrics)})"))
+        return found
+
+
+SCHEMAS: Mapping[str, type] = {"rec": RecConfig}
+"""The schema of each `task`."""
+
+MAY_CHANGE_ON_RESUME = (
+    "mesh",
+    "run.steps",
+    "run.epochs",
+    "run.log_every",
+    "run.loggers",
+    "run.profile",
+    "run.dir",
+    "evaluate.every",
+    "evaluate.batch",
+    "evaluate.baselines",
+    "evaluate.stop",
+    "checkpoint",
+    "batch.microbatch",
+    "sharding",
+)
+"""Dotted paths (and all below them) that a resumed run may change; anything else makes it another run."""

@@ -1,0 +1,91 @@
+"""What a run says while it runs: one line a window, compiles with their seconds, and the final table."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+QUIET_SECONDS = 2.0
+"""Windows closer together than this share a line."""
+
+
+class Progress:
+    """Plain lines to a console, so that a log file reads like the terminal did; `quiet` says nothing."""
+
+    def __init__(self, quiet: bool = False, console: Console | None = None):
+        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.quiet = quiet
+        self._last = 0.0
+        self._began: tuple[str, float] | None = None
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if not self.quiet:
+            self._break()
+            self.console.print(text, markup=False)
+
+    def compiling(self, name: str) -> None:
+        """Announces a compile that is about to happen."""
+        if not self.quiet:
+            self._break()
+            self._began = (name, time.perf_counter())
+            self.console.print(f"compiling {name} ...", end="", markup=False)
+
+    def compiled(self, name: str) -> None:
+        """Says how long the announced compile took, tracing included."""
+        if self._began and self._began[0] == name:
+            self.console.print(f" {time.perf_counter() - self._began[1]:.1f} s", markup=False)
+            self._began = None
+
+    def _break(self) -> None:
+        if self._began:
+            self.console.print()
+            self._began = None
+
+    def step(self, step: int, steps: int, values: Mapping[str, Any]) -> None:
+        """A window of training: loss, speed, and the time that is left."""
+        now = time.perf_counter()
+        if self.quiet or (now - self._last < QUIET_SECONDS and step < steps):
+            return
+        self._last = now
+        left = (steps - step) * values["step_ms"] / 1e3
+        self.say(
+            f"step {step:>6}/{steps}  loss {values['loss']:.4f}  {values['examples_per_s']:,.0f} examples/s"
+            f"  {_clock(left)} left"
+        )
+
+    def evaluated(self, step: int, part: str, values: Mapping[str, float], note: str = "") -> None:
+        """One evaluation."""
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.say(f"step {step:>6}  {part}: {shown}{'  ' + note if note else ''}")
+
+    def table(self, summary: Mapping[str, Any], metrics: tuple[str, ...]) -> None:
+        """The final numbers, model and baselines, on validation and test."""
+        if not self.quiet:
+            self._break()
+            self.console.print(results_table(summary, metrics))
+
+
+def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...]) -> Table:
+    """Rows: the model and each baseline; columns: the metrics on validation and test."""
+    table = Table(title=f"{summary.get('name', '')}: ranked over the whole catalogue, seen items removed")
+    table.add_column("")
+    parts = [part for part in ("valid", "test") if any(key.startswith(part + "/") for key in summary)]
+    for part in parts:
+        for metric in metrics:
+            table.add_column(f"{part}\n{metric}", justify="right")
+    names = sorted({key.split("/")[1] for key in summary if key.startswith("baseline/")}, reverse=True)
+    for label, prefix in [("model", ""), *((name.replace("_", " "), f"baseline/{name}/") for name in names)]:
+        cells = [summary.get(f"{prefix}{part}/{metric}") for part in parts for metric in metrics]
+        row = ["" if cell is None else f"{cell:.4f}" for cell in cells]
+        table.add_row(label, *row, style="bold" if label == "model" else None)
+    return table
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

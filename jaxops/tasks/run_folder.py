@@ -1,0 +1,159 @@
+"""The folder that a run leaves, and whether this config may go on in it."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from jaxops.config.dump import diff, dump_yaml
+from jaxops.core.failures import UserError
+from jaxops.tasks.config import MAY_CHANGE_ON_RESUME
+
+SUMMARY_VERSION = 1
+
+
+class RunFolder:
+    """Paths and small files of one run; nothing is written before `create`."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.path / "config.yaml").is_file()
+
+    def check(self, resolved: Mapping[str, Any]) -> bool:
+        """Whether a run is here that this config may resume (False: nothing is here yet).
+
+        Raises:
+          UserError: something else is here, the config differs in what may not change, or it cannot be written.
+        """
+        parent = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        if not parent.is_dir():
+            raise UserError(f"run folder {self.path}: {parent} is a file")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"run folder {self.path}: {parent} cannot be written to; set run.dir")
+        if not self.exists:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise UserError(
+                    f"run folder {self.path} is not empty and holds no config.yaml: not a run; set run.name"
+                )
+            return False
+        changed = [
+            f"  {path}: {show(old)} there, {show(new)} here"
+            for path, old, new in diff(self.config(), resolved)
+            if not any(path == free or path.startswith(free + ".") for free in MAY_CHANGE_ON_RESUME)
+        ]
+        if changed:
+            raise UserError(
+                f"run folder {self.path} belongs to another config:\n" + "\n".join(changed) + "\nA resumed run may"
+                f" change only {', '.join(MAY_CHANGE_ON_RESUME)}. Set run.name to begin another run."
+            )
+        return True
+
+    def config(self) -> dict[str, Any]:
+        """The resolved config of the run.
+
+        Raises:
+          UserError: there is no run, or its config cannot be read.
+        """
+        try:
+            values = yaml.safe_load((self.path / "config.yaml").read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is not a run folder: it has no config.yaml") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{self.path / 'config.yaml'} cannot be read: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{self.path / 'config.yaml'} holds no config")
+        return values
+
+    def create(self, resolved: Mapping[str, Any], transform: Mapping[str, np.ndarray], inspection: Any) -> None:
+        """Makes the folder: config, what serving needs (`transform/`), what the data is."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        folder = self.path / "transform"
+        folder.mkdir(exist_ok=True)
+        for name, values in transform.items():
+            text = values if values.dtype.kind != "S" else np.char.decode(values, "utf-8")
+            pq.write_table(pa.table({name: pa.array(text)}), folder / f"{name}.parquet")
+        self.write_json("data.json", inspection)
+        self.write_text("config.yaml", dump_yaml(resolved))
+
+    def transform(self, name: str) -> np.ndarray:
+        """One array of the frozen transform.
+
+        Raises:
+          UserError: the file is missing or broken.
+        """
+        file = self.path / "transform" / f"{name}.parquet"
+        try:
+            return pq.read_table(file)[name].to_numpy()
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a small file whole or not at all."""
+        file = self.path / name
+        scratch = file.with_name(f".{name}.tmp")
+        scratch.write_text(text)
+        os.replace(scratch, file)
+
+    def write_json(self, name: str, values: Any) -> None:
+        """As `write_text`; numbers that JSON has no word for become null."""
+        self.write_text(name, json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        """`summary.json`, empty where there is none yet."""
+        try:
+            return json.loads((self.path / "summary.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for this process.
+
+        Raises:
+          UserError: another process holds it.
+        """
+        with open(self.path / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise UserError(
+                    f"run {self.path} is being trained by another process ({file.read().strip() or 'unknown'});"
+                    f" wait for it, or set run.name"
+                ) from None
+            file.seek(0)
+            file.truncate()
+            file.write(f"pid {os.getpid()}")
+            file.flush()
+            yield
+
+
+def show(value: Any) -> str:
+    """A config value as one writes it."""
+    return json.dumps(value, default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

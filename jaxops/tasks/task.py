@@ -1,0 +1,63 @@
+"""A task: what a family hands to the loop. Data, model, objective and evaluation, as values; no behaviour of its own."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jaxops.core.accumulate import Objective
+from jaxops.core.sharding import Axes, Rule
+from jaxops.core.state import Params
+from jaxops.core.step import Tables
+from jaxops.core.sums import Sums
+from jaxops.data.protocol import Source
+
+EvalBatches = Sequence[Mapping[str, np.ndarray]]
+
+
+class Model(Protocol):
+    """What a task needs of a model: fresh parameters, their shapes, and where they may lie."""
+
+    rules: list[Rule]
+    shapes: PyTree
+
+    def init(self, key: Array) -> Params: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Everything that a run is made of but machines, folders and time.
+
+    Attributes:
+      config: the family's frozen config; `resolved` is the same as plain values.
+      evaluations: for `valid` and `test`, given a batch size, the batches (all of that size).
+      metrics: (params, batch) -> Sums of one evaluation batch.
+      block: examples that an objective couples and microbatching must not part.
+      baselines: {"most_popular": {"valid/hr@10": ...}}, computed when asked.
+      inspection: what the data is, for the report and `data.json`.
+      transform: what serving needs that is not a parameter (original ids), as named arrays.
+    """
+
+    config: Any
+    resolved: dict[str, Any]
+    model: Model
+    objective: Objective
+    source: Source
+    evaluations: Mapping[str, Callable[[int], EvalBatches]]
+    metrics: Callable[[Params, Mapping[str, Any]], Sums]
+    rules: list[Rule]
+    logical: Mapping[str, Axes]
+    loss_weights: Mapping[str, float]
+    inspection: dict[str, Any]
+    transform: Mapping[str, np.ndarray]
+    baselines: Callable[[], dict[str, dict[str, float]]] | None = None
+    block: int = 1
+    tables: Tables | None = None
+
+    @property
+    def steps(self) -> int:
+        """The length of the run in steps: `run.steps`, or what `run.epochs` amount to."""
+        run, size = self.config.run, self.config.batch.global_
+        return run.steps if run.steps is not None else -(-run.epochs * self.source.examples // size)

@@ -1,0 +1,228 @@
+"""A trained recommender out of its run folder: predict, export, evaluate. No mesh, no config at hand.
+
+The transform (original item ids) is frozen in the run folder, so what serving sees is what training saw.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int32, Int64
+
+from jaxops.config.load import from_dict
+from jaxops.config.types import ByPath
+from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.evaluation import Evaluator
+from jaxops.core.failures import UserError
+from jaxops.core.mesh import make_mesh
+from jaxops.core.state import Params, join
+from jaxops.data.config import open_data
+from jaxops.data.ids import Ids
+from jaxops.data.interactions import read_interactions
+from jaxops.data.spec import Columns, InteractionsFile
+from jaxops.evaluate.ranking import top_k_unseen
+from jaxops.models.sasrec import SASRec
+from jaxops.tasks.config import SCHEMAS
+from jaxops.tasks.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Histories:
+    """Whose next items are asked for: original user ids and their item rows, oldest first, as CSR."""
+
+    users: np.ndarray
+    items: Int32[np.ndarray, " events"]
+    offsets: Int64[np.ndarray, " users_and_one"]
+    unknown_users: int = 0
+    unknown_items: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model with its parameters (the moving average where the run kept one) and its frozen transform."""
+
+    config: Any
+    model: SASRec
+    params: Params
+    item_ids: Ids
+    step: int
+    resolved: dict[str, Any]
+
+    def histories(self, path: str | os.PathLike[str]) -> Histories:
+        """Reads what to predict for: events (user, item, time) or, with a user column alone, users of the run's data.
+
+        Items that the model does not know are left out of a history and counted; so are users it has no history of.
+
+        Raises:
+          UserError: the file cannot be read, or has no user column.
+        """
+        columns = self.config.data.columns if isinstance(self.config.data, InteractionsFile) else Columns()
+        names = _column_names(path)
+        if columns.item not in names and columns.user in names:
+            return self._known_histories(path, columns.user)
+        time = columns.time if columns.time in names else None
+        inter = read_interactions(str(path), dataclasses.replace(columns, time=time, weight=None))
+        rows = self.item_ids.rows(inter.item_ids.originals(np.arange(1, inter.n_items + 1)))[inter.item - 1]
+        keep = rows > 0
+        counts = np.bincount(inter.user[keep], minlength=inter.n_users)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        users = inter.user_ids.originals(np.arange(inter.n_users))
+        return Histories(users, rows[keep], offsets, unknown_items=int((~keep).sum()))
+
+    def _known_histories(self, path: str | os.PathLike[str], column: str) -> Histories:
+        if isinstance(self.config.data, ByPath):
+            raise UserError(f"{path} has no item column, and the run's data is a function: give events (user, item)")
+        inter = open_data(self.config.data).inter
+        wanted = _read_column(path, column)
+        rows = inter.user_ids.rows(wanted)
+        known = rows[rows >= 0]
+        counts = inter.lengths[known]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        events = np.repeat(inter.offsets[known] - offsets[:-1], counts) + np.arange(offsets[-1])
+        return Histories(wanted[rows >= 0], inter.item[events], offsets, unknown_users=int((rows < 0).sum()))
+
+    def predict(self, source: str | os.PathLike[str] | Histories, k: int = 10, *, batch: int = 512) -> pa.Table:
+        """The k best items that each user has not seen: user, rank (from 1), item, score; original ids.
+
+        Args:
+          source: a file as in `histories`, or histories.
+
+        Raises:
+          UserError: what `histories` raises; k is below one.
+        """
+        if k < 1:
+            raise UserError(f"predict: top k must be at least 1, got {k}")
+        given = source if isinstance(source, Histories) else self.histories(source)
+        users, ranks, items, scores = [], [], [], []
+        for start, padded in _padded(given, self.config.model.length, batch):
+            best, found = jax.device_get(self._top(padded, k))
+            real = min(batch, len(given.users) - start)
+            keep = found[:real] > 0
+            row, column = np.nonzero(keep)
+            users.append(given.users[start + row])
+            ranks.append(column.astype(np.int32) + 1)
+            items.append(self.item_ids.originals(found[:real][keep]))
+            scores.append(best[:real][keep])
+        if not users:
+            raise UserError("predict: no user has a history that the model knows")
+        table = {"user": users, "rank": ranks, "item": items, "score": scores}
+        return pa.table({name: pa.array(np.concatenate(parts)) for name, parts in table.items()})
+
+    @functools.cached_property
+    def _top_jitted(self) -> Callable[..., Any]:
+        dtype = jnp.dtype(self.config.precision.compute)
+
+        def top(params: Params, batch: Mapping[str, Any], k: int) -> Any:
+            params = jax.tree.map(lambda x: x.astype(dtype), params)
+            scores = self.model.logits(params, self.model.encode(params, batch, None)[:, -1])
+            return top_k_unseen(scores, batch["seen"], k, self.model.n_items)
+
+        return jax.jit(top, static_argnums=2)
+
+    def _top(self, batch: Mapping[str, np.ndarray], k: int) -> Any:
+        return self._top_jitted(self.params, batch, k)
+
+    def item_vectors(self) -> pa.Table:
+        """Original item ids and their vectors: item, vector (fixed-size list of float32)."""
+        rows = np.arange(1, self.model.n_items + 1)
+        vectors = np.asarray(self.model.item_vectors(self.params), np.float32)[rows]
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+        return pa.table({"item": pa.array(self.item_ids.originals(rows)), "vector": flat})
+
+    def evaluate(self, parts: tuple[str, ...] = ("valid", "test")) -> dict[str, float]:
+        """Metrics on the run's own data, on the devices that are here.
+
+        Raises:
+          UserError: the data cannot be opened.
+        """
+        from jaxops.tasks.rec import build_rec
+
+        task = build_rec(self.config, self.resolved)
+        mesh = make_mesh(data=-1)
+        shards = mesh.size
+        out = {}
+        with jax.set_mesh(mesh):
+            evaluator = Evaluator(task.metrics, mesh, jnp.dtype(self.config.precision.compute))
+            params = jax.device_put(self.params, jax.sharding.NamedSharding(mesh, jax.P()))
+            for part in (part for part in parts if part in task.evaluations):
+                size = -(-self.config.evaluate.batch // shards) * shards
+                values = evaluator(params, task.evaluations[part](size))
+                out |= {f"{part}/{name}": value for name, value in values.items()}
+        return out
+
+
+def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
+    """The model of a run: the best checkpoint where the run keeps one, else the latest, or the one of `step`.
+
+    Raises:
+      UserError: not a run folder, no checkpoint, a broken one, or no such step.
+    """
+    place = RunFolder(run_dir)
+    resolved = place.config()
+    loaded = from_dict(SCHEMAS, resolved, source=str(Path(run_dir) / "config.yaml"), check_imports=False)
+    config = loaded.config
+    best = f"valid/{config.checkpoint.best}" if config.checkpoint.best else None
+    with Checkpoints(place.checkpoints, keep=config.checkpoint.keep, best=best) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"{run_dir} has no checkpoint yet")
+        if step is not None and step not in steps:
+            raise UserError(f"{run_dir} has no checkpoint of step {step} (there are: {', '.join(map(str, steps))})")
+        if step is None:
+            kept = checkpoints.best() if best else None
+            step = kept if kept is not None else steps[-1]
+        prefix = "extra/ema" if config.optimizer.ema else "params"
+        params = checkpoints.load_params(step, prefix)
+        frozen = checkpoints.load_params(step, "frozen") if config.optimizer.frozen else {}
+    values = place.transform("item_ids")
+    values = values if values.dtype.kind == "i" else np.char.encode(values.astype(str), "utf-8")
+    model = SASRec(config.model, len(values))
+    return Trained(config, model, join(params, frozen), Ids(values, first=1), step, resolved)
+
+
+def _padded(given: Histories, length: int, size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Batches of `size` histories, padded on the left to `length`; `seen` is as wide as the longest of all."""
+    counts = np.diff(given.offsets)
+    width = -(-max(int(counts.max(initial=1)), 1) // 8) * 8
+    for start in range(0, len(given.users), size):
+        index = np.minimum(np.arange(start, start + size), len(given.users) - 1)
+        first, count = given.offsets[:-1][index], counts[index]
+        column = np.arange(length)
+        at = (first + count - length)[:, None] + column
+        items = np.where(column >= (length - np.minimum(count, length))[:, None], given.items.take(at, mode="clip"), 0)
+        wide = np.arange(width)
+        seen = np.where(wide < count[:, None], given.items.take(first[:, None] + wide, mode="clip"), 0)
+        yield start, {
+            "id": index.astype(np.int32),
+            "items": items.astype(np.int32),
+            "seen": seen.astype(np.int32),
+        }
+
+
+def _column_names(path: str | os.PathLike[str]) -> list[str]:
+    return _dataset(path).schema.names
+
+
+def _read_column(path: str | os.PathLike[str], column: str) -> np.ndarray:
+    return _dataset(path).to_table(columns=[column])[column].to_numpy()
+
+
+def _dataset(path: str | os.PathLike[str]) -> Any:
+    """A Parquet, CSV or JSONL file (or a folder of Parquet) as an Arrow dataset."""
+    import pyarrow.dataset as ds
+
+    suffix = Path(path).suffix.lower()
+    kind = {".csv": "csv", ".jsonl": "json", ".json": "json"}.get(suffix, "parquet")
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        return ds.dataset(str(path), format=kind)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: cannot be read as {kind}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,144 @@
+"""Checks that users run on their own tasks: every layout and microbatch must agree with one device."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from jaxops.core.accumulate import build_gradients
+from jaxops.core.mesh import batch_axes, make_mesh, use_cpu_devices
+from jaxops.core.sharding import logical_axes, named_leaves
+from jaxops.core.state import join
+from jaxops.core.step import build_step, init_state
+from jaxops.tasks.task import Task
+
+LAYOUTS: tuple[dict[str, int], ...] = (
+    {"data": 1},
+    {"data": 8},
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"replica": 2, "fsdp": 4},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How far one layout is from one device with one microbatch.
+
+    `gradient` is the largest difference of any gradient entry over the largest entry; `parameter` the largest
+    difference of any parameter after five steps of gradient descent, relative to the largest parameter.
+    """
+
+    layout: dict[str, int]
+    accumulation: int
+    reduction: str
+    gradient: float
+    parameter: float
+
+
+def compare(
+    task: Task,
+    layouts: Sequence[dict[str, int]] = LAYOUTS,
+    accumulations: Sequence[int] = (1, 4),
+    *,
+    batch_size: int = 32,
+    steps: int = 5,
+) -> list[Agreement]:
+    """Gradients and parameters of every layout against the first, with one microbatch; dropout and draws are on.
+
+    Raises:
+      RuntimeError: fewer than eight devices (ask for them before the first computation: `use_cpu_devices(8)`).
+    """
+    if len(jax.devices()) < 8:
+        raise RuntimeError("comparing layouts needs 8 devices: call jaxops.core.mesh.use_cpu_devices(8) first")
+    batches = [task.source.batch(i * batch_size, batch_size) for i in range(steps)]
+    reference: tuple[PyTree, PyTree] | None = None
+    out = []
+    for layout in layouts:
+        for accumulation in accumulations:
+            grads, params, reduction = _run(task, layout, accumulation, batches)
+            if reference is None:
+                reference = grads, params
+            gradient = _difference(grads, reference[0])
+            out.append(Agreement(layout, accumulation, reduction, gradient, _difference(params, reference[1])))
+    return out
+
+
+def check(task: Task, *, gradient: float = 1e-6, parameter: float = 1e-5, **kwargs: Any) -> list[Agreement]:
+    """`compare`, and an error that names the layouts which do not agree.
+
+    Raises:
+      AssertionError: a gradient differs by more than `gradient` of the largest entry, or a parameter by more than
+        `parameter`.
+    """
+    if not jax._src.xla_bridge.backends_are_initialized():
+        use_cpu_devices(8)
+    found = compare(task, **kwargs)
+    bad = [a for a in found if not (a.gradient <= gradient and a.parameter <= parameter)]
+    if bad:
+        lines = [f"  {a.layout} x {a.accumulation}: gradient {a.gradient:.1e}, parameter {a.parameter:.1e}" for a in bad]
+        raise AssertionError(
+            "the objective's update depends on the layout:\n" + "\n".join(lines) + "\nTerms must be Sums over"
+            " examples, and randomness must come from jaxops.example_keys(key, batch['id'])."
+        )
+    return found
+
+
+def _run(task: Task, layout: dict[str, int], accumulation: int, batches: list[Any]) -> tuple[PyTree, PyTree, str]:
+    count = int(np.prod(list(layout.values())))
+    mesh = make_mesh(**layout, devices=jax.devices()[:count])
+    tx = optax.sgd(0.1)
+    with jax.set_mesh(mesh):
+        state = init_state(task.model.init, jax.random.key(0), tx, mesh, task.rules)
+        step = build_step(
+            task.objective,
+            tx,
+            mesh,
+            seed=1,
+            rules=task.rules,
+            accumulation=accumulation,
+            block=task.block,
+            loss_weights=task.loss_weights,
+            logical=task.logical,
+        )
+        grads = jax.device_get(_gradients(task, mesh, accumulation, step.reduction)(state.params, batches[0]))
+        for batch in batches:
+            state, sums = step(state, batch)
+            jax.block_until_ready(sums)
+        return grads, jax.device_get(state.params), step.reduction
+
+
+def _gradients(task: Task, mesh: Any, accumulation: int, reduction: Any) -> Any:
+    def objective(both: Any, batch: Any, key: Any) -> Any:
+        with logical_axes(task.logical):
+            return task.objective(join(*both), batch, key)
+
+    gradients = build_gradients(
+        objective,
+        mesh,
+        accumulation=accumulation,
+        block=task.block,
+        weights=task.loss_weights,
+        reduction=reduction,
+    )
+
+    @jax.jit
+    def run(params: PyTree, batch: Any) -> PyTree:
+        spec = jax.sharding.PartitionSpec(batch_axes(mesh))
+        batch = jax.tree.map(lambda x: jax.sharding.reshard(x, spec), batch)
+        return gradients(params, {}, None, batch, jax.random.key(3))[1]
+
+    return run
+
+
+def _difference(a: PyTree, b: PyTree) -> float:
+    """The largest difference of any entry, over the largest entry of `b`; NaN where either is not finite."""
+    pairs = [(x, y) for (_, x), (_, y) in zip(named_leaves(a), named_leaves(b), strict=True)]
+    largest = max(float(np.max(np.abs(y))) for _, y in pairs)
+    return float(np.max([np.max(np.abs(x - y)) for x, y in pairs])) / largest
+
+
