@@ -22,7 +22,7 @@ install: ## .venv from requirements.lock; ACCEL=auto looks for a TPU or GPU
 	@$(INSTALL) .venv $(ACCEL)
 
 demo: install ## train SASRec on MovieLens-100K, under five minutes on two cores
-	$(BIN)/jaxops train configs/rec/movielens_sasrec.yaml
+	$(BIN)/jaxops train rec/movielens_sasrec --cpu-devices 8
 
 test: install ## the test suite
 	$(BIN)/python -m pytest

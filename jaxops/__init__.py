@@ -15,6 +15,7 @@ _NAMES = {
     "every": "jaxops.core.loop",
     "example_keys": "jaxops.core.random",
     "make_mesh": "jaxops.core.mesh",
+    "use_cpu_devices": "jaxops.core.mesh",
     "State": "jaxops.core.state",
     "build_step": "jaxops.core.step",
     "init_state": "jaxops.core.step",

@@ -14,9 +14,9 @@ FLOORS = [
     {"core", "config"},
     {"tables", "data"},
     {"models", "objectives"},
-    {"rl", "evaluate"},
+    {"rl", "evaluate", "report"},
     {"tasks"},
-    {"report", "sweep", "plan", "testing", "registry", "serve", "experiment", "monitor", "label"},
+    {"sweep", "plan", "testing", "registry", "serve", "experiment", "monitor", "label"},
     {"flow"},
     {"cli", "__main__"},
 ]

@@ -11,7 +11,9 @@ import functools
 import logging
 import math
 import os
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -63,7 +65,8 @@ class Checkpoints:
         self._folder = CheckpointFolder(directory)
         self._compress, self._checksums = compress, checksums
         self._thread: threading.Thread | None = None
-        self._failure: tuple[str, BaseException | None] | None = None
+        self._failures: list[tuple[str, BaseException | None]] = []
+        weakref.finalize(self, _last_words, self._failures)
         self._swept = False
 
     def save(
@@ -115,8 +118,8 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises the error of a save that has failed; never waits, costs nothing: call it every step."""
-        if self._failure is not None:
-            (message, cause), self._failure = self._failure, None
+        if self._failures:
+            message, cause = self._failures.pop()
             raise RunFailed(message) from cause
 
     def wait(self) -> None:
@@ -128,7 +131,7 @@ class Checkpoints:
         self._settle()
 
     def close(self) -> None:
-        """As `wait`. A process that exits without it may lose its last save (never half of one)."""
+        """As `wait`. A process that exits without it loses the save under way, and says so on stderr."""
         self._settle()
 
     def __enter__(self) -> Self:
@@ -273,8 +276,8 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if together and _agreed(lambda: int(self._failure is not None)) and self._failure is None:
-                self._failure = ("saving a checkpoint failed on process 0", None)
+            if together and _agreed(lambda: len(self._failures)) and not self._failures:
+                self._failures.append(("saving a checkpoint failed on process 0", None))
         self.check()
 
     def _prepare(self, folder: epath.Path, leaves: Mapping[plain.Path, Any]) -> Callable[[], None]:
@@ -306,7 +309,7 @@ class Checkpoints:
                 self._folder.retire(self._retention)
         except BaseException as error:
             self._swept = False
-            self._failure = (_failed(folder, error), error)
+            self._failures.append((_failed(folder, error), error))
 
     def _context(self) -> Any:
         ocp = _orbax()
@@ -379,6 +382,12 @@ def _empty(leaf: jax.ShapeDtypeStruct) -> Any:
     """An array without entries: orbax refuses those, so only the manifest knows of them."""
     zeros = np.zeros(leaf.shape, leaf.dtype)
     return zeros if leaf.sharding is None else jax.device_put(zeros, leaf.sharding)
+
+
+def _last_words(failures: list[tuple[str, BaseException | None]]) -> None:
+    """An error that nobody asked for is at least printed, when the object or the process ends."""
+    for message, _ in failures:
+        print(f"{message} (Checkpoints.close() was not called)", file=sys.stderr)
 
 
 def _failed(folder: epath.Path, error: BaseException) -> str:

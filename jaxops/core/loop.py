@@ -27,6 +27,8 @@ class Snapshot:
     """What a hook sees: the step just finished, the next example's cursor, the newest metrics, the state.
 
     `state` is donated to the next step: use it inside the hook, do not keep it. Set `stop` to a reason to end the run.
+    `flush()` closes the open window and delivers all closed ones: what is saved at this step then has its metrics
+    on record, and a run resumed from it continues them without a gap.
     """
 
     step: int
@@ -34,6 +36,7 @@ class Snapshot:
     state: State
     metrics: dict[str, Any]
     stop: str | None = None
+    flush: Callable[[], None] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +146,14 @@ def run_loop(
             pending.append(Window(opened, at, sums, now - opened_at))
         sums, opened, opened_at = None, at, now
 
-    def end(reason: str) -> Ended:
+    def flush() -> None:
+        nonlocal metrics
         close()
         while pending:
-            on_window(pending.pop(0))
+            metrics = on_window(pending.pop(0))
+
+    def end(reason: str) -> Ended:
+        flush()
         return Ended(state, at, cursor + (at - start) * batch_size, reason)
 
     try:
@@ -163,7 +170,7 @@ def run_loop(
                 if pending:
                     metrics = on_window(pending.pop(0))
                 close()
-            snapshot = Snapshot(at, cursor + (at - start) * batch_size, state, metrics)
+            snapshot = Snapshot(at, cursor + (at - start) * batch_size, state, metrics, flush=flush)
             for hook in hooks:
                 if at % hook.every == 0 and not poll():
                     before = time.perf_counter()  # a hook's time is not the window's

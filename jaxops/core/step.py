@@ -4,6 +4,7 @@ Recommendation, reward and policy updates all pass through here. What differs co
 optax transformation, tables by a protocol (`lookup`, `apply`) and extras (EMA, running statistics) by (init, update).
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
@@ -147,7 +148,8 @@ def init_state(
     """
     shapes = jax.eval_shape(init, key)
     where = shardings(shapes, rules, mesh)
-    with jax.set_mesh(mesh):
+    # Under jax.eval_shape the caller has set the mesh, and jax refuses to set it again.
+    with contextlib.nullcontext() if isinstance(key, jax.core.Tracer) else jax.set_mesh(mesh):
         # Initialisers know nothing of shardings: they run with the axes auto, and come out typed by the rules.
         specs = jax.tree.map(lambda s: s.spec, where)
         made = jax.jit(jax.sharding.auto_axes(lambda k: cast(init(k), dtype), out_sharding=specs))(key)
@@ -166,8 +168,7 @@ def init_state(
 
 
 def _on_mesh(x: Array, mesh: Mesh) -> Array:
-    sharding = x.sharding
-    if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
+    if jax.typeof(x).sharding.mesh == mesh.abstract_mesh:
         return x
     return jax.device_put(x, NamedSharding(mesh, P()))
 

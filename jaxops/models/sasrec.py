@@ -64,16 +64,20 @@ class _SASRec(nnx.Module):
         self.norm = nnx.LayerNorm(config.dim, rngs=rngs)
 
     def __call__(
-        self, items: Int[Array, "batch length"], keys: Key[Array, " batch"] | None
+        self,
+        items: Int[Array, "batch length"],
+        segment: Int[Array, "batch length"],
+        position: Int[Array, "batch length"],
+        keys: Key[Array, " batch"] | None,
     ) -> Float[Array, "batch length dim"]:
         config = self.config
-        real = items > 0
         x = self.item.embedding[items] * jnp.asarray(config.dim**0.5, self.item.embedding.dtype)
-        x = x + self.position.embedding[-items.shape[1] :][None]
+        x = x + self.position.embedding[position]
         if config.norm == "post":
             x = self.norm(x)
         x = constrain(dropout(x, config.dropout, keys, 0), ("batch", "length", "embed"))
-        mask = _causal(items.shape[1])[None] & real[:, None, :]
+        same = segment[:, :, None] == segment[:, None, :]
+        mask = _causal(items.shape[1])[None] & same & (items > 0)[:, None, :]
         for layer in range(config.layers):
             x = _remat(getattr(self, f"block_{layer}"), config.remat)(x, mask, keys, 1 + 3 * layer)
         return self.norm(x) if config.norm == "pre" else x
@@ -95,7 +99,7 @@ class SASRec:
     """SASRec over a catalogue of `n_items`; parameters are plain dicts, every method is pure.
 
     Padding on the left: position `length - 1` is always the most recent item. `batch` needs "items" [batch, length]
-    and "id" [batch].
+    and "id" [batch]; packed rows (data/packing.py) also carry "segment" and "position" [batch, length].
     """
 
     def __init__(self, config: SASRecConfig, n_items: int):
@@ -118,7 +122,13 @@ class SASRec:
         self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None
     ) -> Float[Array, "batch length dim"]:
         """What the model says after each item of the history; no dropout where `key` is None."""
-        return self._pure.bind(params)(batch["items"], example_keys(key, batch["id"]))
+        items = batch["items"]
+        segment, position = batch.get("segment"), batch.get("position")
+        if segment is None or position is None:
+            start = self.config.length - items.shape[1]
+            segment = jnp.ones_like(items)
+            position = jnp.broadcast_to(jnp.arange(start, self.config.length, dtype=items.dtype), items.shape)
+        return self._pure.bind(params)(items, segment, position, example_keys(key, batch["id"]))
 
     def item_vectors(self, params: Params) -> Float[Array, "rows dim"]:
         """The item matrix, padding rows included (row 0 and rows above n_items)."""

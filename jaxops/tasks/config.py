@@ -56,10 +56,14 @@ RecObjective = Softmax | SampledSoftmax | Bce | Gbce | Annotated[ByPath, Factory
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Examples a step over all devices; `microbatch` examples at a time (auto: as many as fit)."""
+    """Examples a step over all devices; `microbatch` examples at a time (auto: as many as fit).
+
+    With `pack` several short sequences share a row of model.length, and a row is an example.
+    """
 
     global_: Positive = 256
     microbatch: Positive | Literal["auto"] = "auto"
+    pack: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

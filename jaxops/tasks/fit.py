@@ -5,6 +5,7 @@ batches. Held by tests/tasks/test_resume.py (bitwise on the same mesh).
 """
 
 import dataclasses
+import importlib.metadata
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,8 @@ from jaxops.tasks.training import accumulation_of, build_training
 
 FORMAT = 1
 """Of the metadata in a checkpoint."""
+VERSIONS = ("jaxops", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+"""Packages whose versions a run's summary holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +176,7 @@ class _Run:
 
     def _train(self, state: State, start: int, cursor: int, hooks: Sequence[Hook]) -> FinishedRun:
         config, task = self.config, self.task
+        self.abstract = abstract_state(state)
         if start:
             self.writers.event(start, "resumed", f"on {describe_devices(self.mesh)}")
         if start < task.steps:
@@ -226,6 +230,8 @@ class _Run:
             self.writers.event(window.last, "recompiled", f"after warm-up: {text}")
             self.progress.say(f"step {window.last}: recompiled after warm-up: {text}; do batches change shape?")
         self.compiles.warm()
+        if self.accounting.flops is None:
+            self.accounting.measure(self.step, self.abstract, self.task.source.batch(0, self.config.batch.global_))
         values["lr"] = float(self.schedule(jnp.asarray(window.last - 1)))
         values |= self.accounting.rates(window)
         scalars = {f"train/{name}": value for name, value in values.items() if isinstance(value, float | int)}
@@ -261,11 +267,13 @@ class _Run:
         if stop and history["since"] >= stop.patience:
             snapshot.stop = f"no better valid/{metric} in {stop.patience} evaluations"
         if best:
+            snapshot.flush()
             self._save(snapshot.state, snapshot.step, snapshot.cursor)
 
     def _save_if_due(self, snapshot: Snapshot) -> None:
         seconds = self.config.checkpoint.every.seconds
         if seconds is None or time.monotonic() - self.saved_at >= seconds:
+            snapshot.flush()
             self._save(snapshot.state, snapshot.step, snapshot.cursor)
 
     def _save(self, state: State, step: int, cursor: int, wait: bool = False) -> None:
@@ -320,13 +328,15 @@ class _Run:
             "steps": self.task.steps,
             "wall_s": round(self._wall(), 2),
             "device": describe_devices(self.mesh),
+            "finished": time.time(),
+            "versions": {name: _version(name) for name in VERSIONS},
             "seed": self.config.run.seed,
             "command": " ".join(["jaxops", *sys.argv[1:]]) if sys.argv[0].endswith("jaxops") else "jaxops.fit",
             **values,
         }
         if state == "finished":
             if values:
-                self.writers.write(step, {k: v for k, v in values.items() if "/" in k})
+                self.writers.write(step, {k: v for k, v in values.items() if k.startswith("test/")})
             for name, figures in (self.task.baselines() if self.task.baselines else {}).items():
                 summary |= {f"baseline/{name}/{key}": value for key, value in figures.items()}
         self.place.write_json("summary.json", summary)
@@ -352,6 +362,13 @@ class _Run:
             self.place.write_json("summary.json", summary)
         except OSError as lost:
             self.progress.say(f"summary.json could not be written: {lost}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def profile_hooks(profile: Any, folder: Path) -> list[Hook]:

@@ -10,11 +10,12 @@ from jaxtyping import Array
 
 from jaxops.config.types import ByPath
 from jaxops.core.accumulate import Objective
-from jaxops.core.failures import UserError
+from jaxops.core.failures import UserError, nearest
 from jaxops.core.state import Params
 from jaxops.core.sums import Sums
 from jaxops.data.config import RecData, open_data
 from jaxops.data.inspect import inspect
+from jaxops.data.packing import PackedSource
 from jaxops.data.queries import QueryBatches, seen_width
 from jaxops.data.windows import SequenceSource
 from jaxops.evaluate.baselines import evaluate_baseline
@@ -22,16 +23,19 @@ from jaxops.evaluate.ranking import evaluate_scores
 from jaxops.models.sasrec import SASRec
 from jaxops.objectives import ranking
 from jaxops.tasks.config import Bce, Gbce, RecConfig, SampledSoftmax, Softmax
+from jaxops.tasks.seams import require_callable
 from jaxops.tasks.task import EvalBatches, Task
 
 BASELINES = ("most_popular", "item_knn")
+ITEMS = ("items", "targets", "target", "seen")
+"""The entries of a batch that hold item rows."""
 
 
 def build_objective(config: Any, model: SASRec) -> Objective:
     """The objective that the config names, for this model.
 
     Raises:
-      UserError: the user's factory raised, or returned nothing callable.
+      UserError: the user's factory returned nothing that can be called like an objective.
     """
     if isinstance(config, Softmax):
         return ranking.softmax(model)
@@ -43,11 +47,7 @@ def build_objective(config: Any, model: SASRec) -> Objective:
         return ranking.gbce_loss(model, config.negatives, config.t)
     assert isinstance(config, ByPath)
     objective = config.call(model)
-    if not callable(objective):
-        raise UserError(
-            f"objective {config.fn}: the factory must return a function (params, batch, key) -> Sums,"
-            f" it returned {type(objective).__name__}"
-        )
+    require_callable(f"objective {config.fn}: what the factory returned", objective, "params", "batch", "key")
     return objective
 
 
@@ -65,7 +65,8 @@ def build_rec(
     inter, split = data.inter, data.split
     length = config.model.length
     model = SASRec(config.model, inter.n_items)
-    source = SequenceSource(inter, split, length, config.run.seed)
+    windows = PackedSource if config.batch.pack else SequenceSource
+    source = windows(inter, split, length, config.run.seed)
     seen = seen_width(split.valid, split.test)
     queries = {"valid": split.valid, "test": split.test}
     evaluations = {
@@ -88,9 +89,14 @@ def build_rec(
         transform={"item_ids": np.asarray(inter.item_ids.values)},
         baselines=(lambda: _baselines(data, config.evaluate.metrics)) if config.evaluate.baselines else None,
     )
-    if config.evaluate.stop and "valid" not in evaluations:
-        raise UserError("evaluate.stop: the split has no validation queries to stop by")
+    _check_stop(config, evaluations)
     return task
+
+
+def _check_stop(config: RecConfig, evaluations: Mapping[str, Any]) -> None:
+    for path, value in (("evaluate.stop", config.evaluate.stop), ("checkpoint.best", config.checkpoint.best)):
+        if value is not None and "valid" not in evaluations:
+            raise UserError(f"{path}: there are no validation queries to go by; set {path}=null")
 
 
 def _metrics(config: RecConfig, model: SASRec) -> Callable[[Params, Mapping[str, Any]], Sums]:
@@ -140,11 +146,17 @@ def _own_source(
             f"data {config.data.fn}: what the factory returned ({type(source).__name__}) has no {', '.join(missing)};"
             f" a source has n_items, examples and batch(cursor, size)"
         )
+    for name in ("n_items", "examples"):
+        value = getattr(source, name)
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise UserError(f"data {config.data.fn}: {name}: expected a positive integer, got {value!r}")
+    require_callable(f"data {config.data.fn}: batch", source.batch, "cursor", "size")
     _check_batch(source, config)
     model = SASRec(config.model, int(source.n_items))
     evaluations: dict[str, Callable[[int], EvalBatches]] = {
         name: getattr(source, name) for name in ("valid", "test") if hasattr(source, name)
     }
+    _check_stop(config, evaluations)
     return Task(
         config=config,
         resolved=resolved,
@@ -162,20 +174,40 @@ def _own_source(
 
 
 def _check_batch(source: Any, config: RecConfig) -> None:
-    """Looks at the first batch of a user's source before anything is compiled."""
-    size, length = config.batch.global_, config.model.length
-    batch = source.batch(0, size)
-    want = {"id": (size,), "items": (size, length), "targets": (size, length), "weight": (size, length)}
-    wrong = [
-        f"{name}: expected {shape}, got {np.shape(batch[name]) if name in batch else 'nothing'}"
-        for name, shape in want.items()
-        if name not in batch or np.shape(batch[name]) != shape
-    ]
+    """Looks at the first batches of a user's source before anything is compiled."""
+    assert isinstance(config.data, ByPath)
+    size, length, name = config.batch.global_, config.model.length, f"data {config.data.fn}"
+    shapes = {"id": (size,), "items": (size, length), "targets": (size, length), "weight": (size, length)}
+    _check_arrays(f"{name}: batch(0, {size})", source.batch(0, size), shapes, source.n_items)
+    size = config.evaluate.batch
+    shapes = {"id": (size,), "items": (size, length), "target": (size,), "seen": (size, None), "weight": (size,)}
+    for part in (part for part in ("valid", "test") if hasattr(source, part)):
+        require_callable(f"{name}: {part}", getattr(source, part), "size")
+        first = next(iter(getattr(source, part)(size)), None)
+        if first is None:
+            raise UserError(f"{name}: {part}({size}) gave no batch; leave {part} out where there is none")
+        _check_arrays(f"{name}: {part}({size}): its first batch", first, shapes, source.n_items)
+
+
+def _check_arrays(what: str, batch: Any, shapes: Mapping[str, tuple[int | None, ...]], n_items: int) -> None:
+    """Names, shapes (None: any size), kinds and the range of items."""
+    if not isinstance(batch, Mapping):
+        raise UserError(f"{what}: expected a dict of arrays ({', '.join(shapes)}), got {type(batch).__name__}")
+    wrong = []
+    for name, shape in shapes.items():
+        if name not in batch:
+            wrong.append(f"no {name!r}{nearest(name, batch)}")
+            continue
+        array = np.asarray(batch[name])
+        fits = array.ndim == len(shape) and all(b in (None, a) for a, b in zip(array.shape, shape, strict=True))
+        integers = name != "weight"
+        if not fits or array.dtype.kind not in ("iu" if integers else "f"):
+            wanted = f"{'int32' if integers else 'float32'} {str(shape).replace('None', '*')}"
+            wrong.append(f"{name}: expected {wanted}, got {array.dtype} {array.shape}")
+        elif name in ITEMS and array.size and not 0 <= array.min() <= array.max() <= n_items:
+            wrong.append(f"{name}: expected 0 (padding) to n_items = {n_items}, got {array.min()} to {array.max()}")
     if wrong:
-        raise UserError(f"data {config.data.fn}: batch(0, {size}): {'; '.join(wrong)}")
-    top = max(int(np.max(batch["items"])), int(np.max(batch["targets"])))
-    if top > source.n_items or min(int(np.min(batch["items"])), int(np.min(batch["targets"]))) < 0:
-        raise UserError(f"data {config.data.fn}: items must be 0 (padding) to n_items = {source.n_items}, got {top}")
+        raise UserError(f"{what}: {'; '.join(wrong)}")
 
 
 def with_objective(task: Task, objective: Objective) -> Task:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxops.core.failures import UserError
 from jaxops.core.mesh import batch_shards
@@ -63,6 +63,16 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> tuple[Train
     return step, fresh
 
 
+def abstract(fresh: Callable[[], State], mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of what `fresh` would make; computes nothing. Inside `jax.set_mesh(mesh)`."""
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, jax.eval_shape(fresh))
+
+
 def accumulation_of(task: Task, mesh: Mesh) -> int:
     """Microbatches a step: what the config says; `auto` doubles them until the compiled step fits the device."""
     batch = task.config.batch
@@ -73,8 +83,7 @@ def accumulation_of(task: Task, mesh: Mesh) -> int:
     count = 1
     while limit and batch.global_ % (2 * count * batch_shards(mesh) * task.block) == 0:
         step, fresh = build_training(task, mesh, count)
-        state = jax.eval_shape(fresh)
-        program = step.programs(state, task.source.batch(0, batch.global_))[0]
+        program = step.programs(abstract(fresh, mesh), task.source.batch(0, batch.global_))[0]
         try:
             memory = program.fn.lower(*program.args).compile().memory_analysis()
             if memory.argument_size_in_bytes + memory.temp_size_in_bytes < 0.9 * limit:

@@ -558,7 +558,7 @@ def test_checksums_may_be_left_out(tmp_path):
 # Quiet
 
 
-def test_importing_is_cheap_and_orbax_says_nothing(tmp_path):
+def test_importing_is_cheap_and_orbax_says_nothing_but_a_lost_save_is_told(tmp_path):
     code = """
 import logging, sys
 logging.basicConfig(level=logging.INFO)
@@ -570,6 +570,11 @@ with Checkpoints(sys.argv[1]) as c:
     print(c.restore(1, {"w": jnp.ones(3)})["w"].sum())
 import absl.logging
 absl.logging.info("others may speak")
+forgotten = Checkpoints(sys.argv[1])
+from jaxops.core import manifest
+manifest.write = lambda *_: 1 / 0
+forgotten.save(2, {"w": jnp.ones(3)}, {})
+forgotten._thread.join()
 """
     root = pathlib.Path(__file__).parents[2]
     command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
@@ -578,3 +583,5 @@ absl.logging.info("others may speak")
     assert done.stdout.split() == ["False", "False", "3.0"]
     assert [line for line in done.stderr.splitlines() if "absl" in line] == ["INFO:absl:others may speak"]
     assert "orbax" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "/2 failed: ZeroDivisionError" in last and last.endswith("(Checkpoints.close() was not called)")
