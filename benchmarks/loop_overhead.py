@@ -42,7 +42,10 @@ def main() -> None:
         return {"w": jax.random.normal(key, (16, 8))}
 
     rng = np.random.default_rng(0)
-    batch = {"x": rng.normal(size=(8, 16)).astype(np.float32), "y": rng.normal(size=(8, 8)).astype(np.float32)}
+    batch = {
+        "x": rng.normal(size=(8, 16)).astype(np.float32),
+        "y": rng.normal(size=(8, 8)).astype(np.float32),
+    }
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         step = build_step(objective, tx, mesh)
         writer = JsonlWriter(Path(folder) / "metrics.jsonl")
@@ -76,7 +79,15 @@ def main() -> None:
             jax.block_until_ready(window)
             began = time.perf_counter()
             run_loop(
-                step, state, forever(each), mesh, start=0, cursor=0, steps=args.steps, batch_size=8, on_window=on_window
+                step,
+                state,
+                forever(each),
+                mesh,
+                start=0,
+                cursor=0,
+                steps=args.steps,
+                batch_size=8,
+                on_window=on_window,
             )
             return (time.perf_counter() - began) / args.steps * 1e6
 

@@ -48,7 +48,7 @@ def compare(
     batch_size: int = 32,
     steps: int = 5,
 ) -> list[Agreement]:
-    """Gradients and parameters of every layout against the first, with one microbatch; dropout and draws are on.
+    """Gradients and parameters of every layout against one device with one microbatch; dropout and draws are on.
 
     Raises:
       RuntimeError: fewer than eight devices (ask for them before the first computation: `use_cpu_devices(8)`).
@@ -56,15 +56,14 @@ def compare(
     if len(jax.devices()) < 8:
         raise RuntimeError("comparing layouts needs 8 devices: call jaxops.core.mesh.use_cpu_devices(8) first")
     batches = [task.source.batch(i * batch_size, batch_size) for i in range(steps)]
-    reference: tuple[PyTree, PyTree] | None = None
+    one = _run(task, LAYOUTS[0], 1, batches)
     out = []
     for layout in layouts:
         for accumulation in accumulations:
-            grads, params, reduction = _run(task, layout, accumulation, batches)
-            if reference is None:
-                reference = grads, params
-            gradient = _difference(grads, reference[0])
-            out.append(Agreement(layout, accumulation, reduction, gradient, _difference(params, reference[1])))
+            alone = layout == LAYOUTS[0] and accumulation == 1
+            grads, params, reduction = one if alone else _run(task, layout, accumulation, batches)
+            gradient, parameter = _difference(grads, one[0]), _difference(params, one[1])
+            out.append(Agreement(layout, accumulation, reduction, gradient, parameter))
     return out
 
 
@@ -136,9 +135,9 @@ def _gradients(task: Task, mesh: Any, accumulation: int, reduction: Any) -> Any:
 
 
 def _difference(a: PyTree, b: PyTree) -> float:
-    """The largest difference of any entry, over the largest entry of `b`; NaN where either is not finite."""
+    """The largest difference of any entry, over the largest entry of `b` if any is not zero; NaN if one is NaN."""
     pairs = [(x, y) for (_, x), (_, y) in zip(named_leaves(a), named_leaves(b), strict=True)]
-    largest = max(float(np.max(np.abs(y))) for _, y in pairs)
-    return float(np.max([np.max(np.abs(x - y)) for x, y in pairs])) / largest
+    largest = float(np.max([np.max(np.abs(y)) for _, y in pairs]))
+    return float(np.max([np.max(np.abs(x - y)) for x, y in pairs])) / (largest or 1.0)
 
 

@@ -51,7 +51,7 @@ def old_names() -> None:
     torch.load = lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": False})
 
 
-def settings(data: str, scratch: str, epochs: int, seed: int) -> dict[str, Any]:
+def settings(data: str, scratch: str, epochs: int, patience: int, seed: int) -> dict[str, Any]:
     """The comparison of issue 2: full softmax, every item ranked, leave-one-out ordered by time."""
     return {
         "data_path": data,
@@ -74,7 +74,7 @@ def settings(data: str, scratch: str, epochs: int, seed: int) -> dict[str, Any]:
         "train_batch_size": 256,
         "eval_batch_size": 256,
         "epochs": epochs,
-        "stopping_step": 10,
+        "stopping_step": patience,
         "valid_metric": "NDCG@10",
         "metrics": ["Hit", "NDCG", "MRR"],
         "topk": [TOP],
@@ -183,6 +183,7 @@ def start_line(
         "threads": args.threads,
         "as_shipped": args.as_shipped,
         "seed": args.seed,
+        "patience": args.patience,
         "prepare_s": round(prepare_s, 2),
         "targets_per_epoch": targets,
         "users": dataset.user_num - 1,
@@ -202,7 +203,7 @@ def train(args: argparse.Namespace, scratch: str, emit: Callable[[dict[str, Any]
 
     torch.autograd.set_detect_anomaly(args.as_shipped)
     started = time.perf_counter()
-    options = settings(scratch, scratch, args.epochs, args.seed)
+    options = settings(scratch, scratch, args.epochs, args.patience, args.seed)
     config = Config(model="SASRec", dataset="ml-100k", config_dict=options)
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
@@ -224,8 +225,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", help="folder with ml-100k.inter (default: the copy in RecBole's package)")
+    parser.add_argument("--epochs", type=int, default=300, help="at most so many (default: patience ends it)")
     parser.add_argument(
-        "--epochs", type=int, default=300, help="at most so many (default: patience 10 ends it)"
+        "--patience", type=int, default=10, help="epochs without a better NDCG@10 that end it"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=2024)

@@ -1,28 +1,19 @@
-"""The commands: each takes the parsed arguments, calls one function of the library, prints, and returns the status."""
+"""The commands: each takes the parsed arguments, calls one function of the library, prints, returns the status."""
 
 import argparse
-import json
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from rich.console import Console
-from rich.table import Table
-
+from jaxops.cli.printing import console, print_json
+from jaxops.cli.text import aligned, count, flow
 from jaxops.config.dump import diff as differences
 from jaxops.config.load import explain, from_dict
+from jaxops.config.shapes import ABSENT
 from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_OK, UserError
 from jaxops.tasks.build import build_task, load_config
-
-out = Console(highlight=False, soft_wrap=True)
-
-
-def _print_json(values: Any) -> int:
-    print(json.dumps(values, indent=1, default=str))
-    return EXIT_OK
 
 
 def train(args: argparse.Namespace) -> int:
@@ -33,7 +24,7 @@ def train(args: argparse.Namespace) -> int:
         return _smoke(args)
     run = fit(build_task(load_config(args.config, args.overrides)))
     if args.json:
-        _print_json({"dir": str(run.dir), **run.summary})
+        print_json({"dir": str(run.dir), **run.summary})
     return EXIT_INTERRUPTED if run.state == "interrupted" else EXIT_OK
 
 
@@ -46,11 +37,18 @@ def _smoke(args: argparse.Namespace) -> int:
         for steps in (2, 3):
             small = ["run.epochs=null", f"run.steps={steps}", f"run.dir={scratch}", "run.name=smoke"]
             small += ["evaluate.baselines=false", "evaluate.every=2", "run.log_every=1", "run.loggers=[]"]
-            run = fit(build_task(load_config(args.config, [*args.overrides, *small])))
+            small += ["optimizer.schedule.warmup=0", "run.profile=null"]  # a warm-up may not outlast the run
+            task = build_task(load_config(args.config, [*args.overrides, *small]))
+            print(f"smoke test: to step {steps}, evaluation, save ...", file=sys.stderr)
+            run = fit(task, quiet=True)
             if run.state != "finished":
                 return EXIT_INTERRUPTED
         load(run.dir)
-    out.print("smoke test passed: 2 steps, evaluation, save, restore, 1 more step")
+    device, seconds = run.summary["device"], run.summary["wall_s"]
+    if args.json:
+        print_json({"smoke": "passed", "device": device, "wall_s": seconds})
+    else:
+        print(f"smoke test passed: 2 steps, restore, 1 more on {device} in {seconds:.0f} s; nothing was kept")
     return EXIT_OK
 
 
@@ -62,8 +60,10 @@ def evaluate(args: argparse.Namespace) -> int:
     model = load(args.run, args.step)
     values = model.evaluate()
     if args.json:
-        return _print_json({"step": model.step, **values})
-    out.print(results_table({"name": f"{args.run}, step {model.step}", **values}, model.config.evaluate.metrics))
+        print_json({"step": model.step, **values})
+    else:
+        title = f"{args.run}, step {model.step}"
+        console().print(results_table({"name": title, **values}, model.config.evaluate.metrics))
     return EXIT_OK
 
 
@@ -71,17 +71,18 @@ def predict(args: argparse.Namespace) -> int:
     """`jaxops predict RUN USERS --top K --out OUT`."""
     from jaxops.tasks.trained import load
 
+    if args.top < 1:
+        raise UserError(f"--top: expected at least 1 item, got {args.top}")
     target = _target(args.out)
     model = load(args.run, args.step)
     given = model.histories(args.users)
     table = model.predict(given, args.top)
     _write_parquet(table, target)
-    notes = [f"{len(given.users):,} users, {len(table):,} rows -> {target}"]
+    print(f"{count(len(given.users), 'user')}, {count(len(table), 'row')} -> {target}")
     if given.unknown_users:
-        notes.append(f"{given.unknown_users:,} users left out: not in the run's data")
+        print(f"{count(given.unknown_users, 'user')} left out: the model knows nothing of what they did")
     if given.unknown_items:
-        notes.append(f"{given.unknown_items:,} events left out: items that the model does not know")
-    out.print("; ".join(notes))
+        print(f"{count(given.unknown_items, 'event')} left out: items that the model does not know")
     return EXIT_OK
 
 
@@ -92,16 +93,16 @@ def export(args: argparse.Namespace) -> int:
     target = _target(args.out)
     table = load(args.run, args.step).item_vectors()
     _write_parquet(table, target)
-    out.print(f"{len(table):,} item vectors -> {target}")
+    print(f"{count(len(table), 'item vector')} -> {target}")
     return EXIT_OK
 
 
 def _target(path: str) -> Path:
     """The file to write: the path itself if it ends in .parquet, else part-00000.parquet in that folder."""
     target = Path(path)
-    if target.suffix != ".parquet":
+    if target.suffix != ".parquet" or target.is_dir():
         if target.is_file():
-            raise UserError(f"--out {target} is a file that does not end in .parquet")
+            raise UserError(f"{target} is a file: give a folder, or a file that ends in .parquet")
         target = target / "part-00000.parquet"
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -124,21 +125,20 @@ def config(args: argparse.Namespace) -> int:
         a, b = (_resolved(name) for name in args.diff)
         rows = differences(a, b)
         if args.json:
-            return _print_json([{"path": path, "a": old, "b": new} for path, old, new in rows])
-        for path, old, new in rows:
-            out.print(f"{path}: {old!r} -> {new!r}", markup=False)
-        if not rows:
-            out.print("no difference")
+            sides = [{"path": path, "a": old, "b": new} for path, old, new in rows]
+            print_json([{name: value for name, value in row.items() if value is not ABSENT} for row in sides])
+        else:
+            lines = aligned([(path, flow(old), "->", flow(new)) for path, old, new in rows])
+            print("\n".join(lines) if rows else "no difference")
         return EXIT_OK
     if not args.config:
         raise UserError("config: name a config, or two with --diff")
     loaded = load_config(args.config, args.overrides)
     if args.json:
-        return _print_json(loaded.resolved)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for path, value, origin in explain(loaded):
-        table.add_row(path, yaml.safe_dump(value, default_flow_style=True).split("\n...")[0].strip(), f"# {origin}")
-    out.print(table)
+        print_json(loaded.resolved)
+    else:
+        rows = [(path, flow(value), f"# {origin}") for path, value, origin in explain(loaded)]
+        print("\n".join(aligned(rows)))
     return EXIT_OK
 
 
@@ -152,6 +152,7 @@ def _resolved(name: str) -> dict[str, Any]:
 def shardings(args: argparse.Namespace) -> int:
     """`jaxops shardings CONFIG`: parameter, shape, spec, bytes a device."""
     import dataclasses
+    import math
 
     from jaxops.core.mesh import describe_devices, make_mesh
     from jaxops.core.sharding import place
@@ -160,18 +161,25 @@ def shardings(args: argparse.Namespace) -> int:
     mesh = make_mesh(**dataclasses.asdict(task.config.mesh))
     placed = place(task.model.shapes, task.rules, mesh)
     if args.json:
-        rows = [{**dataclasses.asdict(p), "spec": [axis for axis in p.spec]} for p in placed]
-        return _print_json({"mesh": dict(mesh.shape), "parameters": rows})
-    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    table = Table(title=f"{describe_devices(mesh)}: {axes}")
-    for name in ("parameter", "shape", "spec", "bytes a device", "dropped"):
-        table.add_column(name, justify="right" if name.startswith("bytes") else "left")
+        rows = [{**dataclasses.asdict(p), "spec": list(p.spec)} for p in placed]
+        print_json({"mesh": dict(mesh.shape), "parameters": rows})
+        return EXIT_OK
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    table = [("parameter", "shape", "spec", "bytes a device", "dropped")]
     for p in placed:
-        spec = ", ".join("-" if axis is None else str(axis) for axis in p.spec) or "replicated"
-        table.add_row(p.path, str(p.shape), spec, f"{p.bytes_per_device:,}", "; ".join(p.dropped))
-    table.add_row("total", "", "", f"{sum(p.bytes_per_device for p in placed):,}", "")
-    out.print(table)
+        shape = " x ".join(map(str, p.shape))
+        table.append((p.path, shape, _spec(p.spec), f"{p.bytes_per_device:,}", "; ".join(p.dropped)))
+    entries = f"{sum(math.prod(p.shape) for p in placed):,}"
+    table.append(("total", entries, "", f"{sum(p.bytes_per_device for p in placed):,}", ""))
+    print(f"{describe_devices(mesh)}: {axes}; the parameters as they are stored")
+    print("\n".join(aligned(table, right=(3,))))
     return EXIT_OK
+
+
+def _spec(spec: Any) -> str:
+    """The mesh axes of each dimension: `fsdp, -, tensor`."""
+    named = ["-" if axis is None else axis if isinstance(axis, str) else "+".join(axis) for axis in spec]
+    return ", ".join(named) or "replicated"
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -180,13 +188,13 @@ def doctor(args: argparse.Namespace) -> int:
 
     report = examine()
     if args.json:
-        return _print_json(report)
-    for name, value in report["facts"].items():
-        out.print(f"{name:<22}{value}", markup=False)
+        print_json(report)
+        return EXIT_OK
+    print("\n".join(aligned(list(report["facts"].items()))))
     for problem in report["problems"]:
-        out.print(f"! {problem}", style="bold red", markup=False)
+        console().print(f"! {problem}", style="bold red", markup=False)
     if not report["problems"]:
-        out.print("nothing is wrong")
+        print("nothing is wrong")
     return EXIT_OK
 
 
@@ -198,11 +206,14 @@ def data(args: argparse.Namespace) -> int:
 def _data_list(args: argparse.Namespace) -> int:
     from jaxops.data import sources
 
-    named = sources.list_sources()
+    named = [(source, str(source.path) if source.path.exists() else None) for source in sources.list_sources()]
     if args.json:
-        return _print_json([{"name": s.name, "title": s.title, "licence": s.licence} for s in named])
-    for source in named:
-        out.print(f"{source.name:<18}{source.title}\n{'':<18}{source.licence}", markup=False)
+        return print_json([{"name": s.name, "title": s.title, "licence": s.licence, "path": path} for s, path in named])
+    lines = []
+    for source, path in named:
+        here = path or f"not fetched yet: jaxops data get {source.name}"
+        lines += [(source.name, source.title), ("", source.licence), ("", here)]
+    print("\n".join(aligned(lines)))
     return EXIT_OK
 
 
@@ -212,8 +223,9 @@ def _data_get(args: argparse.Namespace) -> int:
     source = sources.find_source(args.name)
     path = sources.get(args.name)
     if args.json:
-        return _print_json({"name": source.name, "path": str(path), "licence": source.licence})
-    out.print(f"{source.title}\n{source.licence}\n{path}", markup=False)
+        print_json({"name": source.name, "path": str(path), "licence": source.licence})
+    else:
+        print(f"{source.title}\n{source.licence}\n{path}")
     return EXIT_OK
 
 
@@ -222,9 +234,9 @@ def _data_config(args: argparse.Namespace) -> Any:
     from jaxops.data import sources
 
     if args.config in {source.name for source in sources.list_sources()}:
-        values = {"task": "rec", "data": {"kind": args.config}, "run": {"steps": 1}}
         from jaxops.tasks.config import SCHEMAS
 
+        values = {"task": "rec", "data": {"kind": args.config}, "run": {"steps": 1}}
         return from_dict(SCHEMAS, values, args.overrides, source="data inspect").config.data
     found = load_config(args.config, args.overrides).config.data
     if isinstance(found, ByPath):
@@ -233,14 +245,19 @@ def _data_config(args: argparse.Namespace) -> Any:
 
 
 def _data_build(args: argparse.Namespace) -> int:
-    from jaxops.data.cache import build
+    from jaxops.data.cache import ensure
     from jaxops.data.spec import InteractionsFile
 
     found = _data_config(args)
-    if not isinstance(found, InteractionsFile) or not found.cache:
-        raise UserError("data build: set data.kind=interactions and data.cache to the folder to build")
-    build(found, found.cache)
-    out.print(f"built {found.cache}", markup=False)
+    if not isinstance(found, InteractionsFile):
+        raise UserError(f"data build: data.kind is {found.kind}; a cache is built of kind interactions only")
+    if not found.cache:
+        raise UserError("data build: data.cache is not set; give the folder to build in (data.cache=DIR)")
+    folder = ensure(found, found.cache)
+    if args.json:
+        print_json({"cache": str(folder)})
+    else:
+        print(f"built: {folder}")
     return EXIT_OK
 
 
@@ -250,13 +267,7 @@ def _data_inspect(args: argparse.Namespace) -> int:
 
     info = inspect(open_data(_data_config(args)))
     if args.json:
-        return _print_json(info)
-    for what, how_much in _rows(describe(info)):
-        out.print(f"{what:<22}{how_much}", markup=False)
+        print_json(info)
+    else:
+        print("\n".join(aligned(describe(info))))
     return EXIT_OK
-
-
-def _rows(rows: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    for what, text in rows:
-        for number, line in enumerate(text.splitlines() or [""]):
-            yield ("" if number else what), line

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxops.core.cache import cache_root
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy")
+PACKAGES = ("jaxops", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy")
 
 
 def examine() -> dict[str, Any]:

@@ -1,39 +1,65 @@
 """`jaxops ...`: parse, call one function, print.
 
 Exit status: 0 done; 1 the run failed (non-finite loss, out of memory, an error in code); 2 the input is wrong and
-nothing was written; 75 interrupted and saved, the same command resumes; 130 a second Ctrl-C.
+nothing was written; 75 interrupted and saved, the same command resumes; 130 stopped at once (a second Ctrl-C, or
+one before there was anything to save).
 """
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
+from jaxops.cli import runs
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, RunFailed, UserError, nearest
 
 EPILOG = """exit status: 0 done, 1 the run failed, 2 wrong input (nothing was written), 75 interrupted and saved (the
-same command resumes)"""
+same command resumes), 130 stopped at once"""
+EXIT_STOPPED = 130
+OVERRIDE = "a.b=VALUE"
 
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose unknown commands and flags name the nearest right one."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
-        if "invalid choice: " in message:
-            given = message.split("invalid choice: ")[1].split("'")[1]
-            message += nearest(given, commands(self))
-        self.print_usage(sys.stderr)
-        raise UserError(message)
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        match = re.search(r"argument (?:COMMAND|ACTION): invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if match:
+            known = match[2].replace("'", "").split(", ")
+            message = f"no command {match[1]!r}{nearest(match[1], known)} (known: {', '.join(known)})"
+        message = message.replace(f", {OVERRIDE}", "")  # argparse calls an empty list of overrides missing
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
-def commands(parser: argparse.ArgumentParser) -> list[str]:
-    """The names of a parser's subcommands."""
-    return [
-        name
-        for action in parser._actions
-        if isinstance(action, argparse._SubParsersAction)
-        for name in action.choices
-    ]
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one command; overrides may also follow a flag.
+
+    Raises:
+      UserError: an unknown command or flag (with the nearest right one), or one too few or too many.
+    """
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    for action in ("command", "action"):
+        if (name := getattr(args, action, None)) is not None:
+            parser = _subparser(parser, name)
+    flags = [arg.partition("=")[0] for arg in rest if arg.startswith("-")]
+    if flags:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        parser.error(f"no flag {flags[0]}{nearest(flags[0], known)} (known: {', '.join(known)})")
+    if rest and not hasattr(args, "overrides"):
+        parser.error(f"unexpected {', '.join(map(repr, rest))}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def _subparser(parser: Parser, name: str) -> Parser:
+    return next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices[name]
 
 
 def _parser() -> Parser:
@@ -45,7 +71,7 @@ def _parser() -> Parser:
         made = sub.add_parser(name, help=text, description=text, epilog=EPILOG)
         if config:
             made.add_argument("config", help="a YAML file, or the name of a shipped config (rec/movielens_sasrec)")
-            made.add_argument("overrides", nargs="*", metavar="a.b=VALUE", help="override a field, in YAML")
+            made.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="override a field, in YAML")
         if run:
             made.add_argument("run", help="the folder of a run")
         if as_json:
@@ -68,7 +94,7 @@ def _parser() -> Parser:
     export.add_argument("--step", type=int, help="the checkpoint of this step")
     config = command("config", "Print the resolved config and where each value comes from.", as_json=True)
     config.add_argument("config", nargs="?", help="a YAML file or the name of a shipped config")
-    config.add_argument("overrides", nargs="*", metavar="a.b=VALUE")
+    config.add_argument("overrides", nargs="*", metavar=OVERRIDE)
     config.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what differs between two configs or run folders")
     command("shardings", "Where every parameter lies on the mesh.", config=True, as_json=True)
     command("doctor", "What this machine has and what is wrong with it.", as_json=True)
@@ -85,8 +111,9 @@ def _parser() -> Parser:
     ):
         made = data_sub.add_parser(name, help=text, description=text)
         made.add_argument("config", help="a YAML file, the name of a shipped config, or of a named data set")
-        made.add_argument("overrides", nargs="*", metavar="a.b=VALUE")
+        made.add_argument("overrides", nargs="*", metavar=OVERRIDE)
         made.add_argument("--json", action="store_true")
+    runs.add_commands(sub)
     return parser
 
 
@@ -95,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     trace = "--traceback" in argv or bool(os.environ.get("JAXOPS_TRACEBACK"))
     try:
-        args = _parser().parse_args([arg for arg in argv if arg != "--traceback"])
+        args = parse([arg for arg in argv if arg != "--traceback"])
         _prepare(args)
         return _run(args) or EXIT_OK
     except UserError as error:
@@ -108,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"jaxops: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("jaxops: stopped", file=sys.stderr)
+        return EXIT_STOPPED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
@@ -129,6 +159,8 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command in runs.COMMANDS:
+        return getattr(runs, args.command)(args)
     # Imported here: `jaxops --help` must not wait for jax.
     from jaxops.cli import commands as run
 

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from jaxops.core.failures import RunFailed
 from jaxops.core.mesh import serialise_dispatch
-from jaxops.core.sharding import named_leaves
 from jaxops.core.state import State
 from jaxops.core.step import NonFinite, Step
 from jaxops.core.sums import LOSS, Sum, Sums, finalize
@@ -24,19 +23,23 @@ Batch = Mapping[str, Any]
 
 @dataclasses.dataclass
 class Snapshot:
-    """What a hook sees: the step just finished, the next example's cursor, the newest metrics, the state.
+    """What a hook sees: the step just finished, the next example's cursor, the state, and metrics if it looks.
 
     `state` is donated to the next step: use it inside the hook, do not keep it. Set `stop` to a reason to end the run.
-    `flush()` closes the open window and delivers all closed ones: what is saved at this step then has its metrics
-    on record, and a run resumed from it continues them without a gap.
+    `flush()` waits for the device, delivers every window up to this step and returns the newest values. A hook that
+    takes long or saves calls it first: the steps before it are then on record, and its own time is nobody's.
     """
 
     step: int
     cursor: int
     state: State
-    metrics: dict[str, Any]
+    flush: Callable[[], dict[str, Any]] = dict
     stop: str | None = None
-    flush: Callable[[], None] = lambda: None
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The values of the window that ends at this step; looking at them flushes."""
+        return self.flush()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,23 +63,71 @@ def every(steps: int, fn: Callable[[Snapshot], None]) -> Hook:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A closed window of steps (first, last], its sums (on the device until fetched) and when it was closed."""
+    """A closed window of steps (first, last], its sums (on the device until fetched) and the seconds it took.
+
+    `timed` steps took them: the first step of a process compiles and is left out.
+    """
 
     first: int
     last: int
     sums: Sums
     seconds: float
+    timed: int
 
     def values(self, batch_size: int, loss_weights: Mapping[str, float]) -> dict[str, Any]:
         """Host values: the objective's metrics, `loss`, examples and counted targets a second."""
         sums = jax.device_get(self.sums)
         out = finalize(sums)
-        counts = [float(s.count) for name, s in sums.items() if name.startswith(LOSS) and isinstance(s, Sum)]
-        out["targets_per_s"] = max(counts) / self.seconds
-        out["loss"] = sum(loss_weights.get(name, 1.0) * v for name, v in out.items() if name.startswith(LOSS))
-        out["examples_per_s"] = (self.last - self.first) * batch_size / self.seconds
-        out["step_ms"] = 1e3 * self.seconds / (self.last - self.first)
+        counts = {n: float(s.count) for n, s in sums.items() if n.startswith(LOSS) and isinstance(s, Sum)}
+        each = self.seconds / self.timed
+        out["targets_per_s"] = max(counts.values(), default=0.0) / (self.last - self.first) / each
+        terms = [loss_weights.get(name, 1.0) * out[name] for name, count in counts.items() if count]
+        out["loss"] = sum(terms) if terms else float("nan")
+        out["examples_per_s"] = batch_size / each
+        out["step_ms"] = 1e3 * each
         return out
+
+
+class _Windows:
+    """Windows on their way to `on_window`, and the clock between them.
+
+    A window ends when its sums are ready. Where the device is behind, that is seen at the next boundary, when they
+    are fetched; where it is not, at once. So neither running ahead nor waiting falsifies a rate.
+    """
+
+    def __init__(self, start: int, on_window: Callable[[Window], dict[str, Any]]):
+        self._on_window = on_window
+        self._opened, self._clock = start, time.perf_counter()
+        self._untimed = 0
+        self._closed: list[tuple[int, int, Sums, float | None]] = []
+        self._values: dict[str, Any] = {}
+
+    def compiled(self, window: int) -> None:
+        """The first step is done: the clock begins after it, unless it is a window of its own."""
+        if window > 1:
+            self._untimed, self._clock = 1, time.perf_counter()
+
+    def close(self, at: int, sums: Sums | None) -> None:
+        if sums is not None and at > self._opened:
+            self._closed.append((self._opened, at, sums, time.perf_counter() if _ready(sums) else None))
+        self._opened = at
+
+    def deliver(self, keep: int = 0) -> dict[str, Any]:
+        """Fetches all but the newest `keep` closed windows; the newest values."""
+        while len(self._closed) > keep:
+            first, last, sums, ended = self._closed.pop(0)
+            if ended is None:
+                jax.block_until_ready(sums)
+                ended = time.perf_counter()
+            seconds, self._clock = max(ended - self._clock, 1e-9), ended
+            timed, self._untimed = max(last - first - self._untimed, 1), 0
+            self._values = self._on_window(Window(first, last, sums, seconds, timed))
+        return self._values
+
+    def hooks_done(self, at: int) -> None:
+        """Where a hook flushed, nothing is under way: the next window begins now."""
+        if not self._closed and self._opened == at:
+            self._clock = time.perf_counter()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +138,11 @@ class Ended:
     step: int
     cursor: int
     reason: str
+
+
+def _ready(sums: Sums) -> bool:
+    """Whether the device is done with them; never waits."""
+    return all(leaf.is_ready() for leaf in jax.tree.leaves(sums) if isinstance(leaf, jax.Array))
 
 
 def check_finite(values: dict[str, Any], window: Window, policy: NonFinite) -> None:
@@ -101,8 +157,8 @@ def check_finite(values: dict[str, Any], window: Window, policy: NonFinite) -> N
     if count and policy == "raise":
         raise RunFailed(
             f"loss or gradient is not finite at step {int(-first) + 1} ({count} of steps {window.first + 1} to"
-            f" {window.last}); the parameters were left as they were before it. Lower optimizer.lr, set"
-            f" optimizer.clip, look at the batch, or set nonfinite: skip"
+            f" {window.last}); the parameters were left as they were before it. Look at the batch; lower"
+            f" optimizer.lr, set optimizer.clip or nonfinite: skip in another run (init_from takes parameters over)"
         )
     values["skipped"] = count
 
@@ -127,74 +183,50 @@ def run_loop(
     Args:
       batches: one global batch a step, from `cursor` on.
       window: steps between fetches of metrics; the window fetched is the previous one.
-      on_window: gets each closed window, one boundary late, and returns the values hooks see as `metrics`.
+      on_window: gets each closed window, one boundary late or when a hook flushes, and returns the values hooks see.
       poll: asked before every step; true ends the loop as `interrupted`.
 
-    Raises:
-      RunFailed: the device ran out of memory, or `on_window` raised it.
+    A hook's error passes through, after the windows before it are delivered.
     """
     wait = serialise_dispatch(mesh)
-    at, metrics = start, {}
+    at = start
     sums: Sums | None = None
-    opened, opened_at = start, time.perf_counter()
-    pending: list[Window] = []
+    windows = _Windows(start, on_window)
 
-    def close() -> None:
-        nonlocal sums, opened, opened_at
-        now = time.perf_counter()
-        if sums is not None and at > opened:
-            pending.append(Window(opened, at, sums, now - opened_at))
-        sums, opened, opened_at = None, at, now
-
-    def flush() -> None:
-        nonlocal metrics
-        close()
-        while pending:
-            metrics = on_window(pending.pop(0))
+    def flush() -> dict[str, Any]:
+        nonlocal sums
+        windows.close(at, sums)
+        sums = None
+        return windows.deliver()
 
     def end(reason: str) -> Ended:
         flush()
         return Ended(state, at, cursor + (at - start) * batch_size, reason)
 
-    try:
-        while at < steps and not poll():
-            due = min((at // n + 1) * n for n in (window, *(hook.every for hook in hooks)))
-            for _ in range(min(due, steps) - at):
-                state, sums = step(state, next(batches), sums, poll)  # type: ignore[arg-type]
-                at += 1
-                if wait:
-                    jax.block_until_ready(sums)
-                if poll():
-                    break
-            if at % window == 0:
-                if pending:
-                    metrics = on_window(pending.pop(0))
-                close()
-            snapshot = Snapshot(at, cursor + (at - start) * batch_size, state, metrics, flush=flush)
+    while at < steps and not poll():
+        due = min((at // n + 1) * n for n in (window, *(hook.every for hook in hooks)))
+        for _ in range(min(due, steps) - at):
+            state, sums = step(state, next(batches), sums, poll)  # type: ignore[arg-type]
+            at += 1
+            if wait or at == start + 1:
+                jax.block_until_ready(sums)
+            if at == start + 1:
+                windows.compiled(window)
+            if poll():
+                break
+        if at % window == 0:
+            windows.close(at, sums)
+            sums = None
+            windows.deliver(keep=1)
+        snapshot = Snapshot(at, cursor + (at - start) * batch_size, state, flush)
+        try:
             for hook in hooks:
                 if at % hook.every == 0 and not poll():
-                    before = time.perf_counter()  # a hook's time is not the window's
                     hook.fn(snapshot)
-                    opened_at += time.perf_counter() - before
-            if snapshot.stop:
-                return end(snapshot.stop)
-        return end("finished" if at >= steps else "interrupted")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
-            raise RunFailed(out_of_memory(state, at)) from error
-        raise
-
-
-def out_of_memory(state: State, step: int) -> str:
-    """A message with bytes by group and the settings that would help."""
-    lines = [f"out of device memory at step {step + 1}. The state takes, over all devices:"]
-    for name in ("params", "frozen", "tables", "opt_state", "extra"):
-        size = sum(leaf.size * leaf.dtype.itemsize for _, leaf in named_leaves(getattr(state, name)))
-        if size:
-            lines.append(f"  {name:<10} {size / 2**20:10.1f} MiB")
-    lines.append(
-        "The rest is activations and temporaries. What would help, cheapest first: a smaller batch.microbatch (the"
-        " update stays the same), model.remat=full, precision.compute=bfloat16, mesh.fsdp=-1 with mesh.data=1 (shards"
-        " parameters and optimizer), optimizer.kind=adafactor."
-    )
-    return "\n".join(lines)
+        except Exception:
+            flush()
+            raise
+        windows.hooks_done(at)
+        if snapshot.stop:
+            return end(snapshot.stop)
+    return end("finished" if at >= steps else "interrupted")

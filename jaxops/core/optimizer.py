@@ -30,7 +30,7 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear:
-    """Linear warm-up, then linear decay to `end` times the learning rate at the last step."""
+    """Linear warm-up, then linear decay that would reach `end` times the learning rate one step after the last."""
 
     kind: Literal["linear"] = "linear"
     warmup: int = 0
@@ -169,8 +169,8 @@ def build_schedule(config: Common, steps: int) -> Callable[[Array], Array]:
     elif isinstance(plan, WarmupCosine):
         after = optax.cosine_decay_schedule(lr, body, plan.end)
     else:
-        fall = max(round(steps * plan.decay), 1)
-        after = optax.linear_schedule(lr, lr * plan.end, fall, transition_begin=max(body - fall, 0))
+        fall = min(max(round(steps * plan.decay), 1), body)
+        after = optax.linear_schedule(lr, lr * plan.end, fall, transition_begin=body - fall)
     if not plan.warmup:
         return after
     # (step + 1) / warmup: the first update already moves, the warmup-th has the full rate
@@ -207,25 +207,46 @@ def build_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformati
         parts.append(_muon(config))
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, decayed))
+    if isinstance(config, Muon) and config.adam_lr is not None:
+        parts.append(_scale_adam(config, config.adam_lr / config.lr))  # after the decay: it goes at adam_lr as well
     parts.append(optax.scale_by_learning_rate(schedule))
     if config.lr_multipliers:
         parts.append(_multiply(dict(config.lr_multipliers)))
     return optax.chain(*parts)
 
 
+def _is_matrix(config: Muon, path: str, x: Array) -> bool:
+    return x.ndim == 2 and not _matches(config.adam, path)
+
+
 def _muon(config: Muon) -> optax.GradientTransformation:
-    """Muon's directions for matrices and Adam's for the rest, the latter scaled by adam_lr / lr."""
-    ratio = 1.0 if config.adam_lr is None else config.adam_lr / config.lr
+    """Muon's directions for matrices, scaled by sqrt(max(1, fan out / fan in)) as published, and Adam's for the rest."""
 
     def label(params: PyTree) -> PyTree:
-        return map_named(lambda path, x: "muon" if x.ndim == 2 and not _matches(config.adam, path) else "adam", params)
+        return map_named(lambda path, x: "muon" if _is_matrix(config, path, x) else "adam", params)
 
     def matrices(updates: PyTree) -> PyTree:  # optax 0.2.8 fails without: its default of None is no tree
         return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(0, 1), updates)
 
-    muon = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=matrices)
-    adam = optax.chain(optax.scale_by_adam(config.b1, config.b2), optax.scale(ratio))
-    return optax.partition({"muon": muon, "adam": adam}, label)
+    def scaled(updates: PyTree, params: PyTree) -> PyTree:
+        del params
+        return jax.tree.map(lambda u: u * max(1.0, u.shape[1] / u.shape[0]) ** 0.5, updates)
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=matrices),
+        optax.stateless(scaled),
+    )
+    return optax.partition({"muon": muon, "adam": optax.scale_by_adam(config.b1, config.b2)}, label)
+
+
+def _scale_adam(config: Muon, ratio: float) -> optax.GradientTransformation:
+    """Scales the updates of what Muon leaves to Adam."""
+
+    def scaled(updates: PyTree, params: PyTree) -> PyTree:
+        del params
+        return map_named(lambda path, u: u if _is_matrix(config, path, u) else u * ratio, updates)
+
+    return optax.stateless(scaled)
 
 
 def _multiply(multipliers: dict[str, float]) -> optax.GradientTransformation:
@@ -250,16 +271,22 @@ def _multiply(multipliers: dict[str, float]) -> optax.GradientTransformation:
         del params
         return map_named(lambda path, u: u * jnp.asarray(factor(path), u.dtype), updates), state
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(init, update)
 
 
 def ema(decay: float) -> Extra:
-    """An exponential moving average of the parameters: min(decay, (1 + t) / (10 + t)), so early steps are not stale."""
+    """An exponential moving average of the parameters, in float32: a bfloat16 average would not move.
+
+    The rate is min(decay, (1 + t) / (10 + t)), so early averages are not stale.
+    """
+
+    def wide(params: Params) -> Params:
+        return jax.tree.map(lambda p: jnp.copy(p).astype(jnp.float32), params)
 
     def update(average: Params, params: Params, sums: Sums, step: Array) -> Params:
         del sums
         t = step.astype(jnp.float32)
         rate = jnp.minimum(decay, (1 + t) / (10 + t))
-        return jax.tree.map(lambda a, p: a + (1 - rate).astype(a.dtype) * (p - a), average, params)
+        return jax.tree.map(lambda a, p: a + (1 - rate) * (p.astype(jnp.float32) - a), average, params)
 
-    return Extra(init=lambda params: jax.tree.map(jnp.copy, params), update=update)
+    return Extra(init=wide, update=update)

@@ -9,15 +9,15 @@ import contextvars
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jaxops.core.failures import UserError
-from jaxops.core.mesh import BATCH_AXES
+from jaxops.core.failures import UserError, nearest
+from jaxops.core.mesh import AXES, BATCH_AXES
 
 Axes = str | tuple[str, ...] | None
 Rule = tuple[str, tuple[Axes, ...]]
@@ -86,13 +86,36 @@ def _fit(shape: tuple[int, ...], axes: Sequence[Axes], mesh: Any) -> tuple[Parti
     return PartitionSpec(*entries), tuple(dropped)
 
 
+def axes_in(spec: Iterable[Axes]) -> list[str]:
+    """The mesh axes that a spec or a rule's axes name, in order."""
+    return [axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+
+
+def _check_rule(rule: Rule) -> None:
+    pattern, axes = rule
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"sharding: {pattern!r} is not a regular expression: {error}") from error
+    named = axes_in(axes)
+    for axis in named:
+        if axis not in AXES:
+            raise UserError(
+                f"sharding: rule {rule} names no mesh axis: {axis} (known: {', '.join(AXES)}){nearest(axis, AXES)}"
+            )
+        if named.count(axis) > 1:
+            raise UserError(f"sharding: rule {rule} names {axis} twice: it can divide one dimension only")
+
+
 def place(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> list[Placement]:
     """The placement of every parameter (arrays or ShapeDtypeStructs), in tree order.
 
     Raises:
-      UserError: a rule names an axis that does not exist or more dimensions than the parameter has, or a parameter
-        of at least `LARGE` entries matches no rule.
+      UserError: a rule is no regular expression, names an axis that does not exist, an axis twice or more dimensions
+        than the parameter has, or a parameter of at least `LARGE` entries matches no rule.
     """
+    for rule in rules:
+        _check_rule(rule)
     out = []
     for path, leaf in named_leaves(params):
         shape = tuple(leaf.shape)
@@ -107,15 +130,8 @@ def place(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> list[Placement]:
             raise UserError(
                 f"sharding: rule {rule} has {len(axes)} dimensions, parameter {path} has {len(shape)}"
             )
-        for axis in (a for entry in axes for a in ((entry,) if isinstance(entry, str) else entry or ())):
-            if axis not in mesh.shape:
-                raise UserError(
-                    f"sharding: rule {rule} names no mesh axis: {axis} (known: {', '.join(mesh.shape)})"
-                )
         spec, dropped = _fit(shape, axes, mesh)
-        shards = math.prod(
-            mesh.shape[a] for entry in spec for a in ((entry,) if isinstance(entry, str) else entry or ())
-        )
+        shards = math.prod(mesh.shape[axis] for axis in axes_in(spec))
         size = math.prod(shape) * leaf.dtype.itemsize // shards
         out.append(Placement(path, shape, str(leaf.dtype), spec, dropped, size))
     return out
@@ -129,7 +145,18 @@ def shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> PyTree:
 
 @contextlib.contextmanager
 def logical_axes(rules: Mapping[str, Axes]) -> Iterator[None]:
-    """While tracing inside: `constrain` maps its names by `rules` (over the defaults)."""
+    """While tracing inside: `constrain` maps its names by `rules` (over the defaults).
+
+    Raises:
+      UserError: a name is mapped to an axis that does not exist.
+    """
+    for name, axes in rules.items():
+        for axis in axes_in((axes,)):
+            if axis not in AXES:
+                raise UserError(
+                    f"sharding: logical name {name!r} names no mesh axis: {axis}{nearest(axis, AXES)}"
+                    f" (known: {', '.join(AXES)})"
+                )
     token = _logical.set({**LOGICAL, **rules})
     try:
         yield

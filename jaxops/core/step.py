@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxops.core.accumulate import Batch, Objective, build_gradients, choose_reduction, zeros_like_sums
 from jaxops.core.mesh import batch_axes, batch_sharding
-from jaxops.core.sharding import Axes, Rule, logical_axes, shardings
+from jaxops.core.sharding import Axes, Rule, axes_in, logical_axes, shardings
 from jaxops.core.state import Params, State, join, split
-from jaxops.core.sums import Max, Sum, Sums, merge
+from jaxops.core.sums import LOSS, Max, Sum, Sums, merge
 
 NonFinite = Literal["raise", "skip"]
 
@@ -211,7 +211,7 @@ def build_step(
     """
     extras = extras or {}
     if replicated is None:
-        replicated = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1 or not rules
+        replicated = all(mesh.shape.get(axis, 1) == 1 for _, axes in rules or () for axis in axes_in(axes))
     reduction = choose_reduction(
         dict(mesh.shape), replicated=replicated, accumulation=accumulation, tables=tables is not None
     )
@@ -233,10 +233,10 @@ def build_step(
         if clip is not None:
             scale = clip / jnp.maximum(norm, clip)
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        finite = jnp.isfinite(norm)
-        for entry in sums.values():
-            if isinstance(entry, Sum):
-                finite &= jnp.all(jnp.isfinite(entry.total))
+        finite = jnp.isfinite(norm) & jnp.isfinite(global_norm(row_grads))
+        for name, entry in sums.items():
+            if name.startswith(LOSS) and isinstance(entry, Sum):
+                finite &= jnp.isfinite(entry.total)
 
         def transform(*args: PyTree) -> PyTree:
             with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion

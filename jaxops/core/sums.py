@@ -37,7 +37,8 @@ class Sum:
     def of(cls, values: Array, weight: Array | None = None) -> "Sum":
         """Sum of `values` and of `weight` over all entries; `weight` (default one) broadcasts to `values`.
 
-        Entries of weight zero are left out even when their value is not finite (padding may hold anything).
+        Entries of weight zero are left out even when their value is not finite (padding may hold anything). Their
+        gradient is zero where the derivative of the value is finite; 0 x NaN stays NaN.
         """
         values = jnp.asarray(values).astype(jnp.float32)
         if weight is None:

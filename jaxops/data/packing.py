@@ -98,7 +98,7 @@ def pack(
     rows: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
     for widest in range(length, 0, -1):
-        groups = [(int(left[widest]), length - widest, (widest,))]
+        groups: list[tuple[int, int, tuple[int, ...]]] = [(int(left[widest]), length - widest, (widest,))]
         left[widest] = 0
         while groups:
             many, room, held = groups.pop()

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxops.core.random import dropout, example_keys
 from jaxops.core.sharding import Rule, constrain
 from jaxops.models.functional import Functional, Params
-from jaxops.models.transformer import BLOCK_RULES, Block
+from jaxops.models.transformer import BLOCK_RULES, Block, LayerNorm
 
 PAD_ROWS = 128
 
@@ -61,7 +61,7 @@ class _SASRec(nnx.Module):
             hidden = config.hidden or 4 * config.dim
             block = Block(config.dim, config.heads, hidden, config.dropout, config.norm, rngs=rngs)
             setattr(self, f"block_{layer}", block)
-        self.norm = nnx.LayerNorm(config.dim, rngs=rngs)
+        self.norm = LayerNorm(config.dim, rngs=rngs)
 
     def __call__(
         self,
@@ -147,6 +147,7 @@ class SASRec:
 
     def logits(self, params: Params, hidden: Float[Array, "... dim"]) -> Float[Array, "... rows"]:
         """Scores of every item for these states, float32, padding rows at -1e9."""
-        scores = jnp.einsum("...d,vd->...v", hidden, self.item_vectors(params)).astype(jnp.float32)
+        vectors = self.item_vectors(params)  # float32 out of the product itself: rounded scores would tie
+        scores = jnp.einsum("...d,vd->...v", hidden, vectors, preferred_element_type=jnp.float32)
         rows = self.real_rows().reshape((1,) * (scores.ndim - 1) + (-1,))
         return jnp.where(rows, scores, jnp.asarray(-1e9, jnp.float32))

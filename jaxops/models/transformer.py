@@ -18,6 +18,23 @@ BLOCK_RULES: list[Rule] = [
 _normal = nnx.initializers.normal(0.02)
 
 
+class LayerNorm(nnx.Module):
+    """Layer normalisation of the last dimension, statistics in float32 whatever comes in (Ba et al. 2016).
+
+    (flax 0.12's own fails in bfloat16 under strict promotion.)
+    """
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        del rngs
+        self.scale, self.bias = nnx.Param(jnp.ones((dim,))), nnx.Param(jnp.zeros((dim,)))
+
+    def __call__(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6)
+        return normal.astype(x.dtype) * self.scale[None, None] + self.bias[None, None]
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention with dropout on its probabilities (Vaswani et al. 2017)."""
 
@@ -41,7 +58,7 @@ class Attention(nnx.Module):
 
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
         scale = q.shape[-1] ** -0.5
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) * scale
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
         # a finite floor: a row that may see nothing (padding) must stay finite
         probs = jax.nn.softmax(jnp.where(mask[:, None], logits, -1e9), axis=-1).astype(x.dtype)
         probs = dropout(probs, self.rate, keys, site)
@@ -67,8 +84,8 @@ class Block(nnx.Module):
         self.rate, self.pre = rate, norm == "pre"
         self.attention = Attention(dim, heads, rate, rngs=rngs)
         self.mlp = Mlp(dim, hidden, rngs=rngs)
-        self.norm_attention = nnx.LayerNorm(dim, rngs=rngs)
-        self.norm_mlp = nnx.LayerNorm(dim, rngs=rngs)
+        self.norm_attention = LayerNorm(dim, rngs=rngs)
+        self.norm_mlp = LayerNorm(dim, rngs=rngs)
 
     def __call__(
         self,

@@ -75,6 +75,11 @@ def gbce_beta(negatives: int, n_items: int, t: float) -> float:
     return alpha * (t * (1 - 1 / alpha) + 1 / alpha)
 
 
+def _dot(form: str, *operands: Array) -> Array:
+    """An einsum that comes out in float32, whatever goes in: rounded scores would tie."""
+    return jnp.einsum(form, *operands, preferred_element_type=jnp.float32)
+
+
 def _sums(name: str, loss: Array, batch: Batch) -> Sums:
     return {f"loss/{name}": Sum.of(loss, batch["weight"])}
 
@@ -107,8 +112,8 @@ def sampled_softmax(model: Ranker, negatives: int = 256) -> Objective:
             return {"loss/sampled_softmax": full(params, batch, None)["loss/softmax"]}
         hidden, vectors = model.encode(params, batch, key), model.item_vectors(params)
         drawn = jax.random.randint(jax.random.fold_in(key, _NEGATIVES), (negatives,), 1, model.n_items + 1)
-        positive = jnp.einsum("bld,bld->bl", hidden, vectors[batch["targets"]])
-        others = jnp.einsum("bld,nd->bln", hidden, vectors[drawn])
+        positive = _dot("bld,bld->bl", hidden, vectors[batch["targets"]])
+        others = _dot("bld,nd->bln", hidden, vectors[drawn])
         hits = drawn[None, None] == batch["targets"][..., None]
         loss = sampled_softmax_cross_entropy(positive, others, hits, negatives / model.n_items)
         return _sums("sampled_softmax", loss, batch)
@@ -129,8 +134,8 @@ def _per_position(model: Ranker, negatives: int, name: str, beta: float) -> Obje
             lambda k: jax.random.randint(jax.random.fold_in(k, _NEGATIVES), shape, 1, model.n_items)
         )(keys)
         drawn = draw + (draw >= targets[..., None]).astype(draw.dtype)
-        positive = jnp.einsum("bld,bld->bl", hidden, vectors[targets])
-        others = jnp.einsum("bld,blnd->bln", hidden, vectors[drawn])
+        positive = _dot("bld,bld->bl", hidden, vectors[targets])
+        others = _dot("bld,blnd->bln", hidden, vectors[drawn])
         return _sums(name, gbce(positive, others, beta), batch)
 
     return objective

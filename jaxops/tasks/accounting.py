@@ -18,6 +18,7 @@ class Accounting:
     def __init__(self, task: Task, mesh: Mesh, accumulation: int):
         self._task, self._mesh, self._accumulation = task, mesh, accumulation
         self.flops: float | None = None
+        self.programs: list[str] = []
 
     def describe(self, step: Step) -> str:
         """One line for people: parameters, examples, batch and where gradients are reduced."""
@@ -31,13 +32,14 @@ class Accounting:
     def measure(self, step: Step, state: Any, batch: Any) -> None:
         """Counts the FLOPs of one step, over all its programs (arguments may be abstract)."""
         programs = step.programs(state, batch)
+        self.programs = [program.name for program in programs]
         self.flops = float(sum(count_flops(program.fn, *program.args).total for program in programs))
 
     def rates(self, window: Window) -> dict[str, float]:
         """TFLOP/s over all devices, and MFU where the chip's peak is known."""
         if self.flops is None:
             return {}
-        seconds = window.seconds / (window.last - window.first)
+        seconds = window.seconds / window.timed
         out = {"tflops_per_s": self.flops / seconds / 1e12}
         devices = list(self._mesh.devices.flat)
         used = mfu(self.flops, seconds, devices, self._task.config.precision.compute)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -142,6 +143,23 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class InitFrom:
+    """Start from the parameters of another run: those whose path matches; its best checkpoint, else its latest."""
+
+    run: str
+    match: str = ".*"
+    step: Positive | None = None
+
+    def problems(self) -> list[tuple[str, str]]:
+        """A pattern that is none (dotted path, message)."""
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            return [("match", f"{self.match!r} is not a regular expression: {error}")]
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharding:
     """Rules tried before the model's own ([pattern, [axis of each dimension]]), and logical activation names."""
 
@@ -164,6 +182,7 @@ class RecConfig:
     precision: Precision = Precision()
     sharding: Sharding = Sharding()
     nonfinite: Literal["raise", "skip"] = "raise"
+    init_from: InitFrom | None = None
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     run: Run = Run()
@@ -172,23 +191,27 @@ class RecConfig:
         """What does not go together, whatever the machine (dotted path, message)."""
         found = []
         batch = self.batch
+        if "://" in self.run.dir:
+            found.append(("run.dir", f"{self.run.dir}: a run folder must be local for now"))
         if (self.run.epochs is None) == (self.run.steps is None):
             found.append(("run", "say how long: exactly one of run.epochs and run.steps"))
         if isinstance(batch.microbatch, int) and batch.global_ % batch.microbatch:
-            found.append(("batch.microbatch", f"must divide batch.global {batch.global_}"))
+            found.append(("batch.microbatch", f"{batch.microbatch} does not divide batch.global {batch.global_}"))
         mesh = self.mesh
         shards = math.prod(max(size, 1) for size in (mesh.replica, mesh.data, mesh.fsdp))
         if batch.global_ % shards:
-            found.append(("batch.global", f"must be a multiple of the mesh's batch shards (at least {shards})"))
+            what = f"is no multiple of the mesh's batch shards (at least {shards})"
+            found.append(("batch.global", f"{batch.global_} {what}"))
         elif isinstance(batch.microbatch, int) and batch.microbatch % shards:
-            found.append(("batch.microbatch", f"must be a multiple of the mesh's batch shards (at least {shards})"))
+            what = f"is no multiple of the mesh's batch shards (at least {shards})"
+            found.append(("batch.microbatch", f"{batch.microbatch} {what}"))
         if mesh.tensor > 1 and self.model.heads % mesh.tensor:
-            found.append(("mesh.tensor", f"must divide model.heads {self.model.heads}"))
+            found.append(("mesh.tensor", f"{mesh.tensor} does not divide model.heads {self.model.heads}"))
         if mesh.sequence > 1:
             found.append(("mesh.sequence", "sasrec has no sequence parallelism: leave it at 1"))
-        for index, name in enumerate(self.evaluate.metrics):
+        for index, metric in enumerate(self.evaluate.metrics):
             try:
-                parse_metric(name)
+                parse_metric(metric)
             except UserError as error:
                 found.append((f"evaluate.metrics.{index}", str(error)))
         for path, name in (

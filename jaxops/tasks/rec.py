@@ -1,6 +1,7 @@
 """The recommendation family: interactions, a sequence model, a ranking loss, evaluation on the whole catalogue."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,8 +70,8 @@ def build_rec(
     source = windows(inter, split, length, config.run.seed)
     seen = seen_width(split.valid, split.test)
     queries = {"valid": split.valid, "test": split.test}
-    evaluations = {
-        name: lambda size, part=part: QueryBatches(inter, part, length, size, seen=seen)
+    evaluations: dict[str, Callable[[int], EvalBatches]] = {
+        name: functools.partial(QueryBatches, inter, part, length, seen=seen)
         for name, part in queries.items()
         if len(part)
     }
@@ -177,6 +178,7 @@ def _check_batch(source: Any, config: RecConfig) -> None:
     """Looks at the first batches of a user's source before anything is compiled."""
     assert isinstance(config.data, ByPath)
     size, length, name = config.batch.global_, config.model.length, f"data {config.data.fn}"
+    shapes: dict[str, tuple[int | None, ...]]
     shapes = {"id": (size,), "items": (size, length), "targets": (size, length), "weight": (size, length)}
     _check_arrays(f"{name}: batch(0, {size})", source.batch(0, size), shapes, source.n_items)
     size = config.evaluate.batch

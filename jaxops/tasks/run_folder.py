@@ -14,10 +14,16 @@ import pyarrow.parquet as pq
 import yaml
 
 from jaxops.config.dump import diff, dump_yaml
+from jaxops.config.errors import ConfigError
+from jaxops.config.load import from_dict
+from jaxops.config.shapes import ABSENT
 from jaxops.core.failures import UserError
-from jaxops.tasks.config import MAY_CHANGE_ON_RESUME
+from jaxops.tasks.config import MAY_CHANGE_ON_RESUME, SCHEMAS
 
 SUMMARY_VERSION = 1
+LOCK = ".lock"
+BEGUN = {LOCK, "transform", "data.json", ".data.json.tmp", ".config.yaml.tmp"}
+"""What a run that was killed while it made its folder leaves: the next one makes it again."""
 
 
 class RunFolder:
@@ -33,11 +39,12 @@ class RunFolder:
         """Whether a run has begun here."""
         return (self.path / "config.yaml").is_file()
 
-    def check(self, resolved: Mapping[str, Any]) -> bool:
+    def check(self, resolved: Mapping[str, Any], inspection: Mapping[str, Any] | None = None) -> bool:
         """Whether a run is here that this config may resume (False: nothing is here yet).
 
         Raises:
-          UserError: something else is here, the config differs in what may not change, or it cannot be written.
+          UserError: something else is here, the config differs in what may not change, the data (by the SHA-256 of
+            its split) is no longer what the run began with, or the folder cannot be written.
         """
         parent = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
         if not parent.is_dir():
@@ -45,22 +52,42 @@ class RunFolder:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise UserError(f"run folder {self.path}: {parent} cannot be written to; set run.dir")
         if not self.exists:
-            if self.path.exists() and any(self.path.iterdir()):
+            found = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+            if not BEGUN.issuperset(found):
                 raise UserError(
-                    f"run folder {self.path} is not empty and holds no config.yaml: not a run; set run.name"
+                    f"run folder {self.path} is not empty and holds no config.yaml ({', '.join(found[:5])}): not a"
+                    " run; set run.name or run.dir"
                 )
             return False
         changed = [
             f"  {path}: {show(old)} there, {show(new)} here"
-            for path, old, new in diff(self.config(), resolved)
+            for path, old, new in diff(self._complete_config(), resolved)
             if not any(path == free or path.startswith(free + ".") for free in MAY_CHANGE_ON_RESUME)
         ]
         if changed:
             raise UserError(
                 f"run folder {self.path} belongs to another config:\n" + "\n".join(changed) + "\nA resumed run may"
-                f" change only {', '.join(MAY_CHANGE_ON_RESUME)}. Set run.name to begin another run."
+                f" change only {', '.join(MAY_CHANGE_ON_RESUME)}. Set run.name to begin"
+                f" another run, and init_from.run={self.path} to begin it with these parameters."
             )
+        self._check_data(inspection or {})
         return True
+
+    def _check_data(self, inspection: Mapping[str, Any]) -> None:
+        here = inspection.get("split", {}).get("sha256")
+        there = self._json("data.json").get("split", {}).get("sha256")
+        if here and there and here != there:
+            raise UserError(
+                f"run folder {self.path}: the data is no longer what the run began with (SHA-256 of the split {there}"
+                f" there, {here} here). Set run.name to begin another run."
+            )
+
+    def _complete_config(self) -> dict[str, Any]:
+        """The run's config with the defaults of fields that are younger than the run."""
+        try:
+            return from_dict(SCHEMAS, self.config(), check_imports=False).resolved
+        except ConfigError:
+            return self.config()
 
     def config(self) -> dict[str, Any]:
         """The resolved config of the run.
@@ -114,19 +141,24 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any]:
         """`summary.json`, empty where there is none yet."""
+        return self._json("summary.json")
+
+    def _json(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self.path / "summary.json").read_text())
+            found = json.loads((self.path / name).read_text())
         except (OSError, ValueError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run for this process.
+        """Holds the run for this process; a folder that is still empty afterwards is removed again.
 
         Raises:
           UserError: another process holds it.
         """
-        with open(self.path / ".lock", "a+") as file:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / LOCK, "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -139,15 +171,22 @@ class RunFolder:
             file.truncate()
             file.write(f"pid {os.getpid()}")
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                file.truncate(0)
+                if [entry.name for entry in self.path.iterdir()] == [LOCK]:
+                    (self.path / LOCK).unlink()
+                    self.path.rmdir()
 
 
 def show(value: Any) -> str:
     """A config value as one writes it."""
-    return json.dumps(value, default=str)
+    return "nothing" if value is ABSENT else json.dumps(value, default=str)
 
 
 def _plain(value: Any) -> Any:
+    """Plain values for JSON: arrays as lists, NaN and infinities as null."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

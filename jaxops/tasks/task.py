@@ -1,7 +1,7 @@
 """A task: what a family hands to the loop. Data, model, objective and evaluation, as values; no behaviour of its own."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from jaxops.core.step import Tables
 from jaxops.core.sums import Sums
 from jaxops.data.protocol import Source
 
-EvalBatches = Sequence[Mapping[str, np.ndarray]]
+EvalBatches = Iterable[Mapping[str, np.ndarray]]
 
 
 class Model(Protocol):

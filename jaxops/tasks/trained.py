@@ -20,9 +20,10 @@ from jaxops.config.load import from_dict
 from jaxops.config.types import ByPath
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.evaluation import Evaluator
-from jaxops.core.failures import UserError
+from jaxops.core.failures import UserError, nearest
 from jaxops.core.mesh import make_mesh
 from jaxops.core.state import Params, join
+from jaxops.core.sums import Sums
 from jaxops.data.config import open_data
 from jaxops.data.ids import Ids
 from jaxops.data.interactions import read_interactions
@@ -35,7 +36,10 @@ from jaxops.tasks.run_folder import RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class Histories:
-    """Whose next items are asked for: original user ids and their item rows, oldest first, as CSR."""
+    """Whose next items are asked for: original user ids and their item rows, oldest first, as CSR.
+
+    `unknown_users` have no event that the model knows and are left out, `unknown_items` counts events left out.
+    """
 
     users: np.ndarray
     items: Int32[np.ndarray, " events"]
@@ -65,21 +69,27 @@ class Trained:
         """
         columns = self.config.data.columns if isinstance(self.config.data, InteractionsFile) else Columns()
         names = _column_names(path)
-        if columns.item not in names and columns.user in names:
+        if columns.user not in names:
+            raise UserError(
+                f"{path}: no column {columns.user!r}{nearest(columns.user, names)} (columns: {', '.join(names)})"
+            )
+        if columns.item not in names:
             return self._known_histories(path, columns.user)
         time = columns.time if columns.time in names else None
         inter = read_interactions(str(path), dataclasses.replace(columns, time=time, weight=None))
         rows = self.item_ids.rows(inter.item_ids.originals(np.arange(1, inter.n_items + 1)))[inter.item - 1]
         keep = rows > 0
         counts = np.bincount(inter.user[keep], minlength=inter.n_users)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        users = inter.user_ids.originals(np.arange(inter.n_users))
-        return Histories(users, rows[keep], offsets, unknown_items=int((~keep).sum()))
+        known = np.flatnonzero(counts)
+        offsets = np.concatenate([[0], np.cumsum(counts[known])])
+        users = inter.user_ids.originals(known)
+        return Histories(users, rows[keep], offsets, inter.n_users - len(known), int((~keep).sum()))
 
     def _known_histories(self, path: str | os.PathLike[str], column: str) -> Histories:
         if isinstance(self.config.data, ByPath):
             raise UserError(f"{path} has no item column, and the run's data is a function: give events (user, item)")
         inter = open_data(self.config.data).inter
+        self._check_items(np.asarray(inter.item_ids.values))
         wanted = _read_column(path, column)
         rows = inter.user_ids.rows(wanted)
         known = rows[rows >= 0]
@@ -115,6 +125,13 @@ class Trained:
         table = {"user": users, "rank": ranks, "item": items, "score": scores}
         return pa.table({name: pa.array(np.concatenate(parts)) for name, parts in table.items()})
 
+    def _check_items(self, values: np.ndarray) -> None:
+        if not np.array_equal(values, self.item_ids.values):
+            raise UserError(
+                f"the run's data has changed since: {len(values):,} items there now, not the {self.model.n_items:,}"
+                " that the model was trained on"
+            )
+
     @functools.cached_property
     def _top_jitted(self) -> Callable[..., Any]:
         dtype = jnp.dtype(self.config.precision.compute)
@@ -144,10 +161,11 @@ class Trained:
         """
         from jaxops.tasks.rec import build_rec
 
-        task = build_rec(self.config, self.resolved)
+        task = build_rec(self.config, self.resolved, lambda model: _no_objective)
+        self._check_items(task.transform["item_ids"])
         mesh = make_mesh(data=-1)
         shards = mesh.size
-        out = {}
+        out: dict[str, float] = {}
         with jax.set_mesh(mesh):
             evaluator = Evaluator(task.metrics, mesh, jnp.dtype(self.config.precision.compute))
             params = jax.device_put(self.params, jax.sharding.NamedSharding(mesh, jax.P()))
@@ -156,6 +174,10 @@ class Trained:
                 values = evaluator(params, task.evaluations[part](size))
                 out |= {f"{part}/{name}": value for name, value in values.items()}
         return out
+
+
+def _no_objective(params: Params, batch: Mapping[str, Any], key: Any) -> Sums:
+    raise AssertionError("evaluation needs no objective")
 
 
 def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
@@ -178,6 +200,13 @@ def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
         if step is None:
             kept = checkpoints.best() if best else None
             step = kept if kept is not None else steps[-1]
+        damage = [what for what in checkpoints.verify(step) if not what.startswith("no checksums")]
+        if damage:
+            others = ", ".join(str(other) for other in steps if other != step)
+            raise UserError(
+                f"{run_dir}: the checkpoint of step {step} is damaged: {'; '.join(damage[:3])}"
+                + (f". There are others: --step {others}" if others else "")
+            )
         prefix = "extra/ema" if config.optimizer.ema else "params"
         params = checkpoints.load_params(step, prefix)
         frozen = checkpoints.load_params(step, "frozen") if config.optimizer.frozen else {}

@@ -1,0 +1,88 @@
+"""How commands print: plain tables that survive a pipe, units for people, one JSON object for programs."""
+
+import dataclasses
+import datetime as dt
+import json
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+from jaxops.core.failures import EXIT_OK
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def console() -> "Console":
+    """As wide as the terminal; into a file or a pipe as wide as the text, so that a row stays a line."""
+    from rich.console import Console
+
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=10_000)
+
+
+def say(out: "Console", words: str, style: str = "") -> None:
+    """One line as it is: no markup, never broken."""
+    out.print(words, style=style, markup=False, soft_wrap=True)
+
+
+def grid(*columns: str, title: str | None = None) -> "Table":
+    """A plain table; of a name, a last `|` keeps its column on one line, `>` also aligns it to the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="dim")
+    for name in columns:
+        mark, head = name[-1:], name.rstrip(">|")
+        justify: Literal["left", "right"] = "right" if mark == ">" else "left"
+        table.add_column(cell(head), justify=justify, no_wrap=mark in (">", "|"), overflow="fold")
+    return table
+
+
+def cell(words: str, style: str = "") -> "Text":
+    """Shown as it is: brackets in a name are no markup."""
+    from rich.text import Text
+
+    return Text(words, style=style)
+
+
+def when(time: dt.datetime | None) -> str:
+    """`2026-11-23 16:35:30 UTC`."""
+    return "" if time is None else f"{time:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def ago(time: dt.datetime, now: dt.datetime) -> str:
+    """`5 min ago`; after a week (and for a clock that is ahead) the date."""
+    seconds = (now - time).total_seconds()
+    if seconds > 7 * 86400 or seconds < -60:
+        return f"{time:%Y-%m-%d}"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
+def size(count: int) -> str:
+    """`1.4 MiB`."""
+    power = min((count.bit_length() - 1) // 10, len(_UNITS) - 1) if count else 0
+    return f"{count / 2 ** (10 * power):.{1 if power else 0}f} {_UNITS[power]}"
+
+
+def print_json(values: Any) -> int:
+    """One JSON object; dataclasses as objects, times as ISO text, what is not finite as null."""
+    print(json.dumps(_plain(values), indent=1, allow_nan=False, default=str))
+    return EXIT_OK
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, dt.datetime):
+        return value.isoformat(timespec="seconds")
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,32 @@
+"""Plain lines: columns as wide as their widest cell, whatever the terminal, so that no path or name is cut in a pipe."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from jaxops.config.shapes import ABSENT
+
+
+def flow(value: Any) -> str:
+    """A config value as YAML has it, on one line."""
+    if value is ABSENT:
+        return "(absent)"
+    return yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize).removesuffix("\n...\n").strip()
+
+
+def count(number: int, what: str) -> str:
+    """`1 user`, `2,000 users`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
+    """Lines with their cells in columns, two spaces apart; the columns `right` are right-aligned."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()

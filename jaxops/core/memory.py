@@ -1,0 +1,50 @@
+"""Out of memory, explained: what lies on a device, by group, and the settings that would help, cheapest first."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jaxops.core.failures import RunFailed
+from jaxops.core.sharding import named_leaves
+
+GROUPS = ("params", "frozen", "tables", "opt_state", "extra")
+
+
+@contextlib.contextmanager
+def explained(state: Callable[[], Any]) -> Iterator[None]:
+    """Turns the backend's out-of-memory error inside into a message; `state()` may be abstract.
+
+    Raises:
+      RunFailed: a device ran out of memory.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
+            raise RunFailed(out_of_memory(state())) from error
+        raise
+
+
+def bytes_per_device(tree: Any) -> int:
+    """What the arrays of a tree take on the device that holds most."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for _, leaf in named_leaves(tree)
+    )
+
+
+def out_of_memory(state: Any) -> str:
+    """The message: bytes a device by group of the state, then what would help."""
+    lines = ["out of device memory. The state takes, on each device:"]
+    for name in GROUPS:
+        size = bytes_per_device(getattr(state, name))
+        if size:
+            lines.append(f"  {name:<10} {size / 2**20:10.1f} MiB")
+    lines.append(
+        "The rest is activations and temporaries. What would help, cheapest first: a smaller batch.microbatch (the"
+        " update stays the same), model.remat=full, precision.compute=bfloat16, mesh.fsdp=-1 with mesh.data=1 (shards"
+        " parameters and optimizer), optimizer.kind=adafactor."
+    )
+    return "\n".join(lines)

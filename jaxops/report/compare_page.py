@@ -1,0 +1,251 @@
+"""`compare.html`: several runs on one page, their curves overlaid, in one file that loads nothing."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+
+from jaxops.core.failures import RunFailed
+from jaxops.core.writers import replace_file
+from jaxops.report import figures, results
+from jaxops.report.compare import Comparison, Difference, Results, Score, Side, speed, written
+from jaxops.report.figures import LINES, Plot
+from jaxops.report.folder import Series
+
+TONES = {"finished": "good", "failed": "bad", "running": "busy"}
+"""How a run stands, as a colour; anything else is a warning."""
+RAW_BELOW = 4
+"""With this many curves the raw values behind the running means only hide each other."""
+MEAN_FROM = 60
+"""Points from which on a running mean tells noisy curves apart."""
+_DASHES = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 2.0, 1.5, 2.0))
+_MORE = {
+    "train/grad_norm": ("Gradient norm", True),
+    "train/lr": ("Learning rate", False),
+    "train/examples_per_s": ("Examples a second", True),
+}
+"""Title, and whether a running mean says more, of the curves behind the main ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """How a run is drawn, everywhere on the page: four colours, then the same four with other dashes."""
+
+    place: int
+
+    @property
+    def colour(self) -> str:
+        return LINES[self.place % len(LINES)]
+
+    @property
+    def dash(self) -> tuple[float, ...]:
+        """Lengths of strokes and gaps in widths of the line; empty for a full line."""
+        return _DASHES[(self.place + self.place // len(LINES)) % len(_DASHES)]
+
+    @property
+    def key(self) -> Markup:
+        """A piece of the line, for a legend."""
+        dash = f"; stroke-dasharray: {' '.join(f'{2.2 * length:g}' for length in self.dash)}" if self.dash else ""
+        return Markup(
+            '<svg class="key" viewBox="0 0 30 8" aria-hidden="true"><line x1="1" y1="4" x2="29" y2="4" '
+            'style="stroke: var(--series-{}){}"/></svg>'
+        ).format(self.place % len(LINES) + 1, dash)
+
+
+def write_compare(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
+    """Writes the page whole or not at all, making its folder, and returns where it is.
+
+    Raises:
+      RunFailed: it cannot be written there.
+    """
+    target, html = Path(path), render(comparison)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(target, [html.encode("utf-8", errors="replace")])
+    except OSError as error:
+        raise RunFailed(f"cannot write {target}: {error.strerror or error}; --out names another file") from error
+    return target
+
+
+def render(comparison: Comparison) -> str:
+    """The page as HTML."""
+    environment = Environment(
+        loader=PackageLoader("jaxops.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sides = comparison.sides
+    return environment.get_template("compare.html").render(
+        count=len(sides),
+        names=[side.label for side in sides],
+        keys=[Line(place).key for place in range(len(sides))],
+        cards=_cards(comparison),
+        warnings=comparison.warnings,
+        facts=list(_facts(sides)),
+        runs=[_run(side, len(_devices(sides)) > 1) for side in sides],
+        columns=["Steps", "Best step", "Training loss", "Examples/s", "Wall time"],
+        tables=[_table(found) for found in comparison.results],
+        two=len(comparison.results) > 1 and all(len(found.metrics) <= 3 for found in comparison.results),
+        bold=any(found.best for found in comparison.results),
+        sampled=any(name.startswith("sampled_") for found in comparison.results for name in found.metrics),
+        plots=list(_plots(comparison)),
+        more=list(_more(comparison)),
+        differences=[_difference(found, sides) for found in comparison.differences],
+    )
+
+
+def _cards(comparison: Comparison) -> list[results.Card]:
+    """Who is ahead, by the metric that it is about, and by how much; none where nothing is called best."""
+    ahead = [card for found in comparison.results if (card := _ahead(found, comparison.headline))]
+    changed = str(len(comparison.differences))
+    return [*ahead, results.Card("Config differences", changed, "name and folder left out")] if ahead else []
+
+
+def _ahead(found: Results, metric: str | None) -> results.Card | None:
+    ranked = [row for row in found.rows if row.side is not None and metric in row.values]
+    if metric is None or metric not in found.best or len(ranked) < 2:
+        return None
+    ranked.sort(key=lambda row: row.values[metric], reverse=not results.lower_is_better(metric))
+    first, second = (row.values[metric] for row in ranked[:2])
+    gain = f", {(first - second) / abs(second):+.1%} over the next".replace("-", "\u2212") if second else ""
+    note = f"{ranked[0].label}{gain}" if first != second else "the same for the first two"
+    label = f"Best {results.TITLES[found.split].lower()} {results.metric_label(metric)}"
+    return results.Card(label, results.score(first), note)
+
+
+def _facts(sides: Sequence[Side]) -> Iterator[str]:
+    """The line under the title."""
+    states = [side.state for side in sides]
+    yield ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    devices = _devices(sides)
+    if len(devices) == 1:
+        yield devices[0]
+
+
+def _devices(sides: Sequence[Side]) -> list[str]:
+    return sorted({str(side.run.summary["device"]) for side in sides if side.run.summary.get("device")})
+
+
+def _run(side: Side, several_devices: bool) -> dict[str, Any]:
+    """The row of a run in the first table, with its device where they differ."""
+    loss, best, examples = side.run.curve("train/loss"), side.run.number("best_step"), speed(side.run)
+    total = "" if side.steps is None else f" / {side.steps:,}"
+    cells = [
+        None if side.step is None else f"{side.step:,}{total}",
+        None if best is None else f"{best:,.0f}",
+        f"{loss.values[-1]:.4g}" if len(loss) else None,
+        None if examples is None else results.count(examples),
+        None if side.wall_s is None else results.duration(side.wall_s),
+    ]
+    return {
+        "state": side.state,
+        "tone": TONES.get(side.state, "warn"),
+        "reason": side.reason,
+        "cells": ["\u2013" if cell is None else cell for cell in cells],
+        "device": str(side.run.summary.get("device") or "") if several_devices else "",
+    }
+
+
+def _table(found: Results) -> dict[str, Any]:
+    return {
+        "title": results.TITLES[found.split],
+        "columns": [results.metric_label(name) for name in found.metrics],
+        "rows": [(row, _cells(row, found)) for row in found.rows],
+        "note": found.note,
+    }
+
+
+def _cells(row: Score, found: Results) -> list[results.Cell]:
+    values = [(row.values.get(name), found.best.get(name)) for name in found.metrics]
+    return [
+        results.Cell("\u2013" if value is None else results.score(value), value is not None and value == best)
+        for value, best in values
+    ]
+
+
+def _difference(found: Difference, sides: Sequence[Side]) -> dict[str, Any]:
+    """One cell a run; `same` marks what is as in the first run."""
+    texts = [written(found.values[s.label]) if s.label in found.values else None for s in sides]
+    cells = [{"text": text, "same": place > 0 and text == texts[0]} for place, text in enumerate(texts)]
+    return {"path": Markup("<wbr>.").join(found.path.split(".")), "cells": cells}
+
+
+def _plots(comparison: Comparison) -> Iterator[Plot]:
+    """Training loss, and the metric that the comparison is about."""
+    kinds = {written(side.run.config.get("objective")) for side in comparison.sides if side.run.config}
+    caption = "The objectives differ, and so may the scales of their losses." if len(kinds) > 1 else ""
+    yield from _overlay(comparison, "train/loss", "Training loss", caption=caption, smooth=True)
+    metric = comparison.headline
+    if metric is not None:
+        yield from _overlay(comparison, f"valid/{metric}", f"Validation {results.metric_label(metric)}")
+
+
+def _more(comparison: Comparison) -> Iterator[Plot]:
+    """The other validation metrics, and what explains a training that went wrong."""
+    names = dict.fromkeys(n for side in comparison.sides for n in results.metrics(side.run, "valid"))
+    for name in [name for name in names if name != comparison.headline][:8]:
+        yield from _overlay(comparison, f"valid/{name}", f"Validation {results.metric_label(name)}")
+    for name, (title, smooth) in _MORE.items():
+        yield from _overlay(comparison, name, title, smooth=smooth)
+
+
+def _overlay(
+    comparison: Comparison, name: str, title: str, *, caption: str = "", smooth: bool = False
+) -> Iterator[Plot]:
+    """One metric of all the runs that logged it; over examples where the sizes of their batches differ."""
+    sides = comparison.sides
+    sizes = [side.run.setting("batch", "global") for side in sides]
+    whole = all(isinstance(size, int) and size > 0 for size in sizes)
+    scales = sizes if whole and len(set(sizes)) > 1 else [1] * len(sides)
+    drawn = {}
+    for place, (side, scale) in enumerate(zip(sides, scales, strict=True)):
+        curve = side.run.curve(name)
+        if len(curve):
+            drawn[place] = Series(curve.steps * scale, curve.values, curve.left_out)
+    if not drawn:
+        return
+    mean = smooth and any(len(points) >= MEAN_FROM for points in drawn.values())
+    words = [
+        caption,
+        "Bold: running mean." if mean and len(drawn) < RAW_BELOW else "Running means." if mean else "",
+    ]
+    absent = [side.label for place, side in enumerate(sides) if place not in drawn]
+    words += [f"Not logged by {', '.join(absent)}." if absent else ""]
+    lost = sum(points.left_out for points in drawn.values())
+    words += [f"{lost} non-finite value{'s' * (lost > 1)} left out." if lost else ""]
+    label = "step" if scales[0] == scales[-1] == 1 else "examples seen"
+    alt = f"over the {label}: " + "; ".join(
+        f"{sides[place].label} ends at {points.values[-1]:.4g} after {points.steps[-1]:,.0f}, "
+        f"lowest {points.values.min():.4g}, highest {points.values.max():.4g}"
+        for place, points in drawn.items()
+    )
+
+    def draw(axes: Axes) -> None:
+        for place, points in drawn.items():
+            _curve(axes, points, Line(place), mean, raw=len(drawn) < RAW_BELOW)
+        axes.xaxis.set_major_formatter(lambda value, _: figures.compact(value))
+        axes.yaxis.set_major_formatter(lambda value, _: figures.compact(value))
+        axes.set_xlabel(label)
+
+    yield Plot(title, " ".join(word for word in words if word), figures._svg(draw, title, alt))
+
+
+def _curve(axes: Axes, points: Series, line: Line, mean: bool, raw: bool) -> None:
+    """The points where they are few; else the values, or their running mean (of all runs or of none)."""
+    style: dict[str, Any] = {"color": line.colour, "linestyle": (0, line.dash) if line.dash else "-"}
+    thin = figures.thinned(points)
+    if not mean:
+        few: dict[str, Any] = {"marker": "o", "markersize": 3.2} if len(points) <= 30 else {}
+        axes.plot(thin.steps, thin.values, linewidth=1.8, **style, **few)
+        return
+    if raw:
+        axes.plot(thin.steps, thin.values, color=line.colour, linewidth=0.9, alpha=0.25)
+    smooth = figures.thinned(Series(points.steps, figures.smoothed(points.values)))
+    axes.plot(smooth.steps, smooth.values, linewidth=2.0, **style)
