@@ -148,9 +148,7 @@ def quotient(a: float | None, b: float | None) -> float | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="settings for our run, as `optimizer.lr=3e-3`")
     parser.add_argument("--config", default="rec/movielens_sasrec")
     parser.add_argument("--peer-from", metavar="FILE", help="reuse RecBole's recorded figures")

@@ -117,9 +117,7 @@ def test_imports_never_run_upwards():
 def test_the_package_itself_is_not_imported_from_within():
     """`jaxops/__init__.py` reaches up to every room, so a room that imports it imports upwards unseen."""
     allowed = {"jaxops.__main__"}
-    wrong = [
-        name for name in modules() if room(name) and name not in allowed and "jaxops" in own_imports(name)
-    ]
+    wrong = [name for name in modules() if room(name) and name not in allowed and "jaxops" in own_imports(name)]
     assert not wrong, f"import from the module that defines the name instead: {wrong}"
 
 
@@ -127,9 +125,7 @@ def test_rooms_have_no_circles():
     edges: dict[str, set[str]] = {}
     for name in modules():
         if room(name):
-            edges.setdefault(room(name), set()).update(
-                {room(t) for t in own_imports(name)} - {"", room(name)}
-            )
+            edges.setdefault(room(name), set()).update({room(t) for t in own_imports(name)} - {"", room(name)})
     assert not circle(edges)
 
 
@@ -150,17 +146,13 @@ def test_circles_and_relative_imports_are_seen():
 
 
 def test_only_the_checkpoint_module_imports_orbax():
-    users = {
-        name for name in modules() if any(m.split(".")[0] == "orbax" for m in imported(name, tree(name)))
-    }
+    users = {name for name in modules() if any(m.split(".")[0] == "orbax" for m in imported(name, tree(name)))}
     assert users <= {"jaxops.core.checkpoint"}
 
 
 @pytest.mark.parametrize("word", sorted(FAMILIES))
 def test_core_names_no_model_family(word):
-    named = [
-        name for name, path in modules().items() if room(name) == "core" and word in path.read_text().lower()
-    ]
+    named = [name for name, path in modules().items() if room(name) == "core" and word in path.read_text().lower()]
     assert not named, f"{named} mention {word!r}: the core knows objectives and states, not families"
 
 
@@ -176,9 +168,7 @@ def test_package_files_are_a_docstring_only():
 
 def test_every_module_says_its_idea_first():
     bare = [
-        name
-        for name, path in modules().items()
-        if path.name != "__init__.py" and not ast.get_docstring(tree(name))
+        name for name, path in modules().items() if path.name != "__init__.py" and not ast.get_docstring(tree(name))
     ]
     assert not bare, f"no module docstring: {bare}"
 

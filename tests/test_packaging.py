@@ -171,10 +171,7 @@ def test_an_idle_accelerator_is_said_aloud(tmp_path):
     for folder in (venv / "bin", tools, devices):
         folder.mkdir(parents=True)
     (venv / "bin" / "python").symlink_to(sys.executable)
-    sums = [
-        run("sh", "-c", f"cksum <{name}", cwd=ROOT).strip()
-        for name in ("requirements.lock", "pyproject.toml")
-    ]
+    sums = [run("sh", "-c", f"cksum <{name}", cwd=ROOT).strip() for name in ("requirements.lock", "pyproject.toml")]
     (venv / ".jaxops-installed").write_text(f"lock {sums[0]}\nproject {sums[1]} {ROOT}\naccel cpu\n")
     place = {"ACCEL_DEVICES": str(devices), "PATH": f"{tools}:{os.environ['PATH']}"}
 

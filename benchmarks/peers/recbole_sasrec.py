@@ -86,17 +86,13 @@ def settings(data: str, scratch: str, epochs: int, patience: int, seed: int) -> 
 
 def histories(dataset: Any) -> list[np.ndarray]:
     """Items of each user (RecBole's ids) in the order of time, file order where times are equal."""
-    users, items, times = (
-        dataset.inter_feat[name].to_numpy() for name in ("user_id", "item_id", "timestamp")
-    )
+    users, items, times = (dataset.inter_feat[name].to_numpy() for name in ("user_id", "item_id", "timestamp"))
     order = np.lexsort((np.arange(len(times)), times, users))
     bounds = np.searchsorted(users[order], np.arange(dataset.user_num + 1))
     return [items[order[a:b]] for a, b in itertools.pairwise(bounds)]
 
 
-def ranks_unseen(
-    trainer: Any, loader: Any, history: list[np.ndarray], held_out: int
-) -> tuple[np.ndarray, float]:
+def ranks_unseen(trainer: Any, loader: Any, history: list[np.ndarray], held_out: int) -> tuple[np.ndarray, float]:
     """Rank (0 is best) of each user's target among the items not in the user's earlier history.
 
     Also the share of users whose target is the `held_out`-th last of our own ordering: where it is 1, the two
@@ -110,9 +106,7 @@ def ranks_unseen(
         for interaction, _, _, targets in loader:
             scores = trainer.model.full_sort_predict(interaction).view(len(targets), -1).numpy()
             scores[:, 0] = -np.inf
-            for row, user, target in zip(
-                scores, interaction["user_id"].tolist(), targets.tolist(), strict=True
-            ):
+            for row, user, target in zip(scores, interaction["user_id"].tolist(), targets.tolist(), strict=True):
                 goal = row[target]
                 row[history[user][:-held_out]] = -np.inf
                 row[target] = goal
@@ -171,9 +165,7 @@ def timed_trainer(base: type, emit: Callable[[dict[str, Any]], None], history: l
     return Timed
 
 
-def start_line(
-    args: argparse.Namespace, dataset: Any, targets: int, model: Any, prepare_s: float
-) -> dict[str, Any]:
+def start_line(args: argparse.Namespace, dataset: Any, targets: int, model: Any, prepare_s: float) -> dict[str, Any]:
     """What was run: versions, sizes, and the seconds that RecBole took to read and augment the data."""
     peers = ("recbole", "torch", "numpy", "scipy", "pandas")
     return {
@@ -221,14 +213,10 @@ def train(args: argparse.Namespace, scratch: str, emit: Callable[[dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with ml-100k.inter (default: the copy in RecBole's package)")
     parser.add_argument("--epochs", type=int, default=300, help="at most so many (default: patience ends it)")
-    parser.add_argument(
-        "--patience", type=int, default=10, help="epochs without a better NDCG@10 that end it"
-    )
+    parser.add_argument("--patience", type=int, default=10, help="epochs without a better NDCG@10 that end it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=2024)
     parser.add_argument("--as-shipped", action="store_true", help="leave torch's anomaly detection on")
@@ -247,9 +235,7 @@ def main() -> int:
         with open(out, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
-    data = os.path.abspath(
-        args.data or os.path.join(os.path.dirname(recbole.__file__), "dataset_example/ml-100k")
-    )
+    data = os.path.abspath(args.data or os.path.join(os.path.dirname(recbole.__file__), "dataset_example/ml-100k"))
     torch.set_num_threads(args.threads)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

@@ -23,13 +23,11 @@ def examine() -> dict[str, Any]:
             facts[name] = "missing"
             problems.append(f"{name} is not installed: run make install")
     _devices(facts, problems)
-    facts["compilation cache"] = str(cache_root() / "xla")
     facts["data cache"] = str(cache_root())
-    for name in ("compilation cache", "data cache"):
-        folder = facts[name]
-        existing = next(parent for parent in _parents(folder) if os.path.exists(parent))
-        if not os.access(existing, os.W_OK):
-            problems.append(f"{name} {folder} cannot be written to: set JAXOPS_CACHE")
+    facts["compilation cache"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_root() / "xla")
+    existing = next(parent for parent in _parents(facts["data cache"]) if os.path.exists(parent))
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
+        problems.append(f"the cache {facts['data cache']} cannot be written to: set JAXOPS_CACHE to another folder")
     free = shutil.disk_usage(".").free / 2**30
     facts["free disk here"] = f"{free:.1f} GiB"
     if free < 2:

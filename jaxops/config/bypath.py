@@ -119,9 +119,7 @@ def _signature_complaints(
         return
     taken = {p.name for p in positional[:leading]}
     free = {
-        p.name: p
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in taken
+        p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in taken
     }
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         for key in kwargs:
@@ -162,9 +160,7 @@ def _not_found(name: str) -> NoReturn:
 
 def _failed(name: str, error: Exception) -> NoReturn:
     """Importing ran the user's code and that failed: their line, not a traceback through importlib."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename
-    ]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     theirs = [frame for frame in frames if frame.filename != __file__]
     line = f" ({os.path.relpath(theirs[-1].filename)}:{theirs[-1].lineno})" if theirs else ""
     if isinstance(error, SyntaxError) and error.filename:

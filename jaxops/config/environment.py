@@ -24,9 +24,7 @@ def expand_text(text: str) -> str:
             return os.environ[name]
         if default is None:
             hint = nearest(name, os.environ)
-            raise UserError(
-                f"the environment variable {name} is not set{hint} (a default: ${{env:{name}:default}})"
-            )
+            raise UserError(f"the environment variable {name} is not set{hint} (a default: ${{env:{name}:default}})")
         return default
 
     if "${env" in _REFERENCE.sub("", text):
@@ -43,9 +41,7 @@ def expand(node: Node, path: str, problems: list[Problem]) -> Node:
         entries = {key: expand(entry, join(path, key), problems) for key, entry in node.value.items()}
         return Node(entries, node.origin, implied=node.implied)
     if isinstance(node.value, list):
-        return Node(
-            [expand(entry, join(path, i), problems) for i, entry in enumerate(node.value)], node.origin
-        )
+        return Node([expand(entry, join(path, i), problems) for i, entry in enumerate(node.value)], node.origin)
     if not isinstance(node.value, str) or "${env" not in node.value:
         return node
     try:

@@ -27,9 +27,7 @@ class Problem:
     def __str__(self) -> str:
         if not self.path:
             return f"{self.origin}: {self.message}"
-        return (
-            f"{self.path} [{self.origin}]: {self.message}" if self.origin else f"{self.path}: {self.message}"
-        )
+        return f"{self.path} [{self.origin}]: {self.message}" if self.origin else f"{self.path}: {self.message}"
 
 
 class ConfigError(UserError):

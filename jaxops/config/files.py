@@ -31,9 +31,7 @@ def find_config(name: ConfigPath, beside: Path | None = None) -> Path:
     """
     wanted = Path(name).expanduser()
     inside = Path(*wanted.parts[1:]) if wanted.parts[:1] == ("configs",) else wanted
-    tried = [folder / wanted for folder in (beside, Path()) if folder is not None] + [
-        shipped_configs() / inside
-    ]
+    tried = [folder / wanted for folder in (beside, Path()) if folder is not None] + [shipped_configs() / inside]
     for path in tried:
         for candidate in (path, path.with_name(path.name + ".yaml")) if path.name else ():
             if candidate.is_file():
@@ -71,9 +69,7 @@ def read_files(paths: Sequence[ConfigPath]) -> list[Node]:
     return trees
 
 
-def _read(
-    name: ConfigPath, origin: str, beside: Path | None, chain: tuple[str, ...], trees: list[Node]
-) -> None:
+def _read(name: ConfigPath, origin: str, beside: Path | None, chain: tuple[str, ...], trees: list[Node]) -> None:
     text, shown, folder = _open(name, origin, beside)
     if shown in chain:
         circle = " -> ".join([*chain[chain.index(shown) :], shown])
@@ -82,17 +78,13 @@ def _read(
     if tree.value is None:
         tree = Node({}, shown)
     if not isinstance(tree.value, dict):
-        raise ConfigError(
-            [Problem("", tree.origin, None, "expected a mapping of keys to values (`key: value`)")]
-        )
+        raise ConfigError([Problem("", tree.origin, None, "expected a mapping of keys to values (`key: value`)")])
     entries = dict(tree.value)
     base = entries.pop("base", None)
     if base is not None:
         for entry in base.value if isinstance(base.value, list) else [base]:
             if not isinstance(entry.value, str):
-                raise ConfigError(
-                    [Problem("base", entry.origin, None, "expected a file, or a list of files")]
-                )
+                raise ConfigError([Problem("base", entry.origin, None, "expected a file, or a list of files")])
             try:
                 wanted = expand_text(entry.value)
             except UserError as error:

@@ -36,9 +36,7 @@ def merge(
     for key, entry in new.value.items():
         child, fallback = _child(shape, {**old.value, **new.value}, key, default)
         entries[key] = (
-            merge(child, entries[key], entry, problems, join(path, key), fallback)
-            if key in entries
-            else entry
+            merge(child, entries[key], entry, problems, join(path, key), fallback) if key in entries else entry
         )
     return Node(entries, old.origin if new.implied else new.origin, implied=old.implied and new.implied)
 
@@ -93,9 +91,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Node]:
     return trees
 
 
-def merge_all(
-    shape: Shape, trees: Sequence[Node], overrides: Sequence[Node], problems: list[Problem]
-) -> Node:
+def merge_all(shape: Shape, trees: Sequence[Node], overrides: Sequence[Node], problems: list[Problem]) -> Node:
     """Files in their order, then the overrides, which are merged among themselves first."""
     command_line = Node({}, "the command line", implied=True)
     for tree in overrides:
@@ -117,10 +113,7 @@ def _override(override: str) -> Node:
         node = parse(text, origin, lines=False)
     except ConfigError as error:
         raise ConfigError(
-            [
-                Problem(join(path, p.path) if p.path else path, p.origin, p.value, p.message)
-                for p in error.problems
-            ]
+            [Problem(join(path, p.path) if p.path else path, p.origin, p.value, p.message) for p in error.problems]
         ) from None
     for name in reversed(names):
         node = Node({name: node}, origin, implied=True)

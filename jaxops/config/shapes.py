@@ -84,9 +84,7 @@ class Leaf:
 
     def _may_hold(self, value: Any) -> bool:
         # 1 == True: Literal[1, 2] must not take `true`.
-        return not self.options or any(
-            value == option and type(value) is type(option) for option in self.options
-        )
+        return not self.options or any(value == option and type(value) is type(option) for option in self.options)
 
     def _refused(self, node: Node) -> Refused:
         hint = nearest(node.value, map(str, self.options)) if isinstance(node.value, str) else ""

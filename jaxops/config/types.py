@@ -97,9 +97,7 @@ class Every:
 
 
 def _seconds(value: Any) -> float:
-    match = (
-        re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(_SECONDS)})", value) if isinstance(value, str) else None
-    )
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(_SECONDS)})", value) if isinstance(value, str) else None
     if match is None:
         raise ValueError
     seconds = float(match.group(1)) * _SECONDS[match.group(2)]

@@ -94,9 +94,7 @@ class Validator:
         values: dict[str, Any] = {}
         strangers = [key for key in node.value if key not in shape.fields]
         for key in strangers:
-            message = unknown(
-                "unknown key", key, shape.fields, [p for p in paths_to(self.root, key) if "*" not in p]
-            )
+            message = unknown("unknown key", key, shape.fields, [p for p in paths_to(self.root, key) if "*" not in p])
             self._wrong(join(path, key), node.value[key], message)
         for key, field in shape.fields.items():
             below = join(path, key)

@@ -126,10 +126,7 @@ class _Converter:
             if isinstance(node, yaml.MappingNode):
                 return self._mapping(node, path, origin)
             if isinstance(node, yaml.SequenceNode):
-                entries = [
-                    self.convert(entry, join(path, i), self.origin(entry))
-                    for i, entry in enumerate(node.value)
-                ]
+                entries = [self.convert(entry, join(path, i), self.origin(entry)) for i, entry in enumerate(node.value)]
                 return Node(entries, origin)
             assert isinstance(node, yaml.ScalarNode)
             return self._scalar(node, path, origin)
@@ -146,9 +143,7 @@ class _Converter:
                 self._wrong(path, where, "merge keys (<<) are not read; name other files in 'base:'")
             elif key.value in entries:
                 first = entries[key.value].origin
-                self._wrong(
-                    join(path, key.value), where, f"the same key twice in one mapping, first at {first}"
-                )
+                self._wrong(join(path, key.value), where, f"the same key twice in one mapping, first at {first}")
             else:
                 entries[key.value] = self.convert(value, join(path, key.value), where)
         return Node(entries, origin)

@@ -46,9 +46,7 @@ def choose_reduction(
     return "after_loop", "replicated parameters, batch axes only: one reduction after the accumulation loop"
 
 
-def weighted_loss(
-    sums: Sums, counts: Mapping[str, Float[Array, ""]], weights: Mapping[str, float]
-) -> Float[Array, ""]:
+def weighted_loss(sums: Sums, counts: Mapping[str, Float[Array, ""]], weights: Mapping[str, float]) -> Float[Array, ""]:
     """The scalar to minimise: sum of weight * total / count over loss terms; a count of zero contributes zero."""
     loss = jnp.zeros((), jnp.float32)
     for name, count in counts.items():
@@ -76,15 +74,11 @@ def check_sums(sums: Any, weights: Mapping[str, float]) -> None:
         a term that does not exist.
     """
     if not isinstance(sums, dict) or not all(isinstance(entry, Sum | Max) for entry in sums.values()):
-        got = (
-            {k: type(v).__name__ for k, v in sums.items()} if isinstance(sums, dict) else type(sums).__name__
-        )
+        got = {k: type(v).__name__ for k, v in sums.items()} if isinstance(sums, dict) else type(sums).__name__
         raise UserError(f"objective: expected a dict of Sum or Max (Sum.of(per_example, weight)), got {got}")
     terms = [name for name in sums if name.startswith(LOSS)]
     if not terms:
-        raise UserError(
-            f"objective: nothing to minimise: no entry is named 'loss/...' (there are: {', '.join(sums)})"
-        )
+        raise UserError(f"objective: nothing to minimise: no entry is named 'loss/...' (there are: {', '.join(sums)})")
     for name in terms:
         entry = sums[name]
         if not isinstance(entry, Sum) or entry.total.ndim or entry.count.ndim:
@@ -181,12 +175,12 @@ def build_gradients(
     if reduction == "plain":
         return local(jax.sharding.auto_axes(evaluate, out_sharding=P()), lambda counts: counts)
 
-    def summed(tree: PyTree) -> PyTree:
+    def summed(tree: Any) -> Any:
         return jax.lax.psum(tree, axes)
 
     def reduce_sums(sums: Sums) -> Sums:
         return {
-            name: Sum(*summed((s.total, s.count)), s.finalize)
+            name: Sum(summed(s.total), summed(s.count), s.finalize)
             if isinstance(s, Sum)
             else Max(jax.lax.pmax(s.maximum, axes), s.finalize)
             for name, s in sums.items()

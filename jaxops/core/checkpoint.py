@@ -265,9 +265,7 @@ class Checkpoints:
         }
         if not wanted:
             tops = sorted({str(path[0]) for path in saved.arrays})
-            raise UserError(
-                f"{folder} holds nothing under {prefix!r}{nearest(prefix, tops)} (it holds {some(tops)})"
-            )
+            raise UserError(f"{folder} holds nothing under {prefix!r}{nearest(prefix, tops)} (it holds {some(tops)})")
         loaded = self._load(folder, saved, wanted)
         return plain.nest({path[len(at) :]: leaf for path, leaf in loaded.items()})
 
@@ -300,9 +298,7 @@ class Checkpoints:
         try:
             begin()
             if jax.process_index() == 0:
-                manifest.write(
-                    folder, dataclasses.replace(draft, files=manifest.survey(folder, checksums=False))
-                )
+                manifest.write(folder, dataclasses.replace(draft, files=manifest.survey(folder, checksums=False)))
                 if self._checksums:
                     files = manifest.survey(folder, checksums=True)
                     manifest.write(folder, dataclasses.replace(draft, files=files))

@@ -45,9 +45,7 @@ class Retention:
             return None
         sign = -1 if self.best_mode == "max" else 1
         scored = [
-            (sign * one.metrics[self.best], one.serial, step)
-            for step, one in saved.items()
-            if self.best in one.metrics
+            (sign * one.metrics[self.best], one.serial, step) for step, one in saved.items() if self.best in one.metrics
         ]
         return min(scored)[2] if scored else None
 

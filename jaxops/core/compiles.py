@@ -23,11 +23,11 @@ class Compiles:
         self.seconds = 0.0
         self._warm: collections.Counter[str] | None = None
 
-    def _listen(self, event: str, duration: float, **kwargs: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _EVENT:
             name = re.sub(r"^jit\((.*)\)$", r"\1", str(kwargs.get("fun_name", "?")))
             self.count[name] += 1
-            self.seconds += duration
+            self.seconds += duration_secs
             self._on_compile(name)
 
     def warm(self) -> None:

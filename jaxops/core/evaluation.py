@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from jaxops.core.accumulate import zeros_like_sums
 from jaxops.core.mesh import batch_axes, batch_sharding, serialise_dispatch
+from jaxops.core.sharding import Axes, logical_axes
 from jaxops.core.state import Params, State, join
 from jaxops.core.step import cast
 from jaxops.core.sums import Sums, finalize, merge
@@ -25,11 +26,16 @@ class Interrupted(Exception):
 class Evaluator:
     """`metrics(params, batch) -> Sums` over batches; the rows of a batch are divided over the mesh's batch axes."""
 
-    def __init__(self, metrics: Metrics, mesh: Mesh, compute_dtype: Any = None):
+    def __init__(
+        self, metrics: Metrics, mesh: Mesh, compute_dtype: Any = None, logical: Mapping[str, Axes] | None = None
+    ):
         self.mesh = mesh
-        run = jax.sharding.auto_axes(
-            lambda params, batch: metrics(cast(params, compute_dtype), batch), out_sharding=P()
-        )
+
+        def whole(params: Params, batch: Batch) -> Sums:
+            with logical_axes(logical or {}):
+                return metrics(cast(params, compute_dtype), batch)
+
+        run = jax.sharding.auto_axes(whole, out_sharding=P())
 
         def sums_of(params: Params, batch: Batch) -> Sums:
             batch = jax.tree.map(lambda x: jax.sharding.reshard(x, P(batch_axes(mesh))), dict(batch))

@@ -195,9 +195,7 @@ def peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
     return peak / 2 if jnp.dtype(dtype) == jnp.float32 and not device_kind.startswith("TPU") else peak
 
 
-def mfu(
-    flops_per_step: float, step_seconds: float, devices: Sequence[jax.Device], dtype: DTypeLike
-) -> float | None:
+def mfu(flops_per_step: float, step_seconds: float, devices: Sequence[jax.Device], dtype: DTypeLike) -> float | None:
     """Model FLOPs utilisation in [0, 1]: FLOPs of a step over all devices / (seconds x peak of all devices).
 
     None where the peak of a device is not known. Chowdhery et al. 2022, "PaLM", appendix B (there without

@@ -142,7 +142,8 @@ class Ended:
 
 def _ready(sums: Sums) -> bool:
     """Whether the device is done with them; never waits."""
-    return all(leaf.is_ready() for leaf in jax.tree.leaves(sums) if isinstance(leaf, jax.Array))
+    leaves: list[Any] = [leaf for leaf in jax.tree.leaves(sums) if isinstance(leaf, jax.Array)]
+    return all(leaf.is_ready() for leaf in leaves)
 
 
 def check_finite(values: dict[str, Any], window: Window, policy: NonFinite) -> None:

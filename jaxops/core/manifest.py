@@ -85,9 +85,7 @@ def encode(manifest: Manifest) -> str:
         "serial": manifest.serial,
         "meta": manifest.meta,
         "metrics": manifest.metrics,
-        "arrays": [
-            {"path": path, "shape": shape, "dtype": dtype} for path, (shape, dtype) in manifest.arrays.items()
-        ],
+        "arrays": [{"path": path, "shape": shape, "dtype": dtype} for path, (shape, dtype) in manifest.arrays.items()],
         "files": {name: file._asdict() for name, file in manifest.files.items()},
     }
     body = json.loads(json.dumps(body, allow_nan=False))
@@ -121,9 +119,7 @@ def read(folder: epath.Path) -> Manifest:
     if crc != _crc_of(body):
         raise Damaged(f"{FILE} was changed (its checksum differs)")
     if body["format"] > FORMAT:
-        raise Damaged(
-            f"{FILE} has format {body['format']}, written by a newer jaxops; this one reads {FORMAT}"
-        )
+        raise Damaged(f"{FILE} has format {body['format']}, written by a newer jaxops; this one reads {FORMAT}")
     return Manifest(
         step=body["step"],
         serial=body["serial"],
@@ -160,9 +156,7 @@ def problems(folder: epath.Path, manifest: Manifest, *, checksums: bool) -> Iter
             yield f"{name}: cannot be read ({error})"
 
 
-def differences(
-    saved: Manifest, wanted: Mapping[plain.Path, tuple[tuple[int, ...], str]]
-) -> Iterator[tuple[str, str]]:
+def differences(saved: Manifest, wanted: Mapping[plain.Path, tuple[tuple[int, ...], str]]) -> Iterator[tuple[str, str]]:
     """(path, what) of every array that is missing, not expected, or of another shape or dtype."""
     there = {plain.name(path): array for path, array in saved.arrays.items()}
     here = {plain.name(path): array for path, array in wanted.items()}

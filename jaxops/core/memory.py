@@ -30,9 +30,7 @@ def explained(state: Callable[[], Any]) -> Iterator[None]:
 
 def bytes_per_device(tree: Any) -> int:
     """What the arrays of a tree take on the device that holds most."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for _, leaf in named_leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for _, leaf in named_leaves(tree))
 
 
 def out_of_memory(state: Any) -> str:

@@ -24,9 +24,7 @@ def flatten(tree: Any) -> dict[Path, Any]:
     Raises:
       ValueError: two leaves have one name once "." and "/" separate alike (one would replace the other).
     """
-    leaves = {
-        tuple(_part(key) for key in keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = {tuple(_part(key) for key in keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     seen: dict[str, Path] = {}
     for path in leaves:
         stored = name(path).replace(".", "/")

@@ -119,17 +119,15 @@ def place(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> list[Placement]:
     out = []
     for path, leaf in named_leaves(params):
         shape = tuple(leaf.shape)
-        rule = next((rule for rule in rules if re.search(rule[0], path)), None)
-        if rule is None and math.prod(shape) >= LARGE:
+        found = next((rule for rule in rules if re.search(rule[0], path)), None)
+        if found is None and math.prod(shape) >= LARGE:
             raise UserError(
                 f"sharding: no rule matches parameter {path} {shape}, too large to replicate unasked;"
                 f" add one, for example ['{re.escape(path.rsplit('/', 1)[-1])}', [fsdp]] (or [] to replicate it)"
             )
-        axes = rule[1] if rule else ()
+        axes = found[1] if found else ()
         if len(axes) > len(shape):
-            raise UserError(
-                f"sharding: rule {rule} has {len(axes)} dimensions, parameter {path} has {len(shape)}"
-            )
+            raise UserError(f"sharding: rule {found} has {len(axes)} dimensions, parameter {path} has {len(shape)}")
         spec, dropped = _fit(shape, axes, mesh)
         shards = math.prod(mesh.shape[axis] for axis in axes_in(spec))
         size = math.prod(shape) * leaf.dtype.itemsize // shards

@@ -63,5 +63,5 @@ def join(params: Params, frozen: Params) -> Params:
     """The inverse of `split`."""
     out = dict(params)
     for key, value in frozen.items():
-        out[key] = join(out[key], value) if key in out and isinstance(value, Mapping) else value
+        out[key] = join(out[key], dict(value)) if key in out and isinstance(value, Mapping) else value
     return out

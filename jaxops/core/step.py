@@ -75,9 +75,7 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
 
 def global_norm(tree: PyTree) -> Float[Array, ""]:
     """The Euclidean norm of all leaves together, in float32."""
-    return jnp.sqrt(
-        sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)), jnp.float32(0))
-    )
+    return jnp.sqrt(sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)), jnp.float32(0)))
 
 
 def specs_of(tree: PyTree) -> PyTree:
@@ -88,9 +86,7 @@ def specs_of(tree: PyTree) -> PyTree:
 class TrainStep:
     """A supervised update as one jitted program; built by `build_step`."""
 
-    def __init__(
-        self, update: Callable[[State, Batch], tuple[State, Sums]], mesh: Mesh, reduction: tuple[str, str]
-    ):
+    def __init__(self, update: Callable[[State, Batch], tuple[State, Sums]], mesh: Mesh, reduction: tuple[str, str]):
         self.mesh = mesh
         self.reduction, self.reason = reduction
         self.update = update
@@ -99,18 +95,14 @@ class TrainStep:
             state, sums = update(state, batch)
             return state, merge(window, sums)
 
-        self._jitted = jax.jit(
-            train_step, in_shardings=(None, batch_sharding(mesh), None), donate_argnums=(0, 2)
-        )
+        self._jitted = jax.jit(train_step, in_shardings=(None, batch_sharding(mesh), None), donate_argnums=(0, 2))
         self._empty: Callable[[], Sums] | None = None
 
     def empty_window(self, state: State, batch: Batch) -> Sums:
         """The identity of `merge`, on the device."""
         if self._empty is None:
             shapes = jax.eval_shape(self.update, state, batch)[1]
-            self._empty = jax.jit(
-                lambda: zeros_like_sums(shapes), out_shardings=NamedSharding(self.mesh, P())
-            )
+            self._empty = jax.jit(lambda: zeros_like_sums(shapes), out_shardings=NamedSharding(self.mesh, P()))
         return self._empty()
 
     def __call__(
@@ -201,7 +193,7 @@ def build_step(
     Args:
       objective: pure; sees whole arrays (its axes are auto), parameters in `compute_dtype`, `key` the same for every
         microbatch of a step: per-example randomness folds in `batch["id"]`.
-      tx: gets float32 gradients already clipped to the global norm `clip`.
+      tx: gets gradients in the parameters' dtype, already clipped to the global norm `clip`.
       rules: the sharding rules the state was made with; decide, with the mesh, where gradients are reduced.
       accumulation: microbatches per step; the batch's leading dimension is divided by it, never inside a `block`.
       nonfinite: a step whose loss or gradient is not finite changes nothing but `step`; `raise` has the loop stop.
@@ -244,12 +236,8 @@ def build_step(
                 return optax.apply_updates(args[2], updates), opt_state
 
         out = specs_of((state.params, state.opt_state))
-        params, opt_state = jax.sharding.auto_axes(transform, out_sharding=out)(
-            grads, state.opt_state, state.params
-        )
-        extra = {
-            name: extras[name].update(value, params, sums, state.step) for name, value in state.extra.items()
-        }
+        params, opt_state = jax.sharding.auto_axes(transform, out_sharding=out)(grads, state.opt_state, state.params)
+        extra = {name: extras[name].update(value, params, sums, state.step) for name, value in state.extra.items()}
 
         def keep(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)

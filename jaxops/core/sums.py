@@ -44,9 +44,7 @@ class Sum:
         if weight is None:
             return cls(jnp.sum(values), jnp.asarray(values.size, jnp.float32))
         weight = jnp.asarray(weight).astype(jnp.float32)
-        weight = jnp.broadcast_to(
-            weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim)), values.shape
-        )
+        weight = jnp.broadcast_to(weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim)), values.shape)
         return cls(jnp.sum(jnp.where(weight != 0, values, 0.0) * weight), jnp.sum(weight))
 
     def merge(self, other: "Sum") -> "Sum":

@@ -214,8 +214,7 @@ class WandbWriter:
             )
         except Exception as error:
             raise UserError(
-                f"wandb did not start: {error}; `wandb login` signs in, "
-                "WANDB_MODE=offline logs to the run folder"
+                f"wandb did not start: {error}; `wandb login` signs in, WANDB_MODE=offline logs to the run folder"
             ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -52,9 +52,7 @@ def build(
             folder.mkdir()
             events = read.read_events(files, config.columns, config.header)
             with _Spill(work) as sink:
-                gathered = gather(
-                    events, sink, text=read.is_text(files), shown=summary(files), progress=progress
-                )
+                gathered = gather(events, sink, text=read.is_text(files), shown=summary(files), progress=progress)
             allocate = _Mapped(folder)
             columns = arrange.arrange(
                 sink.columns(), gathered.codes, config.min_count, allocate, chunk=chunk, progress=progress
@@ -71,9 +69,7 @@ def build(
     return target
 
 
-def ensure(
-    config: InteractionsFile, root: str | os.PathLike[str], progress: arrange.Progress = arrange.silent
-) -> Path:
+def ensure(config: InteractionsFile, root: str | os.PathLike[str], progress: arrange.Progress = arrange.silent) -> Path:
     """The cache of `config` under `root`, built now if it is not there or if its inputs have changed.
 
     Each way of reading (paths, columns, filter) has its own folder, so one root serves many configs.
@@ -113,17 +109,11 @@ def _manifest(root: Path) -> dict[str, Any]:
         manifest = json.loads((root / MANIFEST).read_text())
         version = manifest["version"]
     except FileNotFoundError:
-        raise UserError(
-            f"no data cache in {root} (no {MANIFEST}); build one with `jaxops data build`"
-        ) from None
+        raise UserError(f"no data cache in {root} (no {MANIFEST}); build one with `jaxops data build`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{root / MANIFEST} is damaged ({error}); remove {root} and build it again"
-        ) from error
+        raise UserError(f"{root / MANIFEST} is damaged ({error}); remove {root} and build it again") from error
     if version != VERSION:
-        raise UserError(
-            f"{root} is a data cache of version {version}, this jaxops reads {VERSION}; build it again"
-        )
+        raise UserError(f"{root} is a data cache of version {version}, this jaxops reads {VERSION}; build it again")
     return manifest
 
 
@@ -135,13 +125,9 @@ def _column(root: Path, name: str, described: dict[str, Any], verify: bool) -> n
         raise UserError(f"the data cache is damaged: {path} is missing; {advice}")
     size = path.stat().st_size
     if size != expected["bytes"]:
-        raise UserError(
-            f"the data cache is damaged: {path} has {size} bytes, expected {expected['bytes']}; {advice}"
-        )
+        raise UserError(f"the data cache is damaged: {path} has {size} bytes, expected {expected['bytes']}; {advice}")
     if verify and (got := _sha256(path)) != expected["sha256"]:
-        raise UserError(
-            f"the data cache is damaged: {path} has SHA-256 {got}, expected {expected['sha256']}; {advice}"
-        )
+        raise UserError(f"the data cache is damaged: {path} has SHA-256 {got}, expected {expected['sha256']}; {advice}")
     try:
         return np.asarray(np.load(path, mmap_mode="r"))
     except (ValueError, OSError) as error:

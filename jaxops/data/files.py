@@ -66,9 +66,7 @@ def expand(path: str | Sequence[str], format: Format = "auto") -> list[DataFile]
     formats = {file.format: file.name for file in reversed(found)}
     if len(formats) > 1:
         examples = ", ".join(f"{name} ({kind})" for kind, name in sorted(formats.items()))
-        raise UserError(
-            f"data files of different formats cannot be read together: {examples}; list one format"
-        )
+        raise UserError(f"data files of different formats cannot be read together: {examples}; list one format")
     return found
 
 
@@ -80,9 +78,7 @@ def summary(files: Sequence[DataFile]) -> str:
 def _local(path: str, format: Format) -> list[DataFile]:
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
-        names = _inside(
-            path, sorted(str(p) for p in Path(expanded).rglob("*") if p.is_file()), expanded, format
-        )
+        names = _inside(path, sorted(str(p) for p in Path(expanded).rglob("*") if p.is_file()), expanded, format)
     elif os.path.isfile(expanded):
         names = [expanded]
     else:
@@ -120,14 +116,10 @@ def _remote(uri: str, format: Format) -> list[DataFile]:
         infos = [i for i in infos if i.path in wanted]
     if not infos:
         raise UserError(f"no data file at {uri}")
-    return [
-        _file(f"{scheme}://{i.path}", i.path, filesystem, format, i.size, int(i.mtime_ns or 0)) for i in infos
-    ]
+    return [_file(f"{scheme}://{i.path}", i.path, filesystem, format, i.size, int(i.mtime_ns or 0)) for i in infos]
 
 
-def _file(
-    name: str, path: str, filesystem: pafs.FileSystem, format: Format, size: int, mtime_ns: int
-) -> DataFile:
+def _file(name: str, path: str, filesystem: pafs.FileSystem, format: Format, size: int, mtime_ns: int) -> DataFile:
     pairs = (part.split("=", 1) for part in path.split("/")[:-1] if "=" in part)
     partition = {key: urllib.parse.unquote(value) for key, value in pairs}
     return DataFile(name, path, filesystem, _format_of(name, format), size, mtime_ns, partition)
@@ -157,9 +149,7 @@ def _inside(shown: str, names: list[str], folder: str, format: Format) -> list[s
     visible = [n for n in names if not re.search(r"(^|/)[._]", os.path.relpath(n, folder))]
     wanted = [n for n in visible if format != "auto" or _suffix(n) in SUFFIXES]
     if not wanted:
-        raise UserError(
-            f"the folder {shown} holds no data file ({', '.join(SUFFIXES)}); it has {_some(visible)}"
-        )
+        raise UserError(f"the folder {shown} holds no data file ({', '.join(SUFFIXES)}); it has {_some(visible)}")
     return wanted
 
 

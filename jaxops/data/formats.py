@@ -76,9 +76,7 @@ def _jsonl(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) 
         return
     inside = _check_columns(file, wanted, list(types))
     schema = pa.schema([(name, types[name]) for name in inside])
-    parse = pajson.ParseOptions(
-        explicit_schema=schema, newlines_in_values=False, unexpected_field_behavior="ignore"
-    )
+    parse = pajson.ParseOptions(explicit_schema=schema, newlines_in_values=False, unexpected_field_behavior="ignore")
     try:
         with (
             file.stream() as stream,
@@ -125,9 +123,7 @@ def _json_object(file: DataFile, number: int, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise UserError(
-            f"{file.name}:{number}: not JSON: {error}; the line is {line.strip()[:80]!r}"
-        ) from error
+        raise UserError(f"{file.name}:{number}: not JSON: {error}; the line is {line.strip()[:80]!r}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file.name}:{number}: expected a JSON object a line, got {line.strip()[:80]!r}")
     return value

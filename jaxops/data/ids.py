@@ -137,11 +137,8 @@ def _sortable(ids: Sequence[Any], text: bool, what: str) -> np.ndarray:
     if lengths.max() > LONGEST:
         example = ids[int(lengths.argmax())][:40]
         raise UserError(
-            f"{what} ids may be {LONGEST} bytes long; one has {lengths.max()} ({example!r}...): is it the "
-            "right column?"
+            f"{what} ids may be {LONGEST} bytes long; one has {lengths.max()} ({example!r}...): is it the right column?"
         )
     if pc.any(pc.ends_with(strings, "\0")).as_py():
-        raise UserError(
-            f"a {what} id ends in a NUL character; such ids cannot be told apart from ones without"
-        )
+        raise UserError(f"a {what} id ends in a NUL character; such ids cannot be told apart from ones without")
     return np.array(pc.cast(strings, pa.large_binary()).to_numpy(zero_copy_only=False), dtype=bytes)

@@ -31,9 +31,7 @@ def inspect(data: RecData) -> dict[str, Any]:
         "items": inter.n_items,
         "density": inter.n_events / (inter.n_users * inter.n_items),
         "ids": {"user": inter.user_ids.kind, "item": inter.item_ids.kind},
-        "time": {"from": iso(float(inter.time.min())), "to": iso(float(inter.time.max()))}
-        if inter.timed
-        else None,
+        "time": {"from": iso(float(inter.time.min())), "to": iso(float(inter.time.max()))} if inter.timed else None,
         "ties": tied / inter.n_events if inter.timed else None,
         "lengths": {**_quantiles(inter.lengths), "histogram": _histogram(inter.lengths)},
         "events_per_item": _quantiles(per_item[1:]),
@@ -59,9 +57,7 @@ def describe(info: dict[str, Any]) -> list[tuple[str, str]]:
         ("time", f"{time['from']} to {time['to']}" if time else "none, the order is the file's"),
     ]
     if info["ties"] is not None:
-        rows.append(
-            ("ties", f"{info['ties']:.1%} of events share user and time with another (row order decides)")
-        )
+        rows.append(("ties", f"{info['ties']:.1%} of events share user and time with another (row order decides)"))
     rows += [
         ("events a user", _span(info["lengths"])),
         ("events an item", _span(info["events_per_item"])),
@@ -76,9 +72,7 @@ def describe(info: dict[str, Any]) -> list[tuple[str, str]]:
 def _part(split: dict[str, Any], name: str) -> str:
     cold = f"{split[f'{name}_cold_user']:,} with a cold user, {split[f'{name}_cold_item']:,} with a cold item"
     left_out = split.get(f"{name}_no_history", 0)
-    return f"{split[name]:,} queries ({cold})" + (
-        f"; {left_out:,} users without a history" if left_out else ""
-    )
+    return f"{split[name]:,} queries ({cold})" + (f"; {left_out:,} users without a history" if left_out else "")
 
 
 def _scan(inter: Interactions) -> tuple[np.ndarray, int]:

@@ -39,9 +39,7 @@ def check_no_leak(inter: Interactions, split: Split) -> None:
     histories = np.full(inter.n_users, -1, np.int64)
     histories[split.valid.user] = split.valid.history
     seen = histories[split.test.user] >= split.test.history
-    _refuse(
-        inter, "test target is not after the validation target", seen, split.test.history, split.test.user
-    )
+    _refuse(inter, "test target is not after the validation target", seen, split.test.history, split.test.user)
     if split.boundaries is not None:
         _check_boundaries(inter, split, *split.boundaries)
 
@@ -67,18 +65,14 @@ def _check_order(inter: Interactions) -> None:
 def _check_boundaries(inter: Interactions, split: Split, first: float, last: float) -> None:
     users = np.flatnonzero(split.train_end > 0)
     latest = inter.time[inter.offsets[users] + split.train_end[users] - 1]
-    _refuse(
-        inter, f"training event not before {iso(first)}", latest >= first, split.train_end[users] - 1, users
-    )
+    _refuse(inter, f"training event not before {iso(first)}", latest >= first, split.train_end[users] - 1, users)
     for name, part, low, high in (
         ("validation", split.valid, first, last),
         ("test", split.test, last, np.inf),
     ):
         time = inter.time[inter.offsets[part.user] + part.history]
         outside = (time < low) | (time >= high)
-        _refuse(
-            inter, f"{name} target is outside its window from {iso(low)}", outside, part.history, part.user
-        )
+        _refuse(inter, f"{name} target is outside its window from {iso(low)}", outside, part.history, part.user)
         earlier = inter.time[inter.offsets[part.user] + part.history - 1]
         _refuse(inter, f"{name} window opens inside the history", earlier >= low, part.history - 1, part.user)
 
@@ -98,8 +92,7 @@ def _refuse(
     length = int(inter.lengths[user])
     when = f" ({_when(inter, int(inter.offsets[user]) + row)})" if 0 <= row < length else ""
     raise UserError(
-        f"leak: {_name(inter, user)}, event {row} of {length}{when}: {what}; "
-        f"{int(np.count_nonzero(bad))} such case(s)"
+        f"leak: {_name(inter, user)}, event {row} of {length}{when}: {what}; {int(np.count_nonzero(bad))} such case(s)"
     )
 
 

@@ -49,9 +49,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         import grain  # seconds to import, and not needed for looking at data
 
         last = sys.maxsize // size * size
-        dataset = grain.MapDataset.range(cursor, last, size).map(
-            lambda at: build(source, int(at), size, rows)
-        )
+        dataset = grain.MapDataset.range(cursor, last, size).map(lambda at: build(source, int(at), size, rows))
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
         self._iterator = iter(dataset.to_iter_dataset(options))
 

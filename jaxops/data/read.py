@@ -57,9 +57,7 @@ def is_text(files: Sequence[DataFile]) -> bool:
     return files[0].format in ("csv", "tsv")
 
 
-def read_events(
-    files: Sequence[DataFile], columns: Columns, header: Sequence[str] | None = None
-) -> Iterator[Events]:
+def read_events(files: Sequence[DataFile], columns: Columns, header: Sequence[str] | None = None) -> Iterator[Events]:
     """All events of `files`, in order.
 
     Raises:
@@ -122,9 +120,7 @@ def _refuse_missing(
 def _missing(column: pa.Array) -> pa.Array:
     column = _plain(column)
     if pa.types.is_string(column.type):
-        blank = pc.is_in(
-            pc.utf8_lower(pc.utf8_trim_whitespace(column)), pa.array(["", "nan", "null", "none", "na"])
-        )
+        blank = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(column)), pa.array(["", "nan", "null", "none", "na"]))
         return pc.or_(pc.is_null(column), pc.fill_null(blank, False))
     return pc.is_null(column, nan_is_null=True)
 
@@ -179,9 +175,7 @@ def _times(column: pa.Array, unit: TimeUnit, place: _Place) -> Float64[np.ndarra
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return unix_seconds(column)
     if pa.types.is_string(kind) and not _reads_as_number(column[0].as_py()):
-        return _converted(
-            column, iso_seconds, place, "unix time or an ISO date or time (2026-11-15T08:30:00)"
-        )
+        return _converted(column, iso_seconds, place, "unix time or an ISO date or time (2026-11-15T08:30:00)")
     seconds = _numbers(column, place, "a unix time as in the rows before") / UNITS[unit]
     far = np.flatnonzero(np.abs(seconds) >= FAR_FUTURE)
     if len(far):

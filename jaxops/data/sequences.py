@@ -31,9 +31,7 @@ def read_sequences(path: str | os.PathLike[str]) -> Interactions:
             for number, line in enumerate(lines, 1):
                 tokens = line.split()
                 if len(tokens) == 1:
-                    raise UserError(
-                        f"{name}:{number}: user {tokens[0]!r} has no items; expected `user item item ...`"
-                    )
+                    raise UserError(f"{name}:{number}: user {tokens[0]!r} has no items; expected `user item item ...`")
                 if tokens:
                     users.append(tokens[0])
                     numbers.append(number)
@@ -58,6 +56,4 @@ def _refuse_twice(name: str, users: list[str], numbers: list[int]) -> None:
     first: dict[str, int] = {}
     for user, number in zip(users, numbers, strict=True):
         if first.setdefault(user, number) != number:
-            raise UserError(
-                f"{name}:{number}: user {user!r} has line {first[user]} already; there is one a user"
-            )
+            raise UserError(f"{name}:{number}: user {user!r} has line {first[user]} already; there is one a user")

@@ -16,6 +16,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+from jaxops.core.cache import cache_root
 from jaxops.core.failures import UserError, nearest
 from jaxops.data.scratch import folder_beside
 
@@ -144,14 +145,6 @@ SOURCES = {
 }
 
 
-def cache_root() -> Path:
-    """$JAXOPS_CACHE, else $XDG_CACHE_HOME/jaxops, else ~/.cache/jaxops."""
-    if given := os.environ.get("JAXOPS_CACHE"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jaxops"
-
-
 def list_sources() -> list[NamedSource]:
     """All data sets that have a name."""
     return list(SOURCES.values())
@@ -164,9 +157,7 @@ def find_source(name: str) -> NamedSource:
       UserError: there is none.
     """
     if name not in SOURCES:
-        raise UserError(
-            f"no data set is called {name!r}{nearest(name, SOURCES)} (known: {', '.join(SOURCES)})"
-        )
+        raise UserError(f"no data set is called {name!r}{nearest(name, SOURCES)} (known: {', '.join(SOURCES)})")
     return SOURCES[name]
 
 
@@ -184,9 +175,7 @@ def get(name: str) -> Path:
             return path
         return _fetch(source)
     except OSError as error:
-        raise UserError(
-            f"cannot keep {name} in {path.parent}: {error}; set JAXOPS_CACHE elsewhere"
-        ) from error
+        raise UserError(f"cannot keep {name} in {path.parent}: {error}; set JAXOPS_CACHE elsewhere") from error
 
 
 def _fetch(source: NamedSource) -> Path:
@@ -208,9 +197,7 @@ def _fetch(source: NamedSource) -> Path:
             return path
     files = " or ".join(address.file for address in source.addresses)
     tried = "\n".join(reasons)
-    raise UserError(
-        f"no address gave {source.name}:\n{tried}\nOr put {files} into {path.parent} by hand and run again"
-    )
+    raise UserError(f"no address gave {source.name}:\n{tried}\nOr put {files} into {path.parent} by hand and run again")
 
 
 def _check(content: bytes, source: NamedSource, what: str, clue: str) -> None:

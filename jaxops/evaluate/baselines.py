@@ -43,9 +43,7 @@ def evaluate_baseline(
       UserError: an unknown baseline or metric.
     """
     if name not in BASELINES:
-        raise UserError(
-            f"unknown baseline '{name}'{nearest(name, BASELINES)}; known are {', '.join(BASELINES)}"
-        )
+        raise UserError(f"unknown baseline '{name}'{nearest(name, BASELINES)}; known are {', '.join(BASELINES)}")
     parsed = [metric for metric in map(parse_metric, metrics) if not metric.sampled]
     train = prefixes(items, offsets, np.arange(len(train_end)), train_end, n_items=n_items)
     seen = prefixes(items, offsets, user, history, n_items=n_items)
@@ -78,9 +76,7 @@ def most_popular(train: sp.csr_array, seen: sp.csr_array) -> Scorer:
     return lambda block: np.tile(counts, (seen[block].shape[0], 1))
 
 
-def item_knn(
-    train: sp.csr_array, seen: sp.csr_array, *, neighbours: int = 100, shrinkage: float = 10.0
-) -> Scorer:
+def item_knn(train: sp.csr_array, seen: sp.csr_array, *, neighbours: int = 100, shrinkage: float = 10.0) -> Scorer:
     """The sum, over the events of the history, of the similarity to each one's nearest items.
 
     Similarity is the cosine of the items' binary user vectors, damped for rare pairs: n_ij / (sqrt(n_i n_j) +

@@ -202,9 +202,7 @@ def _ahead(
     return (scores > own) | jnp.isnan(scores) | ((scores == own) & (items < target))
 
 
-def _distinct(
-    items: Int[Array, "batch n"], n_items: int
-) -> tuple[Int32[Array, "batch n"], Bool[Array, "batch n"]]:
+def _distinct(items: Int[Array, "batch n"], n_items: int) -> tuple[Int32[Array, "batch n"], Bool[Array, "batch n"]]:
     """Each row sorted, and whether an entry is the first of its value and an item of the catalogue."""
     items = jnp.sort(items.astype(jnp.int32), axis=1)
     first = jnp.diff(items, axis=1, prepend=jnp.int32(0)) != 0

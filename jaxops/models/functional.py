@@ -23,7 +23,8 @@ class Functional:
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
         self._build = build
         shapes = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
-        self._graphdef, params, rest = nnx.split(shapes, nnx.Param, ...)
+        parts: Any = nnx.split(shapes, nnx.Param, ...)
+        self._graphdef, params, rest = parts
         if jax.tree.leaves(rest):
             raise TypeError(f"module keeps state that is not a parameter: {nnx.to_pure_dict(rest)}")
         self.shapes: PyTree = nnx.to_pure_dict(params)

@@ -71,8 +71,10 @@ class _SASRec(nnx.Module):
         keys: Key[Array, " batch"] | None,
     ) -> Float[Array, "batch length dim"]:
         config = self.config
-        x = self.item.embedding[items] * jnp.asarray(config.dim**0.5, self.item.embedding.dtype)
-        x = x + self.position.embedding[position]
+        # constrained before the look-up: under fsdp the matrices are gathered, not whole batches of activations
+        table = constrain(self.item.embedding[...], ("vocab", "embed"))
+        x = table[items] * jnp.asarray(config.dim**0.5, table.dtype)
+        x = x + constrain(self.position.embedding[...], (None, "embed"))[position]
         if config.norm == "post":
             x = self.norm(x)
         x = constrain(dropout(x, config.dropout, keys, 0), ("batch", "length", "embed"))

@@ -96,9 +96,7 @@ class Block(nnx.Module):
     ) -> Float[Array, "batch length dim"]:
         names = ("batch", "length", "embed")
         if self.pre:
-            x = x + dropout(
-                self.attention(self.norm_attention(x), mask, keys, site), self.rate, keys, site + 1
-            )
+            x = x + dropout(self.attention(self.norm_attention(x), mask, keys, site), self.rate, keys, site + 1)
             x = constrain(x, names)
             return constrain(x + dropout(self.mlp(self.norm_mlp(x)), self.rate, keys, site + 2), names)
         attended = dropout(self.attention(x, mask, keys, site), self.rate, keys, site + 1)

@@ -35,9 +35,7 @@ class Ranker(Protocol):
     def logits(self, params: PyTree, hidden: Float[Array, "... dim"]) -> Float[Array, "... rows"]: ...
 
 
-def softmax_cross_entropy(
-    logits: Float[Array, "... rows"], targets: Int[Array, "..."]
-) -> Float[Array, "..."]:
+def softmax_cross_entropy(logits: Float[Array, "... rows"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
     """-log softmax(logits)[target], per entry, float32."""
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -80,6 +78,11 @@ def _dot(form: str, *operands: Array) -> Array:
     return jnp.einsum(form, *operands, preferred_element_type=jnp.float32)
 
 
+def _looked_up(model: Ranker, params: PyTree) -> Float[Array, "rows dim"]:
+    """The item matrix before a look-up: under fsdp the matrix is gathered, not whole batches of what is read from it."""
+    return constrain(model.item_vectors(params), ("vocab", "embed"))
+
+
 def _sums(name: str, loss: Array, batch: Batch) -> Sums:
     return {f"loss/{name}": Sum.of(loss, batch["weight"])}
 
@@ -110,7 +113,7 @@ def sampled_softmax(model: Ranker, negatives: int = 256) -> Objective:
     def objective(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
         if key is None:
             return {"loss/sampled_softmax": full(params, batch, None)["loss/softmax"]}
-        hidden, vectors = model.encode(params, batch, key), model.item_vectors(params)
+        hidden, vectors = model.encode(params, batch, key), _looked_up(model, params)
         drawn = jax.random.randint(jax.random.fold_in(key, _NEGATIVES), (negatives,), 1, model.n_items + 1)
         positive = _dot("bld,bld->bl", hidden, vectors[batch["targets"]])
         others = _dot("bld,nd->bln", hidden, vectors[drawn])
@@ -125,14 +128,12 @@ def _per_position(model: Ranker, negatives: int, name: str, beta: float) -> Obje
     """BCE against draws of each position's own, from the example's key; a draw may not be the target."""
 
     def objective(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
-        hidden, vectors = model.encode(params, batch, key), model.item_vectors(params)
+        hidden, vectors = model.encode(params, batch, key), _looked_up(model, params)
         targets = batch["targets"]
         keys = example_keys(jax.random.key(0) if key is None else key, batch["id"])
         shape = (targets.shape[1], negatives)
         # 1..n_items without the target: draw from one fewer and step over it
-        draw = jax.vmap(
-            lambda k: jax.random.randint(jax.random.fold_in(k, _NEGATIVES), shape, 1, model.n_items)
-        )(keys)
+        draw = jax.vmap(lambda k: jax.random.randint(jax.random.fold_in(k, _NEGATIVES), shape, 1, model.n_items))(keys)
         drawn = draw + (draw >= targets[..., None]).astype(draw.dtype)
         positive = _dot("bld,bld->bl", hidden, vectors[targets])
         others = _dot("bld,blnd->bln", hidden, vectors[drawn])

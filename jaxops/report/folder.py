@@ -199,9 +199,7 @@ def _series(lines: list[dict[str, Any]]) -> dict[str, Series]:
             points.setdefault(name, {})[line["step"]] = line[name]
     found = {}
     for name in sorted(points):
-        numbers = [
-            (step, value) for step, raw in sorted(points[name].items()) if (value := finite(raw)) is not None
-        ]
+        numbers = [(step, value) for step, raw in sorted(points[name].items()) if (value := finite(raw)) is not None]
         steps, values = np.array(numbers, np.float64).reshape(-1, 2).T
         found[name] = Series(steps, values, len(points[name]) - len(numbers))
     return found

@@ -94,16 +94,12 @@ def baselines(run: RunFolder) -> list[str]:
 
 def metrics(run: RunFolder, split: str) -> list[str]:
     """What the summary (without one, the log) holds of a split, ranking metrics first in usual order."""
-    keys = [
-        key for key in run.summary if key.startswith(f"{split}/") and finite(run.summary[key]) is not None
-    ]
+    keys = [key for key in run.summary if key.startswith(f"{split}/") and finite(run.summary[key]) is not None]
     if not keys and split == "valid":
         keys = [key for key in run.series if key.startswith("valid/") and len(run.series[key])]
     usual = ("hr", "recall", "ndcg", "mrr")
     names = [key.removeprefix(f"{split}/") for key in keys]
-    ranked = sorted(
-        (n for n in names if n.split("@")[0] in usual), key=lambda n: usual.index(n.split("@")[0])
-    )
+    ranked = sorted((n for n in names if n.split("@")[0] in usual), key=lambda n: usual.index(n.split("@")[0]))
     return ranked + [name for name in names if name not in ranked]
 
 

@@ -30,5 +30,6 @@ def build_task(loaded: Loaded[Any], *, objective: Callable[[Any], Any] | None = 
 
     resolved = dict(loaded.resolved)
     if objective is not None:
-        resolved["objective"] = {"fn": f"{objective.__module__}:{objective.__qualname__}"}
+        named = objective if hasattr(objective, "__qualname__") else getattr(objective, "func", type(objective))
+        resolved["objective"] = {"fn": f"{named.__module__}:{named.__qualname__}"}
     return build_rec(loaded.config, resolved, objective)

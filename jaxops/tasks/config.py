@@ -10,7 +10,7 @@ from pydantic import Field
 
 from jaxops.config.types import ByPath, Every, Factory
 from jaxops.core.failures import UserError
-from jaxops.core.mesh import MeshConfig
+from jaxops.core.mesh import BATCH_AXES, MeshConfig
 from jaxops.core.optimizer import AdamW, Optimizer
 from jaxops.data.spec import RecDataConfig
 from jaxops.evaluate.ranking import parse_metric
@@ -197,18 +197,7 @@ class RecConfig:
             found.append(("run", "say how long: exactly one of run.epochs and run.steps"))
         if isinstance(batch.microbatch, int) and batch.global_ % batch.microbatch:
             found.append(("batch.microbatch", f"{batch.microbatch} does not divide batch.global {batch.global_}"))
-        mesh = self.mesh
-        shards = math.prod(max(size, 1) for size in (mesh.replica, mesh.data, mesh.fsdp))
-        if batch.global_ % shards:
-            what = f"is no multiple of the mesh's batch shards (at least {shards})"
-            found.append(("batch.global", f"{batch.global_} {what}"))
-        elif isinstance(batch.microbatch, int) and batch.microbatch % shards:
-            what = f"is no multiple of the mesh's batch shards (at least {shards})"
-            found.append(("batch.microbatch", f"{batch.microbatch} {what}"))
-        if mesh.tensor > 1 and self.model.heads % mesh.tensor:
-            found.append(("mesh.tensor", f"{mesh.tensor} does not divide model.heads {self.model.heads}"))
-        if mesh.sequence > 1:
-            found.append(("mesh.sequence", "sasrec has no sequence parallelism: leave it at 1"))
+        found += self.mesh_problems(dataclasses.asdict(self.mesh))
         for index, metric in enumerate(self.evaluate.metrics):
             try:
                 parse_metric(metric)
@@ -220,6 +209,19 @@ class RecConfig:
         ):
             if name is not None and name not in self.evaluate.metrics:
                 found.append((path, f"{name!r} is not in evaluate.metrics ({', '.join(self.evaluate.metrics)})"))
+        return found
+
+    def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+        """What does not go on a mesh of these sizes; an axis of -1 is judged once the devices are known."""
+        found = []
+        shards = math.prod(max(sizes[axis], 1) for axis in BATCH_AXES)
+        for path, value in (("batch.global", self.batch.global_), ("batch.microbatch", self.batch.microbatch)):
+            if isinstance(value, int) and value % shards:
+                found.append((path, f"{value} is no multiple of the mesh's batch shards (at least {shards})"))
+        if sizes["tensor"] > 1 and self.model.heads % sizes["tensor"]:
+            found.append(("mesh.tensor", f"{sizes['tensor']} does not divide model.heads {self.model.heads}"))
+        if sizes["sequence"] > 1:
+            found.append(("mesh.sequence", "sasrec has no sequence parallelism: leave it at 1"))
         return found
 
 

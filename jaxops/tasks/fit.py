@@ -131,11 +131,11 @@ class _Run:
         self.accounting = Accounting(task, mesh, accumulation)
         self.interrupt = Interrupt(progress.say)
         self.compiles = Compiles(on_compile=progress.compiled)
-        self.evaluator = Evaluator(task.metrics, mesh, jnp.dtype(self.config.precision.compute))
+        self.evaluator = Evaluator(task.metrics, mesh, jnp.dtype(self.config.precision.compute), task.logical)
         # all at once: asking the device for one in the middle of a run would wait for every step before it
-        self.lr = np.broadcast_to(
-            build_schedule(self.config.optimizer, task.steps)(jnp.arange(task.steps)), task.steps
-        )
+        with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
+            rates = build_schedule(self.config.optimizer, task.steps)(jnp.arange(task.steps))
+        self.lr = np.broadcast_to(rates, task.steps)
         self.began = time.time()
         self.saved_at = time.monotonic()
         self.saved = (-1, False)
@@ -144,6 +144,7 @@ class _Run:
         self.values: dict[str, float] = {}
         self.values_step = -1
         self.warm = False
+        self.logged = 0
 
     def go(self, hooks: Sequence[Hook]) -> FinishedRun:
         keep = self.config.checkpoint
@@ -297,6 +298,7 @@ class _Run:
         values |= self.accounting.rates(window)
         scalars = {f"train/{name}": value for name, value in values.items() if isinstance(value, float | int)}
         self.writers.write(window.last, scalars)
+        self.logged = window.last
         self.progress.step(window.last, self.task.steps, values)
         return values
 
@@ -415,7 +417,7 @@ class _Run:
         return FinishedRun(self.place.path, summary, state)
 
     def _failed(self, error: BaseException) -> None:
-        step = max(self.saved[0], 0)
+        step = max(self.saved[0], self.logged)
         values = {"name": self.config.run.name, "step": step, "device": describe_devices(self.mesh)}
         write_failure(self.place, error, values)
 

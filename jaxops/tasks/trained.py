@@ -199,7 +199,7 @@ def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
             raise UserError(f"{run_dir} has no checkpoint of step {step} (there are: {', '.join(map(str, steps))})")
         if step is None:
             kept = checkpoints.best() if best else None
-            step = kept if kept is not None else steps[-1]
+            step = kept if kept is not None else checkpoints.latest() or steps[-1]
         damage = [what for what in checkpoints.verify(step) if not what.startswith("no checksums")]
         if damage:
             others = ", ".join(str(other) for other in steps if other != step)
@@ -228,11 +228,14 @@ def _padded(given: Histories, length: int, size: int) -> Iterator[tuple[int, dic
         items = np.where(column >= (length - np.minimum(count, length))[:, None], given.items.take(at, mode="clip"), 0)
         wide = np.arange(width)
         seen = np.where(wide < count[:, None], given.items.take(first[:, None] + wide, mode="clip"), 0)
-        yield start, {
-            "id": index.astype(np.int32),
-            "items": items.astype(np.int32),
-            "seen": seen.astype(np.int32),
-        }
+        yield (
+            start,
+            {
+                "id": index.astype(np.int32),
+                "items": items.astype(np.int32),
+                "seen": seen.astype(np.int32),
+            },
+        )
 
 
 def _column_names(path: str | os.PathLike[str]) -> list[str]:

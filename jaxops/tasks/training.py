@@ -21,12 +21,14 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> tuple[Train
       UserError: the batch does not divide over mesh and microbatches, or the config does not fit the model.
     """
     config = task.config
+    problems = config.mesh_problems(mesh.shape)
+    if problems:
+        raise UserError("\n".join(f"{path}: {what}" for path, what in problems))
     shards = batch_shards(mesh)
     if config.batch.global_ % (shards * accumulation * task.block):
         raise UserError(
             f"batch.global: {config.batch.global_} examples do not divide over {shards} batch shards of the mesh"
-            f" x {accumulation} microbatches"
-            + (f" x blocks of {task.block}" if task.block > 1 else "")
+            f" x {accumulation} microbatches" + (f" x blocks of {task.block}" if task.block > 1 else "")
         )
     tx = build_optimizer(config.optimizer, task.steps)
     extras = {"ema": ema(config.optimizer.ema)} if config.optimizer.ema else {}

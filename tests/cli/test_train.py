@@ -122,7 +122,7 @@ def test_a_run_that_fails_says_why_with_status_1(folder, capsys):
     high = ["optimizer={kind: sgd, lr: 1e30, clip: null}", "run.steps=6", "run.log_every=1"]
     assert main(["train", "my.yaml", *high]) == 1
     said = capsys.readouterr().err
-    assert "is not finite at step" in said and "Lower optimizer.lr" in said and "Traceback" not in said
+    assert "is not finite at step" in said and "lower optimizer.lr" in said and "Traceback" not in said
     found = summary(Path("runs/tiny"))
     assert found["state"] == "failed" and "not finite" in found["reason"]
 

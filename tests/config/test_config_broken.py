@@ -331,9 +331,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("text", "overrides", "fragments"), BROKEN, ids=[f"{row[0]} {row[1]}" for row in BROKEN]
-)
+@pytest.mark.parametrize(("text", "overrides", "fragments"), BROKEN, ids=[f"{row[0]} {row[1]}" for row in BROKEN])
 def test_one_clear_message(text, overrides, fragments):
     message = told(GOOD + text + "\n", *overrides)
     for fragment in fragments:

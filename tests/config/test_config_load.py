@@ -56,9 +56,7 @@ def folder(tmp_path, monkeypatch):
     package = tmp_path / "toypkg"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "losses.py").write_text(
-        "def focal(model, gamma=2.0, lambda_=1.0): return ('focal', gamma, lambda_)\n"
-    )
+    (package / "losses.py").write_text("def focal(model, gamma=2.0, lambda_=1.0): return ('focal', gamma, lambda_)\n")
     yield tmp_path
     for name in [name for name in sys.modules if name.split(".")[0] == "toypkg"]:
         del sys.modules[name]
@@ -138,9 +136,7 @@ def test_bases_merge_left_to_right_then_the_file_then_overrides():
     assert (config.path, config.seed, config.name) == ("a", 4, "mine")
     assert config.model == toy.SasRec(dim=16, heads=4)
     assert config.columns == {"user": "u", "item": "i"} and config.evaluate.metrics == ("z",)
-    assert (
-        loaded.origins["model.heads"] == "bases/a.yaml:3" and loaded.origins["model.dim"] == "bases/ab.yaml:2"
-    )
+    assert loaded.origins["model.heads"] == "bases/a.yaml:3" and loaded.origins["model.dim"] == "bases/ab.yaml:2"
     several = load(toy.Toy, ["bases/a.yaml", "bases/b.yaml"]).config
     assert several.seed == 2 and several.path == "a"
 
@@ -182,9 +178,7 @@ def test_an_unset_variable_that_is_overridden_does_not_matter():
     ],
 )
 def test_overrides(overrides, attribute, expected):
-    text = (
-        "path: x\nmodel: {kind: sasrec, dim: 8, heads: 4}\noptimizer: {clip: 1}\nobjective: {negatives: 5}\n"
-    )
+    text = "path: x\nmodel: {kind: sasrec, dim: 8, heads: 4}\noptimizer: {clip: 1}\nobjective: {negatives: 5}\n"
     assert getattr(load_text(text, *overrides), attribute) == expected
 
 
@@ -221,9 +215,9 @@ def test_a_task_is_chosen_by_its_tag_and_stays_in_the_dump():
     assert other.config == toy.Other(3) and other.resolved == {"task": "other", "steps": 3}
     assert other.origins == {"task": "other.yaml:1", "steps": "other.yaml:2"}
     assert from_dict(schemas, other.resolved).config == other.config
-    assert load(
-        schemas, [], ["task=toy", "path=x", "optimizer=sgd", "optimizer.lr=1"]
-    ).config.optimizer == toy.Sgd(lr=1.0)
+    assert load(schemas, [], ["task=toy", "path=x", "optimizer=sgd", "optimizer.lr=1"]).config.optimizer == toy.Sgd(
+        lr=1.0
+    )
 
 
 def test_configs_are_found_beside_here_or_among_the_shipped(monkeypatch, tmp_path):
@@ -278,12 +272,8 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
     assert read == value and type(read) is type(value)
 
 
-TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=12).filter(
-    lambda text: "${env" not in text
-)
-WORDS = st.sampled_from(
-    ["1e-4", "no", "~", "null", "0x1", "1_0", "2026-01-01", "- a", "a: b", "#", " ", "1:30", ".5"]
-)
+TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=12).filter(lambda text: "${env" not in text)
+WORDS = st.sampled_from(["1e-4", "no", "~", "null", "0x1", "1_0", "2026-01-01", "- a", "a: b", "#", " ", "1:30", ".5"])
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT | WORDS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT | WORDS, inner, max_size=3),
@@ -321,9 +311,7 @@ def test_an_object_store_is_read_through_epath(monkeypatch):
 
 def test_diff_names_what_changed():
     a = from_dict(toy.Toy, {"path": "x"}).resolved
-    b = from_dict(
-        toy.Toy, {"path": "x", "model": {"kind": "hstu", "dim": 64}, "evaluate": {"metrics": ["a"]}}
-    ).resolved
+    b = from_dict(toy.Toy, {"path": "x", "model": {"kind": "hstu", "dim": 64}, "evaluate": {"metrics": ["a"]}}).resolved
     assert diff(a, a) == []
     assert diff(a, b) == [
         ("model.kind", "sasrec", "hstu"),
@@ -415,9 +403,7 @@ def test_a_run_can_be_read_where_its_code_is_not():
     values = {"path": "x", "objective": {"fn": "gone.module:loss", "a": 1}}
     with pytest.raises(ConfigError, match="no module 'gone'"):
         from_dict(toy.Toy, values)
-    assert from_dict(toy.Toy, values, check_imports=False).config.objective == ByPath(
-        "gone.module:loss", {"a": 1}
-    )
+    assert from_dict(toy.Toy, values, check_imports=False).config.objective == ByPath("gone.module:loss", {"a": 1})
 
 
 def test_reading_a_configuration_imports_no_jax():

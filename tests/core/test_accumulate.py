@@ -215,9 +215,9 @@ def test_half_precision_parameters_accumulate_in_float32():
     def objective(params, batch, key):
         return {"loss/a": Sum.of(batch["x"] * params["w"].astype(jnp.float32), jnp.ones_like(batch["x"]))}
 
-    found = gradients(
-        {"x": np.ones(512, np.float32)}, {"data": 1}, 512, objective, {"w": jnp.ones((), jnp.bfloat16)}
-    )[1]
+    found = gradients({"x": np.ones(512, np.float32)}, {"data": 1}, 512, objective, {"w": jnp.ones((), jnp.bfloat16)})[
+        1
+    ]
     assert found["w"].dtype == jnp.bfloat16 and float(found["w"]) == 1.0
 
 

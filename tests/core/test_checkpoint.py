@@ -90,9 +90,7 @@ def test_a_state_comes_back_exactly_as_it_was(checkpoints):
     checkpoints.save(7, state, {"cursor": 7 * 256, "config": {"a": [1, None]}}, {"valid/ndcg@10": 0.25})
     found = checkpoints.restore(7, abstract(state))
     assert_same(found, state)
-    assert jax.tree.all(
-        jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), found, state)
-    )
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), found, state))
     assert checkpoints.steps() == [7]
     assert checkpoints.latest() == checkpoints.latest_good(pytest.fail) == 7
     assert checkpoints.meta(7) == {"cursor": 7 * 256, "config": {"a": [1, None]}}
@@ -229,8 +227,7 @@ def test_differences_are_all_named_before_anything_is_loaded(checkpoints, monkey
     assert first.endswith("1 does not fit this run:")
     assert [line.strip() for line in lines] == [
         "params/embed: shape [16, 8] in the checkpoint, [32, 8] expected",
-        "params/layers/11/w: not in the checkpoint, float32[8, 8] expected; "
-        "did you mean 'params/layers/1/w'?",
+        "params/layers/11/w: not in the checkpoint, float32[8, 8] expected; did you mean 'params/layers/1/w'?",
         "params/scale: float32 in the checkpoint, bfloat16 expected",
         "params/layers/1/w: float32[8, 8] in the checkpoint, not expected",
     ]
@@ -404,9 +401,7 @@ def big():
 def test_a_failed_save_is_raised_at_the_next_call_and_leaves_the_others(checkpoints, full_disk):
     checkpoints.save(1, small(), {})
     checkpoints.save(2, big(), {})
-    with pytest.raises(
-        RunFailed, match=r"saving .*/2 failed: .*; the checkpoints before it are untouched"
-    ) as e:
+    with pytest.raises(RunFailed, match=r"saving .*/2 failed: .*; the checkpoints before it are untouched") as e:
         checkpoints.save(3, small(), {})
     assert e.value.__cause__ is not None
     assert checkpoints.steps() == [1]  # raised once
@@ -416,9 +411,7 @@ def test_a_failed_save_is_raised_at_the_next_call_and_leaves_the_others(checkpoi
     assert sorted(path.name for path in checkpoints._folder.path.iterdir()) == ["1", "2"]
 
 
-@pytest.mark.parametrize(
-    "call", ["wait", "close", "steps", "latest", "best", "meta", "restore", "exit", "check"]
-)
+@pytest.mark.parametrize("call", ["wait", "close", "steps", "latest", "best", "meta", "restore", "exit", "check"])
 def test_no_call_loses_the_error(tmp_path, monkeypatch, call):
     def broken(*_):
         raise OSError(28, "No space left on device")
@@ -496,10 +489,7 @@ def test_a_flipped_byte_and_a_truncated_file_are_found_and_named(three):
     cut.write_bytes(cut.read_bytes()[:-10])
     checkpoints = Checkpoints(three)
     (problem,) = checkpoints.verify(3)
-    assert (
-        problem
-        == f"{data_file(three / '3').relative_to(three / '3')}: contents were changed (CRC-32 differs)"
-    )
+    assert problem == f"{data_file(three / '3').relative_to(three / '3')}: contents were changed (CRC-32 differs)"
     (problem,) = checkpoints.verify(2)
     assert problem.startswith(f"{cut.relative_to(three / '2')}: ") and "bytes, expected" in problem
     assert checkpoints.verify(1) == []

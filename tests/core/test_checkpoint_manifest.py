@@ -142,9 +142,7 @@ def test_differences():
         ("step", "int32[] in the checkpoint, not expected"),
     ]
     dtypes = ARRAYS | {("step",): ((), "float32")}
-    assert list(manifest.differences(example(), dtypes)) == [
-        ("step", "int32 in the checkpoint, float32 expected")
-    ]
+    assert list(manifest.differences(example(), dtypes)) == [("step", "int32 in the checkpoint, float32 expected")]
     # A list and a dict with integer keys are the same thing once stored.
     strings = {("params", "layers", "0", "w"): ((2, 3), "bfloat16"), ("step",): ((), "int32")}
     assert list(manifest.differences(example(), strings)) == []

@@ -77,9 +77,7 @@ def test_dead_code_does_not_count():
     def objective(w, x):
         return jnp.tanh(x @ w).sum(), jnp.asarray(x.shape[0], jnp.float32)
 
-    counts_only = lambda w, x: jax.lax.scan(
-        lambda c, xs: (c + jax.jit(objective)(w, xs)[1], None), jnp.zeros(()), x
-    )[0]
+    counts_only = lambda w, x: jax.lax.scan(lambda c, xs: (c + jax.jit(objective)(w, xs)[1], None), jnp.zeros(()), x)[0]
     assert count_flops(counts_only, spec(8, 4), spec(5, 16, 8)).total == 0
     assert count_flops(objective, spec(8, 4), spec(16, 8)).total == 2 * 16 * 8 * 4
 
@@ -162,13 +160,8 @@ def brute_force_conv(lhs, rhs, *, stride, padding, lhs_dilation, rhs_dilation, g
         wide = (lhs[2 + i] - 1) * lhs_dilation[i] + 1 + sum(padding[i])
         outs.append((wide - ((rhs[2 + i] - 1) * rhs_dilation[i] + 1)) // stride[i] + 1)
     for y, x, dy, dx in itertools.product(range(outs[0]), range(outs[1]), range(rhs[2]), range(rhs[3])):
-        at = [
-            o * stride[i] + k * rhs_dilation[i] - padding[i][0] for i, (o, k) in enumerate([(y, dy), (x, dx)])
-        ]
-        real = all(
-            0 <= at[i] <= (lhs[2 + i] - 1) * lhs_dilation[i] and at[i] % lhs_dilation[i] == 0
-            for i in range(2)
-        )
+        at = [o * stride[i] + k * rhs_dilation[i] - padding[i][0] for i, (o, k) in enumerate([(y, dy), (x, dx)])]
+        real = all(0 <= at[i] <= (lhs[2 + i] - 1) * lhs_dilation[i] and at[i] % lhs_dilation[i] == 0 for i in range(2))
         count += real
     return 2 * count * (lhs[0] // batch_groups) * rhs[0] * rhs[1]
 

@@ -11,8 +11,8 @@ from toys import host, rows, trainer
 from jaxops.core.compiles import Compiles
 from jaxops.core.failures import UserError
 from jaxops.core.optimizer import (
-    AdamW,
     Adafactor,
+    AdamW,
     Common,
     Constant,
     Linear,
@@ -110,7 +110,14 @@ def test_adamw_is_numpys():
         np.testing.assert_allclose(x, p, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
-SHARDED = [AdamW(lr=LR, eps=1e-3), Lion(lr=1e-3), Sgd(lr=LR, momentum=0.9), Adafactor(lr=LR), Adafactor(min_factored=4), MUON]
+SHARDED = [
+    AdamW(lr=LR, eps=1e-3),
+    Lion(lr=1e-3),
+    Sgd(lr=LR, momentum=0.9),
+    Adafactor(lr=LR),
+    Adafactor(min_factored=4),
+    MUON,
+]
 
 
 @pytest.mark.parametrize("config", SHARDED, ids=lambda c: c.kind)
@@ -123,7 +130,9 @@ def test_on_eight_devices_as_on_one_with_its_state_sharded(config):
             eight.step(rows(seed))
     assert compiles.count["train_step"] == 2
     # one sign flip of lion is two learning rates: allow none of those, only rounding
-    for (path, x), (_, y) in zip(named_leaves(host(eight.state.params)), named_leaves(host(one.state.params)), strict=True):
+    for (path, x), (_, y) in zip(
+        named_leaves(host(eight.state.params)), named_leaves(host(one.state.params)), strict=True
+    ):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=path)
     kernels = {path: x for path, x in named_leaves(eight.state.params) if path.endswith("kernel")}
     whole = [
@@ -132,7 +141,7 @@ def test_on_eight_devices_as_on_one_with_its_state_sharded(config):
         for name, kernel in kernels.items()
         if path.endswith(name) and leaf.shape == kernel.shape
     ]
-    assert whole or config == Adafactor(min_factored=4) or config.kind == "sgd" and not config.momentum
+    assert whole or config == Adafactor(min_factored=4) or (config.kind == "sgd" and not config.momentum)
     for path, leaf in whole:
         expected = next(k for name, k in kernels.items() if path.endswith(name)).sharding
         assert leaf.sharding.is_equivalent_to(expected, leaf.ndim) and not leaf.sharding.is_fully_replicated, path
@@ -184,7 +193,9 @@ def test_a_warm_up_longer_than_the_run_is_refused():
 def test_the_schedule_drives_the_updates():
     moved = after_three(build_optimizer(Sgd(lr=LR, schedule=Linear()), 4))
     rates = [LR, 0.75 * LR, 0.5 * LR]
-    for (path, x), (_, p), *grads in zip(named_leaves(moved), named_leaves(PARAMS), *map(named_leaves, GRADS), strict=True):
+    for (path, x), (_, p), *grads in zip(
+        named_leaves(moved), named_leaves(PARAMS), *map(named_leaves, GRADS), strict=True
+    ):
         expected = p - sum(rate * g.astype(np.float64) for rate, (_, g) in zip(rates, grads, strict=True))
         np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6, err_msg=path)
 
@@ -207,11 +218,27 @@ def test_a_multiplier_that_matches_nothing_is_refused():
 
 def test_what_no_model_could_make_right():
     config = AdamW(
-        lr=0, clip=-1.0, weight_decay=-0.1, ema=1.0, no_decay=("a(",), frozen=("b[",), lr_multipliers={"*": 1.0},
+        lr=0,
+        clip=-1.0,
+        weight_decay=-0.1,
+        ema=1.0,
+        no_decay=("a(",),
+        frozen=("b[",),
+        lr_multipliers={"*": 1.0},
         schedule=Wsd(warmup=-1, decay=0.0),
     )
     paths = [path for path, _ in config.problems()]
     assert sorted(paths) == sorted(
-        ["lr", "clip", "weight_decay", "ema", "schedule.warmup", "schedule.decay", "no_decay", "frozen", "lr_multipliers"]
+        [
+            "lr",
+            "clip",
+            "weight_decay",
+            "ema",
+            "schedule.warmup",
+            "schedule.decay",
+            "no_decay",
+            "frozen",
+            "lr_multipliers",
+        ]
     )
     assert AdamW(ema=0.99, weight_decay=0.1, schedule=Wsd(warmup=3)).problems() == []

@@ -128,7 +128,11 @@ def test_constrain_types_an_activation_in_an_explicit_mesh(mesh):
     with jax.set_mesh(mesh):
         jax.eval_shape(f, jnp.ones((4, 4, 3)))
     # 3 heads are not divided by 2: that axis is left out
-    assert seen == [P(("data", "fsdp"), None, None), P(("data", "fsdp"), "tensor", None), P(("data", "fsdp"), None, None)]
+    assert seen == [
+        P(("data", "fsdp"), None, None),
+        P(("data", "fsdp"), "tensor", None),
+        P(("data", "fsdp"), None, None),
+    ]
 
 
 def test_constrain_holds_inside_auto_axes(mesh):
@@ -154,7 +158,10 @@ def test_constrain_inside_shard_map_does_nothing(mesh):
 
 
 def test_logical_names_may_only_name_mesh_axes():
-    with pytest.raises(UserError, match=r"logical name 'heads' names no mesh axis: tensr; did you mean 'tensor'\?"), logical_axes({"heads": "tensr"}):
+    with (
+        pytest.raises(UserError, match=r"logical name 'heads' names no mesh axis: tensr; did you mean 'tensor'\?"),
+        logical_axes({"heads": "tensr"}),
+    ):
         pass
 
 

@@ -267,8 +267,7 @@ def test_an_extra_sees_the_sums_of_the_global_batch():
     """A running baseline of the loss: what a KL controller or a logQ estimate does."""
     baseline = Extra(
         init=lambda params: jnp.zeros(()),
-        update=lambda value, params, sums, step: 0.5 * value
-        + 0.5 * sums["loss/mse"].total / sums["loss/mse"].count,
+        update=lambda value, params, sums, step: 0.5 * value + 0.5 * sums["loss/mse"].total / sums["loss/mse"].count,
     )
     t = trainer(layout={"data": 8}, extras={"baseline": baseline}, accumulation=4)
     expected = 0.0
@@ -344,7 +343,7 @@ def test_a_table_outside_params_trains_like_a_parameter(layout, accumulation):
     options = {"layout": layout, "accumulation": accumulation}
     outside = trainer(objective=from_table, tables=DenseTable(0.1), nonfinite="skip", **options)
     inside = trainer(objective=from_parameter, start=init_with_table)
-    assert "plain" == outside.built.reduction
+    assert outside.built.reduction == "plain"
     for seed in range(4):
         batch = with_features(rows(seed))
         if seed == 2:  # skipped: neither the parameters nor a row of the table may move

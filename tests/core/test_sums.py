@@ -101,7 +101,9 @@ def test_finalize_of_large_counts_divides_in_float64():
 
 def test_merging_other_names_is_refused():
     with pytest.raises(ValueError, match=r"different names: \['b', 'c'\]"):
-        merge({"a": Max(jnp.float32(1)), "b": Max(jnp.float32(1))}, {"a": Max(jnp.float32(1)), "c": Max(jnp.float32(1))})
+        merge(
+            {"a": Max(jnp.float32(1)), "b": Max(jnp.float32(1))}, {"a": Max(jnp.float32(1)), "c": Max(jnp.float32(1))}
+        )
 
 
 def test_sums_pass_through_jit_and_keep_their_finalizer():

@@ -63,9 +63,7 @@ def test_non_finite_values_are_valid_json_and_come_back_as_nan(tmp_path):
     assert all(math.isnan(read[k]) for k in "abcd") and read["e"] == 2.0
 
 
-@pytest.mark.parametrize(
-    "torn", [b'{"v": 1, "step": 4, "tra', b'{"v": 1, "step": 4, "x": "\xe6', b"\0\0\0\0", b"{"]
-)
+@pytest.mark.parametrize("torn", [b'{"v": 1, "step": 4, "tra', b'{"v": 1, "step": 4, "x": "\xe6', b"\0\0\0\0", b"{"])
 def test_a_line_torn_by_a_kill_is_skipped_and_cut_off(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, [1, 2, 3])

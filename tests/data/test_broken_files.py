@@ -16,9 +16,7 @@ def parquet(folder, name="a.parquet", **columns):
 
 
 def text(name, content):
-    return lambda folder: (folder / name).write_bytes(
-        content if isinstance(content, bytes) else content.encode()
-    )
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def table(**columns):

@@ -31,18 +31,14 @@ def reference(rows, min_count=MinCount()):
     rows = list(rows)
     while True:
         users, items = [r[0] for r in rows], [r[1] for r in rows]
-        kept = [
-            r for r in rows if users.count(r[0]) >= min_count.user and items.count(r[1]) >= min_count.item
-        ]
+        kept = [r for r in rows if users.count(r[0]) >= min_count.user and items.count(r[1]) >= min_count.item]
         if len(kept) == len(rows):
             break
         rows = kept
     out = []
     for user in sorted({r[0] for r in rows}):
         mine = [(r[2], row, r[1], r[3]) for row, r in enumerate(rows) if r[0] == user]
-        out.append(
-            (user, [(time, item, weight) for time, _, item, weight in sorted(mine, key=lambda e: e[:2])])
-        )
+        out.append((user, [(time, item, weight) for time, _, item, weight in sorted(mine, key=lambda e: e[:2])]))
     return out
 
 

@@ -95,8 +95,6 @@ def test_cached_and_in_memory_are_one_data_set(path, tmp_path):
 def test_data_needs_neither_jax_nor_grain():
     """Looking at data must be quick, and must not take an accelerator."""
     modules = "config, inspect, windows, queries, loader, cache"
-    code = (
-        f"from jaxops.data import {modules}\nimport sys\nprint('jax' in sys.modules, 'grain' in sys.modules)"
-    )
+    code = f"from jaxops.data import {modules}\nimport sys\nprint('jax' in sys.modules, 'grain' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

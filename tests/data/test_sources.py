@@ -30,9 +30,7 @@ def zipped(path, member="set/u.data", content=CONTENT):
 
 
 def install(monkeypatch, *addresses, content=CONTENT):
-    source = NamedSource(
-        "tiny", "A tiny set", "free", "u.data", hashlib.sha256(content).hexdigest(), tuple(addresses)
-    )
+    source = NamedSource("tiny", "A tiny set", "free", "u.data", hashlib.sha256(content).hexdigest(), tuple(addresses))
     monkeypatch.setattr(sources, "SOURCES", {**sources.SOURCES, "tiny": source})
     return source
 

@@ -24,9 +24,7 @@ def source(train_lengths, length, *, seed=3, held_out=2, **options):
 
 def transitions(inter, train_lengths):
     first = inter.offsets[:-1] + 1  # item of a user's first event
-    return {
-        (int(f) + k, int(f) + k + 1) for f, n in zip(first, train_lengths, strict=True) for k in range(n - 1)
-    }
+    return {(int(f) + k, int(f) + k + 1) for f, n in zip(first, train_lengths, strict=True) for k in range(n - 1)}
 
 
 def pairs(batch):
@@ -143,9 +141,7 @@ def test_threads_agree():
 def test_held_out_items_are_never_seen():
     inter, windows = source([5, 1, 3], 4)
     batch = windows.batch(0, 3 * windows.examples)
-    held_out = {int(last) - k for last in inter.offsets[1:] for k in (0, 1)} | {
-        8
-    }  # 8: a single training event
+    held_out = {int(last) - k for last in inter.offsets[1:] for k in (0, 1)} | {8}  # 8: a single training event
     assert not held_out & (set(batch["items"].ravel().tolist()) | set(batch["targets"].ravel().tolist()))
 
 

@@ -179,9 +179,9 @@ def test_same_metrics_on_a_mesh_under_auto_axes(spec):
         rows = {k: jax.device_put(v, NamedSharding(mesh, P(spec[0]))) for k, v in batch.items()}
         score = lambda s, b: evaluate_scores(s, b, names, n_items=N_ITEMS)
         sums = jax.jit(jax.sharding.auto_axes(score, out_sharding=P()))(placed, rows)
-        best, items = jax.jit(
-            jax.sharding.auto_axes(lambda s, h: top_k_unseen(s, h, 5, N_ITEMS), out_sharding=P())
-        )(placed, rows["seen"])
+        best, items = jax.jit(jax.sharding.auto_axes(lambda s, h: top_k_unseen(s, h, 5, N_ITEMS), out_sharding=P()))(
+            placed, rows["seen"]
+        )
     assert finalize(sums) == pytest.approx(alone, abs=1e-6)
     expected = _top_k_unseen(scores, seen, 5, N_ITEMS)
     np.testing.assert_array_equal(items, expected[1])

@@ -75,7 +75,9 @@ def numpy_encode(params, items, heads, norm):
                 logits = np.where(seen, logits, -1e9)
                 probs = np.exp(logits - logits.max(-1, keepdims=True))
                 probs /= probs.sum(-1, keepdims=True)
-                return np.einsum("hqk,khd->qhd", probs, v).reshape(len(row), dim) @ p["out"]["kernel"] + p["out"]["bias"]
+                return (
+                    np.einsum("hqk,khd->qhd", probs, v).reshape(len(row), dim) @ p["out"]["kernel"] + p["out"]["bias"]
+                )
 
             def feed(x, p=p["mlp"]):
                 h = x @ p["up"]["kernel"] + p["up"]["bias"]

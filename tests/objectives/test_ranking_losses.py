@@ -157,7 +157,9 @@ def test_evaluation_of_the_sampled_softmax_is_the_full_one():
 def test_the_step_shares_its_negatives_and_the_next_step_draws_others():
     loss = sampled_softmax(Dot(), 7)
     rows = lambda batch: jax.grad(lambda p: loss(p, batch, KEY)["loss/sampled_softmax"].total)(PARAMS)["item"]
-    touched = lambda grad: set(np.flatnonzero(np.abs(np.asarray(grad)).sum(-1))) - set(np.asarray(BATCH["targets"]).flat)
+    touched = lambda grad: (
+        set(np.flatnonzero(np.abs(np.asarray(grad)).sum(-1))) - set(np.asarray(BATCH["targets"]).flat)
+    )
     first, second = ({k: v[part] for k, v in BATCH.items()} for part in (slice(0, 2), slice(2, 5)))
     assert touched(rows(first)) == touched(rows(second)) != set()
     assert not np.array_equal(drawn_by(KEY, 7), drawn_by(jax.random.fold_in(KEY, 1), 7))

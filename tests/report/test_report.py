@@ -122,9 +122,7 @@ def bare_dir(run_dir):
     writer.event(300, "resumed", "from checkpoint 300")
     writer.write(400, {"train/loss": 2.25})
     writer.close()
-    (run_dir / "data.json").write_text(
-        json.dumps({**DATA, "lengths": {**DATA["lengths"], "histogram": None}})
-    )
+    (run_dir / "data.json").write_text(json.dumps({**DATA, "lengths": {**DATA["lengths"], "histogram": None}}))
     return run_dir
 
 

@@ -1,0 +1,101 @@
+"""Every shipped config, resolved: a default that changes under someone's run shows up here, as a diff to look at."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxops.config.dump import diff, dump_yaml
+from jaxops.config.files import shipped_configs
+from jaxops.config.node import plain
+from jaxops.config.schema import children, count_fields, record_of
+from jaxops.config.shapes import Record, Shape
+from jaxops.config.yaml_text import parse
+from jaxops.tasks.build import load_config
+from jaxops.tasks.config import SCHEMAS
+
+GOLDEN = Path(__file__).with_name("golden")
+WRITE = "JAXOPS_WRITE_GOLDEN"
+COMPLETED_BY = {"rec/sasrec": ["data.kind=movielens_100k", "run.epochs=1"]}
+"""What a config that others build upon lacks: it names no data and no length of its own."""
+NAMES = sorted(
+    path.relative_to(shipped_configs()).with_suffix("").as_posix() for path in shipped_configs().rglob("*.yaml")
+)
+
+
+def resolved(name: str) -> str:
+    overrides = COMPLETED_BY.get(name, [])
+    heading = f"# {' '.join(['jaxops config', name, *overrides])}\n"
+    return heading + dump_yaml(load_config(f"configs/{name}.yaml", overrides).resolved)
+
+
+@pytest.fixture(autouse=True)
+def _no_variables_of_the_users(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAXOPS_BEAUTY", raising=False)
+    monkeypatch.chdir(tmp_path)  # a config is found wherever one is
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_config_resolves_to_its_golden(name):
+    golden, text = GOLDEN / f"{name}.yaml", resolved(name)
+    if os.environ.get(WRITE):
+        golden.parent.mkdir(parents=True, exist_ok=True)
+        golden.write_text(text)
+    again = f"if that is meant: {WRITE}=1 python -m pytest tests/configs, then look at the diff"
+    assert golden.exists(), f"configs/{name}.yaml has no golden yet; {again}"
+    before, after = (plain(parse(there, name)) for there in (golden.read_text(), text))
+    changed = "\n".join(f"  {path}: {old!r} -> {new!r}" for path, old, new in diff(before, after))
+    assert golden.read_text() == text, f"configs/{name}.yaml resolves to something else now:\n{changed}\n{again}"
+
+
+def test_no_golden_is_left_of_a_config_that_is_gone():
+    there = {path.relative_to(GOLDEN).with_suffix("").as_posix() for path in GOLDEN.rglob("*.yaml")}
+    assert there == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_config_loads_again_from_its_own_dump(name, tmp_path):
+    (tmp_path / "again.yaml").write_text(resolved(name))
+    loaded = load_config("again.yaml")
+    assert loaded.resolved == load_config(f"configs/{name}.yaml", COMPLETED_BY.get(name, [])).resolved
+    assert type(loaded.config) is SCHEMAS[loaded.config.task]
+
+
+def test_a_config_that_others_build_upon_says_what_it_lacks():
+    from jaxops.config.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        load_config("rec/sasrec")
+    assert [problem.path for problem in caught.value.problems] == ["data"]
+
+
+def records(schema: type) -> Iterator[type]:
+    """Every dataclass within reach of a schema, once."""
+    seen: set[type] = set()
+    waiting: list[Shape] = [record_of(schema)]
+    while waiting:
+        shape = waiting.pop()
+        if isinstance(shape, Record):
+            if shape.cls in seen:
+                continue
+            seen.add(shape.cls)
+            yield shape.cls
+        waiting += [child for _, child in children(shape)]
+
+
+def settings(schema: type) -> set[tuple[type, str]]:
+    """Every field within reach by the class that defines it: what five optimizers inherit is one thing to learn."""
+    return {
+        (next(base for base in reversed(cls.__mro__) if name in base.__dict__.get("__annotations__", {})), name)
+        for cls in records(schema)
+        for name in cls.__dataclass_fields__
+        if name != "kind"  # the tag of a union says which, it sets nothing
+    }
+
+
+@pytest.mark.parametrize("task", SCHEMAS)
+def test_a_task_has_fewer_than_150_settings(task):
+    found = settings(SCHEMAS[task])
+    assert 30 < len(found) < 150, sorted(f"{cls.__name__}.{name}" for cls, name in found)
+    assert len(found) <= count_fields(SCHEMAS[task])
