@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict promotion, rank promotion raises, warnings are errors (see pyproject)."""
+"""Eight CPU devices, strict promotion, rank promotion raises, annotations checked, warnings are errors (pyproject)."""
 
 import importlib.metadata
 import os
@@ -12,6 +12,12 @@ if "XLA_FLAGS" not in os.environ and importlib.metadata.version("jaxlib").starts
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Ranks, dtypes and types of annotated functions are checked at every call, in the rooms that are about arrays.
+install_import_hook(
+    ["jaxops.models", "jaxops.objectives", "jaxops.evaluate", "jaxops.core.random"], "beartype.beartype"
+)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

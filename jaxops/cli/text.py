@@ -1,4 +1,4 @@
-"""Plain lines: columns as wide as their widest cell, whatever the terminal, so that no path or name is cut in a pipe."""
+"""Plain lines: columns as wide as their widest cell, so that no path or name is cut in a pipe."""
 
 import sys
 from collections.abc import Iterator, Sequence

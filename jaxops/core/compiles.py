@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 

@@ -220,7 +220,7 @@ def _is_matrix(config: Muon, path: str, x: Array) -> bool:
 
 
 def _muon(config: Muon) -> optax.GradientTransformation:
-    """Muon's directions for matrices, scaled by sqrt(max(1, fan out / fan in)) as published, and Adam's for the rest."""
+    """Muon's directions for matrices, times sqrt(max(1, fan out / fan in)) as published; Adam's for the rest."""
 
     def label(params: PyTree) -> PyTree:
         return map_named(lambda path, x: "muon" if _is_matrix(config, path, x) else "adam", params)
@@ -263,7 +263,8 @@ def _multiply(multipliers: dict[str, float]) -> optax.GradientTransformation:
         for pattern in multipliers:
             if not any(re.search(pattern, name) for name in names):
                 raise UserError(
-                    f"optimizer.lr_multipliers: {pattern!r} matches no parameter (there are: {', '.join(names[:12])}, ...)"
+                    f"optimizer.lr_multipliers: {pattern!r} matches no parameter"
+                    f" (there are: {', '.join(names[:12])}, ...)"
                 )
         return optax.EmptyState()
 

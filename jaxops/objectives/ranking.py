@@ -6,7 +6,7 @@ a target is zero. Shared negatives depend on the step's key alone, so every micr
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ _NEGATIVES = 2**31 - 1
 """Folded into a key to draw negatives, far from the sites of dropout."""
 
 
+@runtime_checkable
 class Ranker(Protocol):
     """What these losses ask of a model; items are rows 1..n_items of its item matrix."""
 
@@ -79,7 +80,7 @@ def _dot(form: str, *operands: Array) -> Array:
 
 
 def _looked_up(model: Ranker, params: PyTree) -> Float[Array, "rows dim"]:
-    """The item matrix before a look-up: under fsdp the matrix is gathered, not whole batches of what is read from it."""
+    """The item matrix for a look-up: under fsdp it is gathered, rather than whole batches of what is read from it."""
     return constrain(model.item_vectors(params), ("vocab", "embed"))
 
 

@@ -1,5 +1,6 @@
 """From files to a task: `load_config` reads and checks, `build_task` opens the data and puts the family together."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from jaxops.config.load import Loaded, load
 from jaxops.tasks.config import SCHEMAS
 from jaxops.tasks.task import Task
+
+Scalar = bool | int | float | str | None
 
 
 def load_config(
@@ -30,6 +33,16 @@ def build_task(loaded: Loaded[Any], *, objective: Callable[[Any], Any] | None = 
 
     resolved = dict(loaded.resolved)
     if objective is not None:
-        named = objective if hasattr(objective, "__qualname__") else getattr(objective, "func", type(objective))
-        resolved["objective"] = {"fn": f"{named.__module__}:{named.__qualname__}"}
+        resolved["objective"] = _named(objective)
     return build_rec(loaded.config, resolved, objective)
+
+
+def _named(objective: Callable[..., Any]) -> dict[str, Any]:
+    """How a factory given in Python is written down: as the config would name it."""
+    if isinstance(objective, functools.partial):
+        values = {
+            name: value if isinstance(value, Scalar) else repr(value) for name, value in objective.keywords.items()
+        }
+        return {**_named(objective.func), **values}
+    named = objective if hasattr(objective, "__qualname__") else type(objective)
+    return {"fn": f"{named.__module__}:{named.__qualname__}"}

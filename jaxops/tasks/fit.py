@@ -6,6 +6,7 @@ batches. Held by tests/tasks/test_resume.py (bitwise on the same mesh).
 
 import contextlib
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -140,7 +141,7 @@ class _Run:
         self.saved_at = time.monotonic()
         self.saved = (-1, False)
         self.history: dict[str, Any] = dict(NO_HISTORY)
-        self.loggers = [_own_logger(logger) for logger in self.config.run.loggers if isinstance(logger, ByPath)]
+        self.loggers = _own_loggers(self.config.run.loggers)
         self.values: dict[str, float] = {}
         self.values_step = -1
         self.warm = False
@@ -192,21 +193,18 @@ class _Run:
     def _writers(self, start: int) -> Writers:
         resume = start if self.place.metrics.exists() else None
         self.jsonl = JsonlWriter(self.place.metrics, resume_step=start)
-        writers: list[Any] = [self.jsonl]
-        for logger in self.config.run.loggers:
-            if isinstance(logger, TensorBoard):
-                writers.append(TensorBoardWriter(self.place.path, resume_step=resume))
-            elif isinstance(logger, Wandb):
-                writers.append(
-                    WandbWriter(
-                        self.place.path,
-                        project=logger.project,
-                        entity=logger.entity,
-                        name=self.config.run.name,
-                        config=self.task.resolved,
-                    )
-                )
-        return Writers([*writers, *self.loggers])
+        writers: list[Any] = [self.jsonl, *self.loggers]
+        try:
+            for logger in self.config.run.loggers:
+                if isinstance(logger, TensorBoard):
+                    writers.append(TensorBoardWriter(self.place.path, resume_step=resume))
+                elif isinstance(logger, Wandb):
+                    names = {"project": logger.project, "entity": logger.entity, "name": self.config.run.name}
+                    writers.append(WandbWriter(self.place.path, **names, config=self.task.resolved))
+        except BaseException:
+            Writers(writers).close()
+            raise
+        return Writers(writers)
 
     def _train(self, state: State, start: int, cursor: int, hooks: Sequence[Hook]) -> FinishedRun:
         config, task = self.config, self.task
@@ -422,13 +420,18 @@ class _Run:
         write_failure(self.place, error, values)
 
 
-def _own_logger(config: ByPath) -> Writer:
-    """A user's logger by import path.
+def _own_loggers(configs: Sequence[TensorBoard | Wandb | ByPath]) -> list[Writer]:
+    """The loggers that come by import path, made before anything is written.
 
     Raises:
-      UserError: it has no `write(step, values)`.
+      UserError: one has no `write(step, values)`; wandb is asked for and not installed.
     """
-    logger = config.call()
-    what = f"run.loggers {config.fn}: write of what it returned ({type(logger).__name__})"
-    require_callable(what, getattr(logger, "write", None), "step", "values")
-    return logger
+    if any(isinstance(config, Wandb) for config in configs) and importlib.util.find_spec("wandb") is None:
+        raise UserError("run.loggers: the wandb logger needs a package: pip install 'jaxops[wandb]'")
+    loggers = []
+    for config in (config for config in configs if isinstance(config, ByPath)):
+        logger = config.call()
+        what = f"run.loggers {config.fn}: write of what it returned ({type(logger).__name__})"
+        require_callable(what, getattr(logger, "write", None), "step", "values")
+        loggers.append(logger)
+    return loggers

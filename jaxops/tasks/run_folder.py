@@ -152,11 +152,12 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run for this process; a folder that is still empty afterwards is removed again.
+        """Holds the run for this process; folders made for it that are still empty afterwards are removed again.
 
         Raises:
           UserError: another process holds it.
         """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / LOCK, "a+") as file:
             try:
@@ -177,7 +178,9 @@ class RunFolder:
                 file.truncate(0)
                 if [entry.name for entry in self.path.iterdir()] == [LOCK]:
                     (self.path / LOCK).unlink()
-                    self.path.rmdir()
+                    with contextlib.suppress(OSError):  # another run may have begun beside this one
+                        for folder in made:
+                            folder.rmdir()
 
 
 def show(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A task: what a family hands to the loop. Data, model, objective and evaluation, as values; no behaviour of its own."""
+"""A task: what a family hands to the loop: data, model, objective and evaluation, as values without behaviour."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping

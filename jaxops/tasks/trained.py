@@ -213,7 +213,8 @@ def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
     values = place.transform("item_ids")
     values = values if values.dtype.kind == "i" else np.char.encode(values.astype(str), "utf-8")
     model = SASRec(config.model, len(values))
-    return Trained(config, model, join(params, frozen), Ids(values, first=1), step, resolved)
+    on_device = jax.tree.map(jnp.asarray, join(params, frozen))  # once, not with every batch of users
+    return Trained(config, model, on_device, Ids(values, first=1), step, resolved)
 
 
 def _padded(given: Histories, length: int, size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:

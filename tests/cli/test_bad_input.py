@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import os
 import re
 from collections.abc import Callable
@@ -189,16 +190,11 @@ ROWS = [
     train(
         "batch against devices",
         "batch.global=12",
-        "batch.global: 12 examples do not divide over 8 batch shards",
+        "batch.global: 12 is no multiple",
+        "batch shards (at least 8)",
     ),
     train("microbatch", "batch.microbatch=5", "batch.microbatch [", "5 does not divide batch.global 16"),
-    train(
-        "microbatch against mesh",
-        "batch.microbatch=4",
-        "batch.global: 16",
-        "8 batch shards",
-        "4 microbatches",
-    ),
+    train("microbatch against mesh", "batch.microbatch=4", "batch.microbatch: 4 is no multiple", "(at least 8)"),
     train(
         "heads against tensor",
         "mesh.tensor=4",
@@ -277,6 +273,11 @@ ROWS = [
         "d.parquet",
         "'user'",
         "integer",
+    ),
+    Bad(
+        "boundaries out of order",
+        ["train", "my.yaml", "data.split={kind: global_time, valid_from: 2024-01-02, test_from: 2024-01-01}"],
+        ["valid_from", "test_from"],
     ),
     data("time in words", "d.csv", "user,item,time\na,b,yesterday\n", "d.csv", "time", "yesterday"),
     data("broken JSONL", "d.jsonl", '{"user": 1, "item": 2, "time": 3}\n{"user": 1,\n', "d.jsonl:2: not JSON"),
@@ -358,6 +359,13 @@ ROWS = [
         ["run.loggers ownpkg.loggers:Narrow", "called as (step, values)"],
     ),
     # run folders
+    train("begin from no run", "init_from.run=runs/gone", "runs/gone is not a run folder"),
+    train(
+        "begin from nothing that fits",
+        "run.name=next init_from.run=runs/tiny init_from.match=tower",
+        "init_from: nothing of runs/tiny fits 'tower': it has block_0/attention/",
+        run=True,
+    ),
     train("folder beneath a file", "run.dir=plays.csv", "run folder plays.csv/tiny: plays.csv is a file"),
     train(
         "run folder that is a file",
@@ -480,6 +488,15 @@ ROWS = [
     ),
     Bad("diff of nothing", ["config", "--diff", "my.yaml", "gone"], ["no such configuration: 'gone'"]),
 ]
+
+if importlib.util.find_spec("wandb") is None:
+    ROWS.append(
+        Bad(
+            "a logger that is not installed",
+            ["train", "my.yaml", "run.loggers=[wandb]"],
+            ["the wandb logger needs a package: pip install 'jaxops[wandb]'"],
+        )
+    )
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Every shipped config, resolved: a default that changes under someone's run shows up here, as a diff to look at."""
 
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,10 +88,9 @@ def records(schema: type) -> Iterator[type]:
 def settings(schema: type) -> set[tuple[type, str]]:
     """Every field within reach by the class that defines it: what five optimizers inherit is one thing to learn."""
     return {
-        (next(base for base in reversed(cls.__mro__) if name in base.__dict__.get("__annotations__", {})), name)
+        (next(base for base in reversed(cls.__mro__) if name in inspect.get_annotations(base)), name)
         for cls in records(schema)
         for name in cls.__dataclass_fields__
-        if name != "kind"  # the tag of a union says which, it sets nothing
     }
 
 

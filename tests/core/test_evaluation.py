@@ -22,7 +22,7 @@ def batches(fill=np.nan):
     """44 examples in batches of 16; the last one is filled up with what must not matter."""
     for first in range(0, EXAMPLES, SIZE):
         real = min(SIZE, EXAMPLES - first)
-        pad = lambda a: np.concatenate([a, np.full((SIZE - real, 8), fill, np.float32)])
+        pad = lambda a, n=SIZE - real: np.concatenate([a, np.full((n, 8), fill, np.float32)])
         yield {
             "x": pad(X[first : first + real]),
             "y": pad(Y[first : first + real]),

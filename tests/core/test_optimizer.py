@@ -186,7 +186,7 @@ def test_a_decay_longer_than_what_the_warm_up_leaves_still_ends_where_it_should(
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():
-    with pytest.raises(UserError, match="optimizer.schedule.warmup: 11 steps, but the run has 10"):
+    with pytest.raises(UserError, match=r"optimizer\.schedule\.warmup: 11 steps, but the run has 10"):
         build_optimizer(AdamW(schedule=Linear(warmup=11)), 10)
 
 

@@ -6,12 +6,14 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from toys import tiny_sasrec
 
 from jaxops.core.mesh import make_mesh
 from jaxops.core.sharding import named_leaves, place
+from jaxops.core.step import init_state
 from jaxops.models.functional import Functional
 from jaxops.models.sasrec import PAD_ROWS, SASRecConfig
 from jaxops.objectives.ranking import softmax
@@ -54,43 +56,38 @@ def numpy_layer_norm(x, p):
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
 
 
+def numpy_attention(x, p, heads, real):
+    q, k, v = ((x @ p[n]["kernel"] + p[n]["bias"]).reshape(len(x), heads, -1) for n in ("query", "key", "value"))
+    logits = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1])
+    logits = np.where(np.tril(np.ones((len(x), len(x)), bool)) & real, logits, -1e9)
+    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    return np.einsum("hqk,khd->qhd", probs, v).reshape(x.shape) @ p["out"]["kernel"] + p["out"]["bias"]
+
+
+def numpy_mlp(x, p):
+    h = x @ p["up"]["kernel"] + p["up"]["bias"]
+    h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+    return h @ p["down"]["kernel"] + p["down"]["bias"]
+
+
 def numpy_encode(params, items, heads, norm):
     """SASRec without dropout in float64, one example at a time."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    table, position = params["item"]["embedding"], params["position"]["embedding"]
-    dim = table.shape[1]
+    table, position, last = params["item"]["embedding"], params["position"]["embedding"], params["norm"]
     out = []
     for row in items:
-        x = table[row] * np.sqrt(dim) + position[-len(row) :]
-        x = numpy_layer_norm(x, params["norm"]) if norm == "post" else x
+        x = table[row] * np.sqrt(table.shape[1]) + position[-len(row) :]
+        x = numpy_layer_norm(x, last) if norm == "post" else x
         for name in sorted(n for n in params if n.startswith("block_")):
             p = params[name]
-
-            def attend(x, p=p["attention"]):
-                q, k, v = (
-                    (x @ p[n]["kernel"] + p[n]["bias"]).reshape(len(row), heads, -1) for n in ("query", "key", "value")
-                )
-                logits = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(dim / heads)
-                seen = np.tril(np.ones((len(row), len(row)), bool)) & (row > 0)[None, :]
-                logits = np.where(seen, logits, -1e9)
-                probs = np.exp(logits - logits.max(-1, keepdims=True))
-                probs /= probs.sum(-1, keepdims=True)
-                return (
-                    np.einsum("hqk,khd->qhd", probs, v).reshape(len(row), dim) @ p["out"]["kernel"] + p["out"]["bias"]
-                )
-
-            def feed(x, p=p["mlp"]):
-                h = x @ p["up"]["kernel"] + p["up"]["bias"]
-                h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
-                return h @ p["down"]["kernel"] + p["down"]["bias"]
-
             if norm == "pre":
-                x = x + attend(numpy_layer_norm(x, p["norm_attention"]))
-                x = x + feed(numpy_layer_norm(x, p["norm_mlp"]))
+                x = x + numpy_attention(numpy_layer_norm(x, p["norm_attention"]), p["attention"], heads, row > 0)
+                x = x + numpy_mlp(numpy_layer_norm(x, p["norm_mlp"]), p["mlp"])
             else:
-                x = numpy_layer_norm(x + attend(x), p["norm_attention"])
-                x = numpy_layer_norm(x + feed(x), p["norm_mlp"])
-        out.append(numpy_layer_norm(x, params["norm"]) if norm == "pre" else x)
+                x = numpy_layer_norm(x + numpy_attention(x, p["attention"], heads, row > 0), p["norm_attention"])
+                x = numpy_layer_norm(x + numpy_mlp(x, p["mlp"]), p["norm_mlp"])
+        out.append(numpy_layer_norm(x, last) if norm == "pre" else x)
     return np.stack(out)
 
 
@@ -260,6 +257,18 @@ def test_every_parameter_has_a_rule():
     assert all(p.spec for p in placed.values() if p.path.endswith(("kernel", "embedding")))
     assert not any(p.dropped for p in placed.values())
     assert all(any(re.search(pattern, path) for pattern, _ in model.rules) for path in placed)
+
+
+def test_adams_moments_lie_like_the_parameters():
+    model, mesh = tiny_sasrec(N_ITEMS), make_mesh(fsdp=4, tensor=2)
+    with jax.set_mesh(mesh):
+        make = lambda: init_state(model.init, jax.random.key(0), optax.adam(1e-3), mesh, model.rules)
+        state = jax.eval_shape(make)
+    moments = state.opt_state[0]
+    for tree in (moments.mu, moments.nu):
+        for (path, x), (_, p) in zip(named_leaves(tree), named_leaves(state.params), strict=True):
+            assert x.sharding == p.sharding, path
+            assert path.endswith(("bias", "scale")) or not x.sharding.is_fully_replicated, path
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
+from jaxops.core.random import example_keys
 from jaxops.objectives.ranking import (
     _NEGATIVES,
     bce,
@@ -281,3 +283,11 @@ def test_a_batch_without_a_target_counts_nothing(make):
 def test_what_cannot_be_asked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_suite_checks_array_annotations():
+    """tests/conftest.py has jaxtyping check annotated functions: a wrong rank or dtype must not pass in silence."""
+    with pytest.raises(TypeCheckError, match="softmax_cross_entropy"):
+        softmax_cross_entropy(jnp.ones((2, 9)), jnp.ones((2,)))
+    with pytest.raises(TypeCheckError, match="example_keys"):
+        example_keys(KEY, jnp.ones((2, 2), jnp.int32))
