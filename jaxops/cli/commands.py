@@ -161,14 +161,16 @@ def shardings(args: argparse.Namespace) -> int:
     mesh = make_mesh(**dataclasses.asdict(task.config.mesh))
     placed = place(task.model.shapes, task.rules, mesh)
     if args.json:
-        rows = [{**dataclasses.asdict(p), "spec": list(p.spec)} for p in placed]
+        padding = task.model.padding
+        rows = [{**dataclasses.asdict(p), "spec": list(p.spec), "padding": padding.get(p.path)} for p in placed]
         print_json({"mesh": dict(mesh.shape), "parameters": rows})
         return EXIT_OK
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    table = [("parameter", "shape", "spec", "bytes a device", "dropped")]
+    table = [("parameter", "shape", "spec", "bytes a device", "dropped or padded")]
     for p in placed:
         shape = " x ".join(map(str, p.shape))
-        table.append((p.path, shape, _spec(p.spec), f"{p.bytes_per_device:,}", "; ".join(p.dropped)))
+        notes = "; ".join([*p.dropped, *filter(None, [task.model.padding.get(p.path)])])
+        table.append((p.path, shape, _spec(p.spec), f"{p.bytes_per_device:,}", notes))
     entries = f"{sum(math.prod(p.shape) for p in placed):,}"
     table.append(("total", entries, "", f"{sum(p.bytes_per_device for p in placed):,}", ""))
     print(f"{describe_devices(mesh)}: {axes}; the parameters as they are stored")

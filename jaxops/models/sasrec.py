@@ -115,6 +115,7 @@ class SASRec:
             (r"(bias|scale)$", ()),
         ]
         self.shapes = self._pure.shapes
+        self.padding = {"item/embedding": f"{self.rows - n_items} of {self.rows} rows are padding"}
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters: normal(0.02), layer norms at one, biases at zero."""

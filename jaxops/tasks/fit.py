@@ -29,6 +29,7 @@ from jaxops.core.memory import explained
 from jaxops.core.mesh import batch_shards, describe_devices, make_mesh
 from jaxops.core.optimizer import build_schedule
 from jaxops.core.profiler import profiled
+from jaxops.core.sharding import place as placements
 from jaxops.core.state import Params, State, join
 from jaxops.core.step import Step
 from jaxops.core.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer, Writers
@@ -176,6 +177,9 @@ class _Run:
         self.progress.say(
             f"{self.config.run.name}: {describe_devices(self.mesh)}, {self.accounting.describe(self.step)}"
         )
+        for placement in placements(self.task.model.shapes, self.task.rules, self.mesh):
+            if placement.dropped:
+                self.progress.say(f"sharding of {placement.path} {placement.shape}: {'; '.join(placement.dropped)}")
         latest = self.checkpoints.latest_good(self.progress.say)
         if latest is None:
             state = self.fresh()

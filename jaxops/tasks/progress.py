@@ -70,18 +70,32 @@ class Progress:
 
 
 def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...]) -> Table:
-    """Rows: the model and each baseline; columns: the metrics on validation and test."""
+    """Rows: the model and each baseline; columns: the metrics on validation and test.
+
+    More than six of those become the rows, since 80 columns would cut them.
+    """
     table = Table(title=f"{summary.get('name', '')}: ranked over the whole catalogue, seen items removed")
-    table.add_column("")
     parts = [part for part in ("valid", "test") if any(key.startswith(part + "/") for key in summary)]
-    for part in parts:
-        for metric in metrics:
-            table.add_column(f"{part}\n{metric}", justify="right")
+    values = [(part, metric) for part in parts for metric in metrics]
     names = sorted({key.split("/")[1] for key in summary if key.startswith("baseline/")}, reverse=True)
-    for label, prefix in [("model", ""), *((name.replace("_", " "), f"baseline/{name}/") for name in names)]:
-        cells = [summary.get(f"{prefix}{part}/{metric}") for part in parts for metric in metrics]
-        row = ["" if cell is None else f"{cell:.4f}" for cell in cells]
-        table.add_row(label, *row, style="bold" if label == "model" else None)
+    models = [("model", ""), *((name.replace("_", " "), f"baseline/{name}/") for name in names)]
+
+    def cell(prefix: str, part: str, metric: str) -> str:
+        value = summary.get(f"{prefix}{part}/{metric}")
+        return "" if value is None else f"{value:.4f}"
+
+    table.add_column("")
+    if len(values) <= 6:
+        for part, metric in values:
+            table.add_column(f"{part}\n{metric}", justify="right")
+        for label, prefix in models:
+            cells = [cell(prefix, part, metric) for part, metric in values]
+            table.add_row(label, *cells, style="bold" if label == "model" else None)
+        return table
+    for label, _ in models:
+        table.add_column(label, justify="right", style="bold" if label == "model" else None)
+    for part, metric in values:
+        table.add_row(f"{part} {metric}", *(cell(prefix, part, metric) for _, prefix in models))
     return table
 
 

@@ -22,6 +22,8 @@ class Model(Protocol):
 
     rules: list[Rule]
     shapes: PyTree
+    padding: dict[str, str]
+    """By parameter: what of it is padding, for `jaxops shardings`."""
 
     def init(self, key: Array) -> Params: ...
 

@@ -70,7 +70,8 @@ def test_shardings_has_every_parameter_and_its_bytes(folder, capsys):
     paths = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
     assert paths.keys() < rows.keys() and "…" not in out
     assert out.splitlines()[0].startswith("8 x cpu, jax") and "data 2 x fsdp 2 x tensor 2" in out.splitlines()[0]
-    assert rows["item/embedding"] == ["128 x 8", "tensor, fsdp", "1,024"]
+    assert rows["item/embedding"][:3] == ["128 x 8", "tensor, fsdp", "1,024"]
+    assert rows["item/embedding"][3] == f"{128 - task.model.n_items} of 128 rows are padding"
     assert rows["position/embedding"] == ["6 x 8", "-, fsdp", "96"]
     assert rows["norm/scale"] == ["8", "replicated", "32"]
     assert rows["total"][0] == f"{sum(int(np.prod(leaf.shape)) for leaf in paths.values()):,}"

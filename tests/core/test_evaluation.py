@@ -10,7 +10,7 @@ from toys import RULES, init, mesh_of, predict, trainer
 from jaxops.core.compiles import Compiles
 from jaxops.core.evaluation import Evaluator, Interrupted, evaluated_params
 from jaxops.core.optimizer import ema
-from jaxops.core.sharding import shardings
+from jaxops.core.sharding import constrain, shardings
 from jaxops.core.sums import Max, Sum
 
 EXAMPLES, SIZE = 44, 16
@@ -92,3 +92,16 @@ def test_the_moving_average_is_evaluated_where_there_is_one():
     assert average["up"] is t.state.extra["ema"]["up"] or average["up"] == t.state.extra["ema"]["up"]
     assert average["down"]["kernel"] is t.state.frozen["down"]["kernel"]
     assert evaluated_params(plain.state)["up"]["kernel"] is plain.state.params["up"]["kernel"]
+
+
+def test_logical_names_of_the_run_reach_the_metrics():
+    mesh = mesh_of(data=2, tensor=2)
+
+    def metrics(params, batch):
+        return {"x": Sum.of(constrain(batch["x"], ("batch", "features")), batch["weight"])}
+
+    with jax.set_mesh(mesh):
+        found = Evaluator(metrics, mesh, logical={"features": "tensor"})(init(None), batches(fill=0.0))
+        with pytest.raises(ValueError, match="unknown logical names"):
+            Evaluator(metrics, mesh)(init(None), batches())
+    assert found["x"] == pytest.approx(X.mean(), abs=1e-6)

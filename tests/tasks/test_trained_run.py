@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,7 +134,7 @@ def test_a_prediction_is_what_the_scores_say(finished):
     """Against numpy: the dot products of the last state with the item vectors, seen items left out."""
     model = load(finished)
     items = [int(item[1:]) + 1 for item in ("i02", "i09", "i16")]
-    batch = {"items": np.array([[0, 0, 0, *items]], np.int32), "id": np.zeros(1, np.int32)}
+    batch = {"items": jnp.array([[0, 0, 0, *items]], jnp.int32), "id": jnp.zeros(1, jnp.int32)}
     hidden = np.asarray(model.model.encode(model.params, batch, None))[0, -1].astype(np.float64)
     scores = np.asarray(model.params["item"]["embedding"], np.float64)[1:31] @ hidden
     scores[[item - 1 for item in items]] = -np.inf
