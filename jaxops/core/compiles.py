@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -51,7 +50,7 @@ class Compiles:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the jaxops cache between processes; JAX_COMPILATION_CACHE_DIR overrides it."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    """Keeps compiled programs in the jaxops cache between processes, unless jax was given a folder already."""
+    if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 (mypy knows no flags)
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxops.config.dump import dump_yaml
 from jaxops.config.types import ByPath
 from jaxops.core.checkpoint import Checkpoints
-from jaxops.core.compiles import Compiles
+from jaxops.core.compiles import Compiles, enable_compilation_cache
 from jaxops.core.evaluation import Evaluator, Interrupted, evaluated_params
 from jaxops.core.failures import UserError
 from jaxops.core.interrupt import Interrupt
@@ -70,6 +70,8 @@ def fit(
 ) -> FinishedRun:
     """Trains a task to its end, or on from where it stopped; Ctrl-C and SIGTERM save first.
 
+    Compiled programs are kept in the jaxops cache between processes, unless jax has a cache folder already.
+
     Args:
       mesh: by default the config's, over all devices.
       hooks: made by `jaxops.every`.
@@ -82,6 +84,7 @@ def fit(
     config = task.config
     if jax.process_count() > 1:
         raise UserError(f"a run of {jax.process_count()} processes is not possible yet: start one")
+    enable_compilation_cache()
     mesh = mesh or make_mesh(**dataclasses.asdict(config.mesh))
     place = RunFolder(folder or Path(config.run.dir) / config.run.name)
     progress = Progress(quiet)

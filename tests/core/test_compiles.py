@@ -40,10 +40,10 @@ def test_compiled_programs_are_kept_in_the_cache_folder(tmp_path, monkeypatch):
     try:
         monkeypatch.setenv("JAXOPS_CACHE", str(tmp_path))
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        jax.config.update("jax_compilation_cache_dir", None)
         enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")
         jax.config.update("jax_compilation_cache_dir", "mine")
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
         enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == "mine"
     finally:
