@@ -7,7 +7,7 @@ never waits for the device, because the window it reads at a boundary is the one
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from jaxops.core.failures import RunFailed
 from jaxops.core.mesh import serialise_dispatch
 from jaxops.core.state import State
-from jaxops.core.step import NonFinite, Step
+from jaxops.core.step import Step
 from jaxops.core.sums import LOSS, Sum, Sums, finalize
 
 Batch = Mapping[str, Any]
+NonFinite = Literal["raise", "skip"]
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ optax transformation, tables by a protocol (`lookup`, `apply`) and extras (EMA, 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,6 @@ from jaxops.core.mesh import batch_axes, batch_sharding
 from jaxops.core.sharding import Axes, Rule, axes_in, logical_axes, shardings
 from jaxops.core.state import Params, State, join, split
 from jaxops.core.sums import LOSS, Max, Sum, Sums, merge
-
-NonFinite = Literal["raise", "skip"]
 
 
 class Tables(Protocol):
@@ -182,7 +180,6 @@ def build_step(
     loss_weights: Mapping[str, float] | None = None,
     clip: float | None = None,
     compute_dtype: Any = None,
-    nonfinite: NonFinite = "raise",
     tables: Tables | None = None,
     extras: Mapping[str, Extra] | None = None,
     logical: Mapping[str, Axes] | None = None,
@@ -196,10 +193,11 @@ def build_step(
       tx: gets gradients in the parameters' dtype, already clipped to the global norm `clip`.
       rules: the sharding rules the state was made with; decide, with the mesh, where gradients are reduced.
       accumulation: microbatches per step; the batch's leading dimension is divided by it, never inside a `block`.
-      nonfinite: a step whose loss or gradient is not finite changes nothing but `step`; `raise` has the loop stop.
       replicated: whether all parameters are replicated, where the caller knows better than the rules.
 
-    The metrics are the objective's own and `grad_norm`, `grad_norm_max`, `nonfinite` (a count), `nonfinite_first`.
+    A step whose loss or gradient is not finite changes nothing but `step`; whether the run goes on is the loop's to
+    say (`check_finite`). The metrics are the objective's own and `grad_norm`, `grad_norm_max`, `nonfinite` (a count)
+    and `nonfinite_first`.
     """
     extras = extras or {}
     if replicated is None:

@@ -43,7 +43,6 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> tuple[Train
         loss_weights=task.loss_weights,
         clip=config.optimizer.clip,
         compute_dtype=jnp.dtype(config.precision.compute),
-        nonfinite=config.nonfinite,
         tables=task.tables,
         extras=extras,
         logical=task.logical,

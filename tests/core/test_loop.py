@@ -251,7 +251,7 @@ def test_a_term_that_counted_nothing_adds_nothing_to_the_loss_shown():
 
 def train(steps, window, policy, bad=()):
     """A real step under the loop; (ended, values of every window)."""
-    t = trainer(optax.sgd(0.01), nonfinite=policy)
+    t = trainer(optax.sgd(0.01))
     values = []
 
     def batches():

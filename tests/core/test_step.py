@@ -111,7 +111,7 @@ BROKEN = {
 @pytest.mark.parametrize("how", BROKEN)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_that_is_not_finite_changes_nothing_but_step(how, accumulation):
-    t = trainer(optax.adam(1e-2), extras={"ema": ema(0.9)}, accumulation=accumulation, nonfinite="skip", clip=1.0)
+    t = trainer(optax.adam(1e-2), extras={"ema": ema(0.9)}, accumulation=accumulation, clip=1.0)
     window = t.step(rows(0))
     before, seen = host(t.state), host(window)
     window = t.step(BROKEN[how](rows(1)), window)
@@ -341,7 +341,7 @@ def init_with_table(key):
 @pytest.mark.parametrize(("layout", "accumulation"), [({"data": 1}, 1), ({"data": 1}, 4), ({"data": 8}, 4)])
 def test_a_table_outside_params_trains_like_a_parameter(layout, accumulation):
     options = {"layout": layout, "accumulation": accumulation}
-    outside = trainer(objective=from_table, tables=DenseTable(0.1), nonfinite="skip", **options)
+    outside = trainer(objective=from_table, tables=DenseTable(0.1), **options)
     inside = trainer(objective=from_parameter, start=init_with_table)
     assert outside.built.reduction == "plain"
     for seed in range(4):
@@ -369,7 +369,7 @@ def test_a_row_gradient_that_is_not_finite_is_skipped_too():
         root = jnp.sqrt(jnp.abs(batch["rows"]["w"][batch["slot"]].sum((1, 2))) * 0)
         return sums | {"loss/root": Sum.of(root, batch["weight"])}
 
-    t = trainer(objective=objective, tables=DenseTable(0.1), nonfinite="skip")
+    t = trainer(objective=objective, tables=DenseTable(0.1))
     before = host((t.state.params, t.state.tables))
     values = finalize(host(t.step(with_features(rows()))))
     assert values["nonfinite"] == 1

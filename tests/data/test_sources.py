@@ -50,6 +50,8 @@ def broken_pip(monkeypatch, stderr="ERROR: No matching distribution found", retu
         return subprocess.CompletedProcess(command, returncode, "", stderr)
 
     monkeypatch.setattr(sources.subprocess, "run", run)
+    # an environment that uv made has no pip of its own, and then another one is called
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: name)
     return commands
 
 
