@@ -70,16 +70,3 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def loader(
-    source: Source,
-    cursor: int,
-    size: int,
-    *,
-    rows: Sequence[tuple[int, int]] | None = None,
-    prefetch: int = 2,
-    threads: int = 1,
-) -> Loader:
-    """A `Loader`; see there."""
-    return Loader(source, cursor, size, rows=rows, prefetch=prefetch, threads=threads)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxops.data.interactions import from_arrays
-from jaxops.data.loader import Loader, build, loader
+from jaxops.data.loader import Loader, build
 from jaxops.data.splits import leave_one_out
 from jaxops.data.windows import SequenceSource
 
@@ -18,7 +18,7 @@ def windows():
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(0, 2), (1, 2), (3, 4)])
 def test_batches_follow_the_cursor(windows, threads, prefetch):
-    with loader(windows, 40, 16, threads=threads, prefetch=prefetch) as batches:
+    with Loader(windows, 40, 16, threads=threads, prefetch=prefetch) as batches:
         for k in range(20):  # several epochs
             got, expected = next(batches), windows.batch(40 + 16 * k, 16)
             for name, value in expected.items():
