@@ -5,10 +5,13 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("NPROC", "16")  # threads enough for eight devices to meet: see core.mesh.use_cpu_devices
-if "XLA_FLAGS" not in os.environ and importlib.metadata.version("jaxlib").startswith("0.10."):
+if "XLA_FLAGS" not in os.environ:
     # The suite compiles hundreds of tiny programs and runs each a few times: a quarter of the compile time.
     # Only where the flags are known to exist: XLA ends the process at one it does not know.
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    elif importlib.metadata.version("jaxlib").startswith("0.12."):
+        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import jax
 import pytest

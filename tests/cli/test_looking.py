@@ -61,6 +61,7 @@ def test_config_diff_of_files_and_of_run_folders(finished, capsys):
     assert rows["model.dim"] == ["8", "->", "32"]
 
 
+@pytest.mark.latest
 def test_shardings_has_every_parameter_and_its_bytes(folder, capsys):
     argv = ["shardings", "my.yaml", "mesh={data: 2, fsdp: 2, tensor: 2}"]
     out = said(capsys, *argv)
@@ -142,6 +143,7 @@ def test_data_build_makes_the_cache_that_training_reads(folder, capsys):
     assert rows["split SHA-256"] == cells(said(capsys, "data", "inspect", "my.yaml"))["split SHA-256"]
 
 
+@pytest.mark.latest
 def test_doctor_tells_facts_and_problems(capsys, monkeypatch, tmp_path):
     rows = cells(said(capsys, "doctor"))
     assert rows["jax"] == [jax.__version__] and rows["backend"] == ["8 x cpu (cpu)"]

@@ -23,6 +23,7 @@ def events(run: Path) -> list[str]:
     return [line["event"] for line in read_metrics(run / "metrics.jsonl") if "event" in line]
 
 
+@pytest.mark.latest
 def test_a_finished_run_leaves_everything_that_the_design_names(finished):
     names = {path.name for path in finished.iterdir()}
     assert {
@@ -99,6 +100,7 @@ def test_json_is_one_object_and_people_read_stderr(folder, capsys):
     assert f"{found['test/ndcg@10']:.4f}" in told.err
 
 
+@pytest.mark.latest
 def test_smoke_leaves_nothing(folder, capsys):
     before = sorted(folder.rglob("*"))
     warm_up = "optimizer.schedule={kind: constant, warmup: 500}"  # longer than any smoke test

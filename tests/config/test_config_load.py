@@ -24,6 +24,8 @@ from jaxops.config.types import ByPath, Duration, Every
 from jaxops.config.yaml_text import parse
 from jaxops.core.failures import UserError
 
+pytestmark = pytest.mark.latest
+
 EVERYTHING = """\
 # every kind of field
 path: "gs://${env:TOY_BUCKET}/x"

@@ -109,6 +109,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize(("layout", "accumulation"), LAYOUTS)
 def test_gradients_and_sums_are_numpys(layout, accumulation):
     """Ragged weights; with four microbatches one of them (every fourth row) has no weight at all."""
@@ -152,6 +153,7 @@ def by_position(params, batch, key):
     return regression(params, batch | {"x": batch["x"] + jax.random.normal(key, batch["x"].shape)}, key)
 
 
+@pytest.mark.latest
 def test_every_microbatch_gets_the_same_key():
     one = gradients(rows(), {"data": 1}, 1, noisy)[1]
     close(gradients(rows(), {"data": 1}, 4, noisy)[1], one)
@@ -236,6 +238,7 @@ def large_reductions(text):
     return [op for op in of_kind(text, "all-reduce", "reduce-scatter") if op.largest > SMALL]
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("layout", [{"data": 8}, {"replica": 2, "data": 4}])
 def test_after_loop_reduces_gradients_once_outside_the_loop(layout):
     batch = rows()
@@ -255,12 +258,14 @@ def test_plain_under_data_with_one_microbatch_reduces_each_gradient_once():
     assert sum(op.entries for op in large) <= sum(sizes) + SMALL
 
 
+@pytest.mark.latest
 def test_plain_with_sharded_parameters_reduces_inside_the_loop():
     """What the table says of fsdp: so the count above can tell the two apart."""
     text = trainer(optax.adam(1e-2), {"fsdp": 8}, accumulation=4).compiled(rows()).as_text()
     assert any(op.loop for op in large_reductions(text))
 
 
+@pytest.mark.latest
 def test_the_counts_only_pass_has_no_model_in_it():
     """One device: two loops, the first without a matmul; and no more matmuls than one microbatch needs."""
     count_dots = lambda t: sum(op.kind == "dot" for op in t)

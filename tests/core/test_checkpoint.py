@@ -85,6 +85,7 @@ def small(value=1.0):
 # Round trips
 
 
+@pytest.mark.latest
 def test_a_state_comes_back_exactly_as_it_was(checkpoints):
     state = make_state(make_mesh(8), seed=7)
     checkpoints.save(7, state, {"cursor": 7 * 256, "config": {"a": [1, None]}}, {"valid/ndcg@10": 0.25})
@@ -98,6 +99,7 @@ def test_a_state_comes_back_exactly_as_it_was(checkpoints):
     assert checkpoints.verify(7) == []
 
 
+@pytest.mark.latest
 def test_resharding_from_eight_to_two_by_four_to_one(tmp_path):
     state = make_state(make_mesh(8))
     meshes = [
@@ -129,6 +131,7 @@ def test_an_abstract_state_from_eval_shape_uses_the_mesh_in_force(checkpoints):
     assert found.params["embed"].sharding.is_equivalent_to(state.params["embed"].sharding, 2)
 
 
+@pytest.mark.latest
 def test_every_dtype_and_shape(checkpoints):
     x = jnp.arange(-8, 8).reshape(4, 4)
     dtypes = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int32", "int8", "int4", "uint32", "bool")
@@ -159,6 +162,7 @@ def test_a_bare_tree_of_one_kind(checkpoints):
 # Without the mesh or the code that wrote them
 
 
+@pytest.mark.latest
 def test_params_load_as_numpy_without_a_mesh(tmp_path):
     state = make_state(make_mesh(8))
     with Checkpoints(tmp_path) as checkpoints:
@@ -197,6 +201,7 @@ def test_describe_needs_no_mesh(tmp_path):
     assert Leaf("step", (), "int32", 4) in found
 
 
+@pytest.mark.latest
 def test_orbax_alone_reads_it_as_plain_dicts(tmp_path):
     from orbax.checkpoint import v1 as ocp
 
@@ -275,6 +280,7 @@ def how(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.latest
 def test_a_donated_state_is_saved_as_it_was(tmp_path, how):
     step = jax.jit(lambda s: jax.tree.map(lambda x: x * 2, s), donate_argnums=0)
     place = lambda spec: jax.device_put(np.ones((64, 256), np.float32), NamedSharding(make_mesh(8), spec))
@@ -483,6 +489,7 @@ def flip(path, at=None):
     path.write_bytes(bytes(data))
 
 
+@pytest.mark.latest
 def test_a_flipped_byte_and_a_truncated_file_are_found_and_named(three):
     flip(data_file(three / "3"))
     cut = data_file(three / "2")
@@ -548,6 +555,7 @@ def test_checksums_may_be_left_out(tmp_path):
 # Quiet
 
 
+@pytest.mark.latest
 def test_importing_is_cheap_and_orbax_says_nothing_but_a_lost_save_is_told(tmp_path):
     code = """
 import logging, sys

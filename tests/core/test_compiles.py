@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jaxops.core.compiles import Compiles, enable_compilation_cache
+
+pytestmark = pytest.mark.latest
 
 
 def test_compiles_are_counted_and_repeats_named():

@@ -13,6 +13,8 @@ from jaxops.core.optimizer import ema
 from jaxops.core.sharding import constrain, shardings
 from jaxops.core.sums import Max, Sum
 
+pytestmark = pytest.mark.latest
+
 EXAMPLES, SIZE = 44, 16
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(EXAMPLES, 8)).astype(np.float32), RNG.normal(size=(EXAMPLES, 8)).astype(np.float32)

@@ -13,6 +13,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxops.core.flops import count_flops, mfu, peak_flops
 
+pytestmark = pytest.mark.latest
+
 
 def spec(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)

@@ -20,6 +20,8 @@ from jaxops.core.mesh import (
     serialise_dispatch,
 )
 
+pytestmark = pytest.mark.latest
+
 
 @pytest.mark.parametrize(
     ("asked", "devices", "expected"),

@@ -85,6 +85,7 @@ REFERENCES = {
 }
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("name", REFERENCES)
 def test_three_updates_are_optaxs(name):
     config, reference = REFERENCES[name]
@@ -120,6 +121,7 @@ SHARDED = [
 ]
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("config", SHARDED, ids=lambda c: c.kind)
 def test_on_eight_devices_as_on_one_with_its_state_sharded(config):
     one, eight = (trainer(build_optimizer(config, 10), layout) for layout in ({"data": 1}, {"fsdp": 8}))

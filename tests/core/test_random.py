@@ -7,6 +7,8 @@ import pytest
 
 from jaxops.core.random import dropout, example_keys
 
+pytestmark = pytest.mark.latest
+
 KEY = jax.random.key(3)
 IDS = jnp.asarray([5, 0, 7, 123456, 2])
 

@@ -18,6 +18,8 @@ from jaxops.core.sharding import (
     shardings,
 )
 
+pytestmark = pytest.mark.latest
+
 
 def leaf(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)

@@ -28,6 +28,7 @@ def sgd(params, grads, lr=0.1):
     return jax.tree.map(lambda p, g: np.asarray(p, np.float64) - lr * g, params, grads)
 
 
+@pytest.mark.latest
 def test_one_sgd_step_is_numpys():
     t = trainer(loss_weights={"loss/size": 0.25})
     before = host(t.state.params)
@@ -43,6 +44,7 @@ def test_one_sgd_step_is_numpys():
     assert int(t.state.step) == 1
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("layout", [{"data": 1}, FSDP])
 def test_state_and_window_are_donated(layout):
     t = trainer(optax.adam(1e-2), layout, extras={"ema": ema(0.9)}, frozen=("^down",))
@@ -55,6 +57,7 @@ def test_state_and_window_are_donated(layout):
     assert t.built._jitted._cache_size() == 1
 
 
+@pytest.mark.latest
 def test_a_window_is_the_sum_of_its_steps():
     one, whole = trainer(), trainer()
     window, parts = None, []
@@ -108,6 +111,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("how", BROKEN)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_that_is_not_finite_changes_nothing_but_step(how, accumulation):
@@ -152,6 +156,7 @@ def test_frozen_leaves_do_not_move_and_have_no_optimizer_state():
     assert not np.array_equal(before[0]["up"]["kernel"], t.state.params["up"]["kernel"])
 
 
+@pytest.mark.latest
 def test_optimizer_state_lies_like_its_parameters():
     """By type and as compiled: under fsdp nothing that belongs to a sharded parameter is replicated."""
     t = trainer(optax.adam(1e-2), FSDP, extras={"ema": ema(0.9)})
@@ -180,6 +185,7 @@ def test_optimizer_state_lies_like_its_parameters():
     assert {shard.data.shape for shard in moments.addressable_shards} == {(1, 16)}
 
 
+@pytest.mark.latest
 def test_parameters_are_made_in_place_and_the_same_on_every_mesh():
     start = lambda key: jax.tree.map(lambda x: x + jax.random.normal(key, x.shape), init(key))
     one, many = trainer(start=start), trainer(layout={"data": 2, "fsdp": 2, "tensor": 2}, start=start)
@@ -199,6 +205,7 @@ def test_a_state_can_be_planned_without_being_made():
         assert (a.shape, a.dtype, a.sharding.spec) == (b.shape, b.dtype, b.sharding.spec), path
 
 
+@pytest.mark.latest
 def test_programs_are_what_is_run():
     t = trainer(optax.adam(1e-2), FSDP, accumulation=2)
     with jax.set_mesh(t.mesh):
@@ -213,6 +220,7 @@ def test_programs_are_what_is_run():
     same(host(state), host(other.state))
 
 
+@pytest.mark.latest
 def test_half_precision_computes_but_gradients_and_sums_are_float32():
     seen = {}
 
@@ -338,6 +346,7 @@ def init_with_table(key):
     return init(key) | {"table": jax.random.normal(jax.random.key(9), (TABLE_ROWS, WIDTH))}
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize(("layout", "accumulation"), [({"data": 1}, 1), ({"data": 1}, 4), ({"data": 8}, 4)])
 def test_a_table_outside_params_trains_like_a_parameter(layout, accumulation):
     options = {"layout": layout, "accumulation": accumulation}

@@ -12,6 +12,8 @@ from jaxops.core.accumulate import check_sums, loss_counts, weighted_loss, zeros
 from jaxops.core.failures import UserError
 from jaxops.core.sums import Max, Sum, finalize, merge
 
+pytestmark = pytest.mark.latest
+
 SHAPE = (2, 3)
 
 

@@ -108,6 +108,7 @@ def test_encoding_does_not_depend_on_row_order():
     np.testing.assert_array_equal(inter.user_ids.values, shuffled.user_ids.values)
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("kind", [int, lambda x: f"id {x} é"], ids=["integer", "string"])
 def test_every_format_gives_the_same_interactions(tmp_path, kind):
     columns = table(ROWS, kind, kind)

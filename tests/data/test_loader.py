@@ -8,6 +8,8 @@ from jaxops.data.loader import Loader, build
 from jaxops.data.splits import leave_one_out
 from jaxops.data.windows import SequenceSource
 
+pytestmark = pytest.mark.latest
+
 
 @pytest.fixture(scope="module")
 def windows():

@@ -80,6 +80,7 @@ def test_inspection_of_sequences(tmp_path):
         open_data(SequencesFile(str(tmp_path / "seq.txt"), split=GlobalTime(1, 2)))
 
 
+@pytest.mark.latest
 def test_cached_and_in_memory_are_one_data_set(path, tmp_path):
     split = GlobalTime("2026-11-15", "2026-11-20")
     memory = open_data(InteractionsFile(path, split=split, min_count=MinCount(user=2, item=1)))

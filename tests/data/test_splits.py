@@ -12,6 +12,8 @@ from jaxops.data.interactions import from_arrays
 from jaxops.data.spec import GlobalTime, LeaveOneOut
 from jaxops.data.splits import Queries, check_no_leak, global_time, leave_one_out, make_split
 
+pytestmark = pytest.mark.latest
+
 # user: (time, item) in order
 EVENTS = {
     "a": [(1, "p"), (2, "q"), (3, "r"), (10, "s"), (11, "p"), (20, "q")],

@@ -58,6 +58,7 @@ def test_overlapping_windows_cover_everything(train, length, data, shift):
     assert set(seen) == transitions(inter, train)
 
 
+@pytest.mark.latest
 @settings(max_examples=80, deadline=None)
 @given(lengths, st.integers(1, 9), st.integers(0, 200), st.integers(1, 40), st.integers(1, 40))
 def test_a_batch_is_a_pure_function_of_the_cursor(train, length, cursor, left, right):

@@ -60,6 +60,7 @@ def test_similarity_equals_brute_force(data, neighbours, shrinkage, cells, monke
     np.testing.assert_allclose(got, brute_knn(*data, neighbours, shrinkage), rtol=1e-12)
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("cells", [2**23, 200])
 def test_item_knn_equals_brute_force(data, cells, monkeypatch):
     monkeypatch.setattr(baselines, "BLOCK_CELLS", cells)

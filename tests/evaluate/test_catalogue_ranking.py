@@ -67,6 +67,7 @@ def evaluator(*names):
     return jax.jit(lambda scores, batch: evaluate_scores(scores, batch, names, n_items=N_ITEMS))
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("values", [None, [0.0, 1.0], [0.5], [-0.0, 0.0], [-1.0, 0.0, 1.0, 2.0]])
 def test_ranks_equal_a_stable_argsort(values):
     scores, target, seen = random_case(np.random.default_rng(0), values=values)
@@ -161,6 +162,7 @@ def test_scores_computed_in_the_same_program_tie_exactly():
     assert np.asarray(ranks(hidden, table)).tolist() == [N_ITEMS - 1] * 16
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("spec", [P("data", "tensor"), P(None, "tensor")])
 def test_same_metrics_on_a_mesh_under_auto_axes(spec):
     """Under auto_axes, as the loop runs it, with the scores sharded over users and over the vocabulary."""
@@ -188,6 +190,7 @@ def test_same_metrics_on_a_mesh_under_auto_axes(spec):
     np.testing.assert_array_equal(best, expected[0])
 
 
+@pytest.mark.latest
 def test_metrics_equal_float64():
     rng = np.random.default_rng(7)
     ranks, weight = rng.integers(0, 30, 200), rng.integers(0, 2, 200).astype(np.float64)
@@ -250,6 +253,7 @@ def test_sampled_negatives_never_hold_the_target_or_a_seen_item(monkeypatch):
     assert (sampled_ranks_of(scores, target, seen, ids) == 0).all()
 
 
+@pytest.mark.latest
 def test_sampled_draws_follow_the_example_id_alone():
     scores, target, seen = random_case(np.random.default_rng(10))
     ids = np.arange(64, dtype=np.int32) + 1000
@@ -301,6 +305,7 @@ def test_names_parse():
     assert (metric.kind, metric.k, metric.sampled) == ("recall", 100, True)
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("values", [None, [0.0, -0.0, 1.0]])
 def test_top_k_equals_a_stable_argsort_of_unseen_items(values):
     scores, _, seen = random_case(np.random.default_rng(11), values=values)

@@ -91,6 +91,7 @@ def numpy_encode(params, items, heads, norm):
     return np.stack(out)
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("changes", [{"norm": "pre"}, {"norm": "post", "layers": 2}], ids=str)
 def test_the_encoder_is_numpys(changes):
     params, encode = encoder(**changes)
@@ -148,6 +149,7 @@ def test_examples_do_not_see_each_other_and_keep_their_dropout():
     assert not np.allclose(encode(items), whole)
 
 
+@pytest.mark.latest
 def test_packed_histories_are_as_if_alone():
     """Two histories in one row, told apart by segment and position, say what each says by itself."""
     model, params = model_and_params(norm="pre")
@@ -191,6 +193,7 @@ def gradients(remat):
     return jax.jit(jax.grad(loss))(params), str(jax.make_jaxpr(jax.grad(loss))(params))
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_recomputing_changes_no_gradient(remat):
     plain, text = gradients("none")
@@ -205,6 +208,7 @@ def test_what_is_recomputed():
     assert dots["none"] <= dots["dots"] < dots["full"]
 
 
+@pytest.mark.latest
 def test_half_precision_runs_under_strict_promotion():
     model, params = model_and_params(norm="pre")
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -217,6 +221,7 @@ def test_half_precision_runs_under_strict_promotion():
     np.testing.assert_allclose(np.asarray(hidden, np.float32)[real], np.asarray(exact)[real], atol=0.15, rtol=0.1)
 
 
+@pytest.mark.latest
 def test_parameters_are_nested_dicts_of_arrays():
     model, params = model_and_params(norm="pre")
 
@@ -259,6 +264,7 @@ def test_every_parameter_has_a_rule():
     assert all(any(re.search(pattern, path) for pattern, _ in model.rules) for path in placed)
 
 
+@pytest.mark.latest
 def test_adams_moments_lie_like_the_parameters():
     model, mesh = tiny_sasrec(N_ITEMS), make_mesh(fsdp=4, tensor=2)
     with jax.set_mesh(mesh):
@@ -294,6 +300,7 @@ def test_state_that_is_no_parameter_is_refused():
         Functional(lambda rngs: nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.latest
 def test_a_functional_module_is_pure():
     linear = Functional(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
     params = linear.init(jax.random.key(0))

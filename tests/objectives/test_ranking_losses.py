@@ -108,6 +108,7 @@ def drawn_by(key, count):
     return np.asarray(jax.random.randint(jax.random.fold_in(key, _NEGATIVES), (count,), 1, N_ITEMS + 1))
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("count", [1, 7, 64])
 def test_sampled_softmax_is_numpys(count):
     drawn, expected = drawn_by(KEY, count), count / N_ITEMS
@@ -167,6 +168,7 @@ def test_the_step_shares_its_negatives_and_the_next_step_draws_others():
     assert not np.array_equal(drawn_by(KEY, 7), drawn_by(jax.random.fold_in(KEY, 1), 7))
 
 
+@pytest.mark.latest
 def test_gbce_is_numpys():
     positive, negatives = RNG.normal(size=(3, 4)) * 5, RNG.normal(size=(3, 4, 6)) * 5
     for beta in (1.0, 0.3):
@@ -232,6 +234,7 @@ def test_the_first_and_the_last_item_may_be_targets(edge):
         assert float(make({"item": jnp.asarray(items)}, batch, KEY)[f"loss/{name}"].total) < 1e-9
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("name", ["bce", "gbce"])
 def test_the_objectives_use_their_loss_and_their_beta(name):
     """All items score alike, so it does not matter which are drawn."""
@@ -241,6 +244,7 @@ def test_the_objectives_use_their_loss_and_their_beta(name):
     check(make(params, BATCH, KEY), name, (beta * softplus(-score) + 5 * softplus(score)) / 6)
 
 
+@pytest.mark.latest
 def test_draws_belong_to_the_example():
     loss = bce(Dot(), 3)
     per_row = lambda batch: [
@@ -261,6 +265,7 @@ def test_evaluation_of_bce_repeats():
     assert once(None) == once(None) and once(KEY) != once(jax.random.fold_in(KEY, 1))
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("make", [softmax, sampled_softmax, bce, gbce_loss])
 def test_a_batch_without_a_target_counts_nothing(make):
     empty = BATCH | {"weight": jnp.zeros_like(BATCH["weight"]), "targets": jnp.zeros_like(BATCH["targets"])}
@@ -285,6 +290,7 @@ def test_what_cannot_be_asked(make, message):
         make()
 
 
+@pytest.mark.latest
 def test_the_suite_checks_array_annotations():
     """tests/conftest.py has jaxtyping check annotated functions: a wrong rank or dtype must not pass in silence."""
     with pytest.raises(TypeCheckError, match="softmax_cross_entropy"):

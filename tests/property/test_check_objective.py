@@ -52,6 +52,7 @@ def test_an_objective_that_depends_on_the_layout_is_refused(objective):
     assert "{'data': 8} x 1" not in message  # the same whole batch: no fault to see there
 
 
+@pytest.mark.latest
 def test_one_that_does_not_is_passed():
     found = check(regression_task(noise_by_id, loss_weights={"loss/size": 0.5}), **QUICK)
     assert [(case.layout, case.accumulation, case.reduction) for case in found] == [

@@ -177,6 +177,7 @@ def edit_summary(folder, **changes):
     (folder / "summary.json").write_text(json.dumps(kept))
 
 
+@pytest.mark.latest
 def test_the_page_has_the_numbers(run_dir):
     page = page_of(run_dir)
     for words in (

@@ -56,6 +56,7 @@ def meta(run: str, step: int) -> dict:
         return checkpoints.meta(step)
 
 
+@pytest.mark.latest
 def test_ten_and_ten_steps_are_twenty_bit_for_bit(folder):
     # dropout, accumulation with one reduction, a moving average: all of them go through the checkpoint or the key
     changes = ["optimizer.ema=0.9", "batch.microbatch=8", "optimizer.weight_decay=0.1"]
@@ -72,6 +73,7 @@ def test_ten_and_ten_steps_are_twenty_bit_for_bit(folder):
     assert {**a["history"], "wall_s": 0} == {**b["history"], "wall_s": 0}
 
 
+@pytest.mark.latest
 def test_on_other_meshes_the_batches_are_the_same_and_the_losses_agree(folder):
     sources = Path("ids.txt")
     train(OWN, "run.name=whole", "run.steps=15")

@@ -61,6 +61,7 @@ def saved_params(run: Path, prefix: str = "params") -> dict:
         return checkpoints.load_params(summary(run)["best_step"], prefix)
 
 
+@pytest.mark.latest
 def test_evaluate_gives_the_numbers_of_the_summary(finished, capsys):
     assert main(["evaluate", "runs/tiny", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -88,6 +89,7 @@ def test_one_device_without_the_mesh_gives_the_same(finished, capsys):
     assert lists("alone.parquet") == lists("here.parquet")
 
 
+@pytest.mark.latest
 def test_predict_for_events_gives_original_ids_and_nothing_that_was_seen(finished, capsys):
     events = [("zoe", "i03", 5), ("zoe", "i04", 6), ("bob", "i07", 1), ("bob", "i99", 2), ("new", "i98", 3)]
     columns = zip(*events, strict=True)
@@ -144,6 +146,7 @@ def test_a_prediction_is_what_the_scores_say(finished):
     np.testing.assert_allclose(table["score"].to_numpy(), np.sort(scores)[::-1][:6], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.latest
 def test_export_writes_the_item_vectors_with_their_ids(finished, capsys):
     assert main(["export", "runs/tiny", "vectors.parquet"]) == 0
     assert capsys.readouterr().out == "30 item vectors -> vectors.parquet\n"
