@@ -1,17 +1,22 @@
 """Microseconds a step that the loop adds to the bare jitted step, on a tiny model, in one process.
 
-The bare step is called in a plain Python loop on a batch that is already on the device. The loop reads numpy batches,
-accumulates metrics, fetches them every 50 steps and writes them. Blocks of both alternate; medians are compared.
+Like is compared with like: the loop over numpy batches with the bare step called on the same numpy batch, so that both
+pay for its transfer to the device, and both again with a batch that lies there already. The bare step is called in a
+plain Python loop; the loop accumulates metrics as well, fetches them every 50 steps and writes them. Blocks of all four
+take turns; an overhead is the median of the differences within a turn.
 
     python benchmarks/loop_overhead.py [--blocks 15] [--steps 1000]
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,91 +30,109 @@ from jaxops.core.step import build_step, init_state
 from jaxops.core.sums import Sum
 from jaxops.core.writers import JsonlWriter
 
+ROWS, FEATURES, TARGETS = 8, 16, 8
+WINDOW = 50
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=1000)
-    args = parser.parse_args()
-    mesh = make_mesh(devices=jax.devices()[:1])
-    tx = optax.sgd(0.1)
 
-    def objective(params, batch, key):
-        error = batch["x"] @ params["w"] - batch["y"]
-        return {"loss/mse": Sum.of(jnp.square(error))}
+def objective(params, batch, key):
+    """Least squares: the smallest step there is."""
+    error = batch["x"] @ params["w"] - batch["y"]
+    return {"loss/mse": Sum.of(jnp.square(error))}
 
-    def init(key):
-        return {"w": jax.random.normal(key, (16, 8))}
 
+def init(key):
+    return {"w": jax.random.normal(key, (FEATURES, TARGETS))}
+
+
+def measure(steps: int, blocks: int, folder: Path) -> dict[str, list[float]]:
+    """Microseconds a step in each block, by what was called and where its batch lay."""
+    mesh, tx = make_mesh(devices=jax.devices()[:1]), optax.sgd(0.1)
     rng = np.random.default_rng(0)
     batch = {
-        "x": rng.normal(size=(8, 16)).astype(np.float32),
-        "y": rng.normal(size=(8, 8)).astype(np.float32),
+        "x": rng.normal(size=(ROWS, FEATURES)).astype(np.float32),
+        "y": rng.normal(size=(ROWS, TARGETS)).astype(np.float32),
     }
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+    with jax.set_mesh(mesh):
         step = build_step(objective, tx, mesh)
-        writer = JsonlWriter(Path(folder) / "metrics.jsonl")
-        placed = jax.device_put(batch, batch_sharding(mesh))
+        writer = JsonlWriter(folder / "metrics.jsonl")
 
-        def fresh():
-            return init_state(init, jax.random.key(0), tx, mesh, [])
-
-        def bare() -> float:
-            state = fresh()
-            program = step.programs(state, placed)[0].fn
-            window = step.empty_window(state, placed)
-            state, window = program(state, placed, window)
-            began = time.perf_counter()
-            for _ in range(args.steps):
-                state, window = program(state, placed, window)
+        def per_step(run: Callable[[Any, Any], Any], each: Any) -> float:
+            """Of `run(state, window)`, which has taken one step before the clock begins."""
+            state, window = step(init_state(init, jax.random.key(0), tx, mesh, []), each)
             jax.block_until_ready(window)
-            return (time.perf_counter() - began) / args.steps * 1e6
+            began = time.perf_counter()
+            jax.block_until_ready(run(state, window))
+            return (time.perf_counter() - began) / steps * 1e6
 
-        def forever(each):
-            while True:
-                yield each
+        def bare(each: Any) -> float:
+            program = step.programs(init_state(init, jax.random.key(0), tx, mesh, []), each)[0].fn
 
-        def on_window(window: Window):
-            values = window.values(8, {})
+            def run(state, window):
+                for _ in range(steps):
+                    state, window = program(state, each, window)
+                return window
+
+            return per_step(run, each)
+
+        def on_window(window: Window) -> dict[str, Any]:
+            values = window.values(ROWS, {})
             writer.write(window.last, {k: v for k, v in values.items() if isinstance(v, float)})
             return values
 
-        def loop(each) -> float:
-            state, window = step(fresh(), each)
-            jax.block_until_ready(window)
-            began = time.perf_counter()
-            run_loop(
-                step,
-                state,
-                forever(each),
-                mesh,
-                start=0,
-                cursor=0,
-                steps=args.steps,
-                batch_size=8,
-                on_window=on_window,
-            )
-            return (time.perf_counter() - began) / args.steps * 1e6
+        def loop(each: Any) -> float:
+            def run(state, window):
+                del window
+                ended = run_loop(
+                    step,
+                    state,
+                    itertools.repeat(each),
+                    mesh,
+                    start=0,
+                    cursor=0,
+                    steps=steps,
+                    batch_size=ROWS,
+                    window=WINDOW,
+                    on_window=on_window,
+                )
+                return ended.state
 
-        times: dict[str, list[float]] = {"bare": [], "loop_numpy": [], "loop_device": []}
-        for block in range(args.blocks + 1):
-            each = {"bare": bare(), "loop_numpy": loop(batch), "loop_device": loop(placed)}
-            if block:  # the first is the warm-up
-                for name, value in each.items():
-                    times[name].append(value)
+            return per_step(run, each)
+
+        batches = {"numpy": batch, "device": jax.device_put(batch, batch_sharding(mesh))}
+        kinds = {"bare": bare, "loop": loop}
+        times: dict[str, list[float]] = {f"{kind}_{where}": [] for kind in kinds for where in batches}
+        for block in range(blocks + 1):
+            for where, each in batches.items():
+                for kind, timed in kinds.items():
+                    found = timed(each)
+                    if block:  # the first is the warm-up
+                        times[f"{kind}_{where}"].append(found)
         writer.close()
-    median = {name: statistics.median(values) for name, values in times.items()}
-    spread = {name: [round(min(values), 1), round(max(values), 1)] for name, values in times.items()}
-    paired = [loop - bare for loop, bare in zip(times["loop_numpy"], times["bare"], strict=True)]
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=1000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        times = measure(args.steps, args.blocks, Path(folder))
+
+    def overhead(where: str) -> float:
+        pairs = zip(times[f"loop_{where}"], times[f"bare_{where}"], strict=True)
+        return round(statistics.median(loop - bare for loop, bare in pairs), 2)
+
+    median = {name: round(statistics.median(values), 2) for name, values in times.items()}
     print(
         json.dumps(
             {
                 "name": "loop_overhead",
-                "ratio": round(median["bare"] / median["loop_numpy"], 3),
-                "overhead_us": round(statistics.median(paired), 2),
-                "overhead_us_batch_on_device": round(median["loop_device"] - median["bare"], 2),
-                "us_per_step": {name: round(value, 2) for name, value in median.items()},
-                "min_max_us": spread,
+                "ratio": round(median["bare_numpy"] / median["loop_numpy"], 3),
+                "overhead_us": overhead("numpy"),
+                "overhead_device_us": overhead("device"),
+                "us_per_step": median,
+                "min_max_us": {name: [round(min(v), 1), round(max(v), 1)] for name, v in times.items()},
                 "versions": {"jax": jax.__version__, "jaxops": jaxops.__version__},
             }
         )
