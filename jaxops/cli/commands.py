@@ -146,7 +146,7 @@ def _resolved(name: str) -> dict[str, Any]:
     """The resolved config of a file, a shipped name or a run folder."""
     from jaxops.tasks.run_folder import RunFolder
 
-    return RunFolder(name).config() if Path(name).is_dir() else load_config(name).resolved
+    return RunFolder(name).config() if "://" in name or Path(name).is_dir() else load_config(name).resolved
 
 
 def shardings(args: argparse.Namespace) -> int:

@@ -32,11 +32,11 @@ def add_commands(sub: Any) -> None:
     """Adds the three commands to the subparsers of `jaxops`."""
     what = "Every run in a folder: state, step, best metric, wall time, last activity."
     made = sub.add_parser("runs", help=what, description=what)
-    made.add_argument("dir", nargs="?", default="runs", help="a folder of runs and sweeps (default: runs)")
+    made.add_argument("dir", nargs="?", default="runs", help="a folder of runs and sweeps, or its URL (default: runs)")
     made.add_argument("--json", action="store_true", help="print one JSON object")
     what = "Config differences, final numbers and overlaid curves of up to 8 runs."
     made = sub.add_parser("compare", help=what, description=what)
-    made.add_argument("runs", nargs="+", metavar="RUN", help="the folders of the runs")
+    made.add_argument("runs", nargs="+", metavar="RUN", help="the folders of the runs, or URLs")
     made.add_argument("--out", metavar="PAGE", help="the page (default: compare.html beside the first run)")
     made.add_argument("--json", action="store_true", help="print one JSON object; no page without --out")
     what = "What is in a run's checkpoints, and whether it is as it was written."
@@ -116,8 +116,10 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def _page(args: argparse.Namespace) -> Path:
-    """Where the page goes: the file or folder of --out, else beside the first run."""
+    """Where the page goes: the file or folder of --out, else beside the first run; of one in a store, here."""
     if args.out is None:
+        if "://" in args.runs[0]:
+            return Path("compare.html")
         return Path(os.path.abspath(args.runs[0])).parent / "compare.html"
     target = Path(args.out)
     if target.is_dir():

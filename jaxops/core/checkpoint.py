@@ -24,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
-from jaxops.core import manifest, plain
+from jaxops.core import manifest, plain, stores
 from jaxops.core.checkpoint_folder import CheckpointFolder, Retention, some
 from jaxops.core.failures import RunFailed, UserError, nearest
 from jaxops.core.manifest import Damaged, Leaf, Manifest
@@ -48,6 +48,8 @@ class Checkpoints:
       best_mode: whether more of it is better.
       compress: zstd; little smaller on disk (weights hardly compress), much slower.
       checksums: read every save back (in the background) and note its CRC-32; sizes alone otherwise.
+      before_commit: called on process 0 in the background before a save counts (the logs must not be older than
+        the checkpoint, where both go to an object store); its error fails the save.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class Checkpoints:
         best_mode: Literal["max", "min"] = "max",
         compress: bool = False,
         checksums: bool = True,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         self._retention = Retention(keep, keep_every, best, best_mode)
         self._folder = CheckpointFolder(directory)
-        self._compress, self._checksums = compress, checksums
+        self._compress, self._checksums, self._before_commit = compress, checksums, before_commit
         self._thread: threading.Thread | None = None
         self._failures: list[tuple[str, BaseException | None]] = []
         weakref.finalize(self, _last_words, self._failures)
@@ -298,6 +301,8 @@ class Checkpoints:
         try:
             begin()
             if jax.process_index() == 0:
+                if self._before_commit:
+                    self._before_commit()
                 manifest.write(folder, dataclasses.replace(draft, files=manifest.survey(folder, checksums=False)))
                 if self._checksums:
                     files = manifest.survey(folder, checksums=True)
@@ -317,6 +322,8 @@ class Checkpoints:
         context.pytree.loading.partial_load = True
         if self._folder.remote:  # a rename would be a copy of every object, and the manifest commits anyway
             context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+            if os.fspath(self._folder.path).startswith("s3://"):
+                _teach_s3()
         return context
 
     def _load(
@@ -402,3 +409,34 @@ def _orbax() -> Any:
 
     logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     return v1
+
+
+@functools.cache
+def _teach_s3() -> None:
+    """Has orbax hand s3:// paths to tensorstore, which knows them, as it does with gs:// paths.
+
+    Orbax has no hook for that (google/orbax issues 359 and 872, pull request 2739), and takes s3:// for a local
+    path; all its specs come from this one function. Held by tests/core/test_stores.py.
+    """
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    build = tensorstore_utils.build_kvstore_tspec
+
+    @functools.wraps(build)
+    def build_for_any_store(directory: str, *args: Any, **options: Any) -> Any:
+        if not directory.startswith("s3://"):
+            return build(directory, *args, **options)
+        s3 = stores.kvstore_spec(stores.parse(directory))
+
+        def swapped(node: Any) -> Any:
+            if isinstance(node, list):
+                return [swapped(one) for one in node]
+            if not isinstance(node, dict):
+                return node
+            if str(node.get("driver")).startswith("gcs"):
+                return {**s3, "path": node["path"]}
+            return {name: swapped(one) for name, one in node.items()}
+
+        return swapped(build("gs" + directory.removeprefix("s3"), *args, **options))
+
+    tensorstore_utils.build_kvstore_tspec = build_for_any_store

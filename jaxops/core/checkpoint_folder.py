@@ -9,12 +9,13 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from etils import epath
 
-from jaxops.core import manifest
+from jaxops.core import manifest, store_paths, stores
 from jaxops.core.failures import UserError
 from jaxops.core.manifest import Damaged, Manifest
 
@@ -59,16 +60,18 @@ class Retention:
 
 
 class CheckpointFolder:
-    """The checkpoints under one path, local or gs:// or s3://; every call looks anew."""
+    """The checkpoints under one path, local or gs:// or s3://; every call looks anew.
+
+    Every method raises StoreError (a RunFailed) where an object store does not answer.
+    """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        path = os.fspath(directory)
-        self.path = epath.Path(path if "://" in path else os.path.abspath(path))
+        self.path = store_paths.path(directory)
         self._damaged: set[epath.Path] = set()
 
     @property
     def remote(self) -> bool:
-        return "://" in os.fspath(self.path)
+        return stores.is_url(self.path)
 
     def steps(self) -> dict[int, epath.Path]:
         """Step -> its newest folder that has a manifest, damaged or not; empty where nothing was saved.
@@ -77,17 +80,14 @@ class CheckpointFolder:
           UserError: the path cannot be listed.
         """
         listing = sorted(self._listing(), key=lambda found: found[2])
-        return {step: folder for folder, step, _ in listing if (folder / manifest.FILE).exists()}
+        whole = self._each(lambda found: (found[0] / manifest.FILE).is_file(), listing)
+        return {step: folder for (folder, step, _), there in zip(listing, whole, strict=True) if there}
 
     def readable(self) -> dict[int, Manifest]:
         """Step -> manifest, without those whose manifest cannot be read."""
-        found = {}
-        for step, folder in self.steps().items():
-            try:
-                found[step] = manifest.read(folder)
-            except Damaged:
-                continue
-        return found
+        folders = self.steps()
+        found = self._each(_readable, folders.values())
+        return {step: one for step, one in zip(folders, found, strict=True) if one is not None}
 
     def find(self, step: int) -> epath.Path:
         """The folder of `step`.
@@ -157,6 +157,13 @@ class CheckpointFolder:
             if step in good and (step not in kept or folder != folders[step]):
                 _delete(folder)
 
+    def _each(self, ask: Callable[[Any], Any], about: Iterable[Any]) -> list[Any]:
+        """Asks of each; a store at once, since every answer takes it as long as a megabyte."""
+        if not self.remote:
+            return [ask(one) for one in about]
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(ask, about))
+
     def _listing(self) -> list[tuple[epath.Path, int, int]]:
         """(folder, step, edition) of everything named like a checkpoint."""
         try:
@@ -167,6 +174,13 @@ class CheckpointFolder:
             raise UserError(f"cannot read the checkpoint folder {self.path}: {error}") from error
         named = [(path, match) for path in paths if (match := _NAME.fullmatch(path.name))]
         return [(path, int(match[1]), int(match[2] or 1)) for path, match in named]
+
+
+def _readable(folder: epath.Path) -> Manifest | None:
+    try:
+        return manifest.read(folder)
+    except Damaged:
+        return None
 
 
 def some(items: list[Any], most: int = 10) -> str:

@@ -16,6 +16,8 @@ import numpy as np
 from etils import epath
 
 from jaxops.core import plain
+from jaxops.core.store_paths import StorePath
+from jaxops.core.stores import StoreError, is_url
 
 FILE = "jaxops.json"
 FORMAT = 1
@@ -95,7 +97,7 @@ def encode(manifest: Manifest) -> str:
 def write(folder: epath.Path, manifest: Manifest) -> None:
     """Puts the manifest into `folder`, at once and whole; replaces an older one."""
     text = encode(manifest)
-    if "://" in os.fspath(folder):  # object stores write an object whole or not at all
+    if is_url(folder):  # object stores write an object whole or not at all
         (folder / FILE).write_text(text)
         return
     with open(folder / _TEMPORARY, "w", encoding="utf-8") as file:
@@ -110,10 +112,13 @@ def read(folder: epath.Path) -> Manifest:
 
     Raises:
       Damaged: it is missing, cannot be read, was changed, or has a newer format.
+      StoreError: an object store does not answer.
     """
     try:
         outer = json.loads((folder / FILE).read_text())
         body, crc = outer["manifest"], outer["crc32"]
+    except StoreError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{FILE} cannot be read ({type(error).__name__}: {error})") from error
     if crc != _crc_of(body):
@@ -134,24 +139,33 @@ def read(folder: epath.Path) -> Manifest:
 def survey(folder: epath.Path, *, checksums: bool) -> dict[str, File]:
     """Every file under `folder` but the manifest, with its size and, if asked (it reads all), its CRC-32."""
     return {
-        name: File(path.stat().length, _crc_of_file(path) if checksums else None)
-        for name, path in sorted(_files(folder, ""))
+        name: File(size, _crc_of_file(folder / name) if checksums else None)
+        for name, size in sorted(_sizes(folder).items())
         if name not in (FILE, _TEMPORARY)
     }
 
 
 def problems(folder: epath.Path, manifest: Manifest, *, checksums: bool) -> Iterator[str]:
-    """One line for each file that is missing, has another size or, if asked, another checksum."""
+    """One line for each file that is missing, has another size or, if asked, another checksum.
+
+    Raises:
+      StoreError: an object store does not answer, which says nothing of the files.
+    """
+    there = folder.files() if isinstance(folder, StorePath) else None
     for name, expected in manifest.files.items():
         path = folder / name
         try:
-            size = path.stat().length
-            if size != expected.bytes:
+            size = path.stat().length if there is None else there.get(name)
+            if size is None:
+                yield f"{name}: missing"
+            elif size != expected.bytes:
                 yield f"{name}: {size} bytes, expected {expected.bytes}"
             elif checksums and expected.crc32 is not None and _crc_of_file(path) != expected.crc32:
                 yield f"{name}: contents were changed (CRC-32 differs)"
         except FileNotFoundError:
             yield f"{name}: missing"
+        except StoreError:
+            raise
         except OSError as error:
             yield f"{name}: cannot be read ({error})"
 
@@ -172,12 +186,15 @@ def differences(saved: Manifest, wanted: Mapping[plain.Path, tuple[tuple[int, ..
             yield name, f"{dtype}{list(shape)} in the checkpoint, not expected"
 
 
-def _files(folder: epath.Path, prefix: str) -> Iterator[tuple[str, epath.Path]]:
+def _sizes(folder: epath.Path, prefix: str = "") -> dict[str, int]:
+    """Bytes of every file below a folder, by its name relative to that."""
+    if isinstance(folder, StorePath):
+        return folder.files()
+    found: dict[str, int] = {}
     for path in folder.iterdir():
-        if path.is_dir():
-            yield from _files(path, f"{prefix}{path.name}/")
-        else:
-            yield f"{prefix}{path.name}", path
+        name = f"{prefix}{path.name}"
+        found |= _sizes(path, f"{name}/") if path.is_dir() else {name: path.stat().length}
+    return found
 
 
 def _crc_of(body: Any) -> int:

@@ -1,10 +1,14 @@
-"""The folder that a run leaves, and whether this config may go on in it."""
+"""The folder that a run leaves, and whether this config may go on in it.
+
+One in an object store (s3://, gs://) has a local stand-in, in which all of this happens; see mirror.py.
+"""
 
 import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,10 @@ from jaxops.config.dump import diff, dump_yaml
 from jaxops.config.errors import ConfigError
 from jaxops.config.load import from_dict
 from jaxops.config.shapes import ABSENT
+from jaxops.core import stores
 from jaxops.core.failures import UserError
 from jaxops.tasks.config import MAY_CHANGE_ON_RESUME, SCHEMAS
+from jaxops.tasks.mirror import KEPT, Mirror
 
 SUMMARY_VERSION = 1
 LOCK = ".lock"
@@ -27,16 +33,63 @@ BEGUN = {LOCK, "transform", "data.json", ".data.json.tmp", ".config.yaml.tmp"}
 
 
 class RunFolder:
-    """Paths and small files of one run; nothing is written before `create`."""
+    """Paths and small files of one run; nothing is written before `create`.
+
+    Attributes:
+      where: the folder as one would name it: a path, or the URL of one in an object store.
+      path: the folder, or the local one that stands in for it; `metrics` lies in it.
+      checkpoints: where checkpoints go, as `Checkpoints` takes it: in the store itself.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self.checkpoints = self.path / "checkpoints"
+        self._mirror: Mirror | None = None
+        self.where = str(self.path)
+        self.checkpoints: Path | str = self.path / "checkpoints"
+        if stores.is_url(path):
+            self._mirror = Mirror(os.fspath(path))
+            self.path, self.where = self._mirror.local, str(self._mirror.place)
+            self.checkpoints = f"{self.where}/checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self._fresh = self._mirror is None
+
+    @property
+    def dir(self) -> Path | str:
+        """The folder to give to other commands: a path, or a URL."""
+        return self.path if self._mirror is None else self.where
+
+    def shown(self, name: str) -> str:
+        """The path or URL of a file of the run."""
+        return f"{self.where}/{name}" if self._mirror else str(self.path / name)
+
+    def poll(self) -> None:
+        """Raises what went wrong with the uploads of a run in an object store; costs nothing.
+
+        Raises:
+          RunFailed: they have failed for long, or another process has taken the run over.
+        """
+        if self._mirror is not None:
+            self._mirror.poll()
+
+    def push(self) -> None:
+        """Brings an object store up to what is written so far; a checkpoint must not be ahead of its logs.
+
+        Raises:
+          RunFailed: the store does not take it.
+        """
+        if self._mirror is not None:
+            self._mirror.push()
+
+    def _refresh(self) -> None:
+        """Before the first look: the stand-in as the store has it."""
+        if self._mirror is not None and not self._fresh:
+            self._mirror.pull()
+            self._fresh = True
 
     @property
     def exists(self) -> bool:
         """Whether a run has begun here."""
+        self._refresh()
         return (self.path / "config.yaml").is_file()
 
     def check(self, resolved: Mapping[str, Any], inspection: Mapping[str, Any] | None = None) -> bool:
@@ -44,18 +97,21 @@ class RunFolder:
 
         Raises:
           UserError: something else is here, the config differs in what may not change, the data (by the SHA-256 of
-            its split) is no longer what the run began with, or the folder cannot be written.
+            its split) is no longer what the run began with, the folder cannot be written, or an object store cannot
+            be used (no package, bucket, credentials, permission or answer).
         """
+        if self._mirror is not None and not self._fresh:
+            stores.check(self.where)
         parent = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
         if not parent.is_dir():
             raise UserError(f"run folder {self.path}: {parent} is a file")
         if not os.access(parent, os.W_OK | os.X_OK):
-            raise UserError(f"run folder {self.path}: {parent} cannot be written to; set run.dir")
+            raise UserError(f"run folder {self.path}: {parent} cannot be written to; set {self._set}")
         if not self.exists:
-            found = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+            found = sorted(self._names())
             if not BEGUN.issuperset(found):
                 raise UserError(
-                    f"run folder {self.path} is not empty and holds no config.yaml ({', '.join(found[:5])}): not a"
+                    f"run folder {self.where} is not empty and holds no config.yaml ({', '.join(found[:5])}): not a"
                     " run; set run.name or run.dir"
                 )
             return False
@@ -66,9 +122,9 @@ class RunFolder:
         ]
         if changed:
             raise UserError(
-                f"run folder {self.path} belongs to another config:\n" + "\n".join(changed) + "\nA resumed run may"
+                f"run folder {self.where} belongs to another config:\n" + "\n".join(changed) + "\nA resumed run may"
                 f" change only {', '.join(MAY_CHANGE_ON_RESUME)}. Set run.name to begin"
-                f" another run, and init_from.run={self.path} to begin it with these parameters."
+                f" another run, and init_from.run={self.where} to begin it with these parameters."
             )
         self._check_data(inspection or {})
         return True
@@ -78,7 +134,7 @@ class RunFolder:
         there = self._json("data.json").get("split", {}).get("sha256")
         if here and there and here != there:
             raise UserError(
-                f"run folder {self.path}: the data is no longer what the run began with (SHA-256 of the split {there}"
+                f"run folder {self.where}: the data is no longer what the run began with (SHA-256 of the split {there}"
                 f" there, {here} here). Set run.name to begin another run."
             )
 
@@ -95,14 +151,15 @@ class RunFolder:
         Raises:
           UserError: there is no run, or its config cannot be read.
         """
+        self._refresh()
         try:
             values = yaml.safe_load((self.path / "config.yaml").read_text())
         except FileNotFoundError:
-            raise UserError(f"{self.path} is not a run folder: it has no config.yaml") from None
+            raise UserError(f"{self.where} is not a run folder: it has no config.yaml") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{self.path / 'config.yaml'} cannot be read: {error}") from None
+            raise UserError(f"{self.shown('config.yaml')} cannot be read: {error}") from None
         if not isinstance(values, dict):
-            raise UserError(f"{self.path / 'config.yaml'} holds no config")
+            raise UserError(f"{self.shown('config.yaml')} holds no config")
         return values
 
     def create(self, resolved: Mapping[str, Any], transform: Mapping[str, np.ndarray], inspection: Any) -> None:
@@ -122,6 +179,7 @@ class RunFolder:
         Raises:
           UserError: the file is missing or broken.
         """
+        self._refresh()
         file = self.path / "transform" / f"{name}.parquet"
         try:
             return pq.read_table(file)[name].to_numpy()
@@ -144,18 +202,35 @@ class RunFolder:
         return self._json("summary.json")
 
     def _json(self, name: str) -> dict[str, Any]:
+        self._refresh()
         try:
             found = json.loads((self.path / name).read_text())
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
 
+    def _names(self) -> set[str]:
+        """What lies in the folder."""
+        if self._mirror is not None:
+            return self._mirror.names
+        return {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+
+    @property
+    def _set(self) -> str:
+        return (
+            "run.dir" if self._mirror is None else "JAXOPS_CACHE: what goes to an object store is written there first"
+        )
+
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> Iterator[None]:
         """Holds the run for this process; folders made for it that are still empty afterwards are removed again.
+
+        One in an object store is kept up to date there meanwhile, and is so when this ends. Where a process that
+        is gone seems to hold it, this waits a minute and says so.
 
         Raises:
           UserError: another process holds it.
+          RunFailed: the last of what was written did not reach the object store.
         """
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
@@ -165,7 +240,7 @@ class RunFolder:
             except OSError:
                 file.seek(0)
                 raise UserError(
-                    f"run {self.path} is being trained by another process ({file.read().strip() or 'unknown'});"
+                    f"run {self.where} is being trained by another process ({file.read().strip() or 'unknown'});"
                     f" wait for it, or set run.name"
                 ) from None
             file.seek(0)
@@ -173,11 +248,14 @@ class RunFolder:
             file.write(f"pid {os.getpid()}")
             file.flush()
             try:
-                yield
+                with self._mirror.held(say) if self._mirror else contextlib.nullcontext():
+                    yield
             finally:
                 file.truncate(0)
-                if [entry.name for entry in self.path.iterdir()] == [LOCK]:
-                    (self.path / LOCK).unlink()
+                left = {entry.name for entry in self.path.iterdir()}
+                if left <= {LOCK, *KEPT}:
+                    for name in left:
+                        (self.path / name).unlink()
                     with contextlib.suppress(OSError):  # another run may have begun beside this one
                         for folder in made:
                             folder.rmdir()

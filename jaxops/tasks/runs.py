@@ -6,16 +6,19 @@ Held by tests/tasks/test_runs_listing.py.
 
 import dataclasses
 import datetime as dt
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from jaxops.core import stores
 from jaxops.core.failures import UserError, nearest
 from jaxops.core.writers import read_metrics
 from jaxops.report import results
 from jaxops.report.compare import MAX_RUNS, Comparison, Side, compare
 from jaxops.report.folder import RunFolder, finite, moment, read_run
+from jaxops.tasks import lease, mirror
+from jaxops.tasks.log_parts import parts_of
 
 MARKS = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints")
 """A folder that holds one of these is a run, or what is left of one."""
@@ -42,7 +45,7 @@ class Listed:
     """One run of a listing; what is not known is None.
 
     Attributes:
-      path: the folder, as one would give it to another command; `name` is the same below the folder listed.
+      path: the folder (or URL), as one would give it to another command; `name` is the same below the folder listed.
       steps: the length of the run.
       metric: what the run is chosen by; `best` is its best value on validation, at `best_step`.
       wall_s: seconds of training; what the log spans, pauses left out, while there is no summary.
@@ -50,7 +53,7 @@ class Listed:
     """
 
     name: str
-    path: Path
+    path: Path | str
     state: str
     reason: str
     step: int | None
@@ -66,11 +69,16 @@ class Listed:
 def list_runs(directory: str | os.PathLike[str]) -> list[Listed]:
     """Every run in a folder (or the one that the folder is), the one with the latest activity first.
 
+    Of runs in an object store the small files are fetched, into the jaxops cache.
+
     Raises:
-      UserError: there is no such folder.
+      UserError: there is no such folder, or an object store cannot be read.
     """
-    top = existing_folder(directory)
-    found = [_listed(path, top) for path in _find(top, DEPTH)]
+    if stores.is_url(directory):
+        found = _list_stored(stores.parse(directory))
+    else:
+        top = existing_folder(directory)
+        found = [_listed(path, top) for path in _find(top, DEPTH)]
     never = dt.datetime.min.replace(tzinfo=dt.UTC)
     return sorted(found, key=lambda run: (run.last_activity or never, run.name), reverse=True)
 
@@ -97,17 +105,13 @@ def standing(run: RunFolder) -> Standing:
 
 def is_held(path: Path) -> bool | None:
     """Whether a live process trains in this folder; None where that cannot be found out."""
-    try:
-        with open(path / ".lock", "rb") as file:
-            # Shared and given back at once: two that ask do not take each other for a trainer.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
+    held = lease.held_here(path)
+    if held:
         return True
+    try:  # one of another machine, where the folder stands in for one in an object store
+        return lease.is_fresh((path / lease.NAME).read_bytes()) or held
     except OSError:
-        return None
-    return False
+        return held
 
 
 def compare_runs(paths: Sequence[str | os.PathLike[str]]) -> Comparison:
@@ -134,14 +138,18 @@ def compare_runs(paths: Sequence[str | os.PathLike[str]]) -> Comparison:
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
-    """The path, if a folder is there.
+    """The path, if a folder is there; for the URL of a run the local folder that stands in for it, brought up to date.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or an object store cannot be read.
     """
-    folder, text = Path(path), os.fspath(path)
-    if "://" in text:
-        raise UserError(f"{text}: only local folders can be read; copy the runs here first")
+    if stores.is_url(path):
+        run = mirror.Mirror(os.fspath(path))
+        run.pull()
+        if not run.names:
+            raise UserError(f"there is nothing at {run.place}")
+        return run.local
+    folder = Path(path)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -164,6 +172,33 @@ def _find(folder: Path, depth: int) -> Iterator[Path]:
         for entry in below:
             if not entry.name.startswith("."):
                 yield from _find(entry, depth - 1)
+
+
+def _list_stored(top: stores.Location) -> list[Listed]:
+    """As `list_runs`, in an object store: one listing a folder, several at once, then the runs' small files."""
+    try:
+        store = stores.open_store(top, patient=False)
+        runs: list[str] = []
+        level = [top.key]
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(DEPTH + 1):
+                below: list[str] = []
+                for key, (folders, entries) in zip(level, pool.map(store.children, level), strict=True):
+                    names = {*folders, *(entry.key.rpartition("/")[2] for entry in entries)}
+                    if not names.isdisjoint(MARKS) or "metrics.jsonl" in parts_of(names):
+                        runs.append(key)
+                    else:
+                        below += [f"{key}/{name}".lstrip("/") for name in folders if not name.startswith(".")]
+                level = below
+            places = [dataclasses.replace(top, key=key) for key in runs]
+            folders_here = list(pool.map(mirror.pulled, map(str, places)))
+    except OSError as error:
+        raise UserError(f"{top}: {stores.advice(top, error)}") from None
+    if not places and not level:
+        existing_folder(str(top))  # says so where nothing is there at all
+    base = mirror.stand_in(top)
+    listed = [_listed(path, base) for path in folders_here]
+    return [dataclasses.replace(run, path=str(place)) for run, place in zip(listed, places, strict=True)]
 
 
 def _is_run(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from jaxops.config.dump import digest
-from jaxops.core import manifest
+from jaxops.core import manifest, store_paths, stores
 from jaxops.core.checkpoint_folder import CheckpointFolder, Retention
 from jaxops.core.failures import UserError
 from jaxops.core.manifest import Damaged, Leaf, Manifest
@@ -159,12 +159,15 @@ def open_saved(run: str | os.PathLike[str]) -> CheckpointFolder:
     """The checkpoints of a run folder; a folder of checkpoints may be named itself.
 
     Raises:
-      UserError: there is no such folder.
+      UserError: there is no such folder, or an object store cannot be read.
     """
-    text = os.fspath(run)
-    if "://" in text:
-        return CheckpointFolder(f"{text.rstrip('/')}/checkpoints")
-    folder = existing_folder(run)
+    if stores.is_url(run):
+        stores.check(run, write=False)
+        folder = store_paths.path(run)
+        if not folder.is_dir():
+            raise UserError(f"there is nothing at {folder}")
+    else:
+        folder = epath.Path(existing_folder(run))
     inside = folder / "checkpoints"
     if not inside.exists() and CheckpointFolder(folder).steps():
         return CheckpointFolder(folder)

@@ -183,12 +183,15 @@ def _no_objective(params: Params, batch: Mapping[str, Any], key: Any) -> Sums:
 def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
     """The model of a run: the best checkpoint where the run keeps one, else the latest, or the one of `step`.
 
+    Args:
+      run_dir: a run folder, or its s3:// or gs:// URL.
+
     Raises:
       UserError: not a run folder, no checkpoint, a broken one, or no such step.
     """
     place = RunFolder(run_dir)
     resolved = place.config()
-    loaded = from_dict(SCHEMAS, resolved, source=str(Path(run_dir) / "config.yaml"), check_imports=False)
+    loaded = from_dict(SCHEMAS, resolved, source=place.shown("config.yaml"), check_imports=False)
     config = loaded.config
     best = f"valid/{config.checkpoint.best}" if config.checkpoint.best else None
     with Checkpoints(place.checkpoints, keep=config.checkpoint.keep, best=best) as checkpoints:

@@ -1,0 +1,155 @@
+"""Paths of object stores for code that wants an etils path: ours, and orbax's small files.
+
+etils' own would go through fsspec or TensorFlow: cached listings that go stale under tensorstore's writes, no
+modification times, and a `mkdir` that creates buckets. Held by tests/core/test_stores.py.
+"""
+
+import fnmatch
+import io
+import os
+from collections.abc import Iterator
+from typing import IO, Any
+
+from etils import epath
+from etils.epath.stat_utils import StatResult
+
+from jaxops.core import stores
+
+
+def path(place: str | os.PathLike[str]) -> epath.Path:
+    """An etils path: of an object store for a URL, else an absolute local one.
+
+    Raises:
+      UserError: a URL of an unknown scheme or without a bucket.
+    """
+    if stores.is_url(place):
+        stores.parse(place)
+        return StorePath(os.fspath(place))
+    return epath.Path(os.path.abspath(os.fspath(place)))
+
+
+class StorePath(type(epath.Path("/"))):  # type: ignore[misc]
+    """A path of an object store; a folder is there as long as something is below it."""
+
+    @property
+    def _at(self) -> tuple[stores.Store, str]:
+        place = stores.parse(self)
+        return stores.open_store(place), place.key
+
+    def exists(self) -> bool:
+        store, key = self._at
+        return store.head(key) is not None or self.is_dir()
+
+    def is_dir(self) -> bool:
+        store, key = self._at
+        return next(store.entries(key), None) is not None
+
+    def is_file(self) -> bool:
+        store, key = self._at
+        return store.head(key) is not None
+
+    def iterdir(self) -> Iterator["StorePath"]:
+        store, key = self._at
+        folders, entries = store.children(key)
+        names = [*folders, *(entry.key.rpartition("/")[2] for entry in entries)]
+        return iter([self / name for name in dict.fromkeys(names)])
+
+    def glob(self, pattern: str) -> Iterator["StorePath"]:
+        first, _, rest = pattern.partition("/")
+        for child in self.iterdir():
+            if fnmatch.fnmatchcase(child.name, first):
+                yield from child.glob(rest) if rest else (child,)
+
+    def files(self) -> dict[str, int]:
+        """Name relative to this folder -> bytes, of every object below it, in one listing."""
+        store, key = self._at
+        return {entry.key[len(key) :].lstrip("/"): entry.size for entry in store.entries(key)}
+
+    def stat(self) -> StatResult:
+        store, key = self._at
+        entry = store.head(key)
+        if entry is None and not self.is_dir():
+            raise FileNotFoundError(f"{self}: not there")
+        size, changed = (entry.size, int(entry.changed)) if entry else (0, 0)
+        return StatResult(is_directory=entry is None, length=size, mtime=changed)
+
+    def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
+        """Folders need no making; it only says whether one is there."""
+        if not exist_ok and self.exists():
+            raise FileExistsError(f"{self} is there already")
+
+    def rmtree(self, missing_ok: bool = False) -> None:
+        store, key = self._at
+        keys = [entry.key for entry in store.entries(key)]
+        if not keys and not missing_ok:
+            raise FileNotFoundError(f"{self}: not there")
+        store.delete(keys)
+
+    rmdir = rmtree
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        store, key = self._at
+        if not missing_ok and store.head(key) is None:
+            raise FileNotFoundError(f"{self}: not there")
+        store.delete([key])
+
+    def open(self, mode: str = "r", *, encoding: str | None = None, errors: str | None = None, **other: Any) -> IO[Any]:
+        store, key = self._at
+        kind = mode.replace("b", "").replace("t", "")
+        if kind == "w":
+            return _Upload(store, key) if "b" in mode else _TextUpload(_Upload(store, key), encoding="utf-8")
+        if kind != "r":
+            raise NotImplementedError(f"{self}: an object is read or written whole, not opened as {mode!r}")
+        return store.open(key) if "b" in mode else io.StringIO(store.read(key).decode("utf-8"))
+
+    def read_bytes(self) -> bytes:
+        store, key = self._at
+        return store.read(key)
+
+    def write_bytes(self, data: bytes) -> int:
+        store, key = self._at
+        store.write(key, data)
+        return len(data)
+
+    def rename(self, target: Any) -> Any:
+        raise NotImplementedError(f"{self}: an object store cannot rename")
+
+    def replace(self, target: Any) -> Any:
+        raise NotImplementedError(f"{self}: an object store cannot rename")
+
+    def copy(self, dst: Any, overwrite: bool = False) -> Any:
+        raise NotImplementedError(f"{self}: read_bytes and write_bytes copy an object")
+
+    def walk(self, **options: Any) -> Any:
+        raise NotImplementedError(f"{self}: `files` lists all that is below a folder")
+
+
+class _Upload(io.BytesIO):
+    """Puts what was written there when it is closed, unless an error came in between."""
+
+    def __init__(self, store: stores.Store, key: str) -> None:
+        super().__init__()
+        self._store, self._key, self._whole = store, key, True
+
+    def close(self) -> None:
+        if not self.closed and self._whole:
+            self._whole = False
+            self._store.write(self._key, self.getvalue())
+        super().close()
+
+    def discard(self) -> None:
+        self._whole = False
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if kind is not None:
+            self.discard()
+        self.close()
+
+
+class _TextUpload(io.TextIOWrapper):
+    """As `_Upload`, for text."""
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if kind is not None:
+            self.buffer.discard()  # type: ignore[attr-defined]
+        self.close()

@@ -1,0 +1,375 @@
+"""Object stores, s3:// and gs://: whole objects, listings, and messages that say what to do.
+
+obstore does the work (`pip install 'jaxops[s3]'` or `[gcs]`), imported when first used; arrays go through
+tensorstore, which gets the same place from `kvstore_spec`. Held by tests/core/test_stores.py.
+"""
+
+import configparser
+import dataclasses
+import datetime as dt
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from jaxops.core.failures import RunFailed, UserError
+
+EXTRAS = {"s3": "s3", "gs": "gcs"}
+"""Scheme -> the extra of jaxops that it needs."""
+READ_AHEAD = 16 << 20
+"""Bytes asked for at once when an object is read in pieces."""
+
+
+class StoreError(OSError, RunFailed):
+    """The store refused or did not answer; the message names the place and the reason."""
+
+
+class Denied(StoreError, PermissionError):
+    """The store does not allow it, or does not know who asks."""
+
+
+class Changed(StoreError):
+    """A conditional write met another object than it expected."""
+
+
+class Unconditional(StoreError):
+    """The store does not know conditional writes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """`scheme://bucket/key`; the key has no slash at its ends."""
+
+    scheme: str
+    bucket: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}" + (f"/{self.key}" if self.key else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One object: its key, bytes, Unix seconds of its last change, and what a conditional write compares."""
+
+    key: str
+    size: int
+    changed: float
+    version: dict[str, str | None]
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is one of an object store (of whatever scheme)."""
+    return "://" in os.fspath(path)
+
+
+def parse(url: str | os.PathLike[str]) -> Location:
+    """The parts of a URL.
+
+    Raises:
+      UserError: the scheme is not known, or there is no bucket.
+    """
+    scheme, _, rest = os.fspath(url).partition("://")
+    if scheme not in EXTRAS:
+        raise UserError(f"{url}: {scheme}:// is not known; object stores are s3://BUCKET/... and gs://BUCKET/...")
+    bucket, _, key = rest.partition("/")
+    if not bucket:
+        raise UserError(f"{url}: names no bucket; expected {scheme}://BUCKET/FOLDER")
+    return Location(scheme, bucket, "/".join(part for part in key.split("/") if part))
+
+
+def endpoint(scheme: str) -> str:
+    """Where the store answers, if it is not the one of AWS or Google: AWS_ENDPOINT_URL, STORAGE_EMULATOR_HOST."""
+    if scheme == "gs":
+        host = os.environ.get("STORAGE_EMULATOR_HOST", "")
+        return host if "://" in host or not host else f"http://{host}"
+    found = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return (found or _profile().get("endpoint_url", "")).rstrip("/")
+
+
+def open_store(place: Location, *, patient: bool = True) -> "Store":
+    """The bucket of a location; `patient` retries a store that does not answer for a minute, else for seconds.
+
+    Raises:
+      UserError: the package that it needs is not installed, or a setting in the environment is no good.
+    """
+    try:
+        import obstore  # noqa: F401
+    except ImportError:
+        extra = EXTRAS[place.scheme]
+        raise UserError(
+            f"{place.scheme}:// needs a package that is not installed: pip install 'jaxops[{extra}]'"
+        ) from None
+    settings = _s3_settings() if place.scheme == "s3" else _gs_settings()
+    return _opened(place.scheme, place.bucket, tuple(sorted(settings.items())), patient)
+
+
+class Store:
+    """One bucket. Every method raises OSError: FileNotFoundError, `Denied`, `StoreError`, with a message to show."""
+
+    def __init__(self, scheme: str, bucket: str, inner: Any) -> None:
+        self.scheme, self.bucket, self._inner = scheme, bucket, inner
+
+    def read(self, key: str) -> bytes:
+        """The whole object."""
+        with self._told("read", key):
+            return bytes(self._inner.get(key).bytes())
+
+    def open(self, key: str) -> IO[bytes]:
+        """The object as a file to read from, READ_AHEAD bytes at a time."""
+        import obstore
+
+        with self._told("read", key):
+            return _Reader(self, key, obstore.open_reader(self._inner, key, buffer_size=READ_AHEAD))  # type: ignore[return-value]
+
+    def write(self, key: str, data: bytes | Path, *, only_if: "Entry | dict[str, str | None] | None" = None) -> Any:
+        """Puts the object there whole or not at all; its version.
+
+        Args:
+          only_if: `{}` where nothing may be there yet, or the version that must be there still.
+
+        Raises:
+          Changed: `only_if` did not hold.
+          Unconditional: `only_if` was given and the store does not know such writes.
+        """
+        mode: Any = None
+        if only_if is not None:
+            version = only_if.version if isinstance(only_if, Entry) else only_if
+            mode = dict(version) if version else "create"
+        try:
+            with self._told("write", key):
+                return dict(self._inner.put(key, data, mode=mode))
+        except StoreError as error:
+            if only_if is not None and re.search(r"\b501\b|NotImplemented|not implemented|not supported", str(error)):
+                raise Unconditional(str(error)) from None
+            raise
+
+    def head(self, key: str) -> Entry | None:
+        """What is known of an object, None if there is none."""
+        try:
+            with self._told("look at", key):
+                return _entry(self._inner.head(key))
+        except FileNotFoundError:
+            return None
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        """Every object below a folder, in one listing."""
+        with self._told("list", folder):
+            for page in self._inner.list(folder or None):
+                yield from map(_entry, page)
+
+    def children(self, folder: str) -> tuple[list[str], list[Entry]]:
+        """The names of the folders in a folder, and the objects in it."""
+        with self._told("list", folder):
+            found = self._inner.list_with_delimiter(folder or None)
+            names = [str(prefix).rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]]
+            return names, [_entry(one) for one in found["objects"]]
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Deletes objects; those that are not there count as deleted."""
+        keys = list(keys)
+        if keys:
+            with self._told("delete", keys[0]):
+                try:
+                    self._inner.delete(keys)
+                except FileNotFoundError:  # gs:// minds, s3:// does not
+                    for key in keys if len(keys) > 1 else ():
+                        self.delete([key])
+
+    @contextmanager
+    def _told(self, what: str, key: str) -> Iterator[None]:
+        """Turns obstore's errors into OSErrors whose message fits on a line."""
+        from obstore import exceptions as of
+
+        place = Location(self.scheme, self.bucket, key)
+        try:
+            yield
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise StoreError(self._no_bucket()) from None
+            raise FileNotFoundError(f"{place}: not there") from None
+        except (of.AlreadyExistsError, of.PreconditionError) as error:
+            raise Changed(f"cannot {what} {place}: {_brief(error)}") from None
+        except (of.PermissionDeniedError, of.UnauthenticatedError) as error:
+            raise Denied(f"may not {what} {place}: {_brief(error)}") from None
+        except (of.BaseError, ValueError) as error:
+            if "NoSuchBucket" in str(error):
+                raise StoreError(self._no_bucket()) from None
+            raise StoreError(f"cannot {what} {place}: {_brief(error)}") from None
+
+    def _no_bucket(self) -> str:
+        at = endpoint(self.scheme)
+        return f"there is no bucket {self.bucket!r}" + (f" at {at}" if at else f" ({self.scheme}://{self.bucket})")
+
+
+def check(url: str | os.PathLike[str], *, write: bool = True) -> None:
+    """Tries, within seconds, all that a run does there: list, write, delete, and what tensorstore makes of it.
+
+    Raises:
+      UserError: a package, the bucket, credentials or a permission is missing, or nobody answers; each with what
+        to do about it.
+    """
+    place = parse(url)
+    store = open_store(place, patient=False)
+    probe = f"{place.key}/.probe-{os.getpid()}".lstrip("/")
+    steps: list[Callable[[], Any]] = [lambda: next(store.entries(place.key), None)]
+    if write:
+        steps += [lambda: store.write(probe, b"jaxops"), lambda: _try_tensorstore(place), lambda: store.delete([probe])]
+    for step in steps:
+        try:
+            step()
+        except OSError as error:
+            raise UserError(f"{place}: {advice(place, error)}") from None
+
+
+def kvstore_spec(place: Location) -> dict[str, Any]:
+    """The tensorstore spec of a location, with the endpoint, region and credentials that the environment names."""
+    if place.scheme == "gs":
+        return {"driver": "gcs", "bucket": place.bucket, "path": place.key}
+    settings = _s3_settings()
+    spec: dict[str, Any] = {"driver": "s3", "bucket": place.bucket, "path": place.key}
+    if "endpoint" in settings:
+        spec["endpoint"] = settings["endpoint"]
+    if "region" in settings:
+        spec["aws_region"] = settings["region"]
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # the default chain would look everywhere else first, and log about it
+        spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
+@functools.cache
+def _opened(scheme: str, bucket: str, settings: tuple[tuple[str, Any], ...], patient: bool) -> Store:
+    from obstore.store import GCSStore, S3Store
+
+    seconds = dt.timedelta(seconds=60 if patient else 8)
+    client = {"connect_timeout": "5s", "timeout": "60s" if patient else "8s", "allow_http": True}
+    retry = {"max_retries": 10 if patient else 2, "retry_timeout": seconds}
+    make: Any = S3Store if scheme == "s3" else GCSStore
+    try:
+        inner = make(bucket, config=dict(settings), client_options=client, retry_config=retry)
+    except Exception as error:  # a broken GOOGLE_APPLICATION_CREDENTIALS, say
+        raise UserError(f"{scheme}://{bucket}: {_brief(error)}") from None
+    return Store(scheme, bucket, inner)
+
+
+def _s3_settings() -> dict[str, Any]:
+    profile, env = _profile(), os.environ
+    found: dict[str, Any] = {"region": env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or profile.get("region")}
+    if at := endpoint("s3"):
+        found |= {"endpoint": at, "region": found["region"] or "us-east-1"}
+    if not env.get("AWS_ACCESS_KEY_ID") and "aws_access_key_id" in profile:
+        found |= {
+            "access_key_id": profile["aws_access_key_id"],
+            "secret_access_key": profile.get("aws_secret_access_key"),
+            "session_token": profile.get("aws_session_token"),
+        }
+    elif env.get("AWS_ACCESS_KEY_ID"):
+        names = ("access_key_id", "secret_access_key", "session_token")
+        found |= {name: env.get(f"AWS_{name.upper()}") for name in names}
+    return {name: value for name, value in found.items() if value}
+
+
+def _gs_settings() -> dict[str, Any]:
+    at = endpoint("gs")
+    if at:
+        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", at)
+    return {"base_url": at, "skip_signature": True} if at else {}
+
+
+def _profile() -> Mapping[str, str]:
+    """Keys, region and endpoint of AWS_PROFILE in AWS's two files (obstore reads neither)."""
+    name = os.environ.get("AWS_PROFILE", "default")
+    found: dict[str, str] = {}
+    for variable, file, section in (
+        ("AWS_CONFIG_FILE", "~/.aws/config", name if name == "default" else f"profile {name}"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", name),
+    ):
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read(Path(os.environ.get(variable) or file).expanduser(), encoding="utf-8")
+        except (configparser.Error, OSError, UnicodeDecodeError):
+            continue
+        if parser.has_section(section):
+            found |= {key: value.strip() for key, value in parser.items(section)}
+    return found
+
+
+def _try_tensorstore(place: Location) -> None:
+    """A read of what is not there: tensorstore finds its credentials by itself, and retries for a very long time."""
+    import tensorstore
+
+    try:
+        store = tensorstore.KvStore.open(kvstore_spec(place)).result(timeout=10)
+        store.read("/.probe-tensorstore").result(timeout=10)
+    except TimeoutError:
+        raise StoreError("tensorstore got no answer within 10 s, though obstore did") from None
+    except Exception as error:
+        raise StoreError(f"tensorstore, which saves the arrays, was refused: {_brief(error)}") from None
+
+
+def advice(place: Location, error: OSError) -> str:
+    """What a failed check means for the person who has to mend it."""
+    text, at = str(error), endpoint(place.scheme)
+    if "there is no bucket" in text:
+        return f"{text}; create it, or set run.dir"
+    signs = {
+        "s3": ("169.254.169.254", "169.254.170.2", "MissingSecurityHeader"),
+        "gs": ("metadata", "oauth", "token"),
+    }
+    if not isinstance(error, Denied) and any(sign in text for sign in signs[place.scheme]):
+        how = {
+            "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE for a profile that has keys",
+            "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
+        }[place.scheme]
+        return f"no credentials were found, and this machine has no role of its own; {how} ({text})"
+    if isinstance(error, Denied):
+        return f"{text}; reading, writing, listing and deleting must be allowed there"
+    if "redirect" in text.lower() or "PermanentRedirect" in text:
+        return f"the bucket is in another region: set AWS_REGION ({text})"
+    if "error sending request" in text or "timed out" in text or "dns" in text.lower():
+        variable = "AWS_ENDPOINT_URL" if place.scheme == "s3" else "STORAGE_EMULATOR_HOST"
+        return f"{at or 'the store'} does not answer; check {f'{variable} and ' if at else ''}the network ({text})"
+    return text
+
+
+def _entry(meta: Mapping[str, Any]) -> Entry:
+    version = {"e_tag": meta.get("e_tag"), "version": meta.get("version")}
+    return Entry(str(meta["path"]), int(meta["size"]), meta["last_modified"].timestamp(), version)
+
+
+def _brief(error: BaseException) -> str:
+    """The reason in obstore's or tensorstore's text, without its debug output; S3's code and message if it has one."""
+    text = str(error).partition("\n\nDebug source")[0]
+    reason = ""
+    if found := re.search(r"<Code>(.*?)</Code>", text):
+        said = re.search(r"<Message>(.*?)</Message>", text)
+        reason = found[1] + (f": {said[1]}" if said else "")
+    request = re.search(r"Error performing (\w+ \S+?)(?:\?\S*)? in [\d.]+\S*?s\b(.*)", text, re.DOTALL)
+    if request:
+        rest = re.sub(r"\s*(, after .*?retry_timeout: \S+)?\s*- ", "", request[2].partition("<?xml")[0], count=1)
+        text = f"{rest.strip().rstrip(':')} ({request[1]})"
+    text = " ".join(f"{reason} {text.partition('<?xml')[0]}".split())
+    return text[:400] or type(error).__name__
+
+
+class _Reader:
+    """obstore's reader with `with`, plain bytes and our errors."""
+
+    def __init__(self, store: Store, key: str, inner: Any) -> None:
+        self._store, self._key, self._inner = store, key, inner
+
+    def read(self, size: int = -1) -> bytes:
+        with self._store._told("read", self._key):
+            return bytes(self._inner.read(None if size is None or size < 0 else size))
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
