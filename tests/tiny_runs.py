@@ -71,6 +71,11 @@ class Source:
 
     def batch(self, cursor, size):
         time.sleep(float(os.environ.get("OWNPKG_SLEEP", 0)))  # for a test that must meet a run in the middle
+        rank, _, row = os.environ.get("OWNPKG_FAIL", "").partition(":")
+        if rank and rank == os.environ.get("OWNPKG_RANK", "0") and cursor <= int(row) < cursor + size:
+            raise RuntimeError(f"no row {row} today")
+        if cursor <= int(os.environ.get("OWNPKG_HANG", -1)) < cursor + size:
+            time.sleep(1000)
         at = np.arange(cursor, cursor + size)
         epoch, place = at // self.examples, at % self.examples
         ids = (place * 7 + 11 * epoch + self.seed) % self.examples
@@ -86,6 +91,7 @@ class Source:
         }
 
     def valid(self, size):
+        time.sleep(float(os.environ.get("OWNPKG_EVAL_SLEEP", 0)))
         ids = np.arange(size) % self.examples
         items = self._walk(ids, self.length + 1)
         return [{

@@ -80,6 +80,7 @@ def _parser() -> Parser:
         return made
 
     train = command("train", "Train a config, or go on where it stopped.", config=True, as_json=True)
+    train.add_argument("--processes", type=int, metavar="N", help="N processes on this machine, for development")
     train.add_argument("--smoke", action="store_true", help="two steps, evaluation, save, restore, in a scratch folder")
     evaluate = command("evaluate", "Evaluate a run's model on its validation and test data.", run=True, as_json=True)
     evaluate.add_argument("--step", type=int, help="the checkpoint of this step (default: the best, else the latest)")
@@ -123,28 +124,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     trace = "--traceback" in argv or bool(os.environ.get("JAXOPS_TRACEBACK"))
     try:
         args = parse([arg for arg in argv if arg != "--traceback"])
-        _prepare(args)
-        return _run(args) or EXIT_OK
-    except UserError as error:
+        if getattr(args, "processes", None) is not None:
+            from jaxops.cli.launch import launch
+
+            return launch(argv, args.processes)
+        joined = _prepare(args)
+        return _leave(_run(args)) if joined else _run(args)
+    except (UserError, RunFailed) as error:
+        status = EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED
         if trace:
             raise
-        print(f"jaxops: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except RunFailed as error:
-        if trace:
-            raise
-        print(f"jaxops: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
+        if not error.shared or _first():
+            print(f"jaxops: {error}", file=sys.stderr)
+        return _abandon(error, status)
+    except KeyboardInterrupt as error:
         print("jaxops: stopped", file=sys.stderr)
-        return EXIT_STOPPED
+        return _abandon(error, EXIT_STOPPED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
 
 
-def _prepare(args: argparse.Namespace) -> None:
-    """Devices and compilation cache, before anything imports a backend."""
+def _several() -> bool:
+    """Whether this process is one of a job's; asks jax only if it was loaded."""
+    return "jaxops.core.distributed" in sys.modules and sys.modules["jaxops.core.distributed"].several()
+
+
+def _first() -> bool:
+    return not _several() or sys.modules["jaxops.core.distributed"].first()
+
+
+def _leave(status: int) -> int:
+    """The end of a process that did its part: out of the job, in order."""
+    from jaxops.core import distributed
+
+    distributed.shut_down()
+    return status
+
+
+def _abandon(error: BaseException, status: int) -> int:
+    """The end of one that did not: the others hear of it, and nobody waits for anybody."""
+    if _several():
+        from jaxops.core import distributed
+
+        distributed.announce_failure(error, "before or after training")
+        distributed.leave(status)
+    return status
+
+
+def _prepare(args: argparse.Namespace) -> bool:
+    """Devices, compilation cache and the other processes, before anything uses a backend; whether there are others."""
     count = getattr(args, "cpu_devices", None)
     if count is not None:
         if count < 1:
@@ -156,6 +185,11 @@ def _prepare(args: argparse.Namespace) -> None:
         from jaxops.core.compiles import enable_compilation_cache
 
         enable_compilation_cache()
+    if args.command == "train":
+        from jaxops.core import distributed
+
+        return distributed.initialize()
+    return False
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -13,11 +13,25 @@ EXIT_INTERRUPTED = 75
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us: shown as its message alone, exit status 2."""
+    """A mistake in what the user gave us: shown as its message alone, exit status 2.
+
+    `shared` where it is raised on all processes of a job alike: process 0 alone shows it then.
+    """
+
+    def __init__(self, message: str, *, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
 
 
 class RunFailed(Exception):
-    """The run cannot go on (non-finite loss, lost save, out of memory): shown as its message, exit status 1."""
+    """The run cannot go on (non-finite loss, lost save, out of memory): shown as its message, exit status 1.
+
+    `shared` as in UserError.
+    """
+
+    def __init__(self, message: str, *, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -7,30 +7,51 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+import jax
+from jax.experimental import multihost_utils
+
 EXIT_NOW = 130
 
 
 class Interrupt:
-    """Whether someone asked the run to stop, and how (`SIGINT`, `SIGTERM`); the second SIGINT exits at once."""
+    """Whether the run is to stop, and for which signal; the second SIGINT exits at once.
+
+    Among several processes all answer alike at the same poll, whichever of them got the signal: it goes to jax's own
+    preemption service, which picks a poll that none has passed yet. So all of them must poll equally often, as the same
+    program on the same global batches does.
+    """
 
     def __init__(self, say: Callable[[str], None] = lambda text: None):
         self.signal: str | None = None
         self._say = say
+        self._several = jax.process_count() > 1
+        self._polls = 0
+        self._keyboard = False
 
     def __call__(self) -> bool:
         """The `poll()` that steps and evaluations receive."""
+        if self._several and self.signal is None:
+            self._polls += 1
+            if multihost_utils.reached_preemption_sync_point(self._polls):
+                self.signal = "SIGINT" if self._keyboard else "SIGTERM"
+                self._say(f"{self.signal} to one of the processes: all save now")
         return self.signal is not None
 
     def request(self, name: str) -> None:
-        """Asks the run to stop at the next step."""
+        """Asks the run to stop at the next step; among several processes on all of them alike, or on none."""
         self.signal = name
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.signal == "SIGINT" and number == signal.SIGINT:
+        if number == signal.SIGINT and self._keyboard:
             os._exit(EXIT_NOW)
-        self.signal = signal.Signals(number).name
-        self._say(f"{self.signal}: saving at the next step (Ctrl-C again exits at once)")
+        self._keyboard = number == signal.SIGINT
+        name = signal.Signals(number).name
+        self._say(f"{name}: saving at the next step (Ctrl-C again exits at once)")
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)  # jax's handler, which tells all
+        else:
+            self.signal = name
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["Interrupt"]:
@@ -38,7 +59,8 @@ class Interrupt:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        # Among several processes SIGTERM is jax's: its handler was installed when they met.
+        numbers = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
         before = [signal.signal(number, self._handle) for number in numbers]
         try:
             yield self

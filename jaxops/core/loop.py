@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 
 from jaxops.core.failures import RunFailed
 from jaxops.core.mesh import serialise_dispatch
+from jaxops.core.recovery import GoBack
 from jaxops.core.state import State
 from jaxops.core.step import Step
 from jaxops.core.sums import LOSS, Sum, Sums, finalize
 
 Batch = Mapping[str, Any]
-NonFinite = Literal["raise", "skip"]
+NonFinite = Literal["raise", "skip", "rollback"]
 
 
 @dataclasses.dataclass
@@ -152,15 +153,20 @@ def check_finite(values: dict[str, Any], window: Window, policy: NonFinite) -> N
 
     Raises:
       RunFailed: the policy is `raise` and there was one.
+      GoBack: the policy is `rollback` and there was one.
     """
     first = values.pop("nonfinite_first", float("-inf"))
     share = values.pop("nonfinite", 0.0)
     count = round(share * (window.last - window.first))
+    bad = int(-first) + 1 if count else 0
+    what = f"loss or gradient is not finite at step {bad} ({count} of steps {window.first + 1} to {window.last})"
+    if count and policy == "rollback":
+        raise GoBack(bad, bad, what)
     if count and policy == "raise":
         raise RunFailed(
-            f"loss or gradient is not finite at step {int(-first) + 1} ({count} of steps {window.first + 1} to"
-            f" {window.last}); the parameters were left as they were before it. Look at the batch; lower"
-            f" optimizer.lr, set optimizer.clip or nonfinite: skip in another run (init_from takes parameters over)"
+            f"{what}; the parameters were left as they were before it. Look at the batch; lower optimizer.lr or set"
+            " optimizer.clip in another run (init_from takes parameters over), or go on here with nonfinite=rollback"
+            " (back to the last checkpoint, past the batch) or nonfinite=skip"
         )
     values["skipped"] = count
 
@@ -225,6 +231,8 @@ def run_loop(
             for hook in hooks:
                 if at % hook.every == 0 and not poll():
                     hook.fn(snapshot)
+        except GoBack:
+            raise
         except Exception:
             flush()
             raise

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from jaxops.config.types import ByPath, Every, Factory
+from jaxops.core import stores
 from jaxops.core.failures import UserError
 from jaxops.core.mesh import BATCH_AXES, MeshConfig
 from jaxops.core.optimizer import AdamW, Optimizer
@@ -160,6 +161,25 @@ class InitFrom:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Spike:
+    """The loss of a window of run.log_every steps, `zscore` standard deviations above the `windows` before it."""
+
+    zscore: Annotated[float, Field(gt=0)] = 8.0
+    windows: Annotated[int, Field(ge=2)] = 50
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """Back to the last good checkpoint and past the bad batch, `most` times in a run.
+
+    What sets it off: a non-finite step where `nonfinite: rollback`, and a leap of the loss where `spike` is given.
+    """
+
+    most: Positive = 3
+    spike: Spike | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharding:
     """Rules tried before the model's own ([pattern, [axis of each dimension]]), and logical activation names."""
 
@@ -181,7 +201,8 @@ class RecConfig:
     mesh: MeshConfig = MeshConfig(data=-1)
     precision: Precision = Precision()
     sharding: Sharding = Sharding()
-    nonfinite: Literal["raise", "skip"] = "raise"
+    nonfinite: Literal["raise", "skip", "rollback"] = "raise"
+    rollback: Rollback = Rollback()
     init_from: InitFrom | None = None
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
@@ -192,7 +213,10 @@ class RecConfig:
         found = []
         batch = self.batch
         if "://" in self.run.dir:
-            found.append(("run.dir", f"{self.run.dir}: a run folder must be local for now"))
+            try:
+                stores.parse(self.run.dir)
+            except UserError as error:
+                found.append(("run.dir", str(error)))
         if (self.run.epochs is None) == (self.run.steps is None):
             found.append(("run", "say how long: exactly one of run.epochs and run.steps"))
         if isinstance(batch.microbatch, int) and batch.global_ % batch.microbatch:
@@ -242,6 +266,8 @@ MAY_CHANGE_ON_RESUME = (
     "evaluate.stop",
     "checkpoint",
     "batch.microbatch",
+    "nonfinite",
+    "rollback",
     "sharding",
 )
 """Dotted paths (and all below them) that a resumed run may change; anything else makes it another run."""

@@ -27,6 +27,11 @@ class Progress:
             self._break()
             self.console.print(text, markup=False)
 
+    def warn(self, text: str) -> None:
+        """A line that is said even where the rest is not."""
+        self._break()
+        self.console.print(text, markup=False)
+
     def compiling(self, name: str) -> None:
         """Announces a compile that is about to happen."""
         if not self.quiet:

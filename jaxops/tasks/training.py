@@ -74,6 +74,12 @@ def abstract(fresh: Callable[[], State], mesh: Mesh) -> State:
     return jax.tree.map(placed, jax.eval_shape(fresh))
 
 
+def abstract_batch(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a global batch, from its first row alone."""
+    size = task.config.batch.global_
+    return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in task.source.batch(0, 1).items()}
+
+
 def accumulation_of(task: Task, mesh: Mesh) -> int:
     """Microbatches a step: what the config says; `auto` doubles them until the compiled step fits the device."""
     batch = task.config.batch
@@ -84,7 +90,7 @@ def accumulation_of(task: Task, mesh: Mesh) -> int:
     count = 1
     while limit and batch.global_ % (2 * count * batch_shards(mesh) * task.block) == 0:
         step, fresh = build_training(task, mesh, count)
-        program = step.programs(abstract(fresh, mesh), task.source.batch(0, batch.global_))[0]
+        program = step.programs(abstract(fresh, mesh), abstract_batch(task))[0]
         try:
             memory = program.fn.lower(*program.args).compile().memory_analysis()
             if memory.argument_size_in_bytes + memory.temp_size_in_bytes < 0.9 * limit:

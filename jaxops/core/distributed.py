@@ -1,0 +1,311 @@
+"""One run as several processes: how they find each other, what they decide together, how they end.
+
+Every process runs the same program on the same global batches; process 0 alone writes. What must be decided once is
+decided there and handed on through jax's coordination service, never by waiting without a bound: who does not come
+is named, with what it did last. This is the only module that touches that service.
+Held by tests/recovery/, which run and kill real processes.
+"""
+
+import contextlib
+import glob
+import importlib.util
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, NoReturn
+
+import jax
+
+from jaxops.core.failures import EXIT_FAILED, EXIT_USAGE, RunFailed, UserError
+
+VARIABLES = ("JAXOPS_COORDINATOR", "JAXOPS_NUM_PROCESSES", "JAXOPS_PROCESS_ID")
+INITIALIZATION_SECONDS = 300
+HEARTBEAT_SECONDS = 100
+"""Without a sign of life for this long a process counts as lost: jax then ends all the others."""
+BARRIER_SECONDS = 600
+"""How long the processes wait for each other outside of a step."""
+SHUTDOWN_SECONDS = 15
+_SLICE = 2.0
+"""Who waits looks this often whether another process has failed."""
+_FAILED, _GONE, _PHASE = "jaxops/failed", "jaxops/gone", "jaxops/phase"
+
+_count: dict[str, int] = {}
+"""How often each name was waited for: all processes make the same calls, so the numbers agree."""
+
+
+def initialize(environment: Mapping[str, str] | None = None) -> bool:
+    """Joins the job that the environment describes; whether there is one. Before any computation.
+
+    JAXOPS_COORDINATOR (host:port), JAXOPS_NUM_PROCESSES and JAXOPS_PROCESS_ID name a job by hand; under Slurm, Open
+    MPI and on TPU VMs jax finds the others itself. JAXOPS_INIT_SECONDS, JAXOPS_HEARTBEAT_SECONDS and
+    JAXOPS_BARRIER_SECONDS bound the waiting.
+
+    Raises:
+      UserError: only some of the variables are set, or they are no numbers in range.
+      RunFailed: the others did not come in time.
+    """
+    env = os.environ if environment is None else environment
+    options: dict[str, Any] = {
+        "initialization_timeout": seconds("JAXOPS_INIT_SECONDS", INITIALIZATION_SECONDS, env),
+        "heartbeat_timeout_seconds": seconds("JAXOPS_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS, env),
+        "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
+    }
+    job = _by_hand(env)
+    if job is None and not _found_by_jax(env):
+        return False
+    if job is not None:
+        options |= {"coordinator_address": job[0], "num_processes": job[1], "process_id": job[2]}
+    try:
+        jax.distributed.initialize(**options)
+    except RuntimeError as error:
+        where = f" at {job[0]}" if job else ""
+        raise RunFailed(
+            f"the {job[1] if job else ''} processes of this job did not all meet{where} within"
+            f" {options['initialization_timeout']} s (JAXOPS_INIT_SECONDS): {' '.join(str(error).split())[:300]}"
+        ) from error
+    sys.excepthook = _end_at_once
+    return True
+
+
+def _by_hand(env: Mapping[str, str]) -> tuple[str, int, int] | None:
+    """(coordinator, processes, this one) as JAXOPS_... have it, None where none of them is set."""
+    given = [name for name in VARIABLES if env.get(name)]
+    if not given:
+        return None
+    missing = [name for name in VARIABLES if name not in given]
+    if missing:
+        raise UserError(f"{', '.join(given)} set without {', '.join(missing)}: several processes need all three")
+    address, count, number = (env[name] for name in VARIABLES)
+    if not address.rpartition(":")[2].isdigit() or not address.rpartition(":")[0]:
+        raise UserError(f"{VARIABLES[0]}={address}: expected host:port")
+    if not (count.isdigit() and number.isdigit() and int(number) < int(count)):
+        raise UserError(
+            f"{VARIABLES[1]}={count}, {VARIABLES[2]}={number}: expected their number, and this one's from 0"
+        )
+    return address, int(count), int(number)
+
+
+def _found_by_jax(env: Mapping[str, str]) -> bool:
+    """Whether jax can find the other processes by itself: several Slurm or MPI tasks, or a TPU VM."""
+    for size, also in (("SLURM_NTASKS", "SLURM_STEP_NODELIST"), ("OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri")):
+        if env.get(size, "1").isdigit() and int(env.get(size, "1")) > 1 and also in env:
+            return True
+    return importlib.util.find_spec("libtpu") is not None and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
+
+
+def seconds(name: str, default: int, env: Mapping[str, str] = os.environ) -> int:
+    """A number of seconds from the environment.
+
+    Raises:
+      UserError: it is none.
+    """
+    text = env.get(name, str(default))
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"{name}={text}: expected a whole number of seconds")
+    return int(text)
+
+
+def several() -> bool:
+    """Whether this run is several processes."""
+    return jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this is process 0, the one that writes."""
+    return jax.process_index() == 0
+
+
+def _client() -> Any:
+    from jax._src import distributed  # no public door to the coordination service
+
+    return distributed.global_state.client
+
+
+def on_first(what: str, fn: Callable[[], Any]) -> Any:
+    """What `fn` returns (JSON) on process 0, on all processes; its UserError or RunFailed is raised on all.
+
+    Raises:
+      RunFailed: process 0 has not answered within JAXOPS_BARRIER_SECONDS, or another process failed meanwhile.
+    """
+    if not several():
+        return fn()
+    key = _next(f"jaxops/on_first/{what}")
+    if first():
+        try:
+            word = {"value": fn()}
+        except (UserError, RunFailed) as error:
+            error.shared = True
+            _client().key_value_set(key, json.dumps({"error": type(error).__name__, "text": str(error)}))
+            raise
+        _client().key_value_set(key, json.dumps(word))
+        return word["value"]
+    text, limit = _wait(key)
+    if text is None:
+        raise RunFailed(f"{what}: no answer from process 0 in {limit} s; it {_doing(0)}{_LONGER}")
+    word = json.loads(text)
+    if "error" in word:
+        raise (UserError if word["error"] == "UserError" else RunFailed)(word["text"], shared=True)
+    return word["value"]
+
+
+def gather(what: str, value: Any) -> list[Any]:
+    """What every process has for `value` (JSON), by number of the process; raises as `meet`."""
+    if not several():
+        return [value]
+    key = _next(f"jaxops/gather/{what}")
+    _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    meet(what)
+    found = {int(name.rpartition("/")[2]): json.loads(text) for name, text in _client().key_value_dir_get(key)}
+    return [found[rank] for rank in sorted(found)]
+
+
+def meet(what: str) -> None:
+    """Returns when all processes are here.
+
+    Raises:
+      RunFailed: some did not come within JAXOPS_BARRIER_SECONDS; it names them and what they did last.
+    """
+    if not several():
+        return
+    missing, limit = _absent(_next(f"jaxops/meet/{what}"))
+    if missing:
+        said = "; ".join(f"process {rank} {_doing(rank)}" for rank in missing)
+        raise RunFailed(f"waited {limit} s at '{what}' for {named(missing)}: {said}{_LONGER}")
+
+
+_LONGER = " (JAXOPS_BARRIER_SECONDS allows for more)"
+
+
+def _absent(key: str, limit: int | None = None) -> tuple[list[int], int]:
+    """The processes that have not come to `key` in time, and that time."""
+    client = _client()
+    client.key_value_set(f"{key}/here/{jax.process_index()}", "")
+    if client.key_value_increment(f"{key}/count", 1) == jax.process_count():
+        client.key_value_set(f"{key}/open", "")
+    found, limit = _wait(f"{key}/open", limit)
+    if found is not None:
+        return [], limit
+    there = {int(name.rpartition("/")[2]) for name, _ in client.key_value_dir_get(f"{key}/here")}
+    return sorted(set(range(jax.process_count())) - there), limit
+
+
+def _wait(key: str, limit: int | None = None) -> tuple[str | None, int]:
+    """The value of a key once it is set, None if it is not in time; and that time.
+
+    Raises:
+      RunFailed: another process failed meanwhile.
+    """
+    limit = limit or seconds("JAXOPS_BARRIER_SECONDS", BARRIER_SECONDS)
+    until = time.monotonic() + limit
+    while (left := until - time.monotonic()) > 0:
+        try:
+            return _client().blocking_key_value_get(key, int(1000 * min(left, _SLICE)) + 1), limit
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        for rank, word in others_failed().items():
+            raise _failed_there(rank, word)
+    return None, limit
+
+
+def _failed_there(rank: int, word: Mapping[str, Any]) -> RunFailed:
+    return RunFailed(f"process {rank} failed ({word['where']}): {word['text']}")
+
+
+def announce_phase(phase: str) -> None:
+    """Lets the other processes know what this one is about, for their messages."""
+    if several():
+        _client().key_value_set(f"{_PHASE}/{jax.process_index()}", phase, allow_overwrite=True)
+
+
+def _doing(rank: int) -> str:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        return f"was last seen at '{_client().key_value_try_get(f'{_PHASE}/{rank}')}'"
+    return "said nothing of itself"
+
+
+def named(ranks: Iterable[int]) -> str:
+    """`processes 1, 2 of 4`."""
+    found = [str(rank) for rank in ranks]
+    return f"process{'es' if len(found) > 1 else ''} {', '.join(found)} of {jax.process_count()}"
+
+
+def _next(name: str) -> str:
+    _count[name] = _count.get(name, 0) + 1
+    return f"{name}/{_count[name]}"
+
+
+def announce_failure(error: BaseException, where: str) -> None:
+    """Tells the other processes that this one fails, and why; they end too (`others_failed`)."""
+    if not several() or getattr(error, "shared", False):
+        return
+    text = f"{type(error).__name__}: {error}".split("\n")[0][:500]
+    word = {"text": text, "where": where, "status": EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED}
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator may be what was lost
+        _client().key_value_set(f"{_FAILED}/{jax.process_index()}", json.dumps(word), allow_overwrite=True)
+
+
+def others_failed() -> dict[int, dict[str, Any]]:
+    """What other processes said of their failure: process -> {text, where, status}."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        found = _client().key_value_dir_get(_FAILED)
+        words = {int(name.rpartition("/")[2]): json.loads(text) for name, text in found}
+        return {rank: word for rank, word in words.items() if rank != jax.process_index()}
+    return {}
+
+
+def explain_lost(error: jax.errors.JaxRuntimeError, where: str) -> BaseException:
+    """A collective failed: the other process's own words, or who is gone; the error itself where nobody is."""
+    text = str(error)
+    if not several() or "RESOURCE_EXHAUSTED" in text:
+        return error
+    for _ in range(10):
+        if failed := others_failed():
+            return _failed_there(*next(iter(failed.items())))
+        time.sleep(0.2)
+    try:
+        missing, _ = _absent(f"jaxops/lost/{where}", 5)
+    except jax.errors.JaxRuntimeError:  # nobody to ask: process 0 holds the service
+        missing = [0]
+    if not missing:
+        return error
+    return RunFailed(
+        f"lost {named(missing)} ({where}): killed, or its machine is gone; the same command resumes from the last"
+        f" checkpoint. jax says: {' '.join(text.split())[:200]}"
+    )
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process at once: the ordinary exit would wait for the others at a barrier that they never reach.
+
+    Process 0 holds the coordination service, without which jax aborts the others before they can say why; it stays
+    until they are gone, two seconds at most.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_set(f"{_GONE}/{jax.process_index()}", "", allow_overwrite=True)
+        until = time.monotonic() + 2
+        while first() and time.monotonic() < until:
+            if len(_client().key_value_dir_get(_GONE)) == jax.process_count():
+                break
+            time.sleep(0.05)
+    os._exit(status)
+
+
+def _end_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """`sys.excepthook` of a process among several: the traceback first, then out."""
+    traceback.print_exception(kind, error, trace)
+    announce_failure(error, "outside of the run")
+    leave(EXIT_FAILED)
+
+
+def shut_down() -> None:
+    """Leaves the job in order, once all have come this far."""
+    if several():
+        meet("exit")
+        jax.distributed.shutdown()

@@ -1,0 +1,95 @@
+"""Evaluation of a run: validation while it trains, early stopping, and what is remembered of both."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxops.core.evaluation import Evaluator
+from jaxops.core.mesh import batch_shards
+from jaxops.core.rows import local_batches
+from jaxops.core.state import Params
+from jaxops.tasks.config import EarlyStop
+from jaxops.tasks.progress import Progress
+from jaxops.tasks.task import Task
+
+NO_HISTORY = {"metric": None, "best": None, "best_step": None, "since": 0, "at": 0}
+"""What early stopping remembers: the best value so far, evaluations since, and the last step that counted."""
+
+
+class Validation:
+    """Evaluates a task's parts, and keeps count of evaluations without a better value on validation.
+
+    `history` goes into every checkpoint, so that the count survives an interruption.
+    """
+
+    def __init__(self, task: Task, mesh: Mesh, progress: Progress, phase: Callable[[str], Any]):
+        self._task, self._config, self._mesh, self._progress, self._phase = task, task.config, mesh, progress, phase
+        self._evaluator = Evaluator(task.metrics, mesh, jnp.dtype(self._config.precision.compute), task.logical)
+        self.history: dict[str, Any] = dict(NO_HISTORY)
+        self.values: dict[str, float] = {}
+        self.step = -1
+
+    @property
+    def on(self) -> bool:
+        """Whether there is anything to validate on."""
+        return "valid" in self._task.evaluations
+
+    def evaluate(
+        self, params: Params, part: str, step: int, poll: Callable[[], bool], note: str = ""
+    ) -> dict[str, float]:
+        """`valid/...` or `test/...` of these parameters.
+
+        Raises:
+          Interrupted: `poll` said stop.
+        """
+        if self._evaluator.fresh:
+            self._progress.compiling("evaluate_step")
+        shards = batch_shards(self._mesh)
+        size = -(-self._config.evaluate.batch // shards) * shards
+        with self._within(f"evaluate {part}"):
+            batches = local_batches(self._task.evaluations[part](size), self._mesh, size)
+            found = self._evaluator(params, batches, poll)
+        values = {name: found[name] for name in self._config.evaluate.metrics}
+        self._progress.evaluated(step, part, values, note)
+        return {f"{part}/{name}": value for name, value in values.items()}
+
+    @contextlib.contextmanager
+    def _within(self, phase: str) -> Iterator[None]:
+        before = self._phase(phase)
+        yield
+        self._phase(before)
+
+    def count(self, step: int, values: Mapping[str, float]) -> str | None:
+        """Takes note of an evaluation; the reason to stop, if this one is one too many."""
+        self.values, self.step = dict(values), step
+        stop, best = self._config.evaluate.stop, self._config.checkpoint.best
+        metric = stop.metric if stop else best or self._config.evaluate.metrics[0]
+        value, history = values[f"valid/{metric}"], self.history
+        if history["metric"] != metric:
+            history |= {**NO_HISTORY, "metric": metric}
+        if history["best"] is None or value > history["best"]:
+            history |= {"best": value, "best_step": step, "since": 0}
+        elif step > history["at"]:  # a step that is evaluated again does not count twice
+            history["since"] += 1
+        history["at"] = step
+        return self.spent()
+
+    def spent(self) -> str | None:
+        """The reason to stop early, where there is one."""
+        stop, history = self._config.evaluate.stop, self.history
+        if stop is None or history["metric"] != stop.metric or history["since"] < stop.patience:
+            return None
+        return stopped(stop)
+
+    def owed(self, step: int) -> bool:
+        """Whether the run was interrupted after `step` and before the evaluation that was due there."""
+        due = self.on and step % self._config.evaluate.every == 0
+        return 0 < step < self._task.steps and due and self.history["at"] < step
+
+
+def stopped(stop: EarlyStop) -> str:
+    """Why a run ended early, in its summary."""
+    return f"no better valid/{stop.metric} in {stop.patience} evaluations"

@@ -1,0 +1,109 @@
+"""Real processes that train together, for tests that kill them: each is `jaxops train my.yaml ...` with its place in
+the job given by the environment, as a scheduler would give it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxops.core.writers import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+OWN = "data={fn: 'ownpkg.data:make', record: ids.txt}"
+QUICK = ["run.log_every=1", "evaluate.baselines=false", "checkpoint.best=null"]
+CODE = "import sys; from jaxops.cli.main import script; sys.argv[0] = 'jaxops'; script()"
+
+
+class Job:
+    """`processes` processes of one run, with `devices` CPU devices each; use as a context, which kills what is left.
+
+    A batch takes `sleep` seconds, so that a test can meet the run in the middle.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        *overrides: str,
+        processes: int = 2,
+        devices: int = 1,
+        sleep: float = 0.1,
+        preexec: Callable[[], None] | None = None,
+        **env: str,
+    ):
+        self.run = Path("runs") / run
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        argv = [sys.executable, "-c", CODE, "train", "my.yaml", "--cpu-devices", str(devices)]
+        argv += [*QUICK, f"run.name={run}", *overrides]
+        shared = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OWNPKG_SLEEP": str(sleep), **env}
+        shared["JAXOPS_CACHE"] = os.environ["JAXOPS_CACHE"]
+        self.processes = []
+        for rank in range(processes):
+            place = {"JAXOPS_COORDINATOR": f"127.0.0.1:{port}", "JAXOPS_NUM_PROCESSES": str(processes)}
+            place = {**place, "JAXOPS_PROCESS_ID": str(rank), "OWNPKG_RANK": str(rank)} if processes > 1 else {}
+            with open(f"{run}-{rank}.log", "w") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        argv, env={**shared, **place}, stdout=log, stderr=subprocess.STDOUT, preexec_fn=preexec
+                    )
+                )
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    def said(self, rank: int = 0) -> str:
+        """What a process printed."""
+        return Path(f"{self.run.name}-{rank}.log").read_text()
+
+    def reach(self, step: int) -> None:
+        """Returns once `step` is logged."""
+        deadline = time.monotonic() + 120
+        while max(curve(self.run.name), default=0) < step:
+            assert self.processes[0].poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.02)
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        self.processes[rank].send_signal(number)
+
+    def end(self, seconds: float = 120) -> list[int]:
+        """The exit statuses, once all have ended."""
+        deadline = time.monotonic() + seconds
+        return [process.wait(timeout=max(deadline - time.monotonic(), 0.1)) for process in self.processes]
+
+    def summary(self) -> dict:
+        return json.loads((self.run / "summary.json").read_text())
+
+
+def curve(run: str, name: str = "train/loss") -> dict[int, float]:
+    """A metric by step, each step logged once."""
+    lines = [line for line in read_metrics(f"runs/{run}/metrics.jsonl") if name in line]
+    found = {line["step"]: line[name] for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def events(run: str) -> list[str]:
+    return [line["event"] for line in read_metrics(f"runs/{run}/metrics.jsonl") if "event" in line]
+
+
+def examples(record: str = "ids.txt") -> dict[int, int]:
+    """Cursor -> the id that was built there, by whatever process; one that is built twice must be the same."""
+    found: dict[int, int] = {}
+    for line in Path(record).read_text().splitlines():
+        start, *ids = map(int, line.split())
+        for cursor, example in enumerate(ids, start):
+            assert found.setdefault(cursor, example) == example
+    return found

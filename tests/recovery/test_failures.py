@@ -1,0 +1,181 @@
+"""Processes that are killed, stopped or fail: the others end too and say why, nothing half written is believed, and
+the same command resumes to the run that it would have been."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from jobs import OWN, Job, curve, events, examples
+from test_processes import assert_same_curve, uninterrupted
+
+from jaxops.core.checkpoint import Checkpoints
+
+SAVING = ["checkpoint.every=5", "run.steps=40", OWN]
+
+
+def resumes(run: str, losses: dict[int, float], processes: int = 1) -> str:
+    """Runs the same command again; what it said. The whole curve must be the one of the uninterrupted run."""
+    with Job(run, *SAVING, processes=processes, sleep=0) as job:
+        assert job.end() == [0] * processes, job.said()
+        assert_same_curve(run, losses)
+        return job.said()
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_killed_process_ends_the_job_and_the_same_command_resumes(folder, rank):
+    losses, _ = uninterrupted(40)
+    with Job("parts", *SAVING) as job:
+        job.reach(7)
+        job.signal(rank, signal.SIGKILL)
+        codes = job.end(60)
+    assert codes[rank] == -signal.SIGKILL
+    if rank == 1:
+        assert codes[0] == 1 and "lost process 1 of 2" in job.said(), job.said()
+        assert job.summary()["state"] == "failed" and "lost process 1" in job.summary()["reason"]
+    else:  # with the coordinator jax may abort the others, which leaves their stacks
+        assert codes[1] in (1, -signal.SIGABRT), job.said(1)
+    said = resumes("parts", losses)
+    assert "resumed from step 5 of" in said or "resumed from step 10 of" in said
+
+
+@pytest.mark.parametrize(("rank", "row"), [(1, 108), pytest.param(0, 100, marks=pytest.mark.slow)])
+def test_an_exception_in_one_process_ends_all_at_once(folder, rank, row):
+    began = time.monotonic()
+    with Job("bad", OWN, "run.steps=400", OWNPKG_FAIL=f"{rank}:{row}") as job:
+        codes = job.end(120)
+    assert codes == [1, 1], [job.said(0), job.said(1)]
+    assert time.monotonic() - began < 100  # jax alone would wait 300 s at its shutdown barrier
+    assert "Traceback" in job.said(rank) and f"RuntimeError: no row {row} today" in job.said(rank)
+    assert f"process {rank} failed (train, step " in job.said(1 - rank)
+    assert job.summary()["state"] == "failed" and f"no row {row} today" in job.summary()["reason"]
+
+
+def test_a_hanging_process_ends_the_job_and_leaves_stacks_and_step(folder):
+    with Job("hang", OWN, "run.steps=400", JAXOPS_HEARTBEAT_SECONDS="10") as job:
+        job.reach(3)
+        job.signal(1, signal.SIGSTOP)
+        assert job.processes[0].wait(timeout=100) != 0
+        job.signal(1, signal.SIGCONT)
+        assert job.processes[1].wait(timeout=60) != 0
+    for rank in range(2):
+        sign = json.loads((job.run / "processes" / f"{rank}.json").read_text())
+        assert sign["step"] >= 1 and sign["process"] == rank
+    stacks = (job.run / "processes" / "0.stacks.txt").read_text()
+    assert "Fatal Python error: Aborted" in stacks or "lost process 1" in job.said()
+    assert "loop.py" in stacks or "lost process 1" in job.said()
+
+
+def test_a_run_that_stands_still_says_where(folder):
+    with Job("still", OWN, "run.steps=400", processes=1, JAXOPS_STALL_SECONDS="2", OWNPKG_HANG="160") as job:
+        job.reach(5)
+        stacks, until = job.run / "processes" / "0.stacks.txt", time.monotonic() + 60
+        while not (stacks.exists() and "ownpkg" in stacks.read_text()) and time.monotonic() < until:
+            time.sleep(0.1)
+    assert "no progress for" in stacks.read_text() and "data.py" in stacks.read_text()
+    assert "WARNING: no progress for" in job.said()
+
+
+def test_flipped_bytes_in_the_latest_checkpoint_are_passed_over(folder):
+    losses, _ = uninterrupted(40)
+    with Job("flip", *SAVING, "run.steps=20", processes=1, sleep=0) as job:
+        assert job.end() == [0], job.said()
+    latest = job.run / "checkpoints" / "20"
+    largest = max((path for path in latest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    said = resumes("flip", losses)
+    assert "WARNING: checkpoint" in said and "is damaged and is passed over" in said and "CRC-32" in said
+    assert "resumed from step 15 of" in said and latest.exists()
+
+
+def test_a_full_disk_fails_the_run_in_words_and_loses_nothing(folder):
+    losses, _ = uninterrupted(40)
+    with small_disk(folder / "runs", megabytes=2) as disk:
+        with Job("full", *SAVING, "run.steps=20", processes=1, sleep=0) as job:
+            assert job.end() == [0], job.said()
+        room = shutil.disk_usage(disk).free
+        (disk / "ballast").write_bytes(b"x" * max(room - 20_000, 0))
+        with Job("full", *SAVING, processes=1, sleep=0) as job:
+            codes = job.end()
+        assert codes == [1], job.said()
+        assert "No space left on device" in job.said() and "Traceback" not in job.said(), job.said()
+        (disk / "ballast").unlink()
+        resumes("full", losses)
+
+
+class small_disk:
+    """A file system of a few megabytes at `path`; skips the test where this user may not mount one."""
+
+    def __init__(self, path: Path, megabytes: int):
+        self.path, self.size = path, megabytes
+
+    def __enter__(self) -> Path:
+        self.path.mkdir()
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={self.size}m", "tmpfs", str(self.path)], capture_output=True
+        )
+        if made.returncode:
+            pytest.skip("this user may not mount a small file system")
+        return self.path
+
+    def __exit__(self, *error: object) -> None:
+        subprocess.run(["umount", "-l", str(self.path)], check=True)
+
+
+def test_a_file_that_may_not_grow_fails_the_run_in_words(folder):
+    """The limit of a quota, for machines where nothing can be mounted: no file may pass 4 kB."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+    with Job("quota", *SAVING, processes=1, sleep=0, preexec=limit) as job:
+        assert job.end() == [1], job.said()
+    assert "File too large" in job.said() and "Traceback" not in job.said(), job.said()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_kill_at_a_random_moment_loses_nothing(folder, seed):
+    """Worker, coordinator or both, of one, two or four processes, saving every second step all the while."""
+    draw = random.Random(seed)
+    changes = ["checkpoint.every=2", "run.steps=30", OWN]
+    losses, whole = uninterrupted(30, "checkpoint.every=2")
+    count = draw.choice([1, 2, 2, 4])
+    with Job("parts", *changes, processes=count, devices=4 // count, sleep=0.05) as job:
+        job.reach(draw.randrange(2, 20))
+        time.sleep(draw.random() / 5)
+        for rank in draw.sample(range(count), draw.randrange(1, count + 1)):
+            job.signal(rank, signal.SIGKILL)
+        job.end(100)
+    with Checkpoints("runs/parts/checkpoints") as checkpoints:
+        for step in checkpoints.steps():
+            assert checkpoints.verify(step) in ([], NO_CHECKSUMS)
+    count = draw.choice([1, 2, 4])
+    with Job("parts", *changes, processes=count, devices=4 // count, sleep=0) as job:
+        assert job.end() == [0] * count, job.said()
+    assert_same_curve("parts", losses)
+    assert {cursor: example for cursor, example in examples().items() if cursor in whole} == whole
+    assert "resumed" in events("parts") and len(curve("parts")) == 30
+
+
+NO_CHECKSUMS = ["no checksums were written: the sizes are right, the contents are not known to be"]
+"""Of a save that was killed between its manifest and the checksums: whole, as far as sizes can tell."""
+
+
+def test_a_folder_that_may_not_be_written_is_said_first(folder):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    Path("runs").mkdir()
+    Path("runs").chmod(0o500)
+    with Job("denied", processes=1) as job:
+        assert job.end() == [2]
+    assert "cannot be written to; set run.dir" in job.said() and list(Path("runs").iterdir()) == []

@@ -1,0 +1,113 @@
+"""One run as several processes: the same batches, the same losses, and one answer to a signal."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jobs import CODE, OWN, QUICK, REPOSITORY, Job, curve, events, examples
+
+from jaxops.core.checkpoint import Checkpoints
+
+
+def uninterrupted(steps: int, *overrides: str) -> tuple[dict[int, float], dict[int, int]]:
+    """Losses and examples of the run that nothing happened to, by one process of its own."""
+    with Job("whole", OWN, f"run.steps={steps}", *overrides, processes=1, sleep=0) as job:
+        assert job.end() == [0], job.said()
+    found = curve("whole"), examples()
+    Path("ids.txt").unlink()
+    return found
+
+
+def assert_same_curve(run: str, losses: dict[int, float]) -> None:
+    ours = curve(run)
+    assert list(ours) == list(losses)
+    np.testing.assert_allclose(list(ours.values()), list(losses.values()), rtol=1e-5)
+
+
+def moved(steps: int, *counts: int) -> None:
+    """A run of `steps` steps in equal parts, each on another number of processes, against one that was not moved."""
+    losses, whole = uninterrupted(steps)
+    for part, count in enumerate(counts, start=1):
+        until = steps * part // len(counts)
+        with Job("moved", OWN, f"run.steps={until}", processes=count, devices=4 // count, sleep=0) as job:
+            assert job.end() == [0] * count, [job.said(rank) for rank in range(count)]
+        lines = [line.split() for line in Path("ids.txt").read_text().splitlines()]
+        # each builds the rows of its own devices, but for a look at the first ones when the data are opened
+        assert {len(line) - 1 for line in lines if line[0] != "0"} == {16 // count}
+        there = examples()
+        # exactly the same examples at the same cursors (the loader may have built a few batches ahead)
+        assert {cursor: whole[cursor] for cursor in there if cursor in whole} == {
+            cursor: there[cursor] for cursor in there if cursor in whole
+        }
+        assert set(range(16 * (steps * (part - 1) // len(counts)), 16 * until)) <= there.keys()
+        Path("ids.txt").unlink()
+    assert_same_curve("moved", losses)
+    assert events("moved").count("resumed") == len(counts) - 1
+
+
+def test_two_processes_then_one_are_the_run_of_one(folder):
+    moved(8, 2, 1)
+
+
+@pytest.mark.slow
+def test_two_then_one_then_four_processes_are_the_run_of_one(folder):
+    moved(12, 2, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)],
+)
+def test_a_signal_to_one_process_stops_all_at_one_step(folder, number, rank):
+    losses, _ = uninterrupted(40)
+    with Job("parts", OWN, "run.steps=40") as job:
+        job.reach(3)
+        job.signal(rank, number)
+        assert job.end() == [75, 75], [job.said(0), job.said(1)]
+    stopped = job.summary()
+    assert stopped["state"] == "interrupted" and 3 <= stopped["step"] < 40
+    assert f"saved at step {stopped['step']}; the same command goes on from there" in job.said()
+    assert "Traceback" not in job.said(0) + job.said(1)
+    with Checkpoints("runs/parts/checkpoints") as checkpoints:
+        assert checkpoints.latest() == stopped["step"]
+        assert checkpoints.meta(stopped["step"])["cursor"] == 16 * stopped["step"]
+    with Job("parts", OWN, "run.steps=40", processes=1, sleep=0) as job:
+        assert job.end() == [0], job.said()
+    assert_same_curve("parts", losses)
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_stops_all_too(folder):
+    with Job("parts", OWN, "run.steps=40", "evaluate.every=3", OWNPKG_EVAL_SLEEP="0.2") as job:
+        job.reach(3)
+        job.signal(0, signal.SIGTERM)
+        assert job.end() == [75, 75], [job.said(0), job.said(1)]
+    assert job.summary()["step"] % 3 == 0
+
+
+def test_the_launcher_starts_forwards_and_hands_on_a_signal(folder):
+    argv = [sys.executable, "-c", CODE, "train", "my.yaml", "--processes", "2", *QUICK, OWN, "run.steps=400"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OWNPKG_SLEEP": "0.1"}
+    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("[0] step"):
+                process.send_signal(signal.SIGINT)
+                break
+        lines += process.stderr.readlines()
+        said = "".join(lines)
+        assert process.wait(timeout=60) == 75, said
+    assert "[0] tiny: 2 x cpu" in said and "SIGINT: saving at the next step" in said
+    assert "Gloo" not in process.stdout.read() if not process.stdout.closed else True
+
+
+def test_half_a_job_in_the_environment_is_said_and_nothing_is_written(folder):
+    with Job("half", processes=1, JAXOPS_NUM_PROCESSES="2") as job:
+        assert job.end() == [2]
+    assert "JAXOPS_NUM_PROCESSES set without JAXOPS_COORDINATOR, JAXOPS_PROCESS_ID" in job.said()
+    assert not Path("runs").exists()
