@@ -6,16 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from jaxops.core.failures import RunFailed
-from jaxops.core.writers import replace_file
 from jaxops.report import figures, results
 from jaxops.report.compare import Comparison, Difference, Results, Score, Side, speed, written
 from jaxops.report.figures import LINES, Plot
 from jaxops.report.folder import Series
+from jaxops.report.html import fill, write_page
 
 TONES = {"finished": "good", "failed": "bad", "running": "busy"}
 """How a run stands, as a colour; anything else is a warning."""
@@ -63,31 +61,19 @@ def write_compare(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
     Raises:
       RunFailed: it cannot be written there.
     """
-    target, html = Path(path), render(comparison)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(target, [html.encode("utf-8", errors="replace")])
-    except OSError as error:
-        raise RunFailed(f"cannot write {target}: {error.strerror or error}; --out names another file") from error
-    return target
+    return write_page(Path(path), render(comparison), hint="; --out names another file")
 
 
 def render(comparison: Comparison) -> str:
     """The page as HTML."""
-    environment = Environment(
-        loader=PackageLoader("jaxops.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     sides = comparison.sides
-    return environment.get_template("compare.html").render(
+    return fill(
+        "compare.html",
         count=len(sides),
         names=[side.label for side in sides],
         keys=[Line(place).key for place in range(len(sides))],
         cards=_cards(comparison),
-        warnings=comparison.warnings,
+        problems=comparison.warnings,
         facts=list(_facts(sides)),
         runs=[_run(side, len(_devices(sides)) > 1) for side in sides],
         columns=["Steps", "Best step", "Training loss", "Examples/s", "Wall time"],
@@ -164,10 +150,7 @@ def _table(found: Results) -> dict[str, Any]:
 
 def _cells(row: Score, found: Results) -> list[results.Cell]:
     values = [(row.values.get(name), found.best.get(name)) for name in found.metrics]
-    return [
-        results.Cell("\u2013" if value is None else results.score(value), value is not None and value == best)
-        for value, best in values
-    ]
+    return [results.cell(value, best) for value, best in values]
 
 
 def _difference(found: Difference, sides: Sequence[Side]) -> dict[str, Any]:
@@ -234,7 +217,7 @@ def _overlay(
         axes.yaxis.set_major_formatter(lambda value, _: figures.compact(value))
         axes.set_xlabel(label)
 
-    yield Plot(title, " ".join(word for word in words if word), figures._svg(draw, title, alt))
+    yield Plot(title, " ".join(word for word in words if word), figures.picture(draw, title, alt))
 
 
 def _curve(axes: Axes, points: Series, line: Line, mean: bool, raw: bool) -> None:

@@ -115,7 +115,7 @@ def curves(
 
     alt = "; ".join(_in_words(name, points) for name, points in series.items())
     alt += "".join(f"; {name} {value:.4g}" for name, value in (levels or {}).items())
-    return Plot(title, caption, _svg(draw, title, alt))
+    return Plot(title, caption, picture(draw, title, alt))
 
 
 def histogram(
@@ -134,7 +134,7 @@ def histogram(
     peak = int(np.argmax(counts))
     alt = f"{label} from {compact(edges[0])} to {compact(edges[-1])}; "
     alt += f"the fullest bin is {_bin(edges, peak)} with {compact(counts[peak])}"
-    return Plot(title, "", _svg(draw, title, alt))
+    return Plot(title, "", picture(draw, title, alt))
 
 
 def noisy(points: Series) -> bool:
@@ -224,7 +224,7 @@ def _in_words(name: str, points: Series) -> str:
     )
 
 
-def _svg(draw: Callable[[Axes], None], title: str, alt: str) -> Markup:
+def picture(draw: Callable[[Axes], None], title: str, alt: str) -> Markup:
     """Draws and makes the SVG fit for a page: no prologue, no ids but those in use, colours by variable."""
     scope = "f" + hashlib.sha256(f"{title}{alt}".encode()).hexdigest()[:10]
     file = io.StringIO()

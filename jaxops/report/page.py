@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from jaxops.core.failures import RunFailed
-from jaxops.core.writers import replace_file
 from jaxops.report import figures, results
 from jaxops.report.figures import Mark, Plot
 from jaxops.report.folder import EVALUATED, RunFolder, Series, moment, read_run
+from jaxops.report.html import fill, write_page
 
 MAX_EVENTS = 200
 MAX_SMALL_PLOTS = 24
@@ -53,26 +51,14 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
       RunFailed: the page cannot be written.
     """
     run = read_run(run_dir)
-    html = render(run)
-    path = run.path / "report.html"
-    try:
-        replace_file(path, [html.encode("utf-8", errors="replace")])
-    except OSError as error:
-        raise RunFailed(f"cannot write {path}: {error.strerror or error}") from error
-    return path
+    return write_page(run.path / "report.html", render(run))
 
 
 def render(run: RunFolder) -> str:
     """The page as HTML."""
-    environment = Environment(
-        loader=PackageLoader("jaxops.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = run.events[-MAX_EVENTS:]
-    return environment.get_template("report.html").render(
+    return fill(
+        "report.html",
         name=run.name,
         state=State(run.state, _TONES.get(run.state, "warn")),
         facts=list(_facts(run)),

@@ -79,10 +79,12 @@ def display(name: str) -> str:
 
 
 def model_name(run: RunFolder) -> str:
+    """The model for people: its kind, or the import path that stands for one."""
     return display(str(run.setting("model", "kind") or run.setting("model", "fn") or "Model"))
 
 
 def lower_is_better(metric: str) -> bool:
+    """Whether a metric, by its name, is an error or a loss: the least is best."""
     return _LOWER_IS_BETTER.search(metric) is not None
 
 
@@ -166,10 +168,12 @@ def _training_cards(run: RunFolder) -> Iterator[Card]:
 
 
 def score(value: float) -> str:
+    """A metric with four digits: `0.1973`."""
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}"
 
 
 def count(value: float) -> str:
+    """An amount or a rate: `14,972`; three digits below a hundred."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -185,6 +189,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def cell(value: float | None, best: float | None) -> Cell:
+    """A number as a table shows it: a dash for none, and marked where it is the best of its column."""
+    return Cell("\u2013" if value is None else score(value), value is not None and value == best)
+
+
 def _table(run: RunFolder, split: str) -> Table:
     names, shown = metrics(run, split), baselines(run)
     if shown:
@@ -194,15 +203,11 @@ def _table(run: RunFolder, split: str) -> Table:
     values += [(display(b), [_baseline(run, b, split, name) for name in names]) for b in shown]
     best = [_best(name, [row[i] for _, row in values]) if shown else None for i, name in enumerate(names)]
     rows = [
-        Row(label, place == 0, [_cell(value, top) for value, top in zip(row, best, strict=True)])
+        Row(label, place == 0, [cell(value, top) for value, top in zip(row, best, strict=True)])
         for place, (label, row) in enumerate(values)
     ]
     gains = [_gain(run, split, name) for name in names]
     return Table(TITLES[split], [metric_label(n) for n in names], rows, gains, _certainty(run, split, names))
-
-
-def _cell(value: float | None, best: float | None) -> Cell:
-    return Cell("\u2013" if value is None else score(value), value is not None and value == best)
 
 
 def _best(metric: str, values: list[float | None]) -> float | None:
