@@ -1,7 +1,6 @@
 """The page holds the run's numbers, loads nothing, escapes everything, and is made from whatever a run has
 left."""
 
-import html.parser
 import itertools
 import json
 import math
@@ -11,6 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
+from web_page import Page, assert_loads_nothing, assert_pictures_suit_both_themes
 
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.writers import JsonlWriter
@@ -126,45 +126,6 @@ def bare_dir(run_dir):
     return run_dir
 
 
-class Page(html.parser.HTMLParser):
-    """Checks that tags are balanced; collects ids, the text, and everything that a browser would load."""
-
-    VOID = {"meta", "br", "hr", "img", "input", "link", "col", "wbr"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.text, self.loads, self.ids, self.tags = [], [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.note(tag, attrs)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.note(tag, attrs)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.text.append(data)
-
-    def note(self, tag, attrs):
-        self.tags.append(tag)
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value)
-            if name in ("src", "href", "xlink:href", "data", "poster", "srcset", "action"):
-                self.loads.append(value)
-
-    def __contains__(self, words):
-        return words in " ".join(" ".join(self.text).split())
-
-
 def page_of(folder):
     path = write_report(folder)
     assert path == folder / "report.html"
@@ -201,33 +162,10 @@ def test_best_is_bold_even_where_it_is_a_baseline(bare_dir):
     assert re.findall(r'class="(good|bad)">', test_table) == ["good", "good", "bad"]
 
 
-def test_the_page_loads_nothing_and_has_no_script(run_dir):
-    path = write_report(run_dir)
-    text, page = path.read_text(), Page(path.read_text())
-    assert all(target.startswith("#") for target in page.loads)
-    assert "://" not in text and "@import" not in text and not re.search(r"url\((?!#)", text)
-    assert not {"script", "link", "img", "iframe", "object", "image"} & set(page.tags)
-    assert "default-src 'none'" in text
-    assert page.tags.count("svg") == 6 and len(text) < 300_000
-
-
-def test_ids_are_unique_and_every_reference_has_its_target(run_dir):
+def test_the_page_loads_nothing_and_its_pictures_suit_light_and_dark(run_dir):
     text = write_report(run_dir).read_text()
-    page = Page(text)
-    assert len(page.ids) == len(set(page.ids))
-    references = {target[1:] for target in page.loads} | set(re.findall(r"url\(#([^)]*)\)", text))
-    assert references and references <= set(page.ids)
-
-
-def test_pictures_suit_light_and_dark_and_are_described(run_dir):
-    text = write_report(run_dir).read_text()
-    pictures = re.findall(r"<svg.*?</svg>", text, flags=re.S)
-    assert all('role="img"' in svg and 'aria-label="' in svg for svg in pictures)
-    assert not any(re.search(r"#[0-9a-f]{6}\b(?!-)", svg) for svg in pictures)
-    variables = set(re.findall(r"var\(--([\w-]+)\)", " ".join(pictures)))
-    css = text[: text.index("</style>")]
-    light, dark = css.split("prefers-color-scheme: dark")
-    assert variables and all(f"--{name}:" in light and f"--{name}:" in dark for name in variables)
+    assert_loads_nothing(text)
+    assert assert_pictures_suit_both_themes(text) == Page(text).tags.count("svg") == 6 and len(text) < 300_000
 
 
 def luminance(colour):
