@@ -46,7 +46,8 @@ def load(
     *,
     by: str = "task",
     check_imports: bool = True,
-) -> Loaded[T]: ...
+) -> Loaded[T]:
+    """One schema: `config` is an instance of it."""
 
 
 @overload
@@ -57,7 +58,8 @@ def load(
     *,
     by: str = "task",
     check_imports: bool = True,
-) -> Loaded[Any]: ...
+) -> Loaded[Any]:
+    """Several schemas: `config` is an instance of the one that the files choose."""
 
 
 def load(
@@ -95,7 +97,8 @@ def from_dict(
     source: str = "given",
     by: str = "task",
     check_imports: bool = True,
-) -> Loaded[T]: ...
+) -> Loaded[T]:
+    """One schema: `config` is an instance of it."""
 
 
 @overload
@@ -107,7 +110,8 @@ def from_dict(
     source: str = "given",
     by: str = "task",
     check_imports: bool = True,
-) -> Loaded[Any]: ...
+) -> Loaded[Any]:
+    """Several schemas: `config` is an instance of the one that the files choose."""
 
 
 def from_dict(

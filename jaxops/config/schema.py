@@ -139,20 +139,6 @@ def children(shape: Shape) -> Iterator[tuple[str, Shape]]:
         yield "", shape.inner
 
 
-def count_fields(schema: type) -> int:
-    """How many fields a user could set: those of every dataclass within reach, each class counted once."""
-    seen: dict[type, int] = {}
-    waiting: list[Shape] = [record_of(schema)]
-    while waiting:
-        shape = waiting.pop()
-        if isinstance(shape, Record):
-            if shape.cls in seen:
-                continue
-            seen[shape.cls] = len(shape.fields)
-        waiting += [child for _, child in children(shape)]
-    return sum(seen.values())
-
-
 def paths_to(root: Shape, key: str) -> list[str]:
     """Dotted paths of all fields called `key`, to say where a misplaced one belongs."""
     found: dict[str, None] = {}
