@@ -8,6 +8,7 @@ import configparser
 import dataclasses
 import datetime as dt
 import functools
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,11 @@ EXTRAS = {"s3": "s3", "gs": "gcs"}
 """Scheme -> the extra of jaxops that it needs."""
 READ_AHEAD = 16 << 20
 """Bytes asked for at once when an object is read in pieces."""
+
+
+_REFUSED = re.compile(r"status code: 40[13]\b")
+_METADATA = re.compile(r"169\.254\.|/computeMetadata/|metadata\.google|oauth2|/latest/(api|meta-data)/|Missing \w+KeyId")
+"""In the text of an error: somebody was asked for credentials, since the environment has none."""
 
 
 class StoreError(OSError, RunFailed):
@@ -58,7 +64,7 @@ class Entry:
     key: str
     size: int
     changed: float
-    version: dict[str, str | None]
+    version: dict[str, str]
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -125,7 +131,7 @@ class Store:
         with self._told("read", key):
             return _Reader(self, key, obstore.open_reader(self._inner, key, buffer_size=READ_AHEAD))  # type: ignore[return-value]
 
-    def write(self, key: str, data: bytes | Path, *, only_if: "Entry | dict[str, str | None] | None" = None) -> Any:
+    def write(self, key: str, data: bytes | Path, *, only_if: dict[str, str] | None = None) -> dict[str, str]:
         """Puts the object there whole or not at all; its version.
 
         Args:
@@ -135,13 +141,10 @@ class Store:
           Changed: `only_if` did not hold.
           Unconditional: `only_if` was given and the store does not know such writes.
         """
-        mode: Any = None
-        if only_if is not None:
-            version = only_if.version if isinstance(only_if, Entry) else only_if
-            mode = dict(version) if version else "create"
+        mode: Any = None if only_if is None else only_if or "create"
         try:
             with self._told("write", key):
-                return dict(self._inner.put(key, data, mode=mode))
+                return _version(self._inner.put(key, data, mode=mode))
         except StoreError as error:
             if only_if is not None and re.search(r"\b501\b|NotImplemented|not implemented|not supported", str(error)):
                 raise Unconditional(str(error)) from None
@@ -198,6 +201,8 @@ class Store:
         except (of.BaseError, ValueError) as error:
             if "NoSuchBucket" in str(error):
                 raise StoreError(self._no_bucket()) from None
+            if _REFUSED.search(str(error)) and not _METADATA.search(str(error)):  # listings come without a class
+                raise Denied(f"may not {what} {place}: {_brief(error)}") from None
             raise StoreError(f"cannot {what} {place}: {_brief(error)}") from None
 
     def _no_bucket(self) -> str:
@@ -251,7 +256,8 @@ def _opened(scheme: str, bucket: str, settings: tuple[tuple[str, Any], ...], pat
     try:
         inner = make(bucket, config=dict(settings), client_options=client, retry_config=retry)
     except Exception as error:  # a broken GOOGLE_APPLICATION_CREDENTIALS, say
-        raise UserError(f"{scheme}://{bucket}: {_brief(error)}") from None
+        place = Location(scheme, bucket, "")
+        raise UserError(f"{place}: {advice(place, StoreError(_brief(error)))}") from None
     return Store(scheme, bucket, inner)
 
 
@@ -274,9 +280,12 @@ def _s3_settings() -> dict[str, Any]:
 
 def _gs_settings() -> dict[str, Any]:
     at = endpoint("gs")
-    if at:
-        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", at)
-    return {"base_url": at, "skip_signature": True} if at else {}
+    if not at:
+        return {}
+    os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", at)
+    # skip_signature would still ask for a token before it writes
+    anybody = {"gcs_base_url": at, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+    return {"service_account_key": json.dumps(anybody)}
 
 
 def _profile() -> Mapping[str, str]:
@@ -315,11 +324,7 @@ def advice(place: Location, error: OSError) -> str:
     text, at = str(error), endpoint(place.scheme)
     if "there is no bucket" in text:
         return f"{text}; create it, or set run.dir"
-    signs = {
-        "s3": ("169.254.169.254", "169.254.170.2", "MissingSecurityHeader"),
-        "gs": ("metadata", "oauth", "token"),
-    }
-    if not isinstance(error, Denied) and any(sign in text for sign in signs[place.scheme]):
+    if not isinstance(error, Denied) and _METADATA.search(text):
         how = {
             "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE for a profile that has keys",
             "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
@@ -336,8 +341,11 @@ def advice(place: Location, error: OSError) -> str:
 
 
 def _entry(meta: Mapping[str, Any]) -> Entry:
-    version = {"e_tag": meta.get("e_tag"), "version": meta.get("version")}
-    return Entry(str(meta["path"]), int(meta["size"]), meta["last_modified"].timestamp(), version)
+    return Entry(str(meta["path"]), int(meta["size"]), meta["last_modified"].timestamp(), _version(meta))
+
+
+def _version(meta: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(meta[name]) for name in ("e_tag", "version") if meta.get(name)}
 
 
 def _brief(error: BaseException) -> str:
@@ -351,7 +359,8 @@ def _brief(error: BaseException) -> str:
     if request:
         rest = re.sub(r"\s*(, after .*?retry_timeout: \S+)?\s*- ", "", request[2].partition("<?xml")[0], count=1)
         text = f"{rest.strip().rstrip(':')} ({request[1]})"
-    text = " ".join(f"{reason} {text.partition('<?xml')[0]}".split())
+    text = re.sub(r"Server returned non-2xx status code: (.*?)(: *<.*>)?", r"\1", text, flags=re.DOTALL)
+    text = " ".join(f"{reason} {re.sub(r': *<.*>', '', text, flags=re.DOTALL)}".split())
     return text[:400] or type(error).__name__
 
 

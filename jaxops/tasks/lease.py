@@ -31,7 +31,7 @@ class Lease:
     def __init__(self, store: Store, key: str, where: str) -> None:
         self._store, self._key, self._where = store, f"{key}/{NAME}".lstrip("/"), where
         self._id = uuid.uuid4().hex
-        self._version: dict[str, Any] = {}
+        self._version: dict[str, str] = {}
         self._conditional = True
         self._lost = ""
         self._stop = threading.Event()
@@ -100,7 +100,7 @@ class Lease:
             return self._holder().get("id") == self._id
         return True
 
-    def _put(self, version: dict[str, Any]) -> None:
+    def _put(self, version: dict[str, str]) -> None:
         value = {"id": self._id, "machine": _machine(), "host": socket.gethostname(), "pid": os.getpid()}
         data = json.dumps({**value, "time": time.time()}).encode()
         if self._conditional:
@@ -135,6 +135,9 @@ class Lease:
                 return
             except OSError:
                 continue  # the next beat may get through; who waits for us waits longer
+            except Exception as error:
+                self._lost = f"the lock of run {self._where} could not be refreshed: {error!r}"
+                return
 
     def _holder(self) -> dict[str, Any]:
         try:

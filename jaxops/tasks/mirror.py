@@ -209,8 +209,13 @@ class Mirror:
 
     def _log(self, name: str) -> LogParts:
         if name not in self._logs:
-            put = lambda number, data: self.store.write(self._key(part_name(name, number)), data)
-            drop = lambda number: self.store.delete([self._key(part_name(name, number))])
+
+            def put(number: int, data: bytes) -> None:
+                self.store.write(self._key(part_name(name, number)), data)
+
+            def drop(number: int) -> None:
+                self.store.delete([self._key(part_name(name, number))])
+
             self._logs[name] = LogParts(self.local / name, put, drop)
         return self._logs[name]
 
