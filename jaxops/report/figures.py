@@ -1,7 +1,6 @@
 """Plots as inline SVG whose colours are CSS variables, so that one picture suits a light and a dark page.
 
-Drawn at the width of a phone (and of half a desktop page), with real text: nothing shrinks below reading
-size.
+Drawn at the width of a phone (and of half a desktop page), with real text: nothing shrinks below reading size.
 """
 
 import dataclasses

@@ -26,12 +26,16 @@ _SAMPLED = "sampled_"
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
+    """A number of a table as it is shown; `best` of its column is set in bold."""
+
     text: str
     best: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
+    """The numbers of the model (`ours`) or of a baseline."""
+
     label: str
     ours: bool
     cells: list[Cell]
@@ -113,8 +117,7 @@ def headline(run: RunFolder) -> str | None:
 
 
 def best_step(run: RunFolder, metric: str) -> tuple[float, float] | None:
-    """(step, value) of the best evaluation on validation; of equal ones the step that was kept, else the
-    first."""
+    """(step, value) of the best evaluation on validation; of equal ones the step that was kept, else the first."""
     curve = run.curve(f"valid/{metric}")
     if not len(curve):
         return None

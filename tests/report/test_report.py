@@ -1,5 +1,4 @@
-"""The page holds the run's numbers, loads nothing, escapes everything, and is made from whatever a run has
-left."""
+"""The page holds the run's numbers, loads nothing, escapes everything, and is made from whatever a run has left."""
 
 import itertools
 import json
