@@ -1,9 +1,9 @@
 """Append-only logs as numbered objects, since an object store cannot append: `metrics.jsonl.000000`, `.000001`, ...
 
 Joined in order the parts are the log. Each ends with a whole line or record (every part of a TensorBoard log is one
-that TensorBoard reads); only the last is ever written again, until it is large. Where a resume has dropped lines,
-the parts after the first that changed go before that is written: at any moment they join to what some moment's log
-was. Held by tests/tasks/test_mirror.py.
+that TensorBoard reads); only the last is ever written again, until it is large. Where a resume has dropped lines, the
+parts that hold them go first, the last one before the others: at any moment what is there joins to the beginning of
+the old log or of the new. Held by tests/tasks/test_mirror.py.
 """
 
 import dataclasses
@@ -72,8 +72,7 @@ class LogParts:
     ) -> None:
         self.file, self._put, self._drop = file, put, drop
         self.parts = list(parts)
-        self._inode = -1
-        self._pushed = -1
+        self._state = (-1, -1, -1)
 
     def push(self) -> bool:
         """Brings the store to what the file holds in whole lines; whether there was anything to do.
@@ -82,42 +81,41 @@ class LogParts:
           OSError: the file cannot be read, or what `put` and `drop` raise; the next call goes on from there.
         """
         about = self.file.stat()
-        if about.st_ino == self._inode and about.st_size == self._pushed:
+        state = (about.st_ino, about.st_mtime_ns, about.st_size)
+        if state == self._state:
             return False
-        data = self.file.read_bytes() if about.st_ino != self._inode or about.st_size < self._pushed else None
-        if data is not None:
+        same = about.st_ino == self._state[0] and about.st_size >= self._state[2]
+        last = self.parts[-1] if self.parts else Part(0, 0, 0)
+        start, data = last.start, self._from(last.start)
+        if not same or zlib.crc32(data[: last.size]) != last.crc32:  # an inode may be used again
+            start, data = 0, self._from(0)
             self._withdraw(data)
-        tail = self.parts[-1] if self.parts and self.parts[-1].size <= PART_BYTES else None
-        start = tail.start if tail else self.parts[-1].end if self.parts else 0
-        number = len(self.parts) - (tail is not None)
-        for piece in pieces(self.file.name, self._rest(start) if data is None else data[start:]):
-            part = Part(start, len(piece), zlib.crc32(piece))
+        kept = self.parts[:-1] if self.parts and self.parts[-1].size <= PART_BYTES else self.parts
+        number, at = len(kept), kept[-1].end if kept else 0
+        for piece in pieces(self.file.name, data[at - start :]):
+            part = Part(at, len(piece), zlib.crc32(piece))
             if number >= len(self.parts) or self.parts[number] != part:
                 self._put(number, piece)
                 self.parts[number:] = [part]
-            start, number = part.end, number + 1
-        self._inode, self._pushed = about.st_ino, about.st_size
+            number, at = number + 1, part.end
+        self._state = state
         return True
 
-    def _rest(self, start: int) -> bytes:
+    def _from(self, start: int) -> bytes:
         with open(self.file, "rb") as file:
             file.seek(start)
             return file.read()
 
     def _withdraw(self, data: bytes) -> None:
-        """Deletes, the last one first, the parts after the first that the file no longer holds as it is."""
+        """Deletes, the last one first, the parts from the first on that the file no longer holds as it is."""
         good = 0
         for part in self.parts:
             if part.end > len(data) or zlib.crc32(data[part.start : part.end]) != part.crc32:
                 break
             good += 1
-        start = self.parts[good].start if good < len(self.parts) else 0
-        rewritten = good < len(self.parts) and bool(pieces(self.file.name, data[start:]))
-        while len(self.parts) > good + rewritten:
+        while len(self.parts) > good:
             self._drop(len(self.parts) - 1)
             self.parts.pop()
-        if rewritten:
-            self.parts[good] = Part(start, 0, 0)  # to be written over, next
 
 
 def pieces(name: str, data: bytes) -> list[bytes]:
