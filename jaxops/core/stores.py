@@ -25,7 +25,9 @@ READ_AHEAD = 16 << 20
 
 
 _REFUSED = re.compile(r"status code: 40[13]\b")
-_METADATA = re.compile(r"169\.254\.|/computeMetadata/|metadata\.google|oauth2|/latest/(api|meta-data)/|Missing \w+KeyId")
+_METADATA = re.compile(
+    r"169\.254\.|/computeMetadata/|metadata\.google|oauth2|/latest/(api|meta-data)/|Missing \w+KeyId"
+)
 """In the text of an error: somebody was asked for credentials, since the environment has none."""
 
 

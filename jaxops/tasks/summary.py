@@ -13,8 +13,8 @@ VERSIONS = ("jaxops", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 """Packages whose versions a summary holds."""
 
 
-def write_summary(place: RunFolder, state: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
-    """Writes `summary.json` and `report.html`; what was written, and the report's path."""
+def write_summary(place: RunFolder, state: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Writes `summary.json` and `report.html`; what was written, and the report's path or URL."""
     from jaxops.report.page import write_report  # matplotlib takes a second to import
 
     summary = {
@@ -26,7 +26,8 @@ def write_summary(place: RunFolder, state: str, values: Mapping[str, Any]) -> tu
         **values,
     }
     place.write_json("summary.json", summary)
-    return summary, write_report(place.path)
+    write_report(place.path)
+    return summary, place.shown("report.html")
 
 
 def write_failure(place: RunFolder, error: BaseException, values: Mapping[str, Any]) -> None:
