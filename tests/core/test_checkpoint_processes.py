@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from object_stores import needs_moto, s3  # noqa: F401 (fixture)
 
 from jaxops.core.checkpoint import Checkpoints
 
@@ -71,12 +72,14 @@ def together(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_save_and_agree(tmp_path):
-    (out0, err0, code0), (out1, err1, code1) = together(tmp_path)
+@pytest.mark.parametrize("place", ["folder", pytest.param("store", marks=needs_moto)])
+def test_two_processes_save_and_agree(tmp_path, request, place):
+    folder = tmp_path if place == "folder" else f"{request.getfixturevalue('s3')}/checkpoints"
+    (out0, err0, code0), (out1, err1, code1) = together(folder)
     assert code0 == code1 == 0, err0 + err1
     assert "failed: ZeroDivisionError" in out0
     assert "failed on process 0" in out1
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         assert checkpoints.steps() == [2, 4]  # the two saved last
         whole = np.arange(64, dtype=np.float32).reshape(8, 8)
         for step, value in ((2, 9), (4, 4)):
