@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import fake_gcs
 import pytest
 
 from jaxops.core import stores
@@ -65,6 +66,22 @@ def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     monkeypatch.setattr(lease, "BEAT", 0.2)
     make_bucket(bucket)
     yield f"s3://{bucket}"
+
+
+@pytest.fixture
+def gs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The same of Google's store, as far as fake_gcs.py knows it."""
+    server = fake_gcs.serve("bucket")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"127.0.0.1:{server.server_port}")
+    for name in ("TENSORSTORE_GCS_HTTP_URL", "GOOGLE_AUTH_TOKEN_FOR_TESTING"):
+        monkeypatch.setenv(name, "")  # to be as before afterwards
+        monkeypatch.delenv(name)
+    move_to_new_machine(monkeypatch, tmp_path / "machine")
+    monkeypatch.setattr(mirror, "EVERY", 0.2)
+    monkeypatch.setattr(lease, "BEAT", 0.2)
+    yield "gs://bucket"
+    server.shutdown()
+    server.server_close()
 
 
 def make_bucket(name: str) -> None:

@@ -6,7 +6,7 @@ import os
 import jax
 import numpy as np
 import pytest
-from object_stores import free_port, needs_moto, objects, s3  # noqa: F401 (fixture)
+from object_stores import free_port, gs, needs_moto, objects, s3  # noqa: F401 (fixtures)
 
 from jaxops.core import store_paths, stores
 from jaxops.core.checkpoint import Checkpoints
@@ -248,3 +248,24 @@ def test_an_upload_that_fails_fails_the_save(s3):  # noqa: F811
             checkpoints.wait()
         assert checkpoints.steps() == []
     assert "jaxops.json" not in json.dumps(sorted(objects(s3)))
+
+
+def test_the_same_in_googles_store(gs):  # noqa: F811
+    stores.check(f"{gs}/run")
+    assert objects(gs) == set()
+    with pytest.raises(UserError, match="there is no bucket 'other' at http://"):
+        stores.check("gs://other/run")
+    store = stores.open_store(stores.parse(gs))
+    first = store.write("a/b", b"one", only_if={})
+    for version in ({}, {"version": "99"}):
+        with pytest.raises(Changed):
+            store.write("a/b", b"two", only_if=version)
+    store.write("a/b", b"two", only_if=first)
+    assert store.read("a/b") == b"two" and store.head("a/c") is None and store.children("") == (["a"], [])
+    store.delete(["a/b", "a/nothing"])
+    with Checkpoints(f"{gs}/run/checkpoints", keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, tree(step), {"cursor": step})
+        restored = checkpoints.restore(2, like(tree(2)))
+        assert checkpoints.verify(2) == [] and checkpoints.steps() == [2]
+    assert jax.tree.all(jax.tree.map(np.array_equal, restored, tree(2)))

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from object_stores import bucket_of, free_port, move_to_new_machine, needs_moto, objects, s3  # noqa: F401 (fixture)
+from object_stores import bucket_of, free_port, gs, move_to_new_machine, needs_moto, objects, s3  # noqa: F401
 
 from jaxops.cli.main import main
 from jaxops.core import store_paths, stores
@@ -219,6 +219,17 @@ def test_records_that_do_not_get_there_fail_the_run(folder, s3, monkeypatch):  #
     with pytest.raises(RunFailed, match=r"could not be brought there: may not write tiny/summary.json"):
         train(f"run.dir={s3}", "run.steps=2", "evaluate.every=2")
     assert "summary.json" not in objects(f"{s3}/tiny")
+
+
+@pytest.mark.slow
+def test_a_run_in_googles_store(folder, gs, monkeypatch, tmp_path):  # noqa: F811
+    whole = train("run.name=whole")
+    train(f"run.dir={gs}/runs", stop_at=7)
+    move_to_new_machine(monkeypatch, tmp_path / "second")
+    assert train(f"run.dir={gs}/runs").dir == f"{gs}/runs/tiny"
+    move_to_new_machine(monkeypatch, tmp_path / "third")
+    assert curve(pulled(f"{gs}/runs/tiny")) == curve(whole.dir)
+    assert said("ckpt", "verify", f"{gs}/runs/tiny")[0] == 0 and load(f"{gs}/runs/tiny").step == 20
 
 
 @pytest.mark.slow
