@@ -110,8 +110,46 @@ class Mirror:
                 thread.join()
             self._let_go(failed)
 
-    def push(self, *, last: bool = False) -> None:
-        """Brings the store up to the stand-in now; `last` with what waits for the end of the run.
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """For the other processes of a run, which write `processes/` alone: brings that there as well as it can."""
+
+        def send() -> None:
+            while True:
+                ended = self._stop.wait(EVERY)
+                with contextlib.suppress(OSError):
+                    self.push(only="processes/", last=True)
+                if ended:
+                    return
+
+        self._stop.clear()
+        thread = threading.Thread(target=send, name="mirror", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            thread.join()
+
+    def leave(self, seconds: float) -> None:
+        """Before the process ends without unwinding: what can be brought there in that time, and the lease."""
+
+        def hurry() -> None:
+            with contextlib.suppress(Exception):
+                self.push(last=True, only="" if self._lease else "processes/")
+            if self._lease is not None:
+                with contextlib.suppress(Exception):
+                    self._lease.release()
+
+        thread = threading.Thread(target=hurry, daemon=True)
+        thread.start()
+        thread.join(seconds)
+
+    def push(self, *, last: bool = False, only: str = "") -> None:
+        """Brings the store up to the stand-in now, `last` with what waits for the end of the run.
+
+        Args:
+          only: what the names begin with.
 
         Raises:
           StoreError: the store does not take it; what is not there yet is tried again by the next push.
@@ -120,7 +158,8 @@ class Mirror:
         with self._busy:
             if self._lease is not None:
                 self._lease.lost()
-            waiting = sorted(self._files(), key=lambda name: (_LAST.index(name) if name in _LAST else -1, name))
+            files = (name for name in self._files() if name.startswith(only))
+            waiting = sorted(files, key=lambda name: (_LAST.index(name) if name in _LAST else -1, name))
             for name in waiting:
                 file = self.local / name
                 try:

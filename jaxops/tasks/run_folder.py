@@ -80,6 +80,15 @@ class RunFolder:
         if self._mirror is not None:
             self._mirror.push()
 
+    def beside(self) -> contextlib.AbstractContextManager[None]:
+        """Held by the processes that do not hold the run: what they write in `processes/` goes to an object store."""
+        return contextlib.nullcontext() if self._mirror is None else self._mirror.beside()
+
+    def leave(self, seconds: float = 10.0) -> None:
+        """Before the process ends without unwinding: an object store gets what can be brought there in that time."""
+        if self._mirror is not None:
+            self._mirror.leave(seconds)
+
     def _refresh(self) -> None:
         """Before the first look: the stand-in as the store has it."""
         if self._mirror is not None and not self._fresh:

@@ -306,6 +306,28 @@ def test_an_error_of_the_run_stays_the_one_raised(store, monkeypatch):
     assert "could not be brought there: no" in caught.value.__notes__[0]
 
 
+def test_other_processes_bring_their_signs_alone(store):
+    run = Mirror(URL)
+    run.local.mkdir(parents=True)
+    with run.beside():
+        (run.local / "processes").mkdir()
+        (run.local / "processes" / "1.json").write_text("{}")
+        (run.local / "config.yaml").write_text("a: 1")
+        wait_for(lambda: kept(store))
+        (run.local / "processes" / "1.stacks.txt").write_text("where it hangs")
+    assert set(kept(store)) == {"processes/1.json", "processes/1.stacks.txt"}
+
+
+def test_who_leaves_at_once_leaves_the_run_to_others(store, monkeypatch):
+    monkeypatch.setattr(mirror, "EVERY", 60.0)
+    run = Mirror(URL)
+    run.pull()
+    with run.held(print):
+        (run.local / "summary.json").write_text("{}")
+        run.leave(10.0)
+        assert set(kept(store)) == {"summary.json"}
+
+
 # The lease
 
 
