@@ -98,6 +98,8 @@ def fit(
             place.check(task.resolved, task.inspection)  # again: now nobody else can begin it
 
         distributed.on_first("lock the run folder", lock)
+        if not distributed.first():
+            stack.enter_context(place.beside())
         _require_shared(place)
         return run.go(hooks)
 
@@ -155,7 +157,7 @@ class _Run:
         self.accounting = Accounting(task, mesh, accumulation)
         self.interrupt = Interrupt(progress.say)
         self.compiles = Compiles(on_compile=progress.compiled)
-        self.watch = Watch(place.path, progress.warn, lambda why: self._failed(RunFailed(why)))
+        self.watch = Watch(place.path, progress.warn, self._ended)
         self.validation = Validation(task, mesh, progress, self.watch.at)
         # all at once: asking the device for one in the middle of a run would wait for every step before it
         with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
@@ -461,6 +463,11 @@ class _Run:
             return self.place.summary()
 
         return FinishedRun(self.place.dir, distributed.on_first("summary", write), state)
+
+    def _ended(self, why: str) -> None:
+        """Another process has failed, and this one is about to leave."""
+        self._failed(RunFailed(why))
+        self.place.leave()
 
     def _failed(self, error: BaseException) -> None:
         if distributed.first():
