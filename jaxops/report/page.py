@@ -232,4 +232,6 @@ def _reproduce(run: RunFolder) -> Iterator[tuple[str, str]]:
     split = run.data.get("split")
     if isinstance(split, dict) and split.get("sha256"):
         yield "Split SHA-256", str(split["sha256"])
-    yield "Folder", str(run.path)
+    # One in an object store is written in a folder that stands in for it, on some machine.
+    home = str(run.setting("run", "dir"))
+    yield "Folder", f"{home.rstrip('/')}/{run.name}" if "://" in home else str(run.path)

@@ -241,7 +241,11 @@ class Mirror:
     def _send(self, name: str, file: Path, last: bool) -> None:
         about = file.stat()
         state = (about.st_mtime_ns, about.st_size)
-        if self._sent.get(name) == state or (not last and (about.st_size > LARGE or name.startswith("wandb/"))):
+        if (
+            not about.st_size
+            or self._sent.get(name) == state
+            or (not last and (about.st_size > LARGE or name.startswith("wandb/")))
+        ):
             return
         self.store.write(self._key(name), file if about.st_size > LARGE else file.read_bytes())
         self._sent[name] = state
