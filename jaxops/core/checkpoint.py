@@ -143,8 +143,10 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # the others may know nothing of this error, or be gone: the save under way would wait for them
         try:
-            self._settle(together=error is None)  # the other processes may know nothing of this error
+            self._settle()
         except RunFailed as failure:
             if error is None:
                 raise
@@ -272,12 +274,12 @@ class Checkpoints:
         loaded = self._load(folder, saved, wanted)
         return plain.nest({path[len(at) :]: leaf for path, leaf in loaded.items()})
 
-    def _settle(self, together: bool = True) -> None:
+    def _settle(self) -> None:
         """Waits for the save under way and raises its error, on all processes if process 0 had it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if together and _agreed(lambda: len(self._failures)) and not self._failures:
+            if _agreed(lambda: len(self._failures)) and not self._failures:
                 self._failures.append(("saving a checkpoint failed on process 0", None))
         self.check()
 
@@ -404,10 +406,14 @@ def _brief(error: BaseException) -> str:
 
 @functools.cache
 def _orbax() -> Any:
-    """Orbax v1, imported on first use (0.7 s), and its log lines dropped: what matters is raised by us."""
+    """Orbax v1, imported on first use (0.7 s), and its chatter dropped: what matters is raised by us."""
     from orbax.checkpoint import v1
 
     logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    # Where a save fails, what else of it was under way finds orbax's event loop closed: a traceback each, from C++
+    # threads, around the one message that matters.
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda one: None if str(one.exc_value) == "Event loop is closed" else show(one)
     return v1
 
 

@@ -5,6 +5,7 @@ has a manifest. Nothing damaged is deleted, and nothing goes before something ne
 Held by tests/core/test_checkpoint_folder.py.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -20,6 +21,8 @@ from jaxops.core.failures import UserError
 from jaxops.core.manifest import Damaged, Manifest
 
 _NAME = re.compile(r"(\d+)(?:-(\d+))?$")
+DAMAGED = "jaxops.damaged"
+"""A file in a checkpoint that was found damaged: what is wrong with it. Such a one is never deleted by a run."""
 _UNFINISHED = re.compile(r"\d+(-\d+)?\.orbax-checkpoint-tmp.*")
 
 
@@ -67,7 +70,7 @@ class CheckpointFolder:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.path = store_paths.path(directory)
-        self._damaged: set[epath.Path] = set()
+        self._damaged: dict[epath.Path, list[str]] = {}
 
     @property
     def remote(self) -> bool:
@@ -132,7 +135,7 @@ class CheckpointFolder:
                 found = [str(damage)]
             if not found:
                 return step
-            self._damaged.add(folders[step])
+            self._damaged[folders[step]] = found
             warn(f"WARNING: checkpoint {folders[step]} is damaged and is passed over: {some(found, 3)}")
         return None
 
@@ -144,7 +147,13 @@ class CheckpointFolder:
                 _delete(path)
 
     def retire(self, retention: Retention) -> None:
-        """Deletes what `retention` does not keep; what is known to be damaged neither counts nor goes."""
+        """Deletes what `retention` does not keep; what is known to be damaged neither counts nor goes.
+
+        That knowledge is left in its folder, for the runs to come.
+        """
+        for folder, found in self._damaged.items():
+            with contextlib.suppress(OSError):
+                (folder / DAMAGED).write_text("\n".join(found) + "\n")
         folders = self.steps()
         good = {
             step: saved
@@ -154,7 +163,8 @@ class CheckpointFolder:
         }
         kept = retention.kept(good)
         for folder, step, _ in self._listing():
-            if step in good and (step not in kept or folder != folders[step]):
+            superseded = step in good and (step not in kept or folder != folders[step])
+            if superseded and folder not in self._damaged and not (folder / DAMAGED).exists():
                 _delete(folder)
 
     def _each(self, ask: Callable[[Any], Any], about: Iterable[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -245,8 +246,8 @@ def announce_failure(error: BaseException, where: str) -> None:
         return
     text = f"{type(error).__name__}: {error}".split("\n")[0][:500]
     word = {"text": text, "where": where, "status": EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED}
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator may be what was lost
-        _client().key_value_set(f"{_FAILED}/{jax.process_index()}", json.dumps(word), allow_overwrite=True)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # said already, or the coordinator is what was lost
+        _client().key_value_set(f"{_FAILED}/{jax.process_index()}", json.dumps(word))
 
 
 def others_failed() -> dict[int, dict[str, Any]]:
@@ -298,7 +299,12 @@ def leave(status: int) -> NoReturn:
 
 
 def _end_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """`sys.excepthook` of a process among several: the traceback first, then out."""
+    """`sys.excepthook` of a process among several: the traceback first, then out.
+
+    Only for the main thread: C++ threads bring errors here that are nobody's.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
     traceback.print_exception(kind, error, trace)
     announce_failure(error, "outside of the run")
     leave(EXIT_FAILED)

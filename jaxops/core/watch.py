@@ -79,11 +79,11 @@ class Watch:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        if error is not None:
+            distributed.announce_failure(error, self.where())
         self.phase = "done" if error is None else f"failed ({self.where()})"
         if self._signs:
             self._sign()
-        if error is not None:
-            distributed.announce_failure(error, self.where())
         if self._stacks is not None:
             if self._several:
                 faulthandler.enable()
@@ -124,7 +124,7 @@ class Watch:
             replace_file(self._folder / f"{self._rank}.json", [text.encode()])
 
     def _dump(self, seconds: float) -> None:
-        if self._stacks is None:
+        if self._open() is None:
             return
         print(
             f"{time.strftime('%F %T')} no progress for {seconds:.0f} s ({self.where()})", file=self._stacks, flush=True

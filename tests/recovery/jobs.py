@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from jaxops.core.writers import read_metrics
@@ -32,7 +31,6 @@ class Job:
         processes: int = 2,
         devices: int = 1,
         sleep: float = 0.1,
-        preexec: Callable[[], None] | None = None,
         **env: str,
     ):
         self.run = Path("runs") / run
@@ -49,9 +47,7 @@ class Job:
             place = {**place, "JAXOPS_PROCESS_ID": str(rank), "OWNPKG_RANK": str(rank)} if processes > 1 else {}
             with open(f"{run}-{rank}.log", "w") as log:
                 self.processes.append(
-                    subprocess.Popen(
-                        argv, env={**shared, **place}, stdout=log, stderr=subprocess.STDOUT, preexec_fn=preexec
-                    )
+                    subprocess.Popen(argv, env={**shared, **place}, stdout=log, stderr=subprocess.STDOUT)
                 )
 
     def __enter__(self) -> "Job":

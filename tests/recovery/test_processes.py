@@ -12,14 +12,18 @@ from jobs import CODE, OWN, QUICK, REPOSITORY, Job, curve, events, examples
 
 from jaxops.core.checkpoint import Checkpoints
 
+Run = tuple[dict[int, float], dict[int, int]]
+_runs: dict[int, Run] = {}
 
-def uninterrupted(steps: int, *overrides: str) -> tuple[dict[int, float], dict[int, int]]:
-    """Losses and examples of the run that nothing happened to, by one process of its own."""
-    with Job("whole", OWN, f"run.steps={steps}", *overrides, processes=1, sleep=0) as job:
-        assert job.end() == [0], job.said()
-    found = curve("whole"), examples()
-    Path("ids.txt").unlink()
-    return found
+
+def uninterrupted(steps: int) -> Run:
+    """Losses and examples of the run that nothing happened to, by one process of its own; made once a session."""
+    if steps not in _runs:
+        with Job("whole", OWN, f"run.steps={steps}", processes=1, sleep=0) as job:
+            assert job.end() == [0], job.said()
+        _runs[steps] = curve("whole"), examples()
+        Path("ids.txt").unlink()
+    return _runs[steps]
 
 
 def assert_same_curve(run: str, losses: dict[int, float]) -> None:

@@ -228,7 +228,7 @@ def test_a_folder_that_is_not_there_is_said_with_the_nearest(tmp_path):
         (tmp_path / "movilens", "did you mean 'movielens'"),
         (tmp_path / "no" / "where", "there is no folder"),
         (tmp_path / "file", "is a file"),
-            ("ftp://host/runs", "ftp:// is not known"),
+        ("ftp://host/runs", "ftp:// is not known"),
     ):
         with pytest.raises(UserError, match=message):
             list_runs(path)
