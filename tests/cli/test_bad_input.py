@@ -291,7 +291,7 @@ ROWS = [
         "three events",
         files={"d.csv": "user,item,time\na,b,1\n"},
     ),
-    train("object store", "run.dir=gs://lake/runs", "run.dir [override", "gs://lake/runs", "local"),
+    train("object store", "run.dir=az://lake/runs", "run.dir [override", "az://lake/runs", "s3://BUCKET/... and gs://"),
     Bad(
         "unknown data set",
         ["data", "get", "movielens_100"],
