@@ -47,11 +47,13 @@ def initialize(environment: Mapping[str, str] | None = None) -> bool:
 
     Raises:
       UserError: only some of the variables are set, or they are no numbers in range.
-      RunFailed: the others did not come in time.
+
+    Where the others do not come in time the process ends with a message: jax cannot be stopped from waiting.
     """
     env = os.environ if environment is None else environment
+    limit = seconds("JAXOPS_INIT_SECONDS", INITIALIZATION_SECONDS, env)
     options: dict[str, Any] = {
-        "initialization_timeout": seconds("JAXOPS_INIT_SECONDS", INITIALIZATION_SECONDS, env),
+        "initialization_timeout": limit + 60,  # where jax's own runs out it aborts; ours says why
         "heartbeat_timeout_seconds": seconds("JAXOPS_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS, env),
         "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
     }
@@ -60,16 +62,29 @@ def initialize(environment: Mapping[str, str] | None = None) -> bool:
         return False
     if job is not None:
         options |= {"coordinator_address": job[0], "num_processes": job[1], "process_id": job[2]}
+    late = threading.Timer(limit, _nobody_came, [job, limit])
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(**options)
-    except RuntimeError as error:
-        where = f" at {job[0]}" if job else ""
-        raise RunFailed(
-            f"the {job[1] if job else ''} processes of this job did not all meet{where} within"
-            f" {options['initialization_timeout']} s (JAXOPS_INIT_SECONDS): {' '.join(str(error).split())[:300]}"
-        ) from error
+    finally:
+        late.cancel()
     sys.excepthook = _end_at_once
+    announce_phase("start")
     return True
+
+
+def _nobody_came(job: tuple[str, int, int] | None, limit: int) -> None:
+    where = (
+        f"The {job[1]} processes of this job did not all meet at {job[0]}" if job else "The processes did not all meet"
+    )
+    print(
+        f"jaxops: {where} within {limit} s (JAXOPS_INIT_SECONDS): is the command running on every host, and does each"
+        " reach the first?",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_FAILED)
 
 
 def _by_hand(env: Mapping[str, str]) -> tuple[str, int, int] | None:
@@ -269,7 +284,7 @@ def explain_lost(error: jax.errors.JaxRuntimeError, where: str) -> BaseException
             return _failed_there(*next(iter(failed.items())))
         time.sleep(0.2)
     try:
-        missing, _ = _absent(f"jaxops/lost/{where}", 5)
+        missing, _ = _absent("jaxops/lost", 5)
     except jax.errors.JaxRuntimeError:  # nobody to ask: process 0 holds the service
         missing = [0]
     if not missing:

@@ -1,0 +1,82 @@
+"""How a job is read from the environment; what one process does alone. tests/recovery has real processes."""
+
+import sys
+
+import pytest
+
+from jaxops.core import distributed
+from jaxops.core.failures import UserError
+
+WHOLE = {"JAXOPS_COORDINATOR": "host0:1234", "JAXOPS_NUM_PROCESSES": "4", "JAXOPS_PROCESS_ID": "3"}
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What jax.distributed.initialize was called with; it joins nothing, and the hook is put back."""
+    calls = []
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **options: calls.append(options))
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)  # put back afterwards
+    return calls
+
+
+def test_without_a_job_nothing_is_joined(joined):
+    assert distributed.initialize({}) is False
+    assert distributed.initialize({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}) is False
+    assert distributed.initialize({"SLURM_NTASKS": "8"}) is False  # an allocation, and no step of it
+    assert joined == []
+
+
+def test_a_job_by_hand(joined):
+    assert distributed.initialize({**WHOLE, "JAXOPS_HEARTBEAT_SECONDS": "20"}) is True
+    assert joined == [
+        {
+            "coordinator_address": "host0:1234",
+            "num_processes": 4,
+            "process_id": 3,
+            "initialization_timeout": 360,
+            "heartbeat_timeout_seconds": 20,
+            "shutdown_timeout_seconds": 15,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-8]"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "x"},
+    ],
+)
+def test_what_jax_finds_by_itself_is_left_to_it(joined, env):
+    assert distributed.initialize(env) is True
+    assert "coordinator_address" not in joined[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"JAXOPS_COORDINATOR": ""}, "JAXOPS_NUM_PROCESSES, JAXOPS_PROCESS_ID set without JAXOPS_COORDINATOR"),
+        ({"JAXOPS_PROCESS_ID": ""}, "set without JAXOPS_PROCESS_ID"),
+        ({"JAXOPS_COORDINATOR": "host0"}, "JAXOPS_COORDINATOR=host0: expected host:port"),
+        ({"JAXOPS_NUM_PROCESSES": "four"}, "JAXOPS_NUM_PROCESSES=four"),
+        ({"JAXOPS_PROCESS_ID": "4"}, "JAXOPS_PROCESS_ID=4"),
+        ({"JAXOPS_HEARTBEAT_SECONDS": "soon"}, "JAXOPS_HEARTBEAT_SECONDS=soon: expected a whole number of seconds"),
+        ({"JAXOPS_INIT_SECONDS": "0"}, "JAXOPS_INIT_SECONDS=0"),
+    ],
+)
+def test_half_a_job_is_refused(joined, change, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        distributed.initialize({**WHOLE, **change})
+    assert joined == []
+
+
+def test_alone_everything_is_decided_here():
+    assert distributed.on_first("x", lambda: {"a": 1}) == {"a": 1}
+    assert distributed.gather("x", 3) == [3]
+    assert distributed.first() and not distributed.several()
+    distributed.meet("nobody")
+    distributed.announce_phase("x")
+    distributed.announce_failure(ValueError("x"), "x")
+    distributed.shut_down()
+    error = distributed.jax.errors.JaxRuntimeError("INTERNAL: x")
+    assert distributed.explain_lost(error, "x") is error
