@@ -25,7 +25,7 @@ def train(args: argparse.Namespace) -> int:
     run = fit(build_task(load_config(args.config, args.overrides)))
     if args.json:
         print_json({"dir": str(run.dir), **run.summary})
-    return EXIT_INTERRUPTED if run.state == "interrupted" else EXIT_OK
+    return EXIT_OK if run.state == "finished" else EXIT_INTERRUPTED
 
 
 def _smoke(args: argparse.Namespace) -> int:

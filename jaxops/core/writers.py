@@ -71,7 +71,7 @@ class JsonlWriter:
 
     def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
         self.path = Path(path)
-        with _written(self.path):
+        with written(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 _keep_until(self.path, math.inf if resume_step is None else resume_step)
@@ -99,7 +99,7 @@ class JsonlWriter:
     def _append(self, step: int, fields: Mapping[str, Any]) -> None:
         line = {"v": VERSION, "step": int(step), "time": round(time.time(), 3), **fields}
         data = memoryview((json.dumps(line, allow_nan=False) + "\n").encode())
-        with _written(self.path):
+        with written(self.path):
             while data:
                 data = data[self._file.write(data) :]
 
@@ -147,7 +147,7 @@ class TensorBoardWriter:
 
         self.folder = Path(folder)
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        with _written(self.folder):
+        with written(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             # The library names files by the second: the suffix keeps a quick resume from overwriting.
             self._file = EventsWriter(str(self.folder / "events"), f".{time.time_ns()}")
@@ -160,14 +160,14 @@ class TensorBoardWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         value = self._summary.Value
         scalars = [value(tag=name, simple_value=float(number)) for name, number in values.items()]
-        with _written(self.folder):
+        with written(self.folder):
             self._put(step=step, summary=self._summary(value=scalars))
             if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
                 self._file.flush()
                 self._flushed = time.monotonic()
 
     def close(self) -> None:
-        with _written(self.folder):
+        with written(self.folder):
             self._file.close()
 
     def _put(self, **fields: Any) -> None:
@@ -199,7 +199,7 @@ class WandbWriter:
         except ImportError as error:
             raise UserError("the wandb logger needs a package: pip install 'jaxops[wandb]'") from error
         run_dir = Path(run_dir)
-        with _written(run_dir):
+        with written(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             run_id = _wandb_id(run_dir / "wandb.json")
         try:
@@ -275,8 +275,12 @@ def _wandb_id(path: Path) -> str:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
-    """Turns an error of the file system into a message."""
+def written(path: Path) -> Iterator[None]:
+    """Turns an error of the file system into a message.
+
+    Raises:
+      RunFailed: `path` could not be written.
+    """
     try:
         yield
     except OSError as error:

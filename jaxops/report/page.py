@@ -35,6 +35,7 @@ _TONES = {
     "stopped": "good",
     "failed": "bad",
     "interrupted": "warn",
+    "preempted": "warn",
     "in progress": "busy",
 }
 

@@ -23,6 +23,7 @@ from jaxops.config.load import from_dict
 from jaxops.config.shapes import ABSENT
 from jaxops.core import stores
 from jaxops.core.failures import UserError
+from jaxops.core.writers import written
 from jaxops.tasks.config import MAY_CHANGE_ON_RESUME, SCHEMAS
 from jaxops.tasks.mirror import KEPT, Mirror
 
@@ -173,12 +174,13 @@ class RunFolder:
 
     def create(self, resolved: Mapping[str, Any], transform: Mapping[str, np.ndarray], inspection: Any) -> None:
         """Makes the folder: config, what serving needs (`transform/`), what the data is."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        folder = self.path / "transform"
-        folder.mkdir(exist_ok=True)
-        for name, values in transform.items():
-            text = values if values.dtype.kind != "S" else np.char.decode(values, "utf-8")
-            pq.write_table(pa.table({name: pa.array(text)}), folder / f"{name}.parquet")
+        with written(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            folder = self.path / "transform"
+            folder.mkdir(exist_ok=True)
+            for name, values in transform.items():
+                text = values if values.dtype.kind != "S" else np.char.decode(values, "utf-8")
+                pq.write_table(pa.table({name: pa.array(text)}), folder / f"{name}.parquet")
         self.write_json("data.json", inspection)
         self.write_text("config.yaml", dump_yaml(resolved))
 
@@ -196,11 +198,16 @@ class RunFolder:
             raise UserError(f"{file} cannot be read: {error}") from None
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a small file whole or not at all."""
+        """Writes a small file whole or not at all.
+
+        Raises:
+          RunFailed: it cannot be written.
+        """
         file = self.path / name
         scratch = file.with_name(f".{name}.tmp")
-        scratch.write_text(text)
-        os.replace(scratch, file)
+        with written(file):
+            scratch.write_text(text)
+            os.replace(scratch, file)
 
     def write_json(self, name: str, values: Any) -> None:
         """As `write_text`; numbers that JSON has no word for become null."""

@@ -32,7 +32,7 @@ _LATE = dt.timedelta(seconds=2)
 class Standing:
     """The state, why, and the last step known.
 
-    `running`, `finished`, `interrupted`, `failed`, `stopped` (killed), `unknown`, or the summary's own word.
+    `running`, `finished`, `interrupted`, `preempted`, `failed`, `stopped` (killed), `unknown`, ...
     """
 
     state: str

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxops.core.failures import RunFailed
 from jaxops.tasks.run_folder import SUMMARY_VERSION, RunFolder
 
 VERSIONS = ("jaxops", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -35,7 +36,7 @@ def write_failure(place: RunFolder, error: BaseException, values: Mapping[str, A
     reason = f"{type(error).__name__}: {error}".split("\n")[0]
     try:
         place.write_json("summary.json", {"version": SUMMARY_VERSION, "state": "failed", "reason": reason, **values})
-    except OSError:
+    except (OSError, RunFailed):
         return
 
 

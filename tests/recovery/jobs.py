@@ -15,13 +15,21 @@ from jaxops.core.writers import read_metrics
 REPOSITORY = Path(__file__).resolve().parents[2]
 OWN = "data={fn: 'ownpkg.data:make', record: ids.txt}"
 QUICK = ["run.log_every=1", "evaluate.baselines=false", "checkpoint.best=null"]
-CODE = "import sys; from jaxops.cli.main import script; sys.argv[0] = 'jaxops'; script()"
+CODE = """
+import pathlib, sys, types
+# the report's plots take a third of a process's time here; tests/report looks at them
+sys.modules["jaxops.report.page"] = types.SimpleNamespace(write_report=lambda run: pathlib.Path(run) / "report.html")
+from jaxops.cli.main import script
+sys.argv[0] = "jaxops"
+script()
+"""
 
 
 class Job:
     """`processes` processes of one run, with `devices` CPU devices each; use as a context, which kills what is left.
 
-    A batch takes `sleep` seconds, so that a test can meet the run in the middle.
+    A batch takes `sleep` seconds, so that a test can meet the run in the middle. All but the first process start in the
+    folder `elsewhere`, if there is one.
     """
 
     def __init__(
@@ -31,6 +39,7 @@ class Job:
         processes: int = 2,
         devices: int = 1,
         sleep: float = 0.1,
+        elsewhere: str | None = None,
         **env: str,
     ):
         self.run = Path("runs") / run
@@ -47,7 +56,13 @@ class Job:
             place = {**place, "JAXOPS_PROCESS_ID": str(rank), "OWNPKG_RANK": str(rank)} if processes > 1 else {}
             with open(f"{run}-{rank}.log", "w") as log:
                 self.processes.append(
-                    subprocess.Popen(argv, env={**shared, **place}, stdout=log, stderr=subprocess.STDOUT)
+                    subprocess.Popen(
+                        argv,
+                        env={**shared, **place},
+                        cwd=elsewhere if rank else None,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
                 )
 
     def __enter__(self) -> "Job":

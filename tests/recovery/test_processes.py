@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jobs import CODE, OWN, QUICK, REPOSITORY, Job, curve, events, examples
+from tiny_runs import furnish
 
 from jaxops.core.checkpoint import Checkpoints
 
@@ -73,7 +74,8 @@ def test_a_signal_to_one_process_stops_all_at_one_step(folder, number, rank):
         job.signal(rank, number)
         assert job.end() == [75, 75], [job.said(0), job.said(1)]
     stopped = job.summary()
-    assert stopped["state"] == "interrupted" and 3 <= stopped["step"] < 40
+    assert stopped["state"] == ("preempted" if number == signal.SIGTERM else "interrupted")
+    assert 3 <= stopped["step"] < 40
     assert f"saved at step {stopped['step']}; the same command goes on from there" in job.said()
     assert "Traceback" not in job.said(0) + job.said(1)
     with Checkpoints("runs/parts/checkpoints") as checkpoints:
@@ -108,6 +110,16 @@ def test_the_launcher_starts_forwards_and_hands_on_a_signal(folder):
         assert process.wait(timeout=60) == 75, said
     assert "[0] tiny: 2 x cpu" in said and "SIGINT: saving at the next step" in said
     assert "Gloo" not in process.stdout.read() if not process.stdout.closed else True
+
+
+def test_a_run_folder_that_one_process_cannot_see_is_refused(folder):
+    elsewhere = folder / "elsewhere"  # stands for a machine of its own: runs/ is another folder there
+    elsewhere.mkdir()
+    furnish(elsewhere)
+    with Job("apart", OWN, elsewhere=str(elsewhere)) as job:
+        assert job.end() == [2, 2], [job.said(0), job.said(1)]
+    assert "run folder runs/apart: process 0 has it, but process 1 of 2 cannot see it" in job.said()
+    assert not Path("runs").exists() and not (elsewhere / "runs").exists()
 
 
 def test_half_a_job_in_the_environment_is_said_and_nothing_is_written(folder):

@@ -83,7 +83,7 @@ def test_a_run_in_a_store_is_the_run_in_a_folder(folder, s3, monkeypatch, tmp_pa
     whole = train("run.name=whole")
     at = f"run.dir={s3}/runs"
     first = train(at, "run.loggers=[tensorboard]", stop_at=7)
-    assert (first.state, first.dir) == ("interrupted", f"{s3}/runs/tiny")
+    assert (first.state, first.dir) == ("preempted", f"{s3}/runs/tiny")
     move_to_new_machine(monkeypatch, tmp_path / "second")
     second = train(at, "run.loggers=[tensorboard]")
     assert (second.state, second.summary["step"], second.dir) == ("finished", 20, f"{s3}/runs/tiny")
