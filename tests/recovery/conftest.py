@@ -1,3 +1,9 @@
 """A folder with data, config and a package of one's own."""
 
-from tiny_runs import folder  # noqa: F401 (a fixture)
+import pytest
+from tiny_runs import folder, no_report  # noqa: F401 (fixtures)
+
+
+@pytest.fixture(autouse=True)
+def _no_report(no_report):  # noqa: F811
+    pass

@@ -1,6 +1,8 @@
 """Real processes that train together, for tests that kill them: each is `jaxops train my.yaml ...` with its place in
 the job given by the environment, as a scheduler would give it."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -10,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from jaxops.cli.main import main
 from jaxops.core.writers import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -96,6 +99,14 @@ class Job:
 
     def summary(self) -> dict:
         return json.loads((self.run / "summary.json").read_text())
+
+
+def train(run: str, *overrides: str) -> tuple[int, str]:
+    """The same command in this process, on its eight devices: exit status and what it said."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        status = main(["train", "my.yaml", *QUICK, f"run.name={run}", *overrides])
+    return status, said.getvalue()
 
 
 def curve(run: str, name: str = "train/loss") -> dict[int, float]:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import OWN, Job, curve, events, examples
+from jobs import OWN, Job, curve, events, examples, train
 from test_processes import assert_same_curve, uninterrupted
 
 from jaxops.core.checkpoint import Checkpoints
@@ -20,12 +20,12 @@ from jaxops.core.checkpoint import Checkpoints
 SAVING = ["checkpoint.every=5", "run.steps=40", OWN]
 
 
-def resumes(run: str, losses: dict[int, float], processes: int = 1) -> str:
+def resumes(run: str, losses: dict[int, float]) -> str:
     """Runs the same command again; what it said. The whole curve must be the one of the uninterrupted run."""
-    with Job(run, *SAVING, processes=processes, sleep=0) as job:
-        assert job.end() == [0] * processes, job.said()
-        assert_same_curve(run, losses)
-        return job.said()
+    status, said = train(run, *SAVING)
+    assert status == 0, said
+    assert_same_curve(run, losses)
+    return said
 
 
 @pytest.mark.parametrize("rank", [1, 0])
@@ -101,9 +101,8 @@ def test_a_run_that_stands_still_says_where(folder):
 
 def test_flipped_bytes_in_the_latest_checkpoint_are_passed_over(folder):
     losses, _ = uninterrupted(40)
-    with Job("flip", *SAVING, "run.steps=20", processes=1, sleep=0) as job:
-        assert job.end() == [0], job.said()
-    latest = job.run / "checkpoints" / "20"
+    assert train("flip", *SAVING, "run.steps=20")[0] == 0
+    latest = Path("runs/flip/checkpoints/20")
     largest = max((path for path in latest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
@@ -119,8 +118,7 @@ def test_flipped_bytes_in_the_latest_checkpoint_are_passed_over(folder):
 def test_a_full_disk_fails_the_run_in_words_and_loses_nothing(folder):
     losses, _ = uninterrupted(40)
     with small_disk(folder / "runs", megabytes=2) as disk:
-        with Job("full", *SAVING, "run.steps=20", processes=1, sleep=0) as job:
-            assert job.end() == [0], job.said()
+        assert train("full", *SAVING, "run.steps=20")[0] == 0
         room = shutil.disk_usage(disk).free
         (disk / "ballast").write_bytes(b"x" * max(room - 20_000, 0))
         with Job("full", *SAVING, processes=1, sleep=0) as job:

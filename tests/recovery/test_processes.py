@@ -5,26 +5,27 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
-from jobs import CODE, OWN, QUICK, REPOSITORY, Job, curve, events, examples
+from jobs import CODE, OWN, QUICK, REPOSITORY, Job, curve, events, examples, train
 from tiny_runs import furnish
 
 from jaxops.core.checkpoint import Checkpoints
 
-Run = tuple[dict[int, float], dict[int, int]]
-_runs: dict[int, Run] = {}
+STEPS = 40
+_whole: list[tuple[dict[int, float], dict[int, int]]] = []
 
 
-def uninterrupted(steps: int) -> Run:
-    """Losses and examples of the run that nothing happened to, by one process of its own; made once a session."""
-    if steps not in _runs:
-        with Job("whole", OWN, f"run.steps={steps}", processes=1, sleep=0) as job:
-            assert job.end() == [0], job.said()
-        _runs[steps] = curve("whole"), examples()
+def uninterrupted(steps: int) -> tuple[dict[int, float], dict[int, int]]:
+    """Losses by step and examples by cursor of the run that nothing happened to; made once a session."""
+    if not _whole:
+        assert train("whole", OWN, f"run.steps={STEPS}") == (0, mock.ANY)
+        _whole.append((curve("whole"), examples()))
         Path("ids.txt").unlink()
-    return _runs[steps]
+    losses, ids = _whole[0]
+    return {step: losses[step] for step in range(1, steps + 1)}, {cursor: ids[cursor] for cursor in range(16 * steps)}
 
 
 def assert_same_curve(run: str, losses: dict[int, float]) -> None:
@@ -81,8 +82,8 @@ def test_a_signal_to_one_process_stops_all_at_one_step(folder, number, rank):
     with Checkpoints("runs/parts/checkpoints") as checkpoints:
         assert checkpoints.latest() == stopped["step"]
         assert checkpoints.meta(stopped["step"])["cursor"] == 16 * stopped["step"]
-    with Job("parts", OWN, "run.steps=40", processes=1, sleep=0) as job:
-        assert job.end() == [0], job.said()
+    status, said = train("parts", OWN, "run.steps=40")
+    assert status == 0 and f"resumed from step {stopped['step']} of" in said
     assert_same_curve("parts", losses)
 
 
