@@ -1,6 +1,7 @@
 """The commands: each takes the parsed arguments, calls one function of the library, prints, returns the status."""
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
@@ -18,32 +19,40 @@ from jaxops.tasks.build import build_task, load_config
 
 def train(args: argparse.Namespace) -> int:
     """`jaxops train CONFIG [a.b=VALUE ...] [--smoke]`."""
+    from jaxops.core import distributed
     from jaxops.tasks.fit import fit
 
     if args.smoke:
         return _smoke(args)
     run = fit(build_task(load_config(args.config, args.overrides)))
-    if args.json:
+    if args.json and distributed.first():
         print_json({"dir": str(run.dir), **run.summary})
     return EXIT_OK if run.state == "finished" else EXIT_INTERRUPTED
 
 
 def _smoke(args: argparse.Namespace) -> int:
     """Two steps, evaluation and a save; then a third step from what was restored. Nothing is left behind."""
+    from jaxops.core import distributed
     from jaxops.tasks.fit import fit
     from jaxops.tasks.trained import load
 
-    with tempfile.TemporaryDirectory(prefix="jaxops-smoke-") as scratch:
+    with contextlib.ExitStack() as stack:
+        make = lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxops-smoke-"))
+        scratch = distributed.on_first("scratch folder", make)
         for steps in (2, 3):
             small = ["run.epochs=null", f"run.steps={steps}", f"run.dir={scratch}", "run.name=smoke"]
             small += ["evaluate.baselines=false", "evaluate.every=2", "run.log_every=1", "run.loggers=[]"]
             small += ["optimizer.schedule.warmup=0", "run.profile=null"]  # a warm-up may not outlast the run
             task = build_task(load_config(args.config, [*args.overrides, *small]))
-            print(f"smoke test: to step {steps}, evaluation, save ...", file=sys.stderr)
+            if distributed.first():
+                print(f"smoke test: to step {steps}, evaluation, save ...", file=sys.stderr)
             run = fit(task, quiet=True)
             if run.state != "finished":
                 return EXIT_INTERRUPTED
-        load(run.dir)
+        if not distributed.several():
+            load(run.dir)
+    if not distributed.first():
+        return EXIT_OK
     device, seconds = run.summary["device"], run.summary["wall_s"]
     if args.json:
         print_json({"smoke": "passed", "device": device, "wall_s": seconds})

@@ -6,15 +6,17 @@ This is the only module that imports orbax, and it does so when first used. Held
 tests/core/test_checkpoint*.py, which kill real processes in mid-save.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import os
+import pathlib
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -26,11 +28,15 @@ from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
 from jaxops.core import manifest, plain, stores
 from jaxops.core.checkpoint_folder import CheckpointFolder, Retention, some
+from jaxops.core.checksums import Early
 from jaxops.core.failures import RunFailed, UserError, nearest
 from jaxops.core.manifest import Damaged, Leaf, Manifest
 
 _ITEM = "state"
 """Where orbax's tree lies in a checkpoint; `orbax.checkpoint.v1.load(folder)` reads it without jaxops."""
+
+_CHUNK, _FILE = 32 << 20, 128 << 20
+"""Bytes: the pieces that arrays are cut to, and the files that they are gathered in."""
 
 
 class Checkpoints:
@@ -287,39 +293,56 @@ class Checkpoints:
         """Takes hold of the leaves' values now; what it returns writes them, and is run in the background."""
 
         def save_async(tree: Any) -> Any:
-            with self._context():
+            with self._context(leaves.values()):
                 return _orbax().save_async(folder, tree, checkpointable_name=_ITEM)
 
         if jax.process_count() == 1 and all(map(_on_cpu, leaves.values())):
             # On CPU, orbax gets the arrays' own memory, and a step that is given them to overwrite would wait
             # until all is written. Copies, dispatched here and not waited for, set them free.
-            copies = plain.nest({path: _copy(leaf) for path, leaf in leaves.items()}, key=str)
-            return lambda: save_async(copies).result()
+            copies = [plain.nest({path: _copy(leaf) for path, leaf in leaves.items()}, key=str)]
+            return lambda: save_async(copies.pop()).result()  # and the copies go when they are written
         held = {path: x if isinstance(x, jax.Array) else np.array(x) for path, x in leaves.items()}
         return save_async(plain.nest(held, key=str)).result  # the copy to the host is made by now
 
     def _complete(self, begin: Callable[[], None], folder: epath.Path, draft: Manifest) -> None:
         """In the background: the files, the manifest, the manifest with checksums, then retention."""
         try:
-            begin()
+            with self._early(folder) as early:
+                begin()
             if jax.process_index() == 0:
                 if self._before_commit:
                     self._before_commit()
                 manifest.write(folder, dataclasses.replace(draft, files=manifest.survey(folder, checksums=False)))
                 if self._checksums:
-                    files = manifest.survey(folder, checksums=True)
+                    files = manifest.survey(folder, checksums=True, early=early)
                     manifest.write(folder, dataclasses.replace(draft, files=files))
                 self._folder.retire(self._retention)
         except BaseException as error:
             self._swept = False
             self._failures.append((_failed(folder, error), error))
 
-    def _context(self) -> Any:
+    def _early(self, folder: epath.Path) -> contextlib.AbstractContextManager[Early | None]:
+        """Takes the checksums while the disk is busy, of what this process alone writes to a local folder."""
+        if self._folder.remote or not self._checksums or jax.process_count() > 1:
+            return contextlib.nullcontext()
+        parent = pathlib.Path(folder.parent)
+        return Early(lambda: parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"))
+
+    def _context(self, leaves: Iterable[Any] = ()) -> Any:
+        """Orbax's options, to load, or to save these leaves."""
         ocp = _orbax()
         context = ocp.Context()
         context.array.saving.use_compression = self._compress
         # Splitting replicas spreads the writing over processes; within one it only costs a compilation.
         context.array.saving.use_replica_parallel = jax.process_count() > 1
+        if jax.process_count() == 1 and not self._folder.remote:
+            # Small chunks and files are written, synced and read side by side. Orbax cuts evenly or not at all, and
+            # to the single row where the rows are a prime number: such an array stays whole.
+            def cut(_: Any, leaf: Any) -> Any:
+                return context.array.saving.StorageOptions(chunk_byte_size=_CHUNK if _cuts(leaf, _CHUNK) else None)
+
+            context.array.saving.scoped_storage_options_creator = cut
+            context.array.saving.ocdbt_target_data_file_size = _FILE if all(_cuts(x, _FILE) for x in leaves) else 0
         context.memory.deepcopy_host_arrays = False
         context.pytree.loading.partial_load = True
         if self._folder.remote:  # a rename would be a copy of every object, and the manifest commits anyway
@@ -361,6 +384,18 @@ def _dtype(leaf: Any) -> Any:
 
 def _on_cpu(leaf: Any) -> bool:
     return not isinstance(leaf, jax.Array) or {d.platform for d in leaf.devices()} == {"cpu"}
+
+
+def _cuts(leaf: Any, size: int) -> bool:
+    """Whether orbax would cut what it writes of `leaf` to pieces that are not far below `size`, or not at all."""
+    from orbax.checkpoint._src.arrays import subchunking
+
+    shape, dtype = np.shape(leaf), np.dtype(_dtype(leaf))
+    if isinstance(leaf, jax.Array):
+        shape = leaf.sharding.shard_shape(shape)
+    if math.prod(shape) * dtype.itemsize <= size:
+        return True
+    return math.prod(subchunking.choose_chunk_shape(shape, shape, dtype, size)) * dtype.itemsize >= size // 8
 
 
 def _copy(leaf: Any) -> Any:

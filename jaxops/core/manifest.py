@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from jaxops.core import plain
+from jaxops.core.checksums import Early, of_file, side_by_side
 from jaxops.core.store_paths import StorePath
 from jaxops.core.stores import StoreError, is_url
 
@@ -136,13 +137,19 @@ def read(folder: epath.Path) -> Manifest:
     )
 
 
-def survey(folder: epath.Path, *, checksums: bool) -> dict[str, File]:
-    """Every file under `folder` but the manifest, with its size and, if asked (it reads all), its CRC-32."""
-    return {
-        name: File(size, _crc_of_file(folder / name) if checksums else None)
-        for name, size in sorted(_sizes(folder).items())
-        if name not in (FILE, _TEMPORARY)
-    }
+def survey(folder: epath.Path, *, checksums: bool, early: Early | None = None) -> dict[str, File]:
+    """Every file under `folder` but the manifest, with its size and, if asked, its CRC-32.
+
+    The latter reads all files but those that `early` knows.
+    """
+
+    def crc(name: str) -> int:
+        known = early.known(folder / name) if early else None
+        return of_file(folder / name) if known is None else known
+
+    sizes = {name: size for name, size in sorted(_sizes(folder).items()) if name not in (FILE, _TEMPORARY)}
+    crcs = side_by_side(crc, sizes) if checksums else [None] * len(sizes)
+    return {name: File(size, crc) for (name, size), crc in zip(sizes.items(), crcs, strict=True)}
 
 
 def problems(folder: epath.Path, manifest: Manifest, *, checksums: bool) -> Iterator[str]:
@@ -152,22 +159,27 @@ def problems(folder: epath.Path, manifest: Manifest, *, checksums: bool) -> Iter
       StoreError: an object store does not answer, which says nothing of the files.
     """
     there = folder.files() if isinstance(folder, StorePath) else None
-    for name, expected in manifest.files.items():
+
+    def problem(of: tuple[str, File]) -> str | None:
+        name, expected = of
         path = folder / name
         try:
             size = path.stat().length if there is None else there.get(name)
             if size is None:
-                yield f"{name}: missing"
-            elif size != expected.bytes:
-                yield f"{name}: {size} bytes, expected {expected.bytes}"
-            elif checksums and expected.crc32 is not None and _crc_of_file(path) != expected.crc32:
-                yield f"{name}: contents were changed (CRC-32 differs)"
+                return f"{name}: missing"
+            if size != expected.bytes:
+                return f"{name}: {size} bytes, expected {expected.bytes}"
+            if checksums and expected.crc32 is not None and of_file(path) != expected.crc32:
+                return f"{name}: contents were changed (CRC-32 differs)"
         except FileNotFoundError:
-            yield f"{name}: missing"
+            return f"{name}: missing"
         except StoreError:
             raise
         except OSError as error:
-            yield f"{name}: cannot be read ({error})"
+            return f"{name}: cannot be read ({error})"
+        return None
+
+    yield from filter(None, (side_by_side if checksums else map)(problem, manifest.files.items()))
 
 
 def differences(saved: Manifest, wanted: Mapping[plain.Path, tuple[tuple[int, ...], str]]) -> Iterator[tuple[str, str]]:
@@ -199,11 +211,3 @@ def _sizes(folder: epath.Path, prefix: str = "") -> dict[str, int]:
 
 def _crc_of(body: Any) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _crc_of_file(path: epath.Path, chunk: int = 1 << 22) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(chunk):
-            crc = zlib.crc32(block, crc)
-    return crc

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxops.core.failures import UserError
+from jaxops.core.rows import put
 from jaxops.core.sharding import map_named, named_leaves
 from jaxops.core.state import State
 from jaxops.tasks.trained import load
@@ -50,7 +51,7 @@ def warm_start(state: State, config: Any) -> tuple[State, WarmStart]:
             skipped.append(f"{path} {value.shape} there, {leaf.shape} here")
             return leaf
         loaded.append(path)
-        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+        return put(value.astype(leaf.dtype), leaf)
 
     params, frozen = map_named(take, state.params), map_named(take, state.frozen)
     if not loaded:
