@@ -382,6 +382,24 @@ def test_compression_is_a_choice(tmp_path):
     assert sizes[0] > 2**20 > 10 * sizes[1]
 
 
+@pytest.mark.parametrize("rows", [4096, 4099])  # 4099 is a prime: orbax would cut it to single rows
+def test_large_arrays_are_cut_to_pieces_where_that_goes_evenly(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(checkpoint, "_CHUNK", 1 << 18)
+    monkeypatch.setattr(checkpoint, "_FILE", 1 << 20)
+    state = {"table": jnp.arange(rows * 256.0).reshape(rows, 256), "even": jnp.arange(2.0**18), "one": jnp.ones(3)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        assert_same(checkpoints.restore(1, state), state)
+        assert checkpoints.verify(1) == []
+    chunks = {
+        one["array_metadata"]["param_name"]: one["array_metadata"]["chunk_shape"]
+        for one in json.loads((tmp_path / "1/state/array_metadatas/process_0").read_text())["array_metadatas"]
+    }
+    assert chunks == {"table": [256, 256] if rows == 4096 else [4099, 256], "even": [2**16], "one": [3]}
+    files = [path for path in (tmp_path / "1/state").rglob("d/*") if path.stat().st_size > 1 << 16]
+    assert len(files) >= 3 if rows == 4096 else len(files) == 1
+
+
 def test_object_stores_are_committed_without_renaming():
     mode = Checkpoints("gs://bucket/run/checkpoints")._context().atomicity.mode
     assert mode.name == "COMMIT_FILE"
