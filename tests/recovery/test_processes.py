@@ -89,7 +89,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(folder, number, rank):
 
 @pytest.mark.slow
 def test_a_signal_in_an_evaluation_stops_all_too(folder):
-    with Job("parts", OWN, "run.steps=40", "evaluate.every=3", OWNPKG_EVAL_SLEEP="0.2") as job:
+    with Job("parts", OWN, "run.steps=40", "evaluate.every=3", OWNPKG_EVAL_SLEEP="4") as job:
         job.reach(3)
         job.signal(0, signal.SIGTERM)
         assert job.end() == [75, 75], [job.said(0), job.said(1)]
