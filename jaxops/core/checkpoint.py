@@ -1,22 +1,20 @@
 """Checkpoints of a run: saved while it goes on, restored to any mesh, never a partial one taken for whole.
 
 A save is orbax's files first and `jaxops.json` (manifest.py) last, in a new folder (checkpoint_folder.py): a
-folder without it is not a checkpoint. An old one goes only after a newer one has been read back.
-This is the only module that imports orbax, and it does so when first used. Held by
-tests/core/test_checkpoint*.py, which kill real processes in mid-save.
+folder without it is not a checkpoint. An old one goes only after every file of a newer one has been read.
+Orbax is behind orbax_io.py. Held by tests/core/test_checkpoint*.py, which kill real processes in mid-save.
 """
 
 import contextlib
 import dataclasses
 import functools
-import logging
 import math
 import os
 import pathlib
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -26,17 +24,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
-from jaxops.core import manifest, plain, stores
+from jaxops.core import manifest, orbax_io, plain
 from jaxops.core.checkpoint_folder import CheckpointFolder, Retention, some
 from jaxops.core.checksums import Early
 from jaxops.core.failures import RunFailed, UserError, nearest
 from jaxops.core.manifest import Damaged, Leaf, Manifest
-
-_ITEM = "state"
-"""Where orbax's tree lies in a checkpoint; `orbax.checkpoint.v1.load(folder)` reads it without jaxops."""
-
-_CHUNK, _FILE = 32 << 20, 128 << 20
-"""Bytes: the pieces that arrays are cut to, and the files that they are gathered in."""
 
 
 class Checkpoints:
@@ -53,7 +45,7 @@ class Checkpoints:
       best: also keep the best by this name of `metrics`.
       best_mode: whether more of it is better.
       compress: zstd; little smaller on disk (weights hardly compress), much slower.
-      checksums: read every save back (in the background) and note its CRC-32; sizes alone otherwise.
+      checksums: read every save (in the background) and note its CRC-32; sizes alone otherwise.
       before_commit: called on process 0 in the background before a save counts (the logs must not be older than
         the checkpoint, where both go to an object store); its error fails the save.
     """
@@ -108,7 +100,7 @@ class Checkpoints:
             serial=1 + max((saved.serial for saved in self._folder.readable().values()), default=0),
             meta=dict(meta),
             metrics={name: float(x) for name, x in (metrics or {}).items() if math.isfinite(x)},
-            arrays={path: (np.shape(leaf), str(_dtype(leaf))) for path, leaf in leaves.items()},
+            arrays={path: (np.shape(leaf), str(plain.dtype(leaf))) for path, leaf in leaves.items()},
         )
         manifest.encode(draft)  # what is not JSON is an error here, not in the background
         folder = self._folder.at(draft.step, _agreed(lambda: self._folder.edition(draft.step)))
@@ -293,8 +285,7 @@ class Checkpoints:
         """Takes hold of the leaves' values now; what it returns writes them, and is run in the background."""
 
         def save_async(tree: Any) -> Any:
-            with self._context(leaves.values()):
-                return _orbax().save_async(folder, tree, checkpointable_name=_ITEM)
+            return orbax_io.save_async(folder, tree, leaves.values(), compress=self._compress)
 
         if jax.process_count() == 1 and all(map(_on_cpu, leaves.values())):
             # On CPU, orbax gets the arrays' own memory, and a step that is given them to overwrite would wait
@@ -328,29 +319,6 @@ class Checkpoints:
         parent = pathlib.Path(folder.parent)
         return Early(lambda: parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"))
 
-    def _context(self, leaves: Iterable[Any] = ()) -> Any:
-        """Orbax's options, to load, or to save these leaves."""
-        ocp = _orbax()
-        context = ocp.Context()
-        context.array.saving.use_compression = self._compress
-        # Splitting replicas spreads the writing over processes; within one it only costs a compilation.
-        context.array.saving.use_replica_parallel = jax.process_count() > 1
-        if jax.process_count() == 1 and not self._folder.remote:
-            # Small chunks and files are written, synced and read side by side. Orbax cuts evenly or not at all, and
-            # to the single row where the rows are a prime number: such an array stays whole.
-            def cut(_: Any, leaf: Any) -> Any:
-                return context.array.saving.StorageOptions(chunk_byte_size=_CHUNK if _cuts(leaf, _CHUNK) else None)
-
-            context.array.saving.scoped_storage_options_creator = cut
-            context.array.saving.ocdbt_target_data_file_size = _FILE if all(_cuts(x, _FILE) for x in leaves) else 0
-        context.memory.deepcopy_host_arrays = False
-        context.pytree.loading.partial_load = True
-        if self._folder.remote:  # a rename would be a copy of every object, and the manifest commits anyway
-            context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-            if os.fspath(self._folder.path).startswith("s3://"):
-                _teach_s3()
-        return context
-
     def _load(
         self, folder: epath.Path, saved: Manifest, wanted: Mapping[plain.Path, jax.ShapeDtypeStruct]
     ) -> dict[plain.Path, Any]:
@@ -361,8 +329,7 @@ class Checkpoints:
         tree: Any = {}
         if stored:
             try:
-                with self._context():
-                    tree = _orbax().load(folder, plain.nest(stored, key=str), checkpointable_name=_ITEM)
+                tree = orbax_io.load(folder, plain.nest(stored, key=str))
             except (jax.errors.JaxRuntimeError, MemoryError):
                 raise
             except Exception as error:
@@ -378,24 +345,8 @@ def _agreed(decide: Callable[[], int]) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(decide() if jax.process_index() == 0 else 0)))
 
 
-def _dtype(leaf: Any) -> Any:
-    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-
-
 def _on_cpu(leaf: Any) -> bool:
     return not isinstance(leaf, jax.Array) or {d.platform for d in leaf.devices()} == {"cpu"}
-
-
-def _cuts(leaf: Any, size: int) -> bool:
-    """Whether orbax would cut what it writes of `leaf` to pieces that are not far below `size`, or not at all."""
-    from orbax.checkpoint._src.arrays import subchunking
-
-    shape, dtype = np.shape(leaf), np.dtype(_dtype(leaf))
-    if isinstance(leaf, jax.Array):
-        shape = leaf.sharding.shard_shape(shape)
-    if math.prod(shape) * dtype.itemsize <= size:
-        return True
-    return math.prod(subchunking.choose_chunk_shape(shape, shape, dtype, size)) * dtype.itemsize >= size // 8
 
 
 def _copy(leaf: Any) -> Any:
@@ -411,7 +362,7 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
         sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
-    return jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf), sharding=sharding)
+    return jax.ShapeDtypeStruct(np.shape(leaf), plain.dtype(leaf), sharding=sharding)
 
 
 def _orbax_target(leaf: jax.ShapeDtypeStruct) -> Any:
@@ -437,47 +388,3 @@ def _failed(folder: epath.Path, error: BaseException) -> str:
 def _brief(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
-
-
-@functools.cache
-def _orbax() -> Any:
-    """Orbax v1, imported on first use (0.7 s), and its chatter dropped: what matters is raised by us."""
-    from orbax.checkpoint import v1
-
-    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-    # Where a save fails, what else of it was under way finds orbax's event loop closed: a traceback each, from C++
-    # threads, around the one message that matters.
-    show = sys.unraisablehook
-    sys.unraisablehook = lambda one: None if str(one.exc_value) == "Event loop is closed" else show(one)
-    return v1
-
-
-@functools.cache
-def _teach_s3() -> None:
-    """Has orbax hand s3:// paths to tensorstore, which knows them, as it does with gs:// paths.
-
-    Orbax has no hook for that (google/orbax issues 359 and 872, pull request 2739), and takes s3:// for a local
-    path; all its specs come from this one function. Held by tests/core/test_stores.py.
-    """
-    from orbax.checkpoint._src.serialization import tensorstore_utils
-
-    build = tensorstore_utils.build_kvstore_tspec
-
-    @functools.wraps(build)
-    def build_for_any_store(directory: str, *args: Any, **options: Any) -> Any:
-        if not directory.startswith("s3://"):
-            return build(directory, *args, **options)
-        s3 = stores.kvstore_spec(stores.parse(directory))
-
-        def swapped(node: Any) -> Any:
-            if isinstance(node, list):
-                return [swapped(one) for one in node]
-            if not isinstance(node, dict):
-                return node
-            if str(node.get("driver")).startswith("gcs"):
-                return {**s3, "path": node["path"]}
-            return {name: swapped(one) for name, one in node.items()}
-
-        return swapped(build("gs" + directory.removeprefix("s3"), *args, **options))
-
-    tensorstore_utils.build_kvstore_tspec = build_for_any_store

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 Path = tuple[str | int, ...]
@@ -34,6 +35,11 @@ def flatten(tree: Any) -> dict[Path, Any]:
     if len(seen) != len(jax.tree.leaves(tree)):
         raise ValueError("two leaves share a path")
     return leaves
+
+
+def dtype(leaf: Any) -> Any:
+    """The dtype of an array, abstract or not, or of a number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
 def nest(leaves: Mapping[Path, Any], key: Callable[[str | int], Any] = lambda part: part) -> Any:

@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxops.core import checkpoint, manifest
+from jaxops.core import checkpoint, manifest, orbax_io, store_paths
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.manifest import Leaf
@@ -384,8 +384,8 @@ def test_compression_is_a_choice(tmp_path):
 
 @pytest.mark.parametrize("rows", [4096, 4099])  # 4099 is a prime: orbax would cut it to single rows
 def test_large_arrays_are_cut_to_pieces_where_that_goes_evenly(tmp_path, monkeypatch, rows):
-    monkeypatch.setattr(checkpoint, "_CHUNK", 1 << 18)
-    monkeypatch.setattr(checkpoint, "_FILE", 1 << 20)
+    monkeypatch.setattr(orbax_io, "_CHUNK", 1 << 18)
+    monkeypatch.setattr(orbax_io, "_FILE", 1 << 20)
     state = {"table": jnp.arange(rows * 256.0).reshape(rows, 256), "even": jnp.arange(2.0**18), "one": jnp.ones(3)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
@@ -401,7 +401,7 @@ def test_large_arrays_are_cut_to_pieces_where_that_goes_evenly(tmp_path, monkeyp
 
 
 def test_object_stores_are_committed_without_renaming():
-    mode = Checkpoints("gs://bucket/run/checkpoints")._context().atomicity.mode
+    mode = orbax_io.options(store_paths.path("gs://bucket/run/checkpoints")).atomicity.mode
     assert mode.name == "COMMIT_FILE"
 
 

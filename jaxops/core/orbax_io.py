@@ -1,0 +1,116 @@
+"""The one door to orbax: a tree of arrays into a folder, and out of it onto any sharding.
+
+This is the only module that imports orbax, and it does so when first used. What it needs of orbax's inside, for want of
+a public way, is here too. Held by tests/core/test_checkpoint.py and test_stores.py.
+"""
+
+import functools
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxops.core import plain, stores
+
+_ITEM = "state"
+"""Where orbax's tree lies in a checkpoint; `orbax.checkpoint.v1.load(folder)` reads it without jaxops."""
+_CHUNK, _FILE = 32 << 20, 128 << 20
+"""Bytes: the pieces that arrays are cut to, and the files that they are gathered in."""
+
+
+def save_async(folder: epath.Path, tree: Any, leaves: Iterable[Any], *, compress: bool) -> Any:
+    """Begins to write `tree`, nested dicts of `leaves`; `.result()` of what it returns waits, and raises."""
+    with options(folder, leaves, compress=compress):
+        return _orbax().save_async(folder, tree, checkpointable_name=_ITEM)
+
+
+def load(folder: epath.Path, tree: Any) -> Any:
+    """The arrays that `tree` asks for: of its shapes, dtypes and shardings, numpy arrays where it has those."""
+    with options(folder):
+        return _orbax().load(folder, tree, checkpointable_name=_ITEM)
+
+
+def options(folder: epath.Path, leaves: Iterable[Any] = (), *, compress: bool = False) -> Any:
+    """Orbax's options, to load, or to save these leaves."""
+    ocp, remote = _orbax(), stores.is_url(folder)
+    context = ocp.Context()
+    context.array.saving.use_compression = compress
+    # Splitting replicas spreads the writing over processes; within one it only costs a compilation.
+    context.array.saving.use_replica_parallel = jax.process_count() > 1
+    if jax.process_count() == 1 and not remote:
+        # Small chunks and files are written, synced and read side by side. Orbax cuts evenly or not at all, and
+        # to the single row where the rows are a prime number: such an array stays whole.
+        def cut(_: Any, leaf: Any) -> Any:
+            return context.array.saving.StorageOptions(chunk_byte_size=_CHUNK if _cuts(leaf, _CHUNK) else None)
+
+        context.array.saving.scoped_storage_options_creator = cut
+        context.array.saving.ocdbt_target_data_file_size = _FILE if all(_cuts(x, _FILE) for x in leaves) else 0
+    context.memory.deepcopy_host_arrays = False
+    context.pytree.loading.partial_load = True
+    if remote:  # a rename would be a copy of every object, and the manifest commits anyway
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+        if os.fspath(folder).startswith("s3://"):
+            _teach_s3()
+    return context
+
+
+def _cuts(leaf: Any, size: int) -> bool:
+    """Whether orbax would cut what it writes of `leaf` to pieces that are not far below `size`, or not at all."""
+    from orbax.checkpoint._src.arrays import subchunking
+
+    shape, dtype = np.shape(leaf), np.dtype(plain.dtype(leaf))
+    if isinstance(leaf, jax.Array):
+        shape = leaf.sharding.shard_shape(shape)
+    if math.prod(shape) * dtype.itemsize <= size:
+        return True
+    return math.prod(subchunking.choose_chunk_shape(shape, shape, dtype, size)) * dtype.itemsize >= size // 8
+
+
+@functools.cache
+def _orbax() -> Any:
+    """Orbax v1, imported on first use (0.7 s), and its chatter dropped: what matters is raised by us."""
+    from orbax.checkpoint import v1
+
+    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    # Where a save fails, what else of it was under way finds orbax's event loop closed: a traceback each, from C++
+    # threads, around the one message that matters.
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda one: None if str(one.exc_value) == "Event loop is closed" else show(one)
+    return v1
+
+
+@functools.cache
+def _teach_s3() -> None:
+    """Has orbax hand s3:// paths to tensorstore, which knows them, as it does with gs:// paths.
+
+    Orbax has no hook for that (google/orbax issues 359 and 872, pull request 2739), and takes s3:// for a local
+    path; all its specs come from this one function. Held by tests/core/test_stores.py.
+    """
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    build = tensorstore_utils.build_kvstore_tspec
+
+    @functools.wraps(build)
+    def build_for_any_store(directory: str, *args: Any, **options: Any) -> Any:
+        if not directory.startswith("s3://"):
+            return build(directory, *args, **options)
+        s3 = stores.kvstore_spec(stores.parse(directory))
+
+        def swapped(node: Any) -> Any:
+            if isinstance(node, list):
+                return [swapped(one) for one in node]
+            if not isinstance(node, dict):
+                return node
+            if str(node.get("driver")).startswith("gcs"):
+                return {**s3, "path": node["path"]}
+            return {name: swapped(one) for name, one in node.items()}
+
+        return swapped(build("gs" + directory.removeprefix("s3"), *args, **options))
+
+    tensorstore_utils.build_kvstore_tspec = build_for_any_store
