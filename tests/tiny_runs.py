@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 
 from jaxops.cli.main import main
 from jaxops.core.compiles import enable_compilation_cache
+from jaxops.core.writers import read_metrics
 from jaxops.report.page import write_report
 
 CONFIG = """\
@@ -165,6 +167,27 @@ def write_plays(path: Path) -> None:
         items = (start + stride * np.arange(events)) % 30
         lines += [f"u{user:02},i{item:02},{time}" for item, time in zip(items, times, strict=True)]
     path.write_text("\n".join(lines) + "\n")
+
+
+def curve(run: str, name: str = "train/loss") -> dict[int, float]:
+    """A metric of `runs/RUN` by step; each step is logged once, however often the run was resumed."""
+    lines = [line for line in read_metrics(f"runs/{run}/metrics.jsonl") if name in line]
+    found = {line["step"]: line[name] for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+class Stopped:
+    """A step that has this process asked to stop when it has run `at` times, as a job's scheduler would."""
+
+    def __init__(self, step, at: int):
+        self.step, self.left, self.programs = step, at, step.programs
+
+    def __call__(self, *args):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.step(*args)
 
 
 def furnish(folder: Path) -> None:

@@ -37,6 +37,7 @@ def is_log(name: str) -> bool:
 
 
 def part_name(log: str, number: int) -> str:
+    """`metrics.jsonl.000002`."""
     return f"{log}.{number:06}"
 
 

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from tiny_runs import curve
+
 from jaxops.cli.main import main
 from jaxops.core.writers import read_metrics
 
@@ -107,14 +109,6 @@ def train(run: str, *overrides: str) -> tuple[int, str]:
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         status = main(["train", "my.yaml", *QUICK, f"run.name={run}", *overrides])
     return status, said.getvalue()
-
-
-def curve(run: str, name: str = "train/loss") -> dict[int, float]:
-    """A metric by step, each step logged once."""
-    lines = [line for line in read_metrics(f"runs/{run}/metrics.jsonl") if name in line]
-    found = {line["step"]: line[name] for line in lines}
-    assert len(found) == len(lines)
-    return found
 
 
 def events(run: str) -> list[str]:

@@ -9,8 +9,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from jobs import CODE, OWN, QUICK, REPOSITORY, Job, curve, events, examples, train
-from tiny_runs import furnish
+from jobs import CODE, OWN, QUICK, REPOSITORY, Job, events, examples, train
+from tiny_runs import curve, furnish
 
 from jaxops.core.checkpoint import Checkpoints
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from object_stores import bucket_of, free_port, gs, move_to_new_machine, needs_moto, objects, s3  # noqa: F401
+from tiny_runs import Stopped
 
 from jaxops.cli.main import main
 from jaxops.core import store_paths, stores
@@ -63,19 +63,6 @@ def said(*words: str) -> tuple[int, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         status = main(list(words))
     return status, out.getvalue()
-
-
-class Stopped:
-    """A step that has this process asked to stop when it has run `at` times."""
-
-    def __init__(self, step, at: int):
-        self.step, self.left, self.programs = step, at, step.programs
-
-    def __call__(self, *args):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return self.step(*args)
 
 
 def test_a_run_in_a_store_is_the_run_in_a_folder(folder, s3, monkeypatch, tmp_path):  # noqa: F811

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_runs import Stopped, curve
 
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.mesh import make_mesh
@@ -42,13 +43,6 @@ def assert_same_bits(run: str, reference: str, step: int) -> None:
     assert ours.keys() == theirs.keys() and len(ours) > 40
     differ = [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
     assert not differ
-
-
-def curve(run: str, name: str = "train/loss") -> dict[int, float]:
-    lines = [line for line in read_metrics(f"runs/{run}/metrics.jsonl") if name in line]
-    found = {line["step"]: line[name] for line in lines}
-    assert len(found) == len(lines)  # no step twice, however often the run was resumed
-    return found
 
 
 def meta(run: str, step: int) -> dict:
@@ -97,24 +91,11 @@ def test_on_other_meshes_the_batches_are_the_same_and_the_losses_agree(folder):
     assert [text.split(",")[0] for text in events] == ["on 8 x cpu", "on 1 x cpu"]
 
 
-class Interrupted:
-    """A step that has this process asked to stop when it has run `at` times, as a job's scheduler would."""
-
-    def __init__(self, step, at: int):
-        self.step, self.left, self.programs = step, at, step.programs
-
-    def __call__(self, *args):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return self.step(*args)
-
-
 def interrupted(at: int, *overrides: str) -> FinishedRun:
     task = build_task(load_config("my.yaml", [*QUICK, *overrides]))
     mesh = make_mesh(data=-1)
     with jax.set_mesh(mesh):
-        step = Interrupted(build_training(task, mesh)[0], at)
+        step = Stopped(build_training(task, mesh)[0], at)
     return fit(task, mesh, quiet=True, step=step)
 
 

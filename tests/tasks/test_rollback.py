@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import curve
 
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import RunFailed
@@ -58,12 +59,6 @@ def events(name: str) -> list[tuple[int, str]]:
     return [(line["step"], line["text"]) for line in lines if line.get("event") == "rollback"]
 
 
-def losses(name: str) -> dict[int, float]:
-    lines = [line for line in read_metrics(f"runs/{name}/metrics.jsonl") if "train/loss" in line]
-    assert len({line["step"] for line in lines}) == len(lines)
-    return {line["step"]: line["train/loss"] for line in lines}
-
-
 def test_a_bad_batch_is_left_out_and_the_run_goes_on_from_the_checkpoint(folder):
     bad = only_in(5)
     run = train("back", "nonfinite=rollback", bad=bad)
@@ -76,22 +71,22 @@ def test_a_bad_batch_is_left_out_and_the_run_goes_on_from_the_checkpoint(folder)
         assert meta["cursor"] == 16 * 12 + 16 * len(said)
         assert meta["history"]["rollbacks"][0]["step"] == 5
         assert all(np.isfinite(leaf).all() for _, leaf in named_leaves(checkpoints.load_params(12, "")))
-    assert sorted(losses("back")) == list(range(1, 13)) and np.isfinite(list(losses("back").values())).all()
+    assert sorted(curve("back")) == list(range(1, 13)) and np.isfinite(list(curve("back").values())).all()
 
 
 def test_what_follows_is_the_run_that_never_had_the_batch(folder):
     """The same parameters as a run that stops at step 4 and whose source then skips the fifth batch."""
     train("back", "nonfinite=rollback", "run.steps=6", bad=only_in(5))
     train("clean", "run.steps=6")
-    assert [losses("back")[step] for step in range(1, 5)] == [losses("clean")[step] for step in range(1, 5)]
-    assert losses("back")[5] != losses("clean")[5]
+    assert [curve("back")[step] for step in range(1, 5)] == [curve("clean")[step] for step in range(1, 5)]
+    assert curve("back")[5] != curve("clean")[5]
     task = build_task(
         load_config("my.yaml", [OWN, *QUICK, "run.name=skips", "run.steps=6"]), objective=lambda m: poisoned(m)
     )
     whole = task.source.batch
     task.source.batch = lambda cursor, size: whole(cursor + 16 * (cursor >= 64), size)
     fit(task, quiet=True)
-    assert losses("skips") == losses("back")
+    assert curve("skips") == curve("back")
 
 
 def test_before_the_first_checkpoint_it_goes_back_to_the_beginning(folder):
@@ -122,7 +117,7 @@ def test_a_leap_of_the_loss_sends_the_run_back(folder):
     assert run.state == "finished"
     assert "the loss leapt to" in events("leap")[0][1] and "in steps 11 to 11" in events("leap")[0][1]
     assert "back to step 8" in events("leap")[0][1]
-    assert max(losses("leap").values()) < 100 * min(losses("leap").values())
+    assert max(curve("leap").values()) < 100 * min(curve("leap").values())
 
 
 def test_the_z_score_against_numpy(folder):
