@@ -7,7 +7,6 @@ Orbax is behind orbax_io.py. Held by tests/core/test_checkpoint*.py, which kill 
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import pathlib
@@ -29,6 +28,7 @@ from jaxops.core.checkpoint_folder import CheckpointFolder, Retention, some
 from jaxops.core.checksums import Early
 from jaxops.core.failures import RunFailed, UserError, nearest
 from jaxops.core.manifest import Damaged, Leaf, Manifest
+from jaxops.core.read_arrays import read_arrays
 
 
 class Checkpoints:
@@ -323,19 +323,16 @@ class Checkpoints:
         self, folder: epath.Path, saved: Manifest, wanted: Mapping[plain.Path, jax.ShapeDtypeStruct]
     ) -> dict[plain.Path, Any]:
         """The wanted leaves; sizes of files are checked first, so that a truncated file has a name."""
-        if found := list(manifest.problems(folder, saved, checksums=False)):
-            raise UserError(f"checkpoint {folder} is damaged: {some(found, 3)}")
-        stored = {path: _orbax_target(leaf) for path, leaf in wanted.items() if leaf.size}
-        tree: Any = {}
-        if stored:
-            try:
-                tree = orbax_io.load(folder, plain.nest(stored, key=str))
-            except (jax.errors.JaxRuntimeError, MemoryError):
-                raise
-            except Exception as error:
-                raise UserError(f"checkpoint {folder} cannot be read: {_brief(error)}") from error
-        pick = lambda path: functools.reduce(lambda node, part: node[str(part)], path, tree)
-        return {path: pick(path) if path in stored else _empty(leaf) for path, leaf in wanted.items()}
+        if wrong := list(manifest.problems(folder, saved, checksums=False)):
+            raise UserError(f"checkpoint {folder} is damaged: {some(wrong, 3)}")
+        stored = {".".join(map(str, path)): leaf for path, leaf in wanted.items() if leaf.size}
+        try:
+            found = read_arrays(folder / orbax_io.ITEM, stored)
+        except (jax.errors.JaxRuntimeError, MemoryError):
+            raise
+        except Exception as error:
+            raise UserError(f"checkpoint {folder} cannot be read: {_brief(error)}") from error
+        return {path: found[".".join(map(str, path))] if leaf.size else _empty(leaf) for path, leaf in wanted.items()}
 
 
 def _agreed(decide: Callable[[], int]) -> int:
@@ -363,10 +360,6 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
         sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
     return jax.ShapeDtypeStruct(np.shape(leaf), plain.dtype(leaf), sharding=sharding)
-
-
-def _orbax_target(leaf: jax.ShapeDtypeStruct) -> Any:
-    return np.empty(leaf.shape, leaf.dtype) if leaf.sharding is None else leaf
 
 
 def _empty(leaf: jax.ShapeDtypeStruct) -> Any:

@@ -1,4 +1,4 @@
-"""The one door to orbax: a tree of arrays into a folder, and out of it onto any sharding.
+"""The one door to orbax: a tree of arrays into a folder, in the background. read_arrays.py gets them out again.
 
 This is the only module that imports orbax, and it does so when first used. What it needs of orbax's inside, for want of
 a public way, is here too. Held by tests/core/test_checkpoint.py and test_stores.py.
@@ -18,7 +18,7 @@ from etils import epath
 
 from jaxops.core import plain, stores
 
-_ITEM = "state"
+ITEM = "state"
 """Where orbax's tree lies in a checkpoint; `orbax.checkpoint.v1.load(folder)` reads it without jaxops."""
 _CHUNK, _FILE = 32 << 20, 128 << 20
 """Bytes: the pieces that arrays are cut to, and the files that they are gathered in."""
@@ -27,17 +27,11 @@ _CHUNK, _FILE = 32 << 20, 128 << 20
 def save_async(folder: epath.Path, tree: Any, leaves: Iterable[Any], *, compress: bool) -> Any:
     """Begins to write `tree`, nested dicts of `leaves`; `.result()` of what it returns waits, and raises."""
     with options(folder, leaves, compress=compress):
-        return _orbax().save_async(folder, tree, checkpointable_name=_ITEM)
+        return _orbax().save_async(folder, tree, checkpointable_name=ITEM)
 
 
-def load(folder: epath.Path, tree: Any) -> Any:
-    """The arrays that `tree` asks for: of its shapes, dtypes and shardings, numpy arrays where it has those."""
-    with options(folder):
-        return _orbax().load(folder, tree, checkpointable_name=_ITEM)
-
-
-def options(folder: epath.Path, leaves: Iterable[Any] = (), *, compress: bool = False) -> Any:
-    """Orbax's options, to load, or to save these leaves."""
+def options(folder: epath.Path, leaves: Iterable[Any], *, compress: bool) -> Any:
+    """Orbax's options to save these leaves."""
     ocp, remote = _orbax(), stores.is_url(folder)
     context = ocp.Context()
     context.array.saving.use_compression = compress
@@ -52,7 +46,6 @@ def options(folder: epath.Path, leaves: Iterable[Any] = (), *, compress: bool = 
         context.array.saving.scoped_storage_options_creator = cut
         context.array.saving.ocdbt_target_data_file_size = _FILE if all(_cuts(x, _FILE) for x in leaves) else 0
     context.memory.deepcopy_host_arrays = False
-    context.pytree.loading.partial_load = True
     if remote:  # a rename would be a copy of every object, and the manifest commits anyway
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
         if os.fspath(folder).startswith("s3://"):

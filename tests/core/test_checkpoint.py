@@ -401,7 +401,7 @@ def test_large_arrays_are_cut_to_pieces_where_that_goes_evenly(tmp_path, monkeyp
 
 
 def test_object_stores_are_committed_without_renaming():
-    mode = orbax_io.options(store_paths.path("gs://bucket/run/checkpoints")).atomicity.mode
+    mode = orbax_io.options(store_paths.path("gs://bucket/run/checkpoints"), (), compress=False).atomicity.mode
     assert mode.name == "COMMIT_FILE"
 
 

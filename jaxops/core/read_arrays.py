@@ -1,0 +1,104 @@
+"""Arrays out of a checkpoint onto any sharding, read by tensorstore: each process the pieces that its devices hold.
+
+Orbax can do this too, in about twice the time where memory is what is slow (a CPU): it reads into unaligned memory in
+small pages, which jax then copies. Here a piece is read once, into memory that jax takes over as it is. The layout read
+is orbax's own: Zarr 3 arrays in OCDBT, named by their path with dots. Held by tests/core/test_read_arrays.py.
+"""
+
+import collections
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from jaxops.core import stores
+
+_ALIGNMENT = 64
+"""Bytes: jax copies an array into its own memory if it begins elsewhere."""
+_IN_FLIGHT = 2 << 30
+"""Bytes that are read before the first of them is handed to its device: what the host must have to spare."""
+_READERS = 4
+"""Files that are read at a time: more of them only hold more memory that is touched for the first time."""
+
+
+def read_arrays(folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """The arrays of these names, of these shapes, dtypes and shardings; numpy arrays where there is no sharding.
+
+    `folder` is where orbax wrote the tree; names are paths joined by dots.
+
+    Raises:
+      ValueError: a name is missing or cannot be read, or has another shape or dtype.
+    """
+    import tensorstore as ts
+
+    context = ts.Context({"file_io_concurrency": {"limit": _READERS}})
+    opened = {name: ts.open(_spec(folder, name), context=context, open=True, read=True) for name in wanted}
+    pieces: dict[str, list[Any]] = {name: [] for name in wanted}
+    in_flight: collections.deque[tuple[str, np.ndarray, list[jax.Device], Any]] = collections.deque()
+    held = 0
+
+    def land() -> None:
+        nonlocal held
+        name, memory, devices, read = in_flight.popleft()
+        read.result()
+        held -= memory.nbytes
+        pieces[name] += _placed(memory, devices, wanted[name].sharding)
+
+    for name, like in wanted.items():
+        store = opened[name].result()
+        if store.shape != like.shape or store.dtype.numpy_dtype != like.dtype:
+            raise ValueError(
+                f"{name} is {store.dtype.name}{list(store.shape)}, not {np.dtype(like.dtype).name}{list(like.shape)}"
+            )
+        for index, devices in _needed(like):
+            source = store[index][ts.d[:].translate_to[0]] if like.shape else store
+            memory = _aligned(source.shape, like.dtype)
+            held += memory.nbytes
+            in_flight.append((name, memory, devices, ts.array(memory).write(source)))
+            while held > _IN_FLIGHT and len(in_flight) > 1:
+                land()
+    while in_flight:
+        land()
+    join = jax.make_array_from_single_device_arrays
+    return {
+        name: pieces[name][0] if like.sharding is None else join(like.shape, like.sharding, pieces[name])
+        for name, like in wanted.items()
+    }
+
+
+def _needed(like: jax.ShapeDtypeStruct) -> Iterable[tuple[tuple[slice, ...], list[jax.Device]]]:
+    """The parts of an array that this process reads, and the devices that hold each; all of it, and none, for numpy."""
+    if like.sharding is None:
+        return [((slice(None),) * len(like.shape), [])]
+    holders: dict[tuple[tuple[int, ...], ...], list[jax.Device]] = collections.defaultdict(list)
+    for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
+        ends = tuple(part.indices(size)[:2] for part, size in zip(index or (), like.shape, strict=True))
+        holders[ends].append(device)
+    return [(tuple(slice(*part) for part in ends), devices) for ends, devices in holders.items()]
+
+
+def _placed(memory: np.ndarray, devices: list[jax.Device], sharding: Sharding | None) -> list[Any]:
+    """On each device, or as it is; a CPU device takes the memory over, and copies when it is first to overwrite it."""
+    if sharding is None:
+        return [memory]
+    at = [SingleDeviceSharding(device, memory_kind=sharding.memory_kind) for device in devices]
+    return [jax.device_put(memory, one, may_alias=True) for one in at]
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory for an array, not written to yet."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _spec(folder: epath.Path, name: str) -> dict[str, Any]:
+    place = os.fspath(folder)
+    base = stores.kvstore_spec(stores.parse(place)) if stores.is_url(place) else {"driver": "file", "path": place}
+    base = {**base, "path": f"{base['path'].rstrip('/')}/"}
+    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
