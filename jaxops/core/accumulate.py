@@ -112,6 +112,11 @@ def microbatches(batch: Batch, count: int, block: int) -> Batch:
     return jax.tree.map(cut, batch)
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """What sums of this floating dtype are kept in: float32, or float64 where it is that."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def build_gradients(
     objective: Objective,
     mesh: Mesh,
@@ -124,7 +129,7 @@ def build_gradients(
     """A function (params, frozen, rows, batch, key) -> (sums, d/d params, d/d rows), all of the whole global batch.
 
     `objective` takes (joined parameters, batch, key); looked-up rows reach it as `batch["rows"]`. Gradients are in
-    the dtype of what they belong to, accumulated in float32.
+    the dtype of what they belong to, accumulated in `wide_dtype` of it.
     """
     weights = weights or {}
     axes = batch_axes(mesh)
@@ -162,10 +167,10 @@ def build_gradients(
             def add(carry: Any, part: Batch) -> tuple[Any, None]:
                 sums, grads = carry
                 (_, more), step = differentiate(params, rows, part, counts)
-                grads = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, step)
+                grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, step)
                 return (merge(sums, more), grads), None
 
-            wide = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (params, rows))
+            wide = jax.tree.map(lambda x: jnp.zeros_like(x, wide_dtype(x.dtype)), (params, rows))
             (sums, grads), _ = jax.lax.scan(add, (zeros_like_sums(shapes), wide), micro)
             grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, (params, rows))
             return sums, *grads

@@ -24,11 +24,20 @@ from jaxops.core.sums import LOSS, Max, Sum, Sums, merge
 
 
 class Tables(Protocol):
-    """What the core knows of embedding tables: rows come out before differentiation, row gradients go in after it."""
+    """What the core knows of embedding tables: rows come out before differentiation, row gradients go in after it.
+
+    A batch for tables carries "plan", which is the tables' own and is not cut into microbatches.
+    """
 
     def init(self, key: Array) -> PyTree: ...
 
-    def lookup(self, tables: PyTree, batch: Batch) -> PyTree: ...
+    def lookup(self, tables: PyTree, batch: Batch) -> PyTree:
+        """The rows that the whole batch reads, each once; what is differentiated."""
+        ...
+
+    def expand(self, rows: PyTree, batch: Batch) -> PyTree:
+        """What an objective sees as `batch["rows"]`, of a microbatch."""
+        ...
 
     def apply(self, tables: PyTree, batch: Batch, row_grads: PyTree, keep: Bool[Array, ""]) -> PyTree:
         """Writes the touched rows; where `keep` is false (a skipped step) every row update is masked."""
@@ -207,6 +216,8 @@ def build_step(
     )
 
     def joined(both: tuple[Params, Params], batch: Batch, key: Array | None) -> Sums:
+        if tables:
+            batch = {**batch, "rows": cast(tables.expand(batch["rows"], batch), compute_dtype)}
         with logical_axes(logical or {}):
             return objective(cast(join(*both), compute_dtype), batch, key)
 
@@ -218,7 +229,8 @@ def build_step(
         batch = jax.tree.map(lambda x: jax.sharding.reshard(x, P(batch_axes(mesh))), batch)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         rows = tables.lookup(state.tables, batch) if tables else None
-        sums, grads, row_grads = gradients(state.params, state.frozen, rows, batch, key)
+        examples = {name: x for name, x in batch.items() if name != "plan"}
+        sums, grads, row_grads = gradients(state.params, state.frozen, rows, examples, key)
         norm = global_norm(grads)
         if clip is not None:
             scale = clip / jnp.maximum(norm, clip)

@@ -313,6 +313,9 @@ class DenseTable:
         take = jax.sharding.auto_axes(lambda w, unique: w[unique], out_sharding=P())
         return {"w": take(tables["w"], batch["unique"])}
 
+    def expand(self, rows, batch):
+        return rows
+
     def apply(self, tables, batch, row_grads, keep):
         def write(w, unique, grads, keep):
             return w.at[unique].add(jnp.where(keep, -self.lr * grads, 0))

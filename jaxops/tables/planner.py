@@ -1,0 +1,81 @@
+"""Plans on the host, in the input workers: which rows each batch shard reads, once each, and where an id finds its own.
+
+Numpy alone. A host plans for the shards of the batch that it builds and knows nothing of the others. Held by
+tests/tables/test_planner.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxops.core.failures import UserError, nearest
+from jaxops.tables.spec import TableSpec
+
+PLAN, SLOTS = "plan", "slots"
+"""Entries of a planned batch. `plan[table]`: "stored" int32 [shards, ids], the rows that a shard reads, sorted, -1 in
+the rest; "passes" int32 [shards]. `slots[feature]`: int32, shaped as the feature, where an id is among those rows."""
+
+
+class Planner:
+    """Plans batches for a mesh with `shards` batch shards, each the owner of as many rows of every `row` table."""
+
+    def __init__(self, specs: Mapping[str, TableSpec], shards: int, capacities: Mapping[str, int]):
+        self._specs, self._shards, self._capacities = specs, shards, capacities
+
+    def __call__(self, batch: Mapping[str, np.ndarray], shards: int | None = None) -> dict[str, Any]:
+        """The batch with its plan; its rows are those of `shards` whole batch shards (default: all of them).
+
+        Raises:
+          UserError: a table's feature is not in the batch, or does not divide over the shards.
+        """
+        shards = self._shards if shards is None else shards
+        plan, slots = {}, {}
+        for name, spec in self._specs.items():
+            found = [self._feature(batch, name, feature, shards) for feature in spec.features]
+            rows, places = distinct(spec.stored(np.concatenate(found, axis=1)))
+            ends = np.cumsum([one.shape[1] for one in found])[:-1]
+            for feature, place in zip(spec.features, np.split(places, ends, axis=1), strict=True):
+                slots[feature] = place.reshape(batch[feature].shape)
+            passes = np.ones(shards, np.int32)
+            if spec.placed == "row":
+                size = spec.stored_rows // self._shards
+                passes = np.array([passes_needed(one, size, self._shards, self._capacities[name]) for one in rows])
+            plan[name] = {"stored": rows, "passes": passes.astype(np.int32)}
+        return {**batch, PLAN: plan, SLOTS: slots}
+
+    def _feature(self, batch: Mapping[str, np.ndarray], table: str, feature: str, shards: int) -> np.ndarray:
+        if feature not in batch:
+            raise UserError(f"tables.{table}.features: {feature!r} is not in the batch{nearest(feature, list(batch))}")
+        ids = batch[feature]
+        if len(ids) % shards:
+            raise UserError(f"tables.{table}: {len(ids)} examples do not divide over {shards} batch shards")
+        return ids.reshape(shards, -1)
+
+
+def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[shards, n] rows to the distinct ones of each shard, sorted and padded with -1, and each one's place there."""
+    stored = np.full(rows.shape, -1, np.int32)
+    places = np.empty(rows.shape, np.int32)
+    for shard, asked in enumerate(rows):
+        found, place = np.unique(asked, return_inverse=True)
+        missing = int(len(found) > 0 and found[0] < 0)
+        stored[shard, : len(found) - missing] = found[missing:]
+        places[shard] = place.reshape(-1) - missing
+    return stored, places
+
+
+def largest_share(stored: np.ndarray, size: int, owners: int) -> int:
+    """The most rows that one shard asks of one owner; an owner holds `size` rows."""
+    return max((int(np.bincount(one[one >= 0] // size, minlength=owners).max()) for one in stored), default=0)
+
+
+def passes_needed(stored: np.ndarray, size: int, owners: int, capacity: int) -> int:
+    """Exchanges after which nothing is left: the least power of two P so that no owner is asked for more than
+    `capacity` rows of one residue modulo P. The same row falls to the same pass on every shard.
+    """
+    rows = stored[stored >= 0].astype(np.int64)
+    passes = 1
+    while np.bincount(rows // size * passes + rows % passes, minlength=1).max(initial=0) > capacity:
+        passes *= 2
+    return passes

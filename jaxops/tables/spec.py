@@ -1,0 +1,97 @@
+"""What a table is, and where its rows lie: a placement that no mesh has a part in, so that any mesh restores it."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from jaxops.core.failures import UserError
+from jaxops.tables.optimizers import Optimizer, RowwiseAdagrad
+
+GROUPS = 1024
+"""Virtual shards: row i lies in group i % GROUPS, and a device holds whole groups. So neighbours in a list of ids,
+which are often alike in popularity, lie apart, on every number of devices that divides this."""
+REPLICATED_ROWS = 20_000
+"""Up to so many rows a table is cheaper to hold everywhere and to update whole (facts: others put this at 21,000)."""
+
+Placement = Literal["auto", "replicated", "row"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableSpec:
+    """An embedding table: `rows` ids 0..rows-1, `dim` wide, read by the batch entries that `features` names.
+
+    Attributes:
+      features: entries of the batch with ids, int32 of any shape [batch, ...]; -1 means none, and reads zeros. An id
+        outside of the table reads row `unknown`.
+      scale: standard deviation of the normal that rows begin with; 0 begins with zeros.
+      placement: `row` divides the rows over the batch axes, `replicated` holds all of them on every device.
+      capacity: rows that a device asks of another in one exchange; None: from a first batch, with room to spare.
+    """
+
+    rows: int
+    dim: int
+    features: tuple[str, ...]
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    scale: float = 0.01
+    optimizer: Optimizer = RowwiseAdagrad()
+    placement: Placement = "auto"
+    capacity: int | None = None
+    unknown: int = 0
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong with it (field, message)."""
+        found = [(name, "expected a positive number") for name in ("rows", "dim") if getattr(self, name) < 1]
+        if not self.features:
+            found.append(("features", "expected the batch entries that hold its ids"))
+        if self.scale < 0:
+            found.append(("scale", "expected zero or more"))
+        if self.capacity is not None and self.capacity < 1:
+            found.append(("capacity", "expected a positive number, or null"))
+        if not 0 <= self.unknown < max(self.rows, 1):
+            found.append(("unknown", f"expected a row of the table, 0 to {self.rows - 1}"))
+        return found + [(f"optimizer.{name}", what) for name, what in self.optimizer.problems()]
+
+    @property
+    def placed(self) -> Literal["replicated", "row"]:
+        """Where the rows lie, `auto` decided."""
+        if self.placement != "auto":
+            return self.placement
+        return "replicated" if self.rows <= REPLICATED_ROWS else "row"
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of the arrays: all groups are of one size."""
+        return self.rows if self.placed == "replicated" else -(-self.rows // GROUPS) * GROUPS
+
+    def stored(self, ids: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+        """The row of the arrays that holds each id; int64, -1 for -1, `unknown`'s for what is not in the table."""
+        ids = ids.astype(np.int64)
+        known = np.where((ids >= self.rows) | (ids < -1), self.unknown, ids)
+        if self.placed == "replicated":
+            return known
+        return np.where(known < 0, -1, known % GROUPS * (self.stored_rows // GROUPS) + known // GROUPS)
+
+    def bytes(self) -> int:
+        """Rows and slots together, in bytes, on all devices of a `row` placement or on each of a `replicated` one."""
+        numbers = sum(int(np.prod(shape)) for shape, _ in self.optimizer.slots(self.dim).values())
+        wide = max(4, jnp.dtype(self.dtype).itemsize)
+        return self.stored_rows * (self.dim * jnp.dtype(self.dtype).itemsize + numbers * wide)
+
+
+def check_specs(specs: dict[str, TableSpec]) -> None:
+    """All that is wrong with them, at once.
+
+    Raises:
+      UserError: a value is out of range, or a feature belongs to two tables.
+    """
+    wrong = [f"tables.{name}.{field}: {what}" for name, spec in specs.items() for field, what in spec.problems()]
+    owner: dict[str, str] = {}
+    for name, spec in specs.items():
+        for feature in spec.features:
+            if owner.setdefault(feature, name) != name:
+                wrong.append(f"tables.{name}.features: {feature!r} is read from {owner[feature]!r} already")
+    if wrong:
+        raise UserError("\n".join(wrong))

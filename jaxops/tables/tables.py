@@ -1,0 +1,175 @@
+"""Embedding tables that never see a dense gradient: the step reads rows, differentiates by them, and writes them back.
+
+`EmbeddingTables` is what `build_step(tables=...)` takes; batches come from a loader through its `plan`.
+Held by tests/tables/: one device, replicated and divided tables agree with a dense reference.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool
+
+from jaxops.core.accumulate import wide_dtype
+from jaxops.core.failures import UserError
+from jaxops.core.mesh import batch_axes, batch_shards
+from jaxops.tables import exchange
+from jaxops.tables.optimizers import clip_rows
+from jaxops.tables.planner import PLAN, SLOTS, Planner, largest_share
+from jaxops.tables.spec import GROUPS, TableSpec, check_specs
+
+Batch = Mapping[str, Any]
+State = dict[str, dict[str, Array]]
+
+
+class EmbeddingTables:
+    """The tables of a model on a mesh.
+
+    State: by table, "rows" [stored rows, dim] and the optimizer's slots, sharded over the batch axes by row, or
+    replicated, and "count", how many steps wrote to it.
+    """
+
+    def __init__(self, specs: Mapping[str, TableSpec], mesh: Mesh, first: Batch):
+        """`first` is a whole batch, the same on every process: capacities that are not given are made to fit it.
+
+        Raises:
+          UserError: `check_specs`; the batch shards of the mesh do not divide a `row` table; `first` lacks a feature.
+        """
+        check_specs(dict(specs))
+        self.specs, self.mesh = dict(specs), mesh
+        self.axes, self.shards = batch_axes(mesh), batch_shards(mesh)
+        divided = [name for name, spec in specs.items() if spec.placed == "row"]
+        if divided and GROUPS % self.shards:
+            raise UserError(
+                f"tables.{divided[0]}: {self.shards} batch shards of the mesh do not divide {GROUPS};"
+                " take a number that does, or placement: replicated"
+            )
+        whole = Planner(specs, self.shards, dict.fromkeys(specs, 2**31))(first)
+        self.capacities = {
+            name: self.specs[name].capacity or self._capacity(name, whole[PLAN][name]["stored"]) for name in divided
+        }
+        self.plan: Callable[..., dict[str, Any]] = Planner(self.specs, self.shards, self.capacities)
+
+    def _capacity(self, name: str, stored: np.ndarray) -> int:
+        """A quarter more than the first batch needs, in eights; never more than all ids of a shard."""
+        most = largest_share(stored, self.specs[name].stored_rows // self.shards, self.shards)
+        return int(min(-(-most * 5 // 4 // 8) * 8 + 8, max(stored.shape[1], 1)))
+
+    def sharding(self, name: str) -> NamedSharding:
+        """Of the rows and slots of a table."""
+        return NamedSharding(self.mesh, P(self.axes) if self.specs[name].placed == "row" and self.axes else P())
+
+    def init(self, key: Array) -> State:
+        """Fresh rows and slots, made where they lie; the same on every mesh."""
+        state: State = {}
+        for at, (name, spec) in enumerate(sorted(self.specs.items())):
+            like = {slot: self.sharding(name) for slot in ("rows", *spec.optimizer.slots(spec.dim))}
+            like["count"] = NamedSharding(self.mesh, P())
+
+            def make(key: Array, spec: TableSpec = spec) -> dict[str, Array]:
+                size, kind = spec.stored_rows, jnp.dtype(spec.dtype)
+                wide = wide_dtype(kind)
+                rows = jax.random.normal(key, (size, spec.dim), wide) * jnp.asarray(spec.scale, wide)
+                slots = {
+                    slot: jnp.full((size, *shape), value, wide)
+                    for slot, (shape, value) in spec.optimizer.slots(spec.dim).items()
+                }
+                return {"rows": rows.astype(kind), **slots, "count": jnp.zeros((), jnp.int32)}
+
+            specs = jax.tree.map(lambda s: s.spec, like)
+            made = jax.sharding.auto_axes(make, out_sharding=specs)
+            state[name] = jax.jit(made, out_shardings=like)(jax.random.fold_in(key, at))
+        return state
+
+    def lookup(self, tables: State, batch: Batch) -> dict[str, Array]:
+        """By table, the distinct rows that each batch shard reads, float32 or wider, [shards * ids, dim]."""
+        return {name: self._lookup(name, tables[name]["rows"], batch[PLAN][name]) for name in self.specs}
+
+    def _lookup(self, name: str, rows: Array, plan: Mapping[str, Array]) -> Array:
+        spec = self.specs[name]
+
+        def local(rows: Array, stored: Array, passes: Array) -> Array:
+            if spec.placed == "replicated":
+                found = rows.at[exchange.beyond(stored[0], rows.shape[0])].get(mode="fill", fill_value=0)
+            else:
+                most = jax.lax.pmax(passes[0], self.axes) if self.axes else passes[0]
+                found = exchange.gather(rows, stored[0], most, self.axes, self.capacities[name])
+            return found.astype(wide_dtype(found.dtype))
+
+        shards = P(self.axes)
+        return self._map(local, (self.sharding(name).spec, shards, shards), shards)(
+            rows, plan["stored"], plan["passes"]
+        )
+
+    def expand(self, rows: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
+        """By feature, the row of each id, [batch, ..., dim]; zeros for no id. Nothing crosses a device."""
+
+        def local(rows: Array, slots: Array) -> Array:
+            place = jnp.where(slots < 0, rows.shape[0], slots)
+            return rows.at[place].get(mode="fill", fill_value=0)
+
+        shards = P(self.axes)
+        take = self._map(local, (shards, shards), shards)
+        return {
+            feature: take(rows[name], batch[SLOTS][feature])
+            for name, spec in self.specs.items()
+            for feature in spec.features
+        }
+
+    def apply(self, tables: State, batch: Batch, row_grads: Mapping[str, Array], keep: Bool[Array, ""]) -> State:
+        """Writes the touched rows; none where `keep` is false."""
+        return {name: self._apply(name, tables[name], batch[PLAN][name], row_grads[name], keep) for name in self.specs}
+
+    def _apply(
+        self, name: str, table: dict[str, Array], plan: Mapping[str, Array], grads: Array, keep: Array
+    ) -> dict[str, Array]:
+        spec, rule = self.specs[name], self.specs[name].optimizer
+        count = table["count"] + keep.astype(jnp.int32)
+        arrays = {slot: x for slot, x in table.items() if slot != "count"}
+
+        def local(
+            arrays: dict[str, Array], count: Array, stored: Array, passes: Array, grads: Array, keep: Array
+        ) -> Any:
+            def update(arrays: dict[str, Array], rows: Array, grads: Array) -> dict[str, Array]:
+                read = {slot: x.at[rows].get(mode="fill", fill_value=0) for slot, x in arrays.items()}
+                old = read.pop("rows")
+                new, slots = rule.update(old.astype(grads.dtype), read, clip_rows(grads, rule.clip), count)
+                put = {"rows": new.astype(old.dtype), **slots}
+                return {slot: x.at[rows].set(put[slot], mode="drop", unique_indices=True) for slot, x in arrays.items()}
+
+            size = arrays["rows"].shape[0]
+            if spec.placed == "replicated":
+                return self._whole(arrays, size, stored[0], grads, keep, update)
+            most = jax.lax.pmax(passes[0], self.axes) if self.axes else passes[0]
+            return exchange.scatter(
+                arrays, size, stored[0], most, grads, keep, update, self.axes, self.capacities[name]
+            )
+
+        shards, lies = P(self.axes), self.sharding(name).spec
+        where = dict.fromkeys(arrays, lies)
+        written = self._map(local, (where, P(), shards, shards, shards, P()), where)(
+            arrays, count, plan["stored"], plan["passes"], grads, keep
+        )
+        return {**written, "count": count}
+
+    def _whole(self, arrays: Any, size: int, stored: Array, grads: Array, keep: Array, update: Any) -> Any:
+        """A small table, which every device holds: gradients are summed as large as it is."""
+        rows = exchange.beyond(stored, size)
+        total = jnp.zeros((size, grads.shape[1]), grads.dtype).at[rows].set(grads, mode="drop", unique_indices=True)
+        touched = jnp.zeros(size, jnp.int32).at[rows].set(1, mode="drop", unique_indices=True)
+        if self.axes:
+            total, touched = jax.lax.psum((total, touched), self.axes)
+        at = jnp.where((touched > 0) & keep, jnp.arange(size, dtype=jnp.int32), -1)
+        return update(arrays, exchange.beyond(at, size), total)
+
+    def _map(self, local: Callable[..., Any], ins: Any, out: Any) -> Callable[..., Any]:
+        """`local` on each device. What it does varies over the batch axes only by what it is given."""
+        return jax.shard_map(local, in_specs=ins, out_specs=out, check_vma=False)
+
+    def bytes_per_device(self) -> dict[str, int]:
+        """Of rows and slots, by table."""
+        return {name: spec.bytes() // (self.shards if spec.placed == "row" else 1) for name, spec in self.specs.items()}
