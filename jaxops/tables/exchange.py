@@ -20,12 +20,15 @@ def gather(
     table: Float[Array, "size dim"], stored: Int[Array, " ids"], passes: Int[Array, ""], axes: Axes, capacity: int
 ) -> Float[Array, "ids dim"]:
     """The rows that this shard reads, zeros where `stored` is -1."""
-    owners = _count(axes)
+    owners, size = _count(axes), table.shape[0]
 
     def one(at: Array, found: Array) -> Array:
-        asked, place, mine = _requests(stored, at, passes, table.shape[0], owners, capacity)
-        wanted = _swap(asked, axes)
-        rows = _swap(table.at[beyond(wanted, table.shape[0])].get(mode="fill", fill_value=0), axes)
+        order, start, mine = _sorted_out(stored, at, passes, size, owners)
+        asked = _asked(stored, order, start, size, capacity)
+        rows = _swap(table.at[beyond(_swap(asked, axes), size)].get(mode="fill", fill_value=0), axes)
+        rank = jax.lax.cond(passes == 1, lambda: order, lambda: jnp.argsort(order).astype(jnp.int32))
+        owner = jnp.clip(stored // size, 0, owners - 1)
+        place = jnp.where(mine, owner * capacity + rank - start[owner], owners * capacity)
         return jnp.where(mine[:, None], rows.at[place].get(mode="fill", fill_value=0), found)
 
     empty = jnp.zeros((stored.shape[0], table.shape[1]), table.dtype)
@@ -50,9 +53,9 @@ def scatter(
     owners = _count(axes)
 
     def one(at: Array, state: Any) -> Any:
-        asked, place, _ = _requests(stored, at, passes, size, owners, capacity)
-        sent = jnp.zeros((owners * capacity, grads.shape[1]), grads.dtype)
-        sent = sent.at[place].set(grads, mode="drop", unique_indices=True)
+        order, start, _ = _sorted_out(stored, at, passes, size, owners)
+        asked = _asked(stored, order, start, size, capacity)
+        sent = grads[_places(order, start, capacity)[0]]  # of padding: something, that nobody will use
         rows, got = _swap(asked, axes), _swap(sent, axes)
         if owners > 1:
             rows, got = _summed(rows, got)
@@ -61,21 +64,29 @@ def scatter(
     return _repeat(passes, one, state)
 
 
-def _requests(
-    stored: Array, at: Array, passes: Array, size: int, owners: int, capacity: int
-) -> tuple[Array, Array, Array]:
-    """What to ask of each owner in pass `at` [owners * capacity], rows counted from its first, -1 for nothing; where
-    each of `stored` is among them (beyond the end: nowhere); and which of `stored` this pass is about.
-    """
+def _sorted_out(
+    stored: Int[Array, " ids"], at: Array, passes: Array, size: int, owners: int
+) -> tuple[Int[Array, " ids"], Int[Array, " owners+1"], Bool[Array, " ids"]]:
+    """Of pass `at`: where in `stored` its rows are, by row; where in that list each owner's begin; which they are."""
     mine = (stored >= 0) & (stored % passes == at)
-    owner = jnp.where(stored < 0, owners - 1, stored // size)
-    count = jnp.cumsum(mine.astype(jnp.int32))
-    before = jnp.zeros(owners, jnp.int32).at[owner].max(count, mode="drop", indices_are_sorted=True)
-    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jax.lax.cummax(before)[:-1]])
-    place = jnp.where(mine, owner * capacity + count - 1 - before[owner], owners * capacity)
-    place = jnp.where(mine, place, owners * capacity + jnp.arange(stored.shape[0], dtype=jnp.int32))
-    asked = jnp.full(owners * capacity, -1, jnp.int32)
-    return asked.at[place].set(stored % size, mode="drop", unique_indices=True), place, mine
+    key = jnp.where(mine, stored, jnp.iinfo(jnp.int32).max)
+    as_it_is = jnp.arange(stored.shape[0], dtype=jnp.int32)  # a plan is sorted
+    order = jax.lax.cond(passes == 1, lambda: as_it_is, lambda: jnp.argsort(key).astype(jnp.int32))
+    ends = jnp.arange(owners + 1, dtype=jnp.int32) * size
+    return order, jnp.searchsorted(key[order], ends).astype(jnp.int32), mine
+
+
+def _places(order: Array, start: Array, capacity: int) -> tuple[Array, Array]:
+    """For each of [owners * capacity] requests, where in `stored` its row is, and whether there is one."""
+    place = start[:-1, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
+    there = place < start[1:, None]
+    return order[jnp.minimum(place, order.shape[0] - 1).reshape(-1)], there.reshape(-1)
+
+
+def _asked(stored: Array, order: Array, start: Array, size: int, capacity: int) -> Int[Array, " requests"]:
+    """What to ask of each owner, in rows counted from its first; -1 for nothing."""
+    place, there = _places(order, start, capacity)
+    return jnp.where(there, stored[place] % size, -1)
 
 
 def _summed(rows: Int[Array, " n"], grads: Float[Array, "n dim"]) -> tuple[Array, Array]:

@@ -1,0 +1,205 @@
+"""A training step of an embedding table that never sees a dense gradient, against the dense table under optax.
+
+The model sums bags of looked-up rows, multiplies them by a weight and squares the error: nearly all of the time is the
+table's. Both sides run element-wise Adagrad and take turns on the same Zipf ids; so does torch's EmbeddingBag with
+sparse gradients and Adagrad, in a process of its own, where `.peers/recbole` has a torch (`make peers`). `ratio` is a
+dense step's time over ours, the median of the ratios within a turn, at 1M x 64 and 8,192 ids. Our plan is made on the
+host, in the input workers, and is told apart; the comparison with torch counts it, because torch sorts in its step.
+
+    python benchmarks/sparse_tables.py [--steps 13] [--quick]
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxops
+from jaxops.core.mesh import make_mesh
+from jaxops.core.step import build_step, init_state
+from jaxops.core.sums import Sum
+from jaxops.tables.optimizers import Adagrad, Optimizer, RowwiseAdagrad
+from jaxops.tables.spec import TableSpec
+from jaxops.tables.tables import EmbeddingTables
+
+LENGTH, ZIPF = 8, 1.2
+TORCH = Path(".peers/recbole/bin/python")
+RULES: list[Any] = [(".*", ())]
+
+
+def batches(rows: int, ids: int, count: int) -> list[dict[str, np.ndarray]]:
+    """Ids of Zipf's law with this exponent, scattered over the table."""
+    rng = np.random.default_rng(0)
+    shuffled = rng.permutation(rows)
+    weight = np.cumsum(1 / np.arange(1, rows + 1) ** ZIPF)
+    size = ids // LENGTH
+    made = []
+    for _ in range(count):
+        drawn = np.searchsorted(weight, rng.random((size, LENGTH)) * weight[-1])
+        made.append(
+            {
+                "ids": shuffled[np.minimum(drawn, rows - 1)].astype(np.int32),
+                "y": rng.standard_normal(size).astype(np.float32),
+                "weight": np.ones(size, np.float32),
+                "id": np.arange(size, dtype=np.int32),
+            }
+        )
+    return made
+
+
+def loss(bags: jax.Array, w: jax.Array, batch: Any) -> dict[str, Sum]:
+    return {"loss/e": Sum.of((jnp.tanh(bags.sum(1) @ w) - batch["y"]) ** 2, batch["weight"])}
+
+
+class Side:
+    """A step that is called on batches; `seconds` of each, and the temporaries of its program."""
+
+    def __init__(self, rows: int, dim: int, optimizer: Optimizer | None, first: dict[str, np.ndarray]):
+        mesh = make_mesh(devices=jax.devices()[:1])
+        tables = None
+        if optimizer is not None:
+            spec = TableSpec(rows=rows, dim=dim, features=("ids",), optimizer=optimizer, placement="row")
+            tables = EmbeddingTables({"table": spec}, mesh, first)
+
+        def init(key: jax.Array) -> dict[str, jax.Array]:
+            params = {"w": jax.random.normal(key, (dim,)) * 0.1}
+            return params if tables else params | {"table": jax.random.normal(key, (rows, dim)) * 0.01}
+
+        def objective(params: Any, batch: Any, key: Any) -> dict[str, Sum]:
+            found = batch["rows"]["ids"] if tables else params["table"][batch["ids"]]
+            return loss(found, params["w"], batch)
+
+        tx = optax.sgd(0.05) if tables else optax.adagrad(0.05)
+        self.mesh, self.tables = mesh, tables
+        self.plan: Callable[[Any], Any] = tables.plan if tables else lambda batch: batch
+        with jax.set_mesh(mesh):
+            self.state = init_state(init, jax.random.key(0), tx, mesh, RULES, tables=tables)
+            self.step = build_step(objective, tx, mesh, tables=tables, rules=RULES)
+            program = self.step.programs(self.state, self.plan(first))[0]
+            self.temporaries = program.fn.lower(*program.args).compile().memory_analysis().temp_size_in_bytes
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> tuple[float, float]:
+        """Seconds to plan, and to step."""
+        began = time.perf_counter()
+        planned = self.plan(batch)
+        between = time.perf_counter()
+        with jax.set_mesh(self.mesh):
+            self.state, sums = jax.block_until_ready(self.step(self.state, planned))
+        if float(sums["nonfinite"].total):
+            raise SystemExit("error: a step was not finite")
+        return between - began, time.perf_counter() - between
+
+
+class Torch:
+    """The peer's process; a step for each batch."""
+
+    def __init__(self, rows: int, dim: int, ids: int, folder: Path):
+        words = {"rows": rows, "dim": dim, "batch": ids // LENGTH, "length": LENGTH, "threads": os.cpu_count()}
+        command = [str(TORCH), "benchmarks/peers/torch_embedding.py"]
+        command += [word for name, value in words.items() for word in (f"--{name}", str(value))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.folder = folder
+        self.version = self._read()
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> float:
+        path = self.folder / "batch.npz"
+        np.savez(path, ids=batch["ids"], y=batch["y"])
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{path}\n")
+        self.process.stdin.flush()
+        return float(self._read())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(rows: int, dim: int, ids: int, steps: int, dense: bool, folder: Path) -> dict[str, Any]:
+    made = batches(rows, ids, steps + 3)
+    sides: dict[str, Callable[[Any], Any]] = {}
+    adagrad, rowwise = Side(rows, dim, Adagrad(), made[0]), Side(rows, dim, RowwiseAdagrad(), made[0])
+    sides |= {"adagrad": adagrad, "rowwise_adagrad": rowwise}
+    if dense:
+        sides["dense"] = Side(rows, dim, None, made[0])
+    torch = Torch(rows, dim, ids, folder) if TORCH.exists() else None
+    if torch:
+        sides["torch"] = torch
+    times: dict[str, list[float]] = {}
+    for at, batch in enumerate(made):
+        for name, side in sides.items():
+            took = side(batch)
+            plan, step = took if isinstance(took, tuple) else (0.0, took)
+            if at >= 3:
+                times.setdefault(name, []).append(step)
+                times.setdefault(f"{name}+plan", []).append(step + plan)
+    if torch:
+        torch.close()
+
+    def ratio(one: str, other: str) -> list[float]:
+        found = sorted(b / a for a, b in zip(times[one], times[other], strict=True))
+        return [round(x, 2) for x in (statistics.median(found), found[0], found[-1])]
+
+    out: dict[str, Any] = {
+        "rows": rows,
+        "dim": dim,
+        "ids": ids,
+        "distinct": len(np.unique(made[0]["ids"])),
+        "ms": {name: round(1e3 * statistics.median(x), 2) for name, x in times.items()},
+        "temporaries_of_table": {
+            name: round(side.temporaries / (rows * dim * 4), 4)
+            for name, side in sides.items()
+            if isinstance(side, Side)
+        },
+    }
+    if dense:
+        out["dense_over_ours"] = {name: ratio(name, "dense") for name in ("adagrad", "adagrad+plan", "rowwise_adagrad")}
+    if torch:
+        out["torch"] = torch.version
+        out["torch_over_ours"] = ratio("adagrad+plan", "torch")
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=13)
+    parser.add_argument("--quick", action="store_true", help="the first size alone")
+    args = parser.parse_args()
+    found = []
+    sizes = [(10**6, 64, 8192, True), (10**6, 64, 65536, True), (10**7, 64, 8192, False)]
+    with tempfile.TemporaryDirectory() as folder:
+        for rows, dim, ids, dense in sizes[:1] if args.quick else sizes:
+            found.append(measure(rows, dim, ids, args.steps, dense, Path(folder)))
+            print(json.dumps(found[-1]), flush=True)
+    print(
+        json.dumps(
+            {
+                "name": "sparse_tables",
+                "ratio": found[0]["dense_over_ours"]["adagrad"][0],
+                "sizes": found,
+                "steps": args.steps,
+                "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+                "versions": {"jax": jax.__version__, "jaxops": jaxops.__version__, "optax": optax.__version__},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
