@@ -39,6 +39,10 @@ class Tables(Protocol):
         """What an objective sees as `batch["rows"]`, of a microbatch."""
         ...
 
+    def metrics(self, batch: Batch) -> Sums:
+        """What a step says of its own exchanges: whether capacities were enough."""
+        ...
+
     def apply(self, tables: PyTree, batch: Batch, row_grads: PyTree, keep: Bool[Array, ""]) -> PyTree:
         """Writes the touched rows; where `keep` is false (a skipped step) every row update is masked."""
         ...
@@ -265,6 +269,8 @@ def build_step(
         bad = jnp.where(finite, 0.0, 1.0).astype(jnp.float32)
         one = jnp.ones((), jnp.float32)
         sums["nonfinite"] = Sum(bad, one)
+        if tables:
+            sums |= tables.metrics(batch)
         sums["nonfinite_first"] = Max(jnp.where(finite, -jnp.inf, -state.step.astype(jnp.float32)))
         return new, sums
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool
 from jaxops.core.accumulate import wide_dtype
 from jaxops.core.failures import UserError
 from jaxops.core.mesh import batch_axes, batch_shards
+from jaxops.core.sums import Max, Sums
 from jaxops.tables import exchange
 from jaxops.tables.optimizers import clip_rows
 from jaxops.tables.planner import PLAN, SLOTS, Planner, largest_share
@@ -118,6 +119,13 @@ class EmbeddingTables:
             feature: take(rows[name], batch[SLOTS][feature])
             for name, spec in self.specs.items()
             for feature in spec.features
+        }
+
+    def metrics(self, batch: Batch) -> Sums:
+        """`tables/NAME/passes` of every `row` table: exchanges a step; above 1, some shard asked for more than fits."""
+        return {
+            f"tables/{name}/passes": Max(jnp.max(batch[PLAN][name]["passes"]).astype(jnp.float32))
+            for name in self.capacities
         }
 
     def apply(self, tables: State, batch: Batch, row_grads: Mapping[str, Array], keep: Bool[Array, ""]) -> State:

@@ -316,6 +316,9 @@ class DenseTable:
     def expand(self, rows, batch):
         return rows
 
+    def metrics(self, batch):
+        return {}
+
     def apply(self, tables, batch, row_grads, keep):
         def write(w, unique, grads, keep):
             return w.at[unique].add(jnp.where(keep, -self.lr * grads, 0))
