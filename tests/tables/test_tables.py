@@ -202,7 +202,10 @@ def test_what_does_not_fit_the_capacity_goes_in_more_passes(optimizer):
     assert_close(tight.logical("sum"), roomy.logical("sum"), 1e-6)
 
 
-@pytest.mark.parametrize("optimizer, dtype", [(RowwiseAdagrad(lr=0.1), "float32"), (LazyAdam(lr=0.01), "float64")])
+@pytest.mark.parametrize(
+    "optimizer, dtype",
+    [(Adagrad(lr=0.1), "float32"), (RowwiseAdagrad(lr=0.1), "float64"), (LazyAdam(lr=0.01), "float64")],
+)
 def test_a_checkpoint_of_eight_devices_goes_on_on_four_two_and_one(optimizer, dtype, tmp_path):
     """Rows and slots restored by their type alone: the next steps are those of the run that stayed."""
     with jax.enable_x64(dtype == "float64"):
