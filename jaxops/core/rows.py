@@ -35,10 +35,11 @@ def _bounds(rows: slice, size: int) -> tuple[int, int]:
     return rows.start or 0, size if rows.stop is None else rows.stop
 
 
-def global_arrays(mesh: Mesh, size: int) -> Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]:
+def global_arrays(mesh: Mesh, size: int) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     """A function from this process's rows (as `local_rows` has them) to global arrays of `size` rows.
 
-    With one process a batch goes to jit as it is.
+    With one process a batch goes to jit as it is. Entries may be nested, and may have one row for each of several
+    examples, as the plans of tables have one for each batch shard.
     """
     ranges = local_rows(mesh, size)
     if ranges is None:
@@ -49,19 +50,19 @@ def global_arrays(mesh: Mesh, size: int) -> Callable[[Mapping[str, np.ndarray]],
         offsets[start, stop] = at - start
         at += stop - start
 
-    def rows(values: np.ndarray, index: Any) -> np.ndarray:
-        start, stop = _bounds(index[0], size)
+    def rows(values: np.ndarray, index: Any, each: int) -> np.ndarray:
+        start, stop = (bound * each for bound in _bounds(index[0], size // each))
         shift = next(shift for (low, high), shift in offsets.items() if low <= start and stop <= high)
-        return values[start + shift : stop + shift]
+        return values[(start + shift) // each : (stop + shift) // each]
 
     def one(values: np.ndarray) -> jax.Array:
-        shape = (size, *values.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda index: rows(values, index), dtype=values.dtype)
+        each = at // len(values)
+        shape = (size // each, *values.shape[1:])
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: rows(values, index, each), dtype=values.dtype
+        )
 
-    def place(batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-        return {name: one(values) for name, values in batch.items()}
-
-    return place
+    return lambda batch: cast(Mapping[str, Any], jax.tree.map(one, dict(batch)))
 
 
 def local_batches(batches: Any, mesh: Mesh, size: int) -> Iterator[Mapping[str, Any]]:
