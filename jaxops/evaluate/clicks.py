@@ -1,0 +1,91 @@
+"""How good predicted probabilities of a click are: order (AUC), information (log loss, NE) and honesty (calibration).
+
+Everything is sums over examples, so any cut of the data into batches, devices and hosts merges to the same numbers.
+Held by tests/evaluate/test_clicks.py, against numpy in float64.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxops.core.sums import Sum, Sums
+
+AUC_BINS, AUC_REACH = 1 << 14, 16.0
+"""Scores are told apart at 32 / 16,384 = 0.002 of a logit, between -16 and 16; closer ones are ties, half right."""
+RELIABILITY_BINS = 20
+
+
+def click_sums(
+    logits: Float[Array, " batch"], label: Float[Array, " batch"], weight: Float[Array, " batch"] | None = None
+) -> Sums:
+    """The sums of `auc`, `log_loss`, `ne`, `calibration`, `ece` and `reliability`.
+
+    Args:
+      logits: of the probability of a click.
+      label: 1 where there was one, else 0.
+      weight: of each example, 0 for padding; default 1. Bins hold float32: exact up to 2^24 examples each.
+
+    `ne` is the log loss over the entropy of the click rate (He et al. 2014): 1 is what knowing the rate alone gives.
+    `calibration` is predicted clicks over clicks. `reliability` is [3, bins]: predicted rate, click rate and share of
+    the examples, by predicted probability in equal steps; NaN where a bin is empty. `ece` is the mean distance of the
+    first two, weighted by the third.
+    """
+    logits, label = logits.astype(jnp.float32), label.astype(jnp.float32)
+    weight = jnp.ones_like(logits) if weight is None else weight.astype(jnp.float32)
+    logits, label = jnp.where(weight > 0, logits, 0), jnp.where(weight > 0, label, 0)
+    loss = jax.nn.softplus(logits) - label * logits
+    p = jax.nn.sigmoid(logits)
+    clicks, total = jnp.sum(weight * label), jnp.sum(weight)
+    bins = _reliability(p, label, weight)
+    return {
+        "auc": _auc(logits, label, weight),
+        "log_loss": Sum.of(loss, weight),
+        "ne": Sum(jnp.stack([jnp.sum(weight * loss), clicks]), jnp.stack([total, total]), _normalised_entropy),
+        "calibration": Sum(jnp.sum(weight * p), clicks),
+        "ece": Sum(bins, jnp.full_like(bins, total), _expected_error),
+        "reliability": Sum(bins, jnp.full_like(bins, total), _by_bin),
+    }
+
+
+def _auc(logits: Array, label: Array, weight: Array) -> Sum:
+    """Weight by bin of the score, [without a click, with one]. AUC knows no scale: a batch adds one to the count."""
+    step = 2 * AUC_REACH / AUC_BINS
+    at = jnp.clip(jnp.floor((logits + AUC_REACH) / step), 0, AUC_BINS - 1).astype(jnp.int32)
+    counts = jnp.stack(
+        [jnp.zeros(AUC_BINS, jnp.float32).at[at].add(share) for share in (weight * (1 - label), weight * label)]
+    )
+    return Sum(counts, jnp.ones_like(counts), area_under_curve)
+
+
+def area_under_curve(counts: Float[np.ndarray, "2 bins"]) -> float:
+    """The chance that a click scores above a non-click, ties half, from their weights by bin; NaN without both."""
+    without, clicks = counts
+    below = np.cumsum(without) - without
+    pairs = np.sum(without) * np.sum(clicks)
+    return float(np.sum(clicks * (below + without / 2)) / pairs) if pairs > 0 else float("nan")
+
+
+def _reliability(p: Array, label: Array, weight: Array) -> Float[Array, "3 bins"]:
+    at = jnp.clip((p * RELIABILITY_BINS).astype(jnp.int32), 0, RELIABILITY_BINS - 1)
+    parts = (weight * p, weight * label, weight)
+    return jnp.stack([jnp.zeros(RELIABILITY_BINS, jnp.float32).at[at].add(part) for part in parts])
+
+
+def _by_bin(shares: np.ndarray) -> np.ndarray:
+    predicted, clicked, share = shares
+    rate = lambda x: np.divide(x, share, out=np.full_like(share, np.nan), where=share > 0)
+    return np.stack([rate(predicted), rate(clicked), share])
+
+
+def _expected_error(shares: np.ndarray) -> float:
+    predicted, clicked, _ = shares
+    return float(np.sum(np.abs(predicted - clicked)))
+
+
+def _normalised_entropy(means: np.ndarray) -> float:
+    """Mean loss over the entropy of the mean label; NaN where all labels are alike."""
+    loss, rate = means
+    if not 0 < rate < 1:
+        return float("nan")
+    return float(loss / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))

@@ -1,0 +1,102 @@
+"""Losses of two-tower retrieval: a user's item against the items of its block, corrected for how often those come up.
+
+Examples are coupled inside blocks of neighbours only, which microbatching never parts (`Task.block`). Held by
+tests/objectives/test_retrieval.py.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from jaxops.core.sums import Sum, Sums
+
+Batch = Mapping[str, Any]
+
+
+@runtime_checkable
+class Towers(Protocol):
+    """What the loss asks of a model: vectors whose product is the score."""
+
+    def users(self, params: PyTree, batch: Batch, key: Array | None) -> Float[Array, "batch dim"]: ...
+
+    def items(self, params: PyTree, batch: Batch, key: Array | None) -> Float[Array, "batch dim"]: ...
+
+
+def in_batch_cross_entropy(
+    scores: Float[Array, "*blocks n n"],
+    item: Int[Array, "*blocks n"],
+    log_q: Float[Array, "*blocks n"] | None = None,
+    weight: Float[Array, "*blocks n"] | None = None,
+) -> Float[Array, "*blocks n"]:
+    """-log of the share of each row's own item (the diagonal) among the items of its block, float32.
+
+    Args:
+      scores: of user r and the item of example c.
+      item: which item each example holds: another example with the row's own item is left out (an accidental hit).
+      log_q: log of how often each item comes up in a batch; taken off its score, which undoes that popular items are
+        negatives more often (Yi et al. 2019). The target is corrected like the others.
+      weight: examples of weight zero (padding) are nobody's negatives.
+    """
+    scores = scores.astype(jnp.float32)
+    if log_q is not None:
+        scores = scores - log_q.astype(jnp.float32)[..., None, :]
+    own = jnp.broadcast_to(jnp.eye(scores.shape[-1], dtype=bool), scores.shape)
+    out = item[..., :, None] == item[..., None, :]
+    if weight is not None:
+        out |= jnp.broadcast_to((weight == 0)[..., None, :], out.shape)
+    scores = jnp.where(out & ~own, -1e9, scores)
+    return jax.nn.logsumexp(scores, axis=-1) - jnp.diagonal(scores, axis1=-2, axis2=-1)
+
+
+def in_batch_softmax(
+    model: Towers, block: int, *, temperature: float = 1.0
+) -> Callable[[PyTree, Batch, Key[Array, ""] | None], Sums]:
+    """The objective; a batch has "item" and "weight" [batch], and "log_q" [batch] where it is to be corrected.
+
+    Raises:
+      ValueError: `block` is below two (there would be no negatives), or `temperature` is not positive.
+    """
+    if block < 2 or temperature <= 0:
+        raise ValueError(f"in_batch_softmax: block must be at least 2 and temperature positive: {block}, {temperature}")
+
+    def objective(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
+        cut = lambda x: x.reshape(-1, block, *x.shape[1:])
+        users, items = cut(model.users(params, batch, key)), cut(model.items(params, batch, key))
+        scores = jnp.einsum("kud,kid->kui", users, items, preferred_element_type=jnp.float32) / temperature
+        log_q = cut(batch["log_q"]) if "log_q" in batch else None
+        loss = in_batch_cross_entropy(scores, cut(batch["item"]), log_q, cut(batch["weight"]))
+        return {"loss/in_batch_softmax": Sum.of(loss, cut(batch["weight"]))}
+
+    return objective
+
+
+class Frequencies(NamedTuple):
+    """How often items came up of late: counts that fade, each as of the step it was last touched."""
+
+    counts: Float[Array, " items"]
+    last: Int[Array, " items"]
+    step: Int[Array, ""]
+
+
+def no_frequencies(items: int) -> Frequencies:
+    """Before the first batch."""
+    return Frequencies(jnp.zeros(items), jnp.zeros(items, jnp.int32), jnp.int32(0))
+
+
+def count_items(seen: Frequencies, item: Int[Array, " batch"], decay: float = 0.999) -> Frequencies:
+    """After one more batch. An item that comes up twice in it counts twice: the estimator of Yi et al. 2019, which
+    keeps the steps between two appearances, cannot tell those from one (tensorflow/recommenders issue 635)."""
+    step = seen.step + 1
+    faded = seen.counts[item] * decay ** (step - seen.last[item]).astype(jnp.float32)
+    count = seen.counts.at[item].set(faded).at[item].add(1.0)
+    return Frequencies(count, seen.last.at[item].set(step), step)
+
+
+def log_frequency(seen: Frequencies, item: Int[Array, " n"], decay: float = 0.999) -> Float[Array, " n"]:
+    """log of the estimated share of each item among the examples; of one never seen, as if it were half seen now."""
+    count = seen.counts[item] * decay ** (seen.step - seen.last[item]).astype(jnp.float32)
+    total = jnp.sum(seen.counts * decay ** (seen.step - seen.last).astype(jnp.float32))
+    return jnp.log(jnp.maximum(count, 0.5) / jnp.maximum(total, 1.0))
