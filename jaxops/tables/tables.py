@@ -66,25 +66,30 @@ class EmbeddingTables:
 
     def init(self, key: Array) -> State:
         """Fresh rows and slots, made where they lie; the same on every mesh."""
-        state: State = {}
-        for at, (name, spec) in enumerate(sorted(self.specs.items())):
-            like = {slot: self.sharding(name) for slot in ("rows", *spec.optimizer.slots(spec.dim))}
-            like["count"] = NamedSharding(self.mesh, P())
+        return {name: self._init(name, jax.random.fold_in(key, at)) for at, name in enumerate(sorted(self.specs))}
 
-            def make(key: Array, spec: TableSpec = spec) -> dict[str, Array]:
-                size, kind = spec.stored_rows, jnp.dtype(spec.dtype)
-                wide = wide_dtype(kind)
-                rows = jax.random.normal(key, (size, spec.dim), wide) * jnp.asarray(spec.scale, wide)
-                slots = {
-                    slot: jnp.full((size, *shape), value, wide)
-                    for slot, (shape, value) in spec.optimizer.slots(spec.dim).items()
-                }
-                return {"rows": rows.astype(kind), **slots, "count": jnp.zeros((), jnp.int32)}
+    def _init(self, name: str, key: Array) -> dict[str, Array]:
+        spec, wide = self.specs[name], wide_dtype(jnp.dtype(self.specs[name].dtype))
+        groups, each = (GROUPS, self.shards) if spec.placed == "row" else (1, 1)
+        size = spec.stored_rows // groups
 
-            specs = jax.tree.map(lambda s: s.spec, like)
-            made = jax.sharding.auto_axes(make, out_sharding=specs)
-            state[name] = jax.jit(made, out_shardings=like)(jax.random.fold_in(key, at))
-        return state
+        def local(key: Array) -> dict[str, Array]:
+            # Group by group: random bits and what becomes of them would take several times a whole table.
+            first = jax.lax.axis_index(self.axes) * (groups // each) if each > 1 else 0
+
+            def rows(group: Array) -> Array:
+                drawn = jax.random.normal(jax.random.fold_in(key, group), (size, spec.dim), wide)
+                return (drawn * jnp.asarray(spec.scale, wide)).astype(spec.dtype)
+
+            made = jax.lax.map(rows, first + jnp.arange(groups // each, dtype=jnp.int32))
+            made = made.reshape(-1, spec.dim)
+            slots = spec.optimizer.slots(spec.dim).items()
+            kept = {slot: jnp.full((made.shape[0], *shape), value, wide) for slot, (shape, value) in slots}
+            return {"rows": made, **kept, "count": jnp.zeros((), jnp.int32)}
+
+        lies = self.sharding(name).spec
+        out = dict.fromkeys(("rows", *spec.optimizer.slots(spec.dim)), lies) | {"count": P()}
+        return jax.jit(self._map(local, P(), out))(key)
 
     def lookup(self, tables: State, batch: Batch) -> dict[str, Array]:
         """By table, the distinct rows that each batch shard reads, float32 or wider, [shards * ids, dim]."""

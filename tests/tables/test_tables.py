@@ -228,6 +228,13 @@ def carry_on(optimizer, dtype, tmp_path):
         assert_close(one.logical(), stayed.logical(), 1e-6)
 
 
+def test_fresh_rows_are_the_same_on_every_mesh_and_no_two_alike():
+    wide, alone = Trainer(Sgd(), {"data": 8}).logical(), Trainer(Sgd(), {"data": 1}).logical()
+    for name, rows in wide.items():
+        assert np.array_equal(rows, alone[name])
+        assert len(np.unique(rows[:, 0])) > 0.99 * len(rows) and np.std(rows) == pytest.approx(0.3, rel=0.1)
+
+
 def test_a_skipped_step_writes_nothing():
     ours = Trainer(LazyAdam(), {"data": 8})
     ours(batch_of(0))
