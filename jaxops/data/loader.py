@@ -5,8 +5,9 @@ cursor.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
 
     `rows` are the ranges of each batch that this process wants; `prefetch` batches are kept ready; `threads`
     = 0 builds in the caller. Close it, or use it in a `with` block, to let go of the threads before the
-    process ends.
+    process ends. `finish` is applied to each batch where it is built: the plan of tables, say.
     """
 
     def __init__(
@@ -45,11 +46,14 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         rows: Sequence[tuple[int, int]] | None = None,
         prefetch: int = 2,
         threads: int = 1,
+        finish: Callable[[dict[str, np.ndarray]], dict[str, Any]] | None = None,
     ) -> None:
         import grain  # seconds to import, and not needed for looking at data
 
         last = sys.maxsize // size * size
         dataset = grain.MapDataset.range(cursor, last, size).map(lambda at: build(source, int(at), size, rows))
+        if finish is not None:
+            dataset = dataset.map(finish)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
         self._iterator = iter(dataset.to_iter_dataset(options))
 

@@ -18,21 +18,21 @@ the rest; "passes" int32 [shards]. `slots[feature]`: int32, shaped as the featur
 
 
 class Planner:
-    """Plans batches for a mesh with `shards` batch shards, each the owner of as many rows of every `row` table."""
+    """Plans for a mesh with `shards` batch shards of `examples` each, every one the owner of as many stored rows."""
 
-    def __init__(self, specs: Mapping[str, TableSpec], shards: int, capacities: Mapping[str, int]):
-        self._specs, self._shards, self._capacities = specs, shards, capacities
+    def __init__(self, specs: Mapping[str, TableSpec], shards: int, examples: int, capacities: Mapping[str, int]):
+        self._specs, self._shards, self._examples, self._capacities = specs, shards, examples, capacities
 
-    def __call__(self, batch: Mapping[str, np.ndarray], shards: int | None = None) -> dict[str, Any]:
-        """The batch with its plan; its rows are those of `shards` whole batch shards (default: all of them).
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The batch with its plan; the whole batch, or the rows of some of its shards, as a process builds them.
 
         Raises:
-          UserError: a table's feature is not in the batch, or does not divide over the shards.
+          UserError: a table's feature is not in the batch, or does not divide into whole shards.
         """
-        shards = self._shards if shards is None else shards
         plan, slots = {}, {}
         for name, spec in self._specs.items():
-            found = [self._feature(batch, name, feature, shards) for feature in spec.features]
+            found = [self._feature(batch, name, feature) for feature in spec.features]
+            shards = len(found[0])
             rows, places = distinct(spec.stored(np.concatenate(found, axis=1)))
             ends = np.cumsum([one.shape[1] for one in found])[:-1]
             for feature, place in zip(spec.features, np.split(places, ends, axis=1), strict=True):
@@ -44,13 +44,13 @@ class Planner:
             plan[name] = {"stored": rows, "passes": passes.astype(np.int32)}
         return {**batch, PLAN: plan, SLOTS: slots}
 
-    def _feature(self, batch: Mapping[str, np.ndarray], table: str, feature: str, shards: int) -> np.ndarray:
+    def _feature(self, batch: Mapping[str, np.ndarray], table: str, feature: str) -> np.ndarray:
         if feature not in batch:
             raise UserError(f"tables.{table}.features: {feature!r} is not in the batch{nearest(feature, list(batch))}")
         ids = batch[feature]
-        if len(ids) % shards:
-            raise UserError(f"tables.{table}: {len(ids)} examples do not divide over {shards} batch shards")
-        return ids.reshape(shards, -1)
+        if len(ids) % self._examples:
+            raise UserError(f"tables.{table}: {len(ids)} examples are not whole batch shards of {self._examples}")
+        return ids.reshape(len(ids) // self._examples, -1)
 
 
 def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

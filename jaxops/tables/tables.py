@@ -38,7 +38,8 @@ class EmbeddingTables:
         """`first` is a whole batch, the same on every process: capacities that are not given are made to fit it.
 
         Raises:
-          UserError: `check_specs`; the batch shards of the mesh do not divide a `row` table; `first` lacks a feature.
+          UserError: `check_specs`; the batch shards of the mesh do not divide a `row` table, or `first`; `first` lacks
+            a feature.
         """
         check_specs(dict(specs))
         self.specs, self.mesh = dict(specs), mesh
@@ -49,11 +50,15 @@ class EmbeddingTables:
                 f"tables.{divided[0]}: {self.shards} batch shards of the mesh do not divide {GROUPS};"
                 " take a number that does, or placement: replicated"
             )
-        whole = Planner(specs, self.shards, dict.fromkeys(specs, 2**31))(first)
+        size = max((len(x) for x in first.values()), default=0)
+        if size % self.shards or not size:
+            raise UserError(f"tables: {size} examples do not divide over {self.shards} batch shards of the mesh")
+        examples = size // self.shards
+        whole = Planner(specs, self.shards, examples, dict.fromkeys(specs, 2**31))(first)
         self.capacities = {
             name: self.specs[name].capacity or self._capacity(name, whole[PLAN][name]["stored"]) for name in divided
         }
-        self.plan: Callable[..., dict[str, Any]] = Planner(self.specs, self.shards, self.capacities)
+        self.plan = Planner(self.specs, self.shards, examples, self.capacities)
 
     def _capacity(self, name: str, stored: np.ndarray) -> int:
         """A quarter more than the first batch needs, in eights; never more than all ids of a shard."""

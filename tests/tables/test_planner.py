@@ -8,6 +8,7 @@ import pytest
 
 from jaxops.core.failures import UserError
 from jaxops.core.mesh import make_mesh
+from jaxops.data.loader import Loader
 from jaxops.tables.optimizers import LazyAdam, SparseAdam, clip_rows
 from jaxops.tables.planner import Planner, passes_needed
 from jaxops.tables.spec import GROUPS, TableSpec
@@ -23,7 +24,7 @@ def ids(seed, *shape):
 @pytest.mark.parametrize("shards", [1, 2, 8])
 def test_every_id_finds_its_row(shards):
     batch = {"a": ids(0, 16, 7), "b": ids(1, 16)}
-    planned = Planner({"t": SPEC}, shards, {"t": 10**6})(batch)
+    planned = Planner({"t": SPEC}, shards, 16 // shards, {"t": 10**6})(batch)
     stored = planned["plan"]["t"]["stored"]
     assert stored.shape == (shards, 16 // shards * 8) and stored.dtype == np.int32
     for one in stored:
@@ -37,11 +38,27 @@ def test_every_id_finds_its_row(shards):
 
 def test_a_part_of_the_shards_is_planned_as_in_the_whole():
     batch = {"a": ids(0, 16, 7), "b": ids(1, 16)}
-    planner = Planner({"t": SPEC}, 8, {"t": 10})
-    whole, part = planner(batch), planner({k: v[4:8] for k, v in batch.items()}, shards=2)
+    planner = Planner({"t": SPEC}, 8, 2, {"t": 10})
+    whole, part = planner(batch), planner({k: v[4:8] for k, v in batch.items()})
     assert np.array_equal(whole["plan"]["t"]["stored"][2:4], part["plan"]["t"]["stored"])
     assert np.array_equal(whole["plan"]["t"]["passes"][2:4], part["plan"]["t"]["passes"])
     assert np.array_equal(whole["slots"]["a"][4:8], part["slots"]["a"])
+    with pytest.raises(UserError, match="3 examples are not whole batch shards of 2"):
+        planner({k: v[:3] for k, v in batch.items()})
+
+
+def test_the_input_workers_plan():
+    class Source:
+        examples = 64
+
+        def batch(self, cursor, size):
+            return {"a": ids(cursor, size, 3), "b": ids(cursor + 1, size)}
+
+    planner = Planner({"t": SPEC}, 4, 4, {"t": 100})
+    with Loader(Source(), 0, 16, finish=planner) as loader:
+        for cursor in (0, 16):
+            found, wanted = next(loader), planner(Source().batch(cursor, 16))
+            jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def test_rows_are_each_stored_once_and_apart():

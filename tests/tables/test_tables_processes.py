@@ -32,7 +32,7 @@ place, losses = global_arrays(ours.mesh, BATCH), []
 with jax.set_mesh(ours.mesh):
     for seed in range(10):
         mine = {name: x[start:stop] for name, x in batch_of(seed).items()}
-        planned = place(ours.tables.plan(mine, shards=4))
+        planned = place(ours.tables.plan(mine))
         ours.state, sums = jax.block_until_ready(ours.step(ours.state, planned))
         losses.append(float(sums["loss/error"].total))
 rows = multihost_utils.process_allgather(ours.state.tables["item"]["rows"], tiled=True)
