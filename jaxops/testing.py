@@ -15,6 +15,7 @@ from jaxops.core.mesh import make_mesh, use_cpu_devices
 from jaxops.core.sharding import named_leaves
 from jaxops.core.step import build_step, init_state
 from jaxops.tasks.task import Task
+from jaxops.tasks.training import tables_on
 
 LAYOUTS: tuple[dict[str, int], ...] = (
     {"data": 1},
@@ -30,7 +31,8 @@ class Agreement:
     """How far one layout is from one device with one microbatch.
 
     `gradient` is the largest difference of any gradient entry over the largest entry; `parameter` the largest
-    difference of any parameter after five steps of gradient descent, relative to the largest parameter.
+    difference of any parameter after five steps of gradient descent, relative to the largest parameter; rows of tables
+    are held to it too.
     """
 
     layout: dict[str, int]
@@ -92,7 +94,7 @@ def check(task: Task, *, gradient: float = 1e-6, parameter: float = 1e-5, **kwar
 
 
 def _run(task: Task, layout: dict[str, int], accumulation: int, batches: list[Any]) -> tuple[PyTree, PyTree, str]:
-    """(gradients of the first step, parameters after the last, reduction); NaN gradients where a step had to skip."""
+    """(gradients of the first step, parameters and rows after the last, reduction); NaN gradients of a skipped step."""
     count = int(np.prod(list(layout.values())))
     mesh = make_mesh(**layout, devices=jax.devices("cpu")[:count])
     remember = optax.GradientTransformation(
@@ -100,7 +102,9 @@ def _run(task: Task, layout: dict[str, int], accumulation: int, batches: list[An
     )
     tx = optax.chain(remember, optax.sgd(0.1))
     with jax.set_mesh(mesh):
-        state = init_state(task.model.init, jax.random.key(0), tx, mesh, task.rules, tables=task.tables)
+        tables = tables_on(task, mesh, len(batches[0]["id"]))
+        extras = dict(task.extras)
+        state = init_state(task.model.init, jax.random.key(0), tx, mesh, task.rules, tables=tables, extras=extras)
         step = build_step(
             task.objective,
             tx,
@@ -110,16 +114,18 @@ def _run(task: Task, layout: dict[str, int], accumulation: int, batches: list[An
             accumulation=accumulation,
             block=task.block,
             loss_weights=task.loss_weights,
-            tables=task.tables,
+            tables=tables,
+            extras=extras,
             logical=task.logical,
         )
         grads: PyTree = None
-        for batch in batches:
+        for batch in map(tables.plan, batches) if tables else batches:
             state, sums = jax.block_until_ready(step(state, batch))
             seen = jax.device_get(state.opt_state[0]) if grads is None else grads
             skipped = float(sums["nonfinite"].total) > 0
             grads = jax.tree.map(lambda g: np.full_like(g, np.nan), seen) if skipped else seen
-        return grads, jax.device_get(state.params), step.reduction
+        rows = {name: jax.device_get(table["rows"]) for name, table in state.tables.items()}
+        return grads, {"params": jax.device_get(state.params), "tables": rows}, step.reduction
 
 
 def _difference(a: PyTree, b: PyTree) -> float:

@@ -12,7 +12,7 @@ from jaxops.core.accumulate import zeros_like_sums
 from jaxops.core.mesh import batch_axes, batch_sharding, serialise_dispatch
 from jaxops.core.sharding import Axes, logical_axes
 from jaxops.core.state import Params, State, join
-from jaxops.core.step import cast
+from jaxops.core.step import Tables, cast
 from jaxops.core.sums import Sums, finalize, merge
 
 Batch = Mapping[str, Any]
@@ -23,33 +23,65 @@ class Interrupted(Exception):
     """`poll` said stop in the middle of an evaluation; nothing of it is kept."""
 
 
+def on_batches(
+    function: Callable[[Params, Batch], Any],
+    mesh: Mesh,
+    out: P,
+    compute_dtype: Any = None,
+    logical: Mapping[str, Axes] | None = None,
+    tables: Tables | None = None,
+) -> Callable[[Params, PyTree, Batch], Any]:
+    """`function(params, batch)` on the mesh, its results placed as `out`: (params, tables' state, batch) -> results.
+
+    Parameters and the rows that the batch reads are cast to the compute dtype.
+    """
+
+    def whole(params: Params, rows: PyTree, batch: Batch) -> Any:
+        if tables:
+            batch = {**batch, "rows": cast(tables.expand(rows, dict(batch)), compute_dtype)}
+        with logical_axes(logical or {}):
+            return function(cast(params, compute_dtype), batch)
+
+    run = jax.sharding.auto_axes(whole, out_sharding=out)
+
+    def placed(params: Params, state: PyTree, batch: Batch) -> Any:
+        batch = jax.tree.map(lambda x: jax.sharding.reshard(x, P(batch_axes(mesh))), dict(batch))
+        rows = tables.lookup(state, dict(batch)) if tables else None
+        return run(params, rows, {name: x for name, x in batch.items() if name != "plan"})
+
+    return placed
+
+
 class Evaluator:
-    """`metrics(params, batch) -> Sums` over batches; the rows of a batch are divided over the mesh's batch axes."""
+    """`metrics(params, batch) -> Sums` over batches; the rows of a batch are divided over the mesh's batch axes.
+
+    With `tables` the batches are planned already, and `state` is theirs.
+    """
 
     def __init__(
-        self, metrics: Metrics, mesh: Mesh, compute_dtype: Any = None, logical: Mapping[str, Axes] | None = None
+        self,
+        metrics: Metrics,
+        mesh: Mesh,
+        compute_dtype: Any = None,
+        logical: Mapping[str, Axes] | None = None,
+        tables: Tables | None = None,
     ):
         self.mesh = mesh
+        sums_of = on_batches(metrics, mesh, P(), compute_dtype, logical, tables)
 
-        def whole(params: Params, batch: Batch) -> Sums:
-            with logical_axes(logical or {}):
-                return metrics(cast(params, compute_dtype), batch)
-
-        run = jax.sharding.auto_axes(whole, out_sharding=P())
-
-        def sums_of(params: Params, batch: Batch) -> Sums:
-            batch = jax.tree.map(lambda x: jax.sharding.reshard(x, P(batch_axes(mesh))), dict(batch))
-            return run(params, batch)
-
-        def evaluate_step(params: Params, batch: Batch, total: Sums) -> Sums:
-            return merge(total, sums_of(params, batch))
+        def evaluate_step(params: Params, state: PyTree, batch: Batch, total: Sums) -> Sums:
+            return merge(total, sums_of(params, state, batch))
 
         self._sums_of = sums_of
-        self._step = jax.jit(evaluate_step, in_shardings=(None, batch_sharding(mesh), None), donate_argnums=2)
+        self._step = jax.jit(evaluate_step, in_shardings=(None, None, batch_sharding(mesh), None), donate_argnums=3)
         self._empty: Callable[[], Sums] | None = None
 
     def __call__(
-        self, params: Params, batches: Iterable[Batch], poll: Callable[[], bool] = lambda: False
+        self,
+        params: Params,
+        batches: Iterable[Batch],
+        poll: Callable[[], bool] = lambda: False,
+        state: PyTree = None,
     ) -> dict[str, Any]:
         """Host-side values over all batches; call it inside `jax.set_mesh(mesh)`.
 
@@ -62,8 +94,8 @@ class Evaluator:
             if poll():
                 raise Interrupted
             if total is None:
-                total = self._zeros(params, batch)
-            total = self._step(params, batch, total)
+                total = self._zeros(params, state, batch)
+            total = self._step(params, state, batch, total)
             if serialise_dispatch(self.mesh):
                 jax.block_until_ready(total)
         if total is None:
@@ -75,9 +107,9 @@ class Evaluator:
         """Whether nothing was evaluated yet: the first call compiles."""
         return self._empty is None
 
-    def _zeros(self, params: Params, batch: Batch) -> Sums:
+    def _zeros(self, params: Params, state: PyTree, batch: Batch) -> Sums:
         if self._empty is None:
-            shapes = jax.eval_shape(self._sums_of, params, batch)
+            shapes = jax.eval_shape(self._sums_of, params, state, batch)
             self._empty = jax.jit(lambda: zeros_like_sums(shapes), out_shardings=NamedSharding(self.mesh, P()))
         return self._empty()
 

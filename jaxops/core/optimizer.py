@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from jaxops.core.accumulate import Batch
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import map_named, named_leaves
 from jaxops.core.state import Params
@@ -284,8 +285,8 @@ def ema(decay: float) -> Extra:
     def wide(params: Params) -> Params:
         return jax.tree.map(lambda p: jnp.copy(p).astype(jnp.float32), params)
 
-    def update(average: Params, params: Params, sums: Sums, step: Array) -> Params:
-        del sums
+    def update(average: Params, params: Params, sums: Sums, step: Array, batch: Batch) -> Params:
+        del sums, batch
         t = step.astype(jnp.float32)
         rate = jnp.minimum(decay, (1 + t) / (10 + t))
         return jax.tree.map(lambda a, p: a + (1 - rate) * (p.astype(jnp.float32) - a), average, params)

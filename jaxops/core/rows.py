@@ -65,11 +65,16 @@ def global_arrays(mesh: Mesh, size: int) -> Callable[[Mapping[str, Any]], Mappin
     return lambda batch: cast(Mapping[str, Any], jax.tree.map(one, dict(batch)))
 
 
-def local_batches(batches: Any, mesh: Mesh, size: int) -> Iterator[Mapping[str, Any]]:
-    """Evaluation batches of `size` rows as global arrays: of `batches.rows(k, start, stop)` where there is that."""
+def local_batches(
+    batches: Any, mesh: Mesh, size: int, finish: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+) -> Iterator[Mapping[str, Any]]:
+    """Evaluation batches of `size` rows as global arrays: of `batches.rows(k, start, stop)` where there is that.
+
+    `finish` is applied to what this process built: the plan of tables, say.
+    """
     ranges = local_rows(mesh, size)
     if ranges is None:
-        yield from batches
+        yield from map(finish, batches)
         return
     place = global_arrays(mesh, size)
     by_rows = hasattr(batches, "rows")
@@ -78,7 +83,7 @@ def local_batches(batches: Any, mesh: Mesh, size: int) -> Iterator[Mapping[str, 
             batches.rows(k, start, stop) if by_rows else {name: x[start:stop] for name, x in whole.items()}
             for start, stop in ranges
         ]
-        yield place({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+        yield place(finish({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}))
 
 
 def put(value: np.ndarray, like: jax.Array) -> jax.Array:

@@ -50,10 +50,15 @@ class Tables(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Extra:
-    """One entry of `State.extra`: `init(params)` and a pure `update(value, params, sums, step)`."""
+    """One entry of `State.extra`: `init(params)` and a pure `update(value, params, sums, step, batch)`.
+
+    `read(value, batch)` gives entries that the objective finds in its batch, as they were before the update: statistics
+    of a group are no function of the parameters.
+    """
 
     init: Callable[[Params], PyTree]
-    update: Callable[[PyTree, Params, Sums, Array], PyTree]
+    update: Callable[[PyTree, Params, Sums, Array, Batch], PyTree]
+    read: Callable[[PyTree, Batch], Mapping[str, Array]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +237,10 @@ def build_step(
     def update(state: State, batch: Batch) -> tuple[State, Sums]:
         batch = jax.tree.map(lambda x: jax.sharding.reshard(x, P(batch_axes(mesh))), batch)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        for name, extra in extras.items():
+            if extra.read is not None:
+                read = jax.sharding.auto_axes(extra.read, out_sharding=P(batch_axes(mesh)))
+                batch = {**batch, **read(state.extra[name], batch)}
         rows = tables.lookup(state.tables, batch) if tables else None
         examples = {name: x for name, x in batch.items() if name != "plan"}
         sums, grads, row_grads = gradients(state.params, state.frozen, rows, examples, key)
@@ -251,7 +260,12 @@ def build_step(
 
         out = specs_of((state.params, state.opt_state))
         params, opt_state = jax.sharding.auto_axes(transform, out_sharding=out)(grads, state.opt_state, state.params)
-        extra = {name: extras[name].update(value, params, sums, state.step) for name, value in state.extra.items()}
+        remembered = {
+            name: jax.sharding.auto_axes(extras[name].update, out_sharding=specs_of(value))(
+                value, params, sums, state.step, batch
+            )
+            for name, value in state.extra.items()
+        }
 
         def keep(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -261,7 +275,7 @@ def build_step(
             state.frozen,
             tables.apply(state.tables, batch, row_grads, finite) if tables else state.tables,
             keep(opt_state, state.opt_state),
-            keep(extra, state.extra),
+            keep(remembered, state.extra),
             state.step + 1,
         )
         sums = {**sums, "grad_norm": Sum.of(norm), "grad_norm_max": Max(norm)}

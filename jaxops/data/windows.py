@@ -90,7 +90,7 @@ class SequenceSource:
             user = self._user[ids]
             grid = self._slack[user]
             if self.shift:
-                grid = grid - (_hash(user, key) % (grid + 1).astype(np.uint64)).astype(np.int64)
+                grid = grid - (mixed(user, key) % (grid + 1).astype(np.uint64)).astype(np.int64)
             end = self.length - grid + (ids - self._first[user]) * self.stride
             low = np.maximum(end - self.length, 0)
             high = np.minimum(end, self._transitions[user])
@@ -110,7 +110,7 @@ class SequenceSource:
             return self._epochs[epoch]
 
 
-def _hash(values: np.ndarray, key: np.ndarray) -> np.ndarray:
+def mixed(values: np.ndarray, key: np.ndarray) -> np.ndarray:
     """64 well-mixed bits of (value, key): SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     bits = key + (values.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

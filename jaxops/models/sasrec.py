@@ -23,7 +23,11 @@ PAD_ROWS = 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SASRecConfig:
-    """The model's shape: `dim` wide, `length` most recent items, `norm` before or after each sublayer."""
+    """The model's shape: `dim` wide, `length` most recent items, `norm` before or after each sublayer.
+
+    `inputs` name the tables whose rows are added up at each place of the history, the first being the items'; without
+    any the item matrix is a parameter.
+    """
 
     kind: Literal["sasrec"] = "sasrec"
     dim: int = 64
@@ -34,6 +38,7 @@ class SASRecConfig:
     dropout: float = 0.2
     norm: Literal["pre", "post"] = "pre"
     remat: Literal["none", "full", "dots"] = "none"
+    inputs: tuple[str, ...] = ()
 
     def problems(self) -> list[tuple[str, str]]:
         """What no value of another section could make right (dotted path, message)."""
@@ -55,7 +60,8 @@ class _SASRec(nnx.Module):
     def __init__(self, config: SASRecConfig, rows: int, rngs: nnx.Rngs):
         self.config = config
         normal = nnx.initializers.normal(0.02)
-        self.item = nnx.Embed(rows, config.dim, embedding_init=normal, rngs=rngs)
+        if not config.inputs:
+            self.item = nnx.Embed(rows, config.dim, embedding_init=normal, rngs=rngs)
         self.position = nnx.Embed(config.length, config.dim, embedding_init=normal, rngs=rngs)
         for layer in range(config.layers):
             hidden = config.hidden or 4 * config.dim
@@ -69,11 +75,13 @@ class _SASRec(nnx.Module):
         segment: Int[Array, "batch length"],
         position: Int[Array, "batch length"],
         keys: Key[Array, " batch"] | None,
+        looked_up: Float[Array, "batch length dim"] | None = None,
     ) -> Float[Array, "batch length dim"]:
         config = self.config
-        # constrained before the look-up: under fsdp the matrices are gathered, not whole batches of activations
-        table = constrain(self.item.embedding[...], ("vocab", "embed"))
-        x = table[items] * jnp.asarray(config.dim**0.5, table.dtype)
+        if looked_up is None:
+            # constrained before the look-up: under fsdp the matrices are gathered, not whole batches of activations
+            looked_up = constrain(self.item.embedding[...], ("vocab", "embed"))[items]
+        x = looked_up * jnp.asarray(config.dim**0.5, looked_up.dtype)
         x = x + constrain(self.position.embedding[...], (None, "embed"))[position]
         if config.norm == "post":
             x = self.norm(x)
@@ -101,12 +109,15 @@ class SASRec:
     """SASRec over a catalogue of `n_items`; parameters are plain dicts, every method is pure.
 
     Padding on the left: position `length - 1` is always the most recent item. `batch` needs "items" [batch, length]
-    and "id" [batch]; packed rows (data/packing.py) also carry "segment" and "position" [batch, length].
+    and "id" [batch]; packed rows (data/packing.py) also carry "segment" and "position" [batch, length]. With
+    `config.inputs` the rows of those features are in batch["rows"] [batch, length(, bag), dim], and the item matrix is
+    what evaluation puts into params["catalogue"].
     """
 
     def __init__(self, config: SASRecConfig, n_items: int):
         self.config, self.n_items = config, n_items
-        self.rows = -(-(n_items + 1) // PAD_ROWS) * PAD_ROWS
+        on_tables = bool(config.inputs)
+        self.rows = n_items + 1 if on_tables else -(-(n_items + 1) // PAD_ROWS) * PAD_ROWS
         self._pure = Functional(lambda rngs: _SASRec(config, self.rows, rngs))
         self.rules: list[Rule] = [
             (r"^item/embedding$", ("tensor", "fsdp")),
@@ -115,7 +126,7 @@ class SASRec:
             (r"(bias|scale)$", ()),
         ]
         self.shapes = self._pure.shapes
-        self.padding = {"item/embedding": f"{self.rows - n_items} of {self.rows} rows are padding"}
+        self.padding = {} if on_tables else {"item/embedding": f"{self.rows - n_items} of {self.rows} rows are padding"}
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters: normal(0.02), layer norms at one, biases at zero."""
@@ -131,11 +142,26 @@ class SASRec:
             start = self.config.length - items.shape[1]
             segment = jnp.ones_like(items)
             position = jnp.broadcast_to(jnp.arange(start, self.config.length, dtype=items.dtype), items.shape)
-        return self._pure.bind(params)(items, segment, position, example_keys(key, batch["id"]))
+        params = {name: value for name, value in params.items() if name != "catalogue"}
+        keys = example_keys(key, batch["id"])
+        return self._pure.bind(params)(items, segment, position, keys, self._looked_up(batch))
+
+    def _looked_up(self, batch: Mapping[str, Any]) -> Float[Array, "batch length dim"] | None:
+        """The sum of what the history's items have in each input's table; of a bag, its mean."""
+        if not self.config.inputs:
+            return None
+        total = None
+        for name in self.config.inputs:
+            rows = batch["rows"][name]
+            if rows.ndim == 4:
+                there = jnp.sum((batch[name] >= 0).astype(rows.dtype), axis=-1, keepdims=True)
+                rows = jnp.sum(rows, axis=2) / jnp.maximum(there, 1)  # what is not there reads zeros
+            total = rows if total is None else total + rows
+        return total
 
     def item_vectors(self, params: Params) -> Float[Array, "rows dim"]:
         """The item matrix, padding rows included (row 0 and rows above n_items)."""
-        return params["item"]["embedding"]
+        return params["catalogue"] if self.config.inputs else params["item"]["embedding"]
 
     def real_rows(self) -> Bool[Array, " rows"]:
         """Which rows of the item matrix are items."""

@@ -125,6 +125,25 @@ def sampled_softmax(model: Ranker, negatives: int = 256) -> Objective:
     return objective
 
 
+def sampled_softmax_on_tables(model: Ranker) -> Objective:
+    """Softmax against uniform negatives of each example's own (batch["negatives"] [batch, n], item rows), corrected.
+
+    The rows of targets and negatives are read from the items' table, batch["rows"]["target_item"] [batch, length, dim]
+    and ["negative_item"] [batch, n, dim]: a host draws negatives, because a plan must know what a step will read.
+    """
+
+    def objective(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
+        hidden, rows = model.encode(params, batch, key), batch["rows"]
+        positive = _dot("bld,bld->bl", hidden, rows["target_item"])
+        others = _dot("bld,bnd->bln", hidden, rows["negative_item"])
+        drawn, targets = batch["negatives"], batch["targets"]
+        hits = drawn[:, None, :] == targets[..., None]
+        loss = sampled_softmax_cross_entropy(positive, others, hits, drawn.shape[1] / model.n_items)
+        return _sums("sampled_softmax", loss, batch)
+
+    return objective
+
+
 def _per_position(model: Ranker, negatives: int, name: str, beta: float) -> Objective:
     """BCE against draws of each position's own, from the example's key; a draw may not be the target."""
 

@@ -31,7 +31,7 @@ class Planner:
         """
         plan, slots = {}, {}
         for name, spec in self._specs.items():
-            found = [self._feature(batch, name, feature) for feature in spec.features]
+            found = [spec.ids_of(feature, self._feature(batch, name, feature)) for feature in spec.features]
             shards = len(found[0])
             rows, places = distinct(spec.stored(np.concatenate(found, axis=1)))
             ends = np.cumsum([one.shape[1] for one in found])[:-1]

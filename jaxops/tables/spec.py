@@ -1,7 +1,8 @@
 """What a table is, and where its rows lie: a placement that no mesh has a part in, so that any mesh restores it."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,22 @@ Placement = Literal["auto", "replicated", "row"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Member:
+    """A table inside a stack: its rows lie at `first`, `first + 1`, ... of the stack's."""
+
+    name: str
+    first: int
+    rows: int
+    unknown: int
+    features: tuple[str, ...]
+
+    def within(self, ids: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+        """Its ids as ids of the stack, int64; -1 stays -1."""
+        known = np.where((ids >= self.rows) | (ids < -1), self.unknown, ids.astype(np.int64))
+        return np.where(known < 0, -1, known + self.first)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TableSpec:
     """An embedding table: `rows` ids 0..rows-1, `dim` wide, read by the batch entries that `features` names.
 
@@ -29,6 +46,7 @@ class TableSpec:
       scale: standard deviation of the normal that rows begin with; 0 begins with zeros.
       placement: `row` divides the rows over the batch axes, `replicated` holds all of them on every device.
       capacity: rows that a device asks of another in one exchange; None: from a first batch, with room to spare.
+      members: the tables that this one is a stack of (`stack`); a feature's ids are then those of its member.
     """
 
     rows: int
@@ -40,6 +58,7 @@ class TableSpec:
     placement: Placement = "auto"
     capacity: int | None = None
     unknown: int = 0
+    members: tuple[Member, ...] = ()
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong with it (field, message)."""
@@ -74,11 +93,46 @@ class TableSpec:
             return known
         return np.where(known < 0, -1, known % GROUPS * (self.stored_rows // GROUPS) + known // GROUPS)
 
+    def ids_of(self, feature: str, ids: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+        """What a feature holds as ids of this table: the same, but in a stack."""
+        for member in self.members:
+            if feature in member.features:
+                return member.within(ids)
+        return ids
+
     def bytes(self) -> int:
         """Rows and slots together, in bytes, on all devices of a `row` placement or on each of a `replicated` one."""
         numbers = sum(int(np.prod(shape)) for shape, _ in self.optimizer.slots(self.dim).values())
         wide = max(4, jnp.dtype(self.dtype).itemsize)
         return self.stored_rows * (self.dim * jnp.dtype(self.dtype).itemsize + numbers * wide)
+
+
+def stack(specs: Mapping[str, TableSpec]) -> dict[str, TableSpec]:
+    """Tables of one width, dtype, optimizer, placement and first scale as one table each, exchanged together.
+
+    A table that is alone of its sort, or has a capacity of its own, stays as it is.
+    """
+    sorts: dict[Any, list[str]] = {}
+    for name, spec in specs.items():
+        alone = name if spec.capacity is not None else None
+        sorts.setdefault((spec.dim, spec.dtype, spec.optimizer, spec.placed, spec.scale, alone), []).append(name)
+    return dict(_stacked(specs, names) for names in sorts.values())
+
+
+def _stacked(specs: Mapping[str, TableSpec], names: list[str]) -> tuple[str, TableSpec]:
+    first = specs[names[0]]
+    if len(names) == 1:
+        return names[0], first
+    ends = np.cumsum([specs[name].rows for name in names]).tolist()
+    members = tuple(
+        Member(name=name, first=end - spec.rows, rows=spec.rows, unknown=spec.unknown, features=spec.features)
+        for name, end, spec in zip(names, ends, (specs[name] for name in names), strict=True)
+    )
+    features = tuple(feature for member in members for feature in member.features)
+    whole = dataclasses.replace(
+        first, rows=ends[-1], features=features, placement=first.placed, unknown=0, members=members
+    )
+    return f"{names[0]}_and_{len(names) - 1}_more", whole
 
 
 def check_specs(specs: dict[str, TableSpec]) -> None:

@@ -4,6 +4,7 @@
 Held by tests/tables/: one device, replicated and divided tables agree with a dense reference.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +65,14 @@ class EmbeddingTables:
         """A quarter more than the first batch needs, in eights; never more than all ids of a shard."""
         most = largest_share(stored, self.specs[name].stored_rows // self.shards, self.shards)
         return int(min(-(-most * 5 // 4 // 8) * 8 + 8, max(stored.shape[1], 1)))
+
+    def reading(self, first: Batch) -> "EmbeddingTables":
+        """The same tables for batches like `first` (whole, the same on every process), which may lack features."""
+        specs = {
+            name: dataclasses.replace(spec, features=tuple(f for f in spec.features if f in first), capacity=None)
+            for name, spec in self.specs.items()
+        }
+        return EmbeddingTables({name: spec for name, spec in specs.items() if spec.features}, self.mesh, first)
 
     def sharding(self, name: str) -> NamedSharding:
         """Of the rows and slots of a table."""

@@ -56,8 +56,8 @@ def fit(
         return FinishedRun(place.dir, finished, "finished")
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         accumulation = accumulation_of(task, mesh)
-        built, fresh = build_training(task, mesh, accumulation)
-        run = Run(task, mesh, place, progress, step or built, fresh, accumulation)
+        training = build_training(task, mesh, accumulation)
+        run = Run(task, mesh, place, progress, step or training.step, training, accumulation)
         run.measure()
 
         def lock() -> None:

@@ -7,7 +7,7 @@ batches. Held by tests/tasks/test_resume.py (bitwise on the same mesh) and tests
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxops.config.dump import dump_yaml
 from jaxops.core import distributed
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.compiles import Compiles
-from jaxops.core.evaluation import Interrupted, evaluated_params
+from jaxops.core.evaluation import Interrupted
 from jaxops.core.failures import RunFailed
 from jaxops.core.interrupt import Interrupt
 from jaxops.core.loop import Ended, Hook, Snapshot, Window, check_finite, run_loop
@@ -31,7 +31,6 @@ from jaxops.core.profiler import profiled
 from jaxops.core.recovery import GoBack, Spikes
 from jaxops.core.rows import global_arrays, local_rows
 from jaxops.core.sharding import place as placements
-from jaxops.core.state import State
 from jaxops.core.step import Step
 from jaxops.core.watch import Watch
 from jaxops.data.loader import Loader
@@ -42,8 +41,8 @@ from jaxops.tasks.run_folder import RunFolder
 from jaxops.tasks.saving import Position, Saving
 from jaxops.tasks.summary import write_failure, write_summary
 from jaxops.tasks.task import Task
-from jaxops.tasks.training import abstract, abstract_batch
-from jaxops.tasks.validation import Validation
+from jaxops.tasks.training import Training, abstract, abstract_batch
+from jaxops.tasks.validation import Validation, Weights
 from jaxops.tasks.warm_start import warm_start
 
 
@@ -69,16 +68,16 @@ class Run:
         place: RunFolder,
         progress: Progress,
         step: Step,
-        fresh: Callable[[], State],
+        training: Training,
         accumulation: int,
     ):
         self.task, self.config, self.mesh, self.place, self.progress = task, task.config, mesh, place, progress
-        self.step, self.fresh = step, fresh
+        self.step, self.fresh, self.tables = step, training.fresh, training.tables
         self.accounting = Accounting(task, mesh, accumulation)
         self.interrupt = Interrupt(progress.say)
         self.compiles = Compiles(on_compile=progress.compiled)
         self.watch = Watch(place.path, progress.warn, self._ended)
-        self.validation = Validation(task, mesh, progress, self.watch.at)
+        self.validation = Validation(task, mesh, self.tables, progress, self.watch.at)
         # all at once: asking the device for one in the middle of a run would wait for every step before it
         with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
             rates = build_schedule(self.config.optimizer, task.steps)(jnp.arange(task.steps))
@@ -94,7 +93,7 @@ class Run:
 
     def measure(self) -> None:
         """Traces the whole step: what is wrong with an objective or a rule is said before anything is written."""
-        self.accounting.measure(self.step, abstract(self.fresh, self.mesh), abstract_batch(self.task))
+        self.accounting.measure(self.step, abstract(self.fresh, self.mesh), abstract_batch(self.task, self.tables))
 
     def go(self, hooks: Sequence[Hook]) -> FinishedRun:
         keep = self.config.checkpoint
@@ -207,7 +206,8 @@ class Run:
     def _loop(self, at: Position, hooks: Sequence[Hook]) -> Ended:
         size = self.config.batch.global_
         self.watch.at("train")
-        with Loader(self.task.source, at.cursor, size, rows=local_rows(self.mesh, size)) as loader:
+        rows, plan = local_rows(self.mesh, size), self.tables.plan if self.tables else None
+        with Loader(self.task.source, at.cursor, size, rows=rows, finish=plan) as loader:
             return run_loop(
                 self.step,
                 at.state,
@@ -317,8 +317,8 @@ class Run:
         """Validation, early stopping, and a checkpoint where the best is kept."""
         snapshot.flush()
         try:
-            params = evaluated_params(snapshot.state)
-            values = self.validation.evaluate(params, "valid", snapshot.step, self.interrupt)
+            weights = Weights.of(snapshot.state)
+            values = self.validation.evaluate(weights, "valid", snapshot.step, self.interrupt)
         except Interrupted:
             return
         self.writers.write(snapshot.step, values)
@@ -346,15 +346,15 @@ class Run:
                 self._evaluate_hook(Snapshot(at.step, at.cursor, at.state))
             self._save(at, wait=True)
             best = self.saving.best()
-            params, note = evaluated_params(at.state), ""
+            weights, note = Weights.of(at.state), ""
             if best is not None and best != at.step:
-                params, note = self.saving.params_of(best, params), f"(best: step {best})"
+                weights, note = self.saving.weights_of(best, weights), f"(best: step {best})"
             out: dict[str, float] = {"best_step": at.step if best is None else best}
             for part in ("valid", "test"):
                 if part == "valid" and self.validation.step == at.step and not note:
                     out |= self.validation.values  # just evaluated, with these very parameters
                 elif part in self.task.evaluations:
-                    out |= self.validation.evaluate(params, part, at.step, self.interrupt, note)
+                    out |= self.validation.evaluate(weights, part, at.step, self.interrupt, note)
             return out
         except Interrupted:
             self._save(at, wait=True)

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from jaxops.core import distributed
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.rows import put
-from jaxops.core.state import Params, State, join
+from jaxops.core.state import State, join
 from jaxops.tasks.task import Task
 from jaxops.tasks.training import abstract
+from jaxops.tasks.validation import Weights
 
 FORMAT = 1
 """Of the metadata in a checkpoint."""
@@ -103,10 +104,11 @@ class Saving:
         """The best step on validation, where the config keeps it."""
         return self._checkpoints.best() if self._config.checkpoint.best else None
 
-    def params_of(self, step: int, like: Params) -> Params:
-        """The evaluated parameters of a checkpoint, without the rest of its state, placed as `like` is."""
+    def weights_of(self, step: int, like: Weights) -> Weights:
+        """What is evaluated of a checkpoint, without the rest of its state, placed as `like` is."""
         prefix = "extra/ema" if self._config.optimizer.ema else "params"
         params = self._checkpoints.load_params(step, prefix)
         if self._config.optimizer.frozen:
             params = join(params, self._checkpoints.load_params(step, "frozen"))
-        return jax.tree.map(lambda x, y: put(np.asarray(x), y), params, like)
+        tables = {name: {"rows": self._checkpoints.load_params(step, f"tables/{name}/rows")} for name in like.tables}
+        return jax.tree.map(lambda x, y: put(np.asarray(x), y), Weights(params, tables), like)

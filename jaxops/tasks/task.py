@@ -10,9 +10,10 @@ from jaxtyping import Array, PyTree
 from jaxops.core.accumulate import Objective
 from jaxops.core.sharding import Axes, Rule
 from jaxops.core.state import Params
-from jaxops.core.step import Tables
+from jaxops.core.step import Extra
 from jaxops.core.sums import Sums
 from jaxops.data.protocol import Source
+from jaxops.tables.spec import TableSpec
 
 EvalBatches = Iterable[Mapping[str, np.ndarray]]
 
@@ -29,6 +30,20 @@ class Model(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """Vectors of all items, made once an evaluation; `metrics` finds them as `params["catalogue"]` [rows, dim].
+
+    Attributes:
+      batches: given a size, the items' features by row 0, 1, ... (what is beyond `rows` in the last is dropped).
+      vectors: (params, batch) -> [batch, dim].
+    """
+
+    rows: int
+    batches: Callable[[int], EvalBatches]
+    vectors: Callable[[Params, Mapping[str, Any]], Array]
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """Everything that a run is made of but machines, folders and time.
 
@@ -37,6 +52,8 @@ class Task:
       evaluations: for `valid` and `test`, given a batch size, the batches (all of that size).
       metrics: (params, batch) -> Sums of one evaluation batch.
       block: examples that an objective couples and microbatching must not part.
+      tables: specs of the embedding tables that batches read from; `metrics` finds rows in its batch as well.
+      extras: further entries of the state, beside the moving average.
       baselines: {"most_popular": {"valid/hr@10": ...}}, computed when asked.
       inspection: what the data is, for the report and `data.json`.
       transform: what serving needs that is not a parameter (original ids), as named arrays.
@@ -56,7 +73,9 @@ class Task:
     transform: Mapping[str, np.ndarray]
     baselines: Callable[[], dict[str, dict[str, float]]] | None = None
     block: int = 1
-    tables: Tables | None = None
+    tables: Mapping[str, TableSpec] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, Extra] = dataclasses.field(default_factory=dict)
+    catalogue: Catalogue | None = None
 
     @property
     def steps(self) -> int:

@@ -19,7 +19,6 @@ from jaxtyping import Int32, Int64
 from jaxops.config.load import from_dict
 from jaxops.config.types import ByPath
 from jaxops.core.checkpoint import Checkpoints
-from jaxops.core.evaluation import Evaluator
 from jaxops.core.failures import UserError, nearest
 from jaxops.core.mesh import make_mesh
 from jaxops.core.state import Params, join
@@ -32,6 +31,7 @@ from jaxops.evaluate.ranking import top_k_unseen
 from jaxops.models.sasrec import SASRec
 from jaxops.tasks.config import SCHEMAS
 from jaxops.tasks.run_folder import RunFolder
+from jaxops.tasks.validation import Measure, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,14 +164,12 @@ class Trained:
         task = build_rec(self.config, self.resolved, lambda model: _no_objective)
         self._check_items(task.transform["item_ids"])
         mesh = make_mesh(data=-1)
-        shards = mesh.size
         out: dict[str, float] = {}
         with jax.set_mesh(mesh):
-            evaluator = Evaluator(task.metrics, mesh, jnp.dtype(self.config.precision.compute))
+            measure = Measure(task, mesh, None)
             params = jax.device_put(self.params, jax.sharding.NamedSharding(mesh, jax.P()))
             for part in (part for part in parts if part in task.evaluations):
-                size = -(-self.config.evaluate.batch // shards) * shards
-                values = evaluator(params, task.evaluations[part](size))
+                values = measure(Weights(params, {}), part)
                 out |= {f"{part}/{name}": value for name, value in values.items()}
         return out
 

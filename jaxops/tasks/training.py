@@ -1,6 +1,7 @@
 """The training step of a task on a mesh: config in, jitted step and fresh state out."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,34 @@ from jaxops.core.mesh import batch_shards
 from jaxops.core.optimizer import build_optimizer, ema
 from jaxops.core.state import State
 from jaxops.core.step import TrainStep, build_step, init_state
+from jaxops.tables.spec import check_specs, stack
+from jaxops.tables.tables import EmbeddingTables
 from jaxops.tasks.task import Task
 
 
-def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> tuple[TrainStep, Callable[[], State]]:
-    """The jitted step of a task on this mesh, and a function that makes its fresh state.
+class Training(NamedTuple):
+    """The jitted step of a task on a mesh, a function that makes its fresh state, and its tables there."""
+
+    step: TrainStep
+    fresh: Callable[[], State]
+    tables: EmbeddingTables | None
+
+
+def tables_on(task: Task, mesh: Mesh, size: int | None = None) -> EmbeddingTables | None:
+    """The tables of a task for batches of `size` (default: the config's); those of one sort lie together.
+
+    Raises:
+      UserError: a spec is wrong, or does not fit the mesh or the batches.
+    """
+    if not task.tables:
+        return None
+    check_specs(dict(task.tables))
+    first = task.source.batch(0, size or task.config.batch.global_)
+    return EmbeddingTables(stack(task.tables), mesh, first)
+
+
+def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> Training:
+    """What trains a task on this mesh.
 
     Raises:
       UserError: the batch does not divide over mesh and microbatches, or the config does not fit the model.
@@ -31,7 +55,8 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> tuple[Train
             f" x {accumulation} microbatches" + (f" x blocks of {task.block}" if task.block > 1 else "")
         )
     tx = build_optimizer(config.optimizer, task.steps)
-    extras = {"ema": ema(config.optimizer.ema)} if config.optimizer.ema else {}
+    extras = {**task.extras, **({"ema": ema(config.optimizer.ema)} if config.optimizer.ema else {})}
+    tables = tables_on(task, mesh)
     step = build_step(
         task.objective,
         tx,
@@ -43,7 +68,7 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> tuple[Train
         loss_weights=task.loss_weights,
         clip=config.optimizer.clip,
         compute_dtype=jnp.dtype(config.precision.compute),
-        tables=task.tables,
+        tables=tables,
         extras=extras,
         logical=task.logical,
     )
@@ -56,12 +81,12 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> tuple[Train
             mesh,
             task.rules,
             frozen=config.optimizer.frozen,
-            tables=task.tables,
+            tables=tables,
             extras=extras,
             dtype=jnp.dtype(config.precision.params),
         )
 
-    return step, fresh
+    return Training(step, fresh, tables)
 
 
 def abstract(fresh: Callable[[], State], mesh: Mesh) -> State:
@@ -74,9 +99,12 @@ def abstract(fresh: Callable[[], State], mesh: Mesh) -> State:
     return jax.tree.map(placed, jax.eval_shape(fresh))
 
 
-def abstract_batch(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a global batch, from its first row alone."""
+def abstract_batch(task: Task, tables: EmbeddingTables | None = None) -> dict[str, Any]:
+    """Shapes and dtypes of a global batch, from its first row alone; with tables, of the first batch and its plan."""
     size = task.config.batch.global_
+    if tables is not None:
+        planned = tables.plan(task.source.batch(0, size))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), planned)
     return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in task.source.batch(0, 1).items()}
 
 
@@ -89,8 +117,8 @@ def accumulation_of(task: Task, mesh: Mesh) -> int:
     limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
     count = 1
     while limit and batch.global_ % (2 * count * batch_shards(mesh) * task.block) == 0:
-        step, fresh = build_training(task, mesh, count)
-        program = step.programs(abstract(fresh, mesh), abstract_batch(task))[0]
+        step, fresh, tables = build_training(task, mesh, count)
+        program = step.programs(abstract(fresh, mesh), abstract_batch(task, tables))[0]
         try:
             memory = program.fn.lower(*program.args).compile().memory_analysis()
             if memory.argument_size_in_bytes + memory.temp_size_in_bytes < 0.9 * limit:

@@ -2,21 +2,91 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
-from jaxops.core.evaluation import Evaluator
-from jaxops.core.mesh import batch_shards
+from jaxops.core.evaluation import Evaluator, evaluated_params, on_batches
+from jaxops.core.mesh import batch_sharding, batch_shards, serialise_dispatch
 from jaxops.core.rows import local_batches
-from jaxops.core.state import Params
+from jaxops.core.state import Params, State
+from jaxops.tables.tables import EmbeddingTables
 from jaxops.tasks.config import EarlyStop
 from jaxops.tasks.progress import Progress
-from jaxops.tasks.task import Task
+from jaxops.tasks.task import Catalogue, EvalBatches, Task
 
 NO_HISTORY = {"metric": None, "best": None, "best_step": None, "since": 0, "at": 0}
 """What early stopping remembers: the best value so far, evaluations since, and the last step that counted."""
+
+
+class Weights(NamedTuple):
+    """What is evaluated of a state: its parameters (the moving average where there is one), and rows by table."""
+
+    params: Params
+    tables: dict[str, dict[str, Array]]
+
+    @staticmethod
+    def of(state: State) -> "Weights":
+        """Those of a state of training."""
+        tables = {name: {"rows": table["rows"]} for name, table in state.tables.items()}
+        return Weights(evaluated_params(state), tables)
+
+
+class Measure:
+    """A task's metrics on a mesh; compiled once, at the first batch. Call it inside `jax.set_mesh(mesh)`."""
+
+    def __init__(self, task: Task, mesh: Mesh, tables: EmbeddingTables | None):
+        self._task, self._mesh, self._tables = task, mesh, tables
+        self._dtype = jnp.dtype(task.config.precision.compute)
+        shards = batch_shards(mesh)
+        self._size = -(-task.config.evaluate.batch // shards) * shards
+        self._readers: dict[str, EmbeddingTables] = {}
+        self._evaluator: Evaluator | None = None
+        self._vectors: Callable[..., Array] | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was evaluated yet: the first call compiles."""
+        return self._evaluator is None
+
+    def __call__(self, weights: Weights, part: str, poll: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """All that the task measures of `valid` or `test`.
+
+        Raises:
+          Interrupted: `poll` said stop.
+        """
+        params = weights.params
+        if self._task.catalogue is not None:
+            params = {**params, "catalogue": self._catalogue(weights, self._task.catalogue)}
+        batches, reader = self._planned("queries", self._task.evaluations[part](self._size))
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self._task.metrics, self._mesh, self._dtype, self._task.logical, reader)
+        return self._evaluator(params, batches, poll, weights.tables)
+
+    def _planned(self, kind: str, batches: EvalBatches) -> tuple[Iterator[Mapping[str, Any]], EmbeddingTables | None]:
+        """The batches with plans, and the tables that can read them; one plan's shapes for all of a kind."""
+        if self._tables is None:
+            return local_batches(batches, self._mesh, self._size), None
+        if kind not in self._readers:
+            self._readers[kind] = self._tables.reading(next(iter(batches)))
+        reader = self._readers[kind]
+        return local_batches(batches, self._mesh, self._size, reader.plan), reader
+
+    def _catalogue(self, weights: Weights, catalogue: Catalogue) -> Array:
+        batches, reader = self._planned("catalogue", catalogue.batches(self._size))
+        if self._vectors is None:
+            run = on_batches(catalogue.vectors, self._mesh, P(), self._dtype, self._task.logical, reader)
+            self._vectors = jax.jit(run, in_shardings=(None, None, batch_sharding(self._mesh)))
+        parts = []
+        for batch in batches:
+            parts.append(self._vectors(weights.params, weights.tables, batch))
+            if serialise_dispatch(self._mesh):
+                jax.block_until_ready(parts[-1])
+        return jnp.concatenate(parts)[: catalogue.rows]
 
 
 class Validation:
@@ -25,9 +95,16 @@ class Validation:
     `history` goes into every checkpoint, so that the count survives an interruption.
     """
 
-    def __init__(self, task: Task, mesh: Mesh, progress: Progress, phase: Callable[[str], Any]):
-        self._task, self._config, self._mesh, self._progress, self._phase = task, task.config, mesh, progress, phase
-        self._evaluator = Evaluator(task.metrics, mesh, jnp.dtype(self._config.precision.compute), task.logical)
+    def __init__(
+        self,
+        task: Task,
+        mesh: Mesh,
+        tables: EmbeddingTables | None,
+        progress: Progress,
+        phase: Callable[[str], Any],
+    ):
+        self._task, self._config, self._progress, self._phase = task, task.config, progress, phase
+        self._measure = Measure(task, mesh, tables)
         self.history: dict[str, Any] = dict(NO_HISTORY)
         self.values: dict[str, float] = {}
         self.step = -1
@@ -38,20 +115,17 @@ class Validation:
         return "valid" in self._task.evaluations
 
     def evaluate(
-        self, params: Params, part: str, step: int, poll: Callable[[], bool], note: str = ""
+        self, weights: Weights, part: str, step: int, poll: Callable[[], bool], note: str = ""
     ) -> dict[str, float]:
-        """`valid/...` or `test/...` of these parameters.
+        """`valid/...` or `test/...` of these weights.
 
         Raises:
           Interrupted: `poll` said stop.
         """
-        if self._evaluator.fresh:
+        if self._measure.fresh:
             self._progress.compiling("evaluate_step")
-        shards = batch_shards(self._mesh)
-        size = -(-self._config.evaluate.batch // shards) * shards
         with self._within(f"evaluate {part}"):
-            batches = local_batches(self._task.evaluations[part](size), self._mesh, size)
-            found = self._evaluator(params, batches, poll)
+            found = self._measure(weights, part, poll)
         values = {name: found[name] for name in self._config.evaluate.metrics}
         self._progress.evaluated(step, part, values, note)
         return {f"{part}/{name}": value for name, value in values.items()}

@@ -275,7 +275,7 @@ def test_an_extra_sees_the_sums_of_the_global_batch():
     """A running baseline of the loss: what a KL controller or a logQ estimate does."""
     baseline = Extra(
         init=lambda params: jnp.zeros(()),
-        update=lambda value, params, sums, step: 0.5 * value + 0.5 * sums["loss/mse"].total / sums["loss/mse"].count,
+        update=lambda value, params, sums, step, batch: 0.5 * value + 0.5 * sums["loss/mse"].total / sums["loss/mse"].count,
     )
     t = trainer(layout={"data": 8}, extras={"baseline": baseline}, accumulation=4)
     expected = 0.0
@@ -283,6 +283,26 @@ def test_an_extra_sees_the_sums_of_the_global_batch():
         values = finalize(host(t.step(rows(seed))))
         expected = 0.5 * expected + 0.5 * values["loss/mse"]
         assert float(t.state.extra["baseline"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_extra_reads_into_the_batch_what_it_knew_before_the_step():
+    """Counts of what came up, as a logQ correction needs them: read before, updated after, from the global batch."""
+    counts = Extra(
+        init=lambda params: jnp.zeros(()),
+        update=lambda value, params, sums, step, batch: value + jnp.sum(batch["weight"]),
+        read=lambda value, batch: {"before": jnp.broadcast_to(value, batch["weight"].shape)},
+    )
+
+    def objective(params, batch, key):
+        return {**regression(params, batch, key), "before": Sum.of(batch["before"])}
+
+    for layout, accumulation in (({"data": 1}, 1), ({"data": 8}, 2)):
+        t = trainer(layout=layout, extras={"counts": counts}, accumulation=accumulation, objective=objective)
+        expected = 0.0
+        for seed in range(3):
+            values = finalize(host(t.step(rows(seed))))
+            assert values["before"] == pytest.approx(expected, rel=1e-6)
+            expected += float(np.sum(rows(seed)["weight"]))
 
 
 def test_dropout_differs_from_step_to_step_and_repeats_with_the_seed():
