@@ -159,20 +159,24 @@ def _resolved(name: str) -> dict[str, Any]:
 
 
 def shardings(args: argparse.Namespace) -> int:
-    """`jaxops shardings CONFIG`: parameter, shape, spec, bytes a device."""
+    """`jaxops shardings CONFIG`: parameter, shape, spec, bytes a device; tables, their placement and its runner-up."""
     import dataclasses
     import math
 
     from jaxops.core.mesh import describe_devices, make_mesh
     from jaxops.core.sharding import place
+    from jaxops.tables.explain import costs
+    from jaxops.tasks.training import tables_on
 
     task = build_task(load_config(args.config, args.overrides))
     mesh = make_mesh(**dataclasses.asdict(task.config.mesh))
     placed = place(task.model.shapes, task.rules, mesh)
+    tables = tables_on(task, mesh)
+    laid = costs(tables, task.tables) if tables else []
     if args.json:
         padding = task.model.padding
         rows = [{**dataclasses.asdict(p), "spec": list(p.spec), "padding": padding.get(p.path)} for p in placed]
-        print_json({"mesh": dict(mesh.shape), "parameters": rows})
+        print_json({"mesh": dict(mesh.shape), "parameters": rows, "tables": [dataclasses.asdict(one) for one in laid]})
         return EXIT_OK
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     table = [("parameter", "shape", "spec", "bytes a device", "dropped or padded")]
@@ -184,7 +188,22 @@ def shardings(args: argparse.Namespace) -> int:
     table.append(("total", entries, "", f"{sum(p.bytes_per_device for p in placed):,}", ""))
     print(f"{describe_devices(mesh)}: {axes}; the parameters as they are stored")
     print("\n".join(aligned(table, right=(3,))))
+    if laid:
+        print("\n".join(["", *_tables(laid)]))
     return EXIT_OK
+
+
+def _tables(laid: list[Any]) -> list[str]:
+    """Each table with what it takes and exchanges, and the placement that was not chosen."""
+    rows = [("table", "rows x dim", "optimizer", "placement", "bytes a device", "bytes exchanged a step")]
+    for one in laid:
+        size = f"{one.rows:,} x {one.dim}"
+        chosen = f"{one.placement} ({one.why})"
+        rows.append((one.name, size, one.optimizer, chosen, f"{one.bytes_per_device:,}", f"{one.exchanged:,}"))
+        other = f"not {one.runner_up}"
+        rows.append(("", "", "", other, f"{one.runner_up_bytes:,}", f"{one.runner_up_exchanged:,}"))
+    stacks = [f"{one.name}: {', '.join(one.members)}, exchanged together" for one in laid if len(one.members) > 1]
+    return [*aligned(rows, right=(4, 5)), *stacks]
 
 
 def _spec(spec: Any) -> str:

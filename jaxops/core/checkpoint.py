@@ -250,10 +250,13 @@ class Checkpoints:
         loaded = self._load(folder, saved, wanted)
         return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in wanted])
 
-    def load_params(self, step: int, prefix: str = "params", sharding: Sharding | None = None) -> Any:
+    def load_params(
+        self, step: int, prefix: str = "params", sharding: Sharding | None = None, leaf: str | None = None
+    ) -> Any:
         """The arrays under `prefix` as nested dicts, without the mesh or the model that wrote them.
 
-        Numpy arrays, or jax arrays placed by `sharding`. Positions (lists, integer keys) are int keys.
+        Numpy arrays, or jax arrays placed by `sharding`. Positions (lists, integer keys) are int keys. With `leaf`
+        only the arrays of that name: the rows of tables, without their slots.
 
         Raises:
           UserError: no such step or prefix, or a file is missing or truncated.
@@ -264,7 +267,7 @@ class Checkpoints:
         wanted = {
             path: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding)
             for path, (shape, dtype) in saved.arrays.items()
-            if [str(part) for part in path[: len(at)]] == at
+            if [str(part) for part in path[: len(at)]] == at and leaf in (None, path[-1])
         }
         if not wanted:
             tops = sorted({str(path[0]) for path in saved.arrays})

@@ -2,15 +2,29 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxops.core.failures import RunFailed
 from jaxops.core.sharding import named_leaves
 
 GROUPS = ("params", "frozen", "tables", "opt_state", "extra")
+
+
+def device_memory(mesh: Mesh) -> tuple[int | None, str]:
+    """Bytes that a device of the mesh may use, None where nothing says so, and what to call it.
+
+    Devices of a CPU share the memory of the machine.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit"), device.device_kind
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages // len(mesh.local_devices), "this machine, over its virtual devices,"
 
 
 @contextlib.contextmanager

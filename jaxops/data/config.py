@@ -1,21 +1,29 @@
 """The data section of a recommender's config and how it is opened: out come events and a split."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from jaxops.data import arrange, cache, sources
+import pyarrow as pa
+
+from jaxops.core.failures import UserError
+from jaxops.data import arrange, cache, side, sources
 from jaxops.data.heldout import Split
 from jaxops.data.interactions import Interactions, read_interactions
 from jaxops.data.sequences import read_sequences
 from jaxops.data.spec import (
+    ClicksFile,
     Columns,
+    Criteo,
     GlobalTime,
     InteractionsFile,
     LeaveOneOut,
     MinCount,
     MovieLens100K,
+    MovieLensClicks,
     RecDataConfig,
     SequencesFile,
+    SideFile,
     SplitConfig,
 )
 from jaxops.data.splits import make_split
@@ -37,11 +45,16 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RecData:
-    """Events, their split, and where they came from (`info`: plain values, for the run folder)."""
+    """Events, their split, and where they came from (`info`: plain values, for the run folder).
+
+    `user_features` and `item_features` are further columns, by user row and by item row - 1; a bag has a list a row.
+    """
 
     inter: Interactions
     split: Split
     info: dict[str, Any]
+    user_features: Mapping[str, pa.Array] = dataclasses.field(default_factory=dict)
+    item_features: Mapping[str, pa.Array] = dataclasses.field(default_factory=dict)
 
 
 def open_data(config: RecDataConfig, progress: arrange.Progress = arrange.silent) -> RecData:
@@ -50,8 +63,30 @@ def open_data(config: RecDataConfig, progress: arrange.Progress = arrange.silent
     Raises:
       UserError: what reading, fetching and splitting raise; a config of another family.
     """
+    if isinstance(config, ClicksFile | Criteo | MovieLensClicks):
+        raise UserError(f"data: {config.kind} is for click models; there are no interactions to open")
     inter, info = _events(config, progress)
-    return RecData(inter, make_split(inter, config.split), {"kind": config.kind, **info})
+    users, items = _side(config)
+    return RecData(
+        inter,
+        make_split(inter, config.split),
+        {"kind": config.kind, **info},
+        side.read_side(users, inter.user_ids, "data.user_features") if users else {},
+        side.read_side(items, inter.item_ids, "data.item_features") if items else {},
+    )
+
+
+def _side(config: RecDataConfig) -> tuple[SideFile | None, SideFile | None]:
+    match config:
+        case MovieLens100K():
+            people, films = (str(sources.get(f"movielens_100k_{name}")) for name in ("people", "films"))
+            return (
+                SideFile(path=people, key="user", columns=("age", "gender", "occupation")),
+                SideFile(path=films, key="item", columns=("year",), bags=("genres",)),
+            )
+        case InteractionsFile():
+            return config.user_features, config.item_features
+    return None, None
 
 
 def _events(config: RecDataConfig, progress: arrange.Progress) -> tuple[Interactions, dict[str, Any]]:

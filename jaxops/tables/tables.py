@@ -56,14 +56,20 @@ class EmbeddingTables:
             raise UserError(f"tables: {size} examples do not divide over {self.shards} batch shards of the mesh")
         examples = size // self.shards
         whole = Planner(specs, self.shards, examples, dict.fromkeys(specs, 2**31))(first)
-        self.capacities = {
-            name: self.specs[name].capacity or self._capacity(name, whole[PLAN][name]["stored"]) for name in divided
-        }
+        self._first = {name: whole[PLAN][name]["stored"] for name in specs}
+        self.capacities = {name: self.specs[name].capacity or self.needed(name) for name in divided}
         self.plan = Planner(self.specs, self.shards, examples, self.capacities)
 
-    def _capacity(self, name: str, stored: np.ndarray) -> int:
-        """A quarter more than the first batch needs, in eights; never more than all ids of a shard."""
-        most = largest_share(stored, self.specs[name].stored_rows // self.shards, self.shards)
+    def needed(self, name: str) -> int:
+        """Rows that a device asks of another in one exchange of a divided table (or would ask, were it divided).
+
+        A quarter more than the first batch needs, in eights; never more than all ids of a shard.
+        """
+        spec = dataclasses.replace(self.specs[name], placement="row")
+        stored = self._first[name]
+        if self.specs[name].placed == "replicated":
+            stored = np.sort(spec.stored(stored).astype(np.int32), axis=1)
+        most = largest_share(stored, spec.stored_rows // self.shards, self.shards)
         return int(min(-(-most * 5 // 4 // 8) * 8 + 8, max(stored.shape[1], 1)))
 
     def reading(self, first: Batch) -> "EmbeddingTables":

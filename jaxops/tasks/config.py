@@ -13,9 +13,15 @@ from jaxops.core import stores
 from jaxops.core.failures import UserError
 from jaxops.core.mesh import BATCH_AXES, MeshConfig
 from jaxops.core.optimizer import AdamW, Optimizer
-from jaxops.data.spec import RecDataConfig
+from jaxops.data.spec import ClicksFile, Criteo, MovieLensClicks, RecDataConfig
+from jaxops.evaluate.clicks import NOT_BY_SIZE, parse_click_metric
 from jaxops.evaluate.ranking import parse_metric
+from jaxops.models.dcn import DCNv2Config
+from jaxops.models.dlrm import DLRMConfig
+from jaxops.models.linear import LinearConfig
 from jaxops.models.sasrec import SASRecConfig
+from jaxops.models.two_tower import TwoTowerConfig
+from jaxops.tasks.tables_config import TableConfig
 
 Positive = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "bfloat16"]
@@ -53,7 +59,30 @@ class Gbce:
     t: Annotated[float, Field(ge=0, le=1)] = 0.75
 
 
-RecObjective = Softmax | SampledSoftmax | Bce | Gbce | Annotated[ByPath, Factory(leading=1)]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InBatchSoftmax:
+    """Two-tower retrieval: each example's item against those of its `block` of neighbours (null: the whole batch).
+
+    `logq` takes off log of how often an item comes up, estimated on the way with counts that fade by `decay` a step.
+    """
+
+    kind: Literal["in_batch_softmax"] = "in_batch_softmax"
+    temperature: Annotated[float, Field(gt=0)] = 0.05
+    logq: bool = True
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    block: Annotated[int, Field(ge=2)] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clicks:
+    """Binary cross-entropy of each label that the data has; several are weighted by `loss_weights`."""
+
+    kind: Literal["clicks"] = "clicks"
+
+
+RecObjective = Softmax | SampledSoftmax | Bce | Gbce | InBatchSoftmax | Clicks | Annotated[ByPath, Factory(leading=1)]
+RecModel = SASRecConfig | TwoTowerConfig | DLRMConfig | DCNv2Config | LinearConfig
+CLICK_MODELS = (DLRMConfig, DCNv2Config, LinearConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +222,8 @@ class RecConfig:
 
     task: Literal["rec"] = "rec"
     data: RecDataConfig | Annotated[ByPath, Factory(leading=0)]
-    model: SASRecConfig = SASRecConfig()
+    model: RecModel = SASRecConfig()
+    tables: Mapping[str, TableConfig] = dataclasses.field(default_factory=dict)
     objective: RecObjective = Softmax()
     loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     optimizer: Optimizer = AdamW()
@@ -222,11 +252,7 @@ class RecConfig:
         if isinstance(batch.microbatch, int) and batch.global_ % batch.microbatch:
             found.append(("batch.microbatch", f"{batch.microbatch} does not divide batch.global {batch.global_}"))
         found += self.mesh_problems(dataclasses.asdict(self.mesh))
-        for index, metric in enumerate(self.evaluate.metrics):
-            try:
-                parse_metric(metric)
-            except UserError as error:
-                found.append((f"evaluate.metrics.{index}", str(error)))
+        found += family_problems(self)
         for path, name in (
             ("checkpoint.best", self.checkpoint.best),
             ("evaluate.stop.metric", self.evaluate.stop.metric if self.evaluate.stop else None),
@@ -242,11 +268,68 @@ class RecConfig:
         for path, value in (("batch.global", self.batch.global_), ("batch.microbatch", self.batch.microbatch)):
             if isinstance(value, int) and value % shards:
                 found.append((path, f"{value} is no multiple of the mesh's batch shards (at least {shards})"))
-        if sizes["tensor"] > 1 and self.model.heads % sizes["tensor"]:
-            found.append(("mesh.tensor", f"{sizes['tensor']} does not divide model.heads {self.model.heads}"))
+        heads = self.model.heads if isinstance(self.model, SASRecConfig) else 0
+        if sizes["tensor"] > 1 and heads % sizes["tensor"]:
+            found.append(("mesh.tensor", f"{sizes['tensor']} does not divide model.heads {heads}"))
         if sizes["sequence"] > 1:
-            found.append(("mesh.sequence", "sasrec has no sequence parallelism: leave it at 1"))
+            found.append(("mesh.sequence", f"{self.model.kind} has no sequence parallelism: leave it at 1"))
         return found
+
+
+def family_problems(config: RecConfig) -> list[tuple[str, str]]:
+    """Whether model, objective, data, tables and metrics belong together (dotted path, message)."""
+    found = []
+    model, objective, data = config.model, config.objective, config.data
+    clicks = isinstance(data, ClicksFile | Criteo | MovieLensClicks)
+    parse = parse_click_metric if isinstance(model, CLICK_MODELS) else parse_metric
+    for index, metric in enumerate(config.evaluate.metrics):
+        try:
+            parse(metric)
+        except UserError as error:
+            found.append((f"evaluate.metrics.{index}", str(error)))
+    if isinstance(model, CLICK_MODELS):
+        if not isinstance(objective, Clicks | ByPath):
+            found.append(
+                ("objective", f"{model.kind} predicts clicks: expected {{kind: clicks}}, got {objective.kind}")
+            )
+        if not clicks:
+            found.append(
+                ("data", f"{model.kind} learns from clicks: expected kind clicks, criteo or movielens_100k_clicks")
+            )
+        worse = [name for name in _judged(config) if name in NOT_BY_SIZE]
+        found += [("evaluate", f"{name!r} is not better when larger: stop and keep by auc or gauc") for name in worse]
+        return found
+    if isinstance(data, ClicksFile | Criteo | MovieLensClicks):
+        found.append(("data", f"{model.kind} learns from interactions: {data.kind} is for dlrm, dcnv2 and linear"))
+    if isinstance(model, TwoTowerConfig):
+        if not isinstance(objective, InBatchSoftmax | ByPath):
+            found.append(("objective", f"two_tower: expected {{kind: in_batch_softmax}}, got {objective.kind}"))
+        if isinstance(objective, InBatchSoftmax) and objective.block and config.batch.global_ % objective.block:
+            found.append(("objective.block", f"{objective.block} does not divide batch.global {config.batch.global_}"))
+        if not model.user or not model.item:
+            found.append(("model", "two_tower: name the features of both towers, `user: [...]` and `item: [...]`"))
+    elif model.inputs:
+        if not isinstance(objective, SampledSoftmax | ByPath):
+            found.append(("objective", f"sasrec on tables: expected {{kind: sampled_softmax}}, got {objective.kind}"))
+        for name in model.inputs:
+            for table, one in config.tables.items():
+                if name in (one.features or (table,)) and one.dim != model.dim:
+                    found.append(
+                        (
+                            f"tables.{table}.dim",
+                            f"{one.dim}: model.inputs are added up, so all are model.dim {model.dim}",
+                        )
+                    )
+    elif config.tables:
+        found.append(("tables", "sasrec reads no table unless model.inputs names them (the items' first)"))
+    if isinstance(model, SASRecConfig) and isinstance(objective, InBatchSoftmax | Clicks):
+        found.append(("objective", f"sasrec: expected softmax, sampled_softmax, bce or gbce, got {objective.kind}"))
+    return found
+
+
+def _judged(config: RecConfig) -> set[str]:
+    stop = config.evaluate.stop
+    return {name for name in (config.checkpoint.best, stop.metric if stop else None) if name}
 
 
 SCHEMAS: Mapping[str, type] = {"rec": RecConfig}

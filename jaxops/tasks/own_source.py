@@ -9,6 +9,7 @@ import numpy as np
 from jaxops.config.types import ByPath
 from jaxops.core.failures import UserError, nearest
 from jaxops.data.protocol import Source
+from jaxops.models.sasrec import SASRecConfig
 from jaxops.tasks.config import RecConfig
 from jaxops.tasks.seams import require_callable
 from jaxops.tasks.task import EvalBatches
@@ -66,7 +67,7 @@ def open_own(config: RecConfig) -> Opened:
 
 def _check_batch(source: Any, config: RecConfig) -> None:
     """Looks at the first batches of a user's source before anything is compiled."""
-    assert isinstance(config.data, ByPath)
+    assert isinstance(config.data, ByPath) and isinstance(config.model, SASRecConfig)
     size, length, name = config.batch.global_, config.model.length, f"data {config.data.fn}"
     shapes: dict[str, tuple[int | None, ...]]
     shapes = {"id": (size,), "items": (size, length), "targets": (size, length), "weight": (size, length)}

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jaxops.evaluate.clicks import CLICK_METRICS
+
 QUIET_SECONDS = 2.0
 """Windows closer together than this share a line."""
 
@@ -79,7 +81,8 @@ def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...]) -> Table
 
     More than six of those become the rows, since 80 columns would cut them.
     """
-    table = Table(title=f"{summary.get('name', '')}: ranked over the whole catalogue, seen items removed")
+    how = "" if set(metrics) & set(CLICK_METRICS) else ": ranked over the whole catalogue, seen items removed"
+    table = Table(title=f"{summary.get('name', '')}{how}")
     parts = [part for part in ("valid", "test") if any(key.startswith(part + "/") for key in summary)]
     values = [(part, metric) for part in parts for metric in metrics]
     names = sorted({key.split("/")[1] for key in summary if key.startswith("baseline/")}, reverse=True)

@@ -19,10 +19,14 @@ from jaxops.data.queries import QueryBatches, seen_width
 from jaxops.data.windows import SequenceSource
 from jaxops.evaluate.baselines import evaluate_baseline
 from jaxops.evaluate.ranking import evaluate_scores
-from jaxops.models.sasrec import SASRec
+from jaxops.models.sasrec import SASRec, SASRecConfig
+from jaxops.models.two_tower import TwoTowerConfig
 from jaxops.objectives import ranking
-from jaxops.tasks.config import Bce, Gbce, RecConfig, SampledSoftmax, Softmax
+from jaxops.tasks.clicks import build_clicks
+from jaxops.tasks.config import CLICK_MODELS, Bce, Gbce, RecConfig, SampledSoftmax, Softmax
 from jaxops.tasks.own_source import Opened, open_own
+from jaxops.tasks.retrieval import build_retrieval
+from jaxops.tasks.sasrec_tables import objective_on_tables, on_tables
 from jaxops.tasks.seams import require_callable
 from jaxops.tasks.task import EvalBatches, Task
 
@@ -59,14 +63,23 @@ def build_rec(
     Raises:
       UserError: the data cannot be opened, or does not fit the config.
     """
-    opened = open_own(config) if isinstance(config.data, ByPath) else _open(config)
+    if isinstance(config.model, CLICK_MODELS):
+        return build_clicks(config, resolved, objective)
+    if isinstance(config.model, TwoTowerConfig):
+        return _retrieval(config, resolved, objective)
+    assert isinstance(config.model, SASRecConfig)
+    inputs = config.model.inputs
+    if inputs and isinstance(config.data, ByPath):
+        raise UserError(f"model.inputs: {config.data.fn} has no columns to read tables by; leave inputs out")
+    data = None if isinstance(config.data, ByPath) else open_data(config.data)
+    opened = open_own(config) if data is None else _open(config, data)
     for path, value in (("evaluate.stop", config.evaluate.stop), ("checkpoint.best", config.checkpoint.best)):
         if value is not None and "valid" not in opened.evaluations:
             raise UserError(f"{path}: there are no validation queries to go by; set {path}=null")
     model = SASRec(config.model, opened.n_items)
-    made = build_objective(config.objective, model) if objective is None else objective(model)
+    made = _objective(config, model) if objective is None else objective(model)
     require_callable("objective: what the factory returned", made, "params", "batch", "key")
-    return Task(
+    task = Task(
         config=config,
         resolved=resolved,
         model=model,
@@ -81,11 +94,25 @@ def build_rec(
         transform={"item_ids": opened.item_ids},
         baselines=opened.baselines,
     )
+    return on_tables(task, config, data) if inputs and data is not None else task
 
 
-def _open(config: RecConfig) -> Opened:
-    assert not isinstance(config.data, ByPath)
+def _objective(config: RecConfig, model: SASRec) -> Objective:
+    if model.config.inputs and not isinstance(config.objective, ByPath):
+        return objective_on_tables(config, model)
+    return build_objective(config.objective, model)
+
+
+def _retrieval(config: RecConfig, resolved: dict[str, Any], objective: Callable[[Any], Objective] | None) -> Task:
+    if isinstance(config.data, ByPath):
+        raise UserError(f"data: {config.data.fn}: two_tower needs users and items with features: a file or a data set")
     data = open_data(config.data)
+    baselines = (lambda: _baselines(data, config.evaluate.metrics)) if config.evaluate.baselines else None
+    return build_retrieval(config, data, inspect(data), baselines, resolved, objective)
+
+
+def _open(config: RecConfig, data: RecData) -> Opened:
+    assert isinstance(config.model, SASRecConfig)
     inter, split, length = data.inter, data.split, config.model.length
     windows = PackedSource if config.batch.pack else SequenceSource
     seen = seen_width(split.valid, split.test)

@@ -373,6 +373,7 @@ class Run:
             "seed": self.config.run.seed,
             **({"rollbacks": len(self.rollbacks)} if self.rollbacks else {}),
             **values,
+            **(self.validation.plots if values else {}),
         }
 
         def write() -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Task:
       metrics: (params, batch) -> Sums of one evaluation batch.
       block: examples that an objective couples and microbatching must not part.
       tables: specs of the embedding tables that batches read from; `metrics` finds rows in its batch as well.
+      plots: metrics that are arrays, for the summary and the report.
       extras: further entries of the state, beside the moving average.
       baselines: {"most_popular": {"valid/hr@10": ...}}, computed when asked.
       inspection: what the data is, for the report and `data.json`.
@@ -76,6 +77,7 @@ class Task:
     tables: Mapping[str, TableSpec] = dataclasses.field(default_factory=dict)
     extras: Mapping[str, Extra] = dataclasses.field(default_factory=dict)
     catalogue: Catalogue | None = None
+    plots: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:

@@ -28,9 +28,10 @@ from jaxops.data.ids import Ids
 from jaxops.data.interactions import read_interactions
 from jaxops.data.spec import Columns, InteractionsFile
 from jaxops.evaluate.ranking import top_k_unseen
-from jaxops.models.sasrec import SASRec
-from jaxops.tasks.config import SCHEMAS
+from jaxops.models.sasrec import SASRec, SASRecConfig
+from jaxops.tasks.config import CLICK_MODELS, SCHEMAS
 from jaxops.tasks.run_folder import RunFolder
+from jaxops.tasks.training import tables_on
 from jaxops.tasks.validation import Measure, Weights
 
 
@@ -50,14 +51,18 @@ class Histories:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model with its parameters (the moving average where the run kept one) and its frozen transform."""
+    """A model with its parameters (the moving average where the run kept one) and its frozen transform.
+
+    `model` is that of a SASRec, which `predict` and `item_vectors` ask; `tables` hold rows as they are stored.
+    """
 
     config: Any
-    model: SASRec
+    model: Any
     params: Params
     item_ids: Ids
     step: int
     resolved: dict[str, Any]
+    tables: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def histories(self, path: str | os.PathLike[str]) -> Histories:
         """Reads what to predict for: events (user, item, time) or, with a user column alone, users of the run's data.
@@ -107,6 +112,7 @@ class Trained:
         Raises:
           UserError: what `histories` raises; k is below one.
         """
+        self._ranks("predict")
         if k < 1:
             raise UserError(f"predict: top k must be at least 1, got {k}")
         given = source if isinstance(source, Histories) else self.histories(source)
@@ -125,10 +131,20 @@ class Trained:
         table = {"user": users, "rank": ranks, "item": items, "score": scores}
         return pa.table({name: pa.array(np.concatenate(parts)) for name, parts in table.items()})
 
+    def _ranks(self, command: str) -> None:
+        """Whether this is a model that the commands for one item matrix know.
+
+        Raises:
+          UserError: it is another.
+        """
+        if not isinstance(self.config.model, SASRecConfig) or self.config.model.inputs:
+            kind = f"{self.config.model.kind}{' on tables' if self.tables else ''}"
+            raise UserError(f"{command}: not there yet for {kind}; `jaxops evaluate` is")
+
     def _check_items(self, values: np.ndarray) -> None:
         if not np.array_equal(values, self.item_ids.values):
             raise UserError(
-                f"the run's data has changed since: {len(values):,} items there now, not the {self.model.n_items:,}"
+                f"the run's data has changed since: {len(values):,} items there now, not the {len(self.item_ids):,}"
                 " that the model was trained on"
             )
 
@@ -148,6 +164,7 @@ class Trained:
 
     def item_vectors(self) -> pa.Table:
         """Original item ids and their vectors: item, vector (fixed-size list of float32)."""
+        self._ranks("export")
         rows = np.arange(1, self.model.n_items + 1)
         vectors = np.asarray(self.model.item_vectors(self.params), np.float32)[rows]
         flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
@@ -162,15 +179,22 @@ class Trained:
         from jaxops.tasks.rec import build_rec
 
         task = build_rec(self.config, self.resolved, lambda model: _no_objective)
-        self._check_items(task.transform["item_ids"])
+        if "item_ids" in task.transform:
+            self._check_items(task.transform["item_ids"])
         mesh = make_mesh(data=-1)
         out: dict[str, float] = {}
         with jax.set_mesh(mesh):
-            measure = Measure(task, mesh, None)
+            # the batch of training may not divide over the devices that are here
+            tables = tables_on(task, mesh, -(-self.config.batch.global_ // mesh.size) * mesh.size)
+            measure = Measure(task, mesh, tables)
             params = jax.device_put(self.params, jax.sharding.NamedSharding(mesh, jax.P()))
+            rows = {}
+            if tables is not None:
+                lie = tables.sharding
+                rows = {name: {"rows": jax.device_put(t["rows"], lie(name))} for name, t in self.tables.items()}
             for part in (part for part in parts if part in task.evaluations):
-                values = measure(Weights(params, {}), part)
-                out |= {f"{part}/{name}": value for name, value in values.items()}
+                values = measure(Weights(params, rows), part)
+                out |= {f"{part}/{name}": values[name] for name in values if name not in task.plots}
         return out
 
 
@@ -211,11 +235,14 @@ def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
         prefix = "extra/ema" if config.optimizer.ema else "params"
         params = checkpoints.load_params(step, prefix)
         frozen = checkpoints.load_params(step, "frozen") if config.optimizer.frozen else {}
+        tables = checkpoints.load_params(step, "tables", leaf="rows") if config.tables else {}
+    on_device = jax.tree.map(jnp.asarray, join(params, frozen))  # once, not with every batch of users
+    if isinstance(config.model, CLICK_MODELS):
+        return Trained(config, None, on_device, Ids(np.zeros(0, np.int64), first=1), step, resolved, tables)
     values = place.transform("item_ids")
     values = values if values.dtype.kind == "i" else np.char.encode(values.astype(str), "utf-8")
-    model = SASRec(config.model, len(values))
-    on_device = jax.tree.map(jnp.asarray, join(params, frozen))  # once, not with every batch of users
-    return Trained(config, model, on_device, Ids(values, first=1), step, resolved)
+    model = SASRec(config.model, len(values)) if isinstance(config.model, SASRecConfig) else None
+    return Trained(config, model, on_device, Ids(values, first=1), step, resolved, tables)
 
 
 def _padded(given: Histories, length: int, size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:

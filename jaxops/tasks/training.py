@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxops.core.failures import UserError
+from jaxops.core.memory import device_memory
 from jaxops.core.mesh import batch_shards
 from jaxops.core.optimizer import build_optimizer, ema
 from jaxops.core.state import State
 from jaxops.core.step import TrainStep, build_step, init_state
+from jaxops.tables.explain import require_room
 from jaxops.tables.spec import check_specs, stack
 from jaxops.tables.tables import EmbeddingTables
 from jaxops.tasks.task import Task
@@ -35,7 +37,9 @@ def tables_on(task: Task, mesh: Mesh, size: int | None = None) -> EmbeddingTable
         return None
     check_specs(dict(task.tables))
     first = task.source.batch(0, size or task.config.batch.global_)
-    return EmbeddingTables(stack(task.tables), mesh, first)
+    tables = EmbeddingTables(stack(task.tables), mesh, first)
+    require_room(tables, *device_memory(mesh))
+    return tables
 
 
 def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> Training:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -107,6 +108,7 @@ class Validation:
         self._measure = Measure(task, mesh, tables)
         self.history: dict[str, Any] = dict(NO_HISTORY)
         self.values: dict[str, float] = {}
+        self.plots: dict[str, Any] = {}
         self.step = -1
 
     @property
@@ -127,6 +129,7 @@ class Validation:
         with self._within(f"evaluate {part}"):
             found = self._measure(weights, part, poll)
         values = {name: found[name] for name in self._config.evaluate.metrics}
+        self.plots |= {f"{part}/{name}": plain_lists(found[name]) for name in self._task.plots}
         self._progress.evaluated(step, part, values, note)
         return {f"{part}/{name}": value for name, value in values.items()}
 
@@ -162,6 +165,13 @@ class Validation:
         """Whether the run was interrupted after `step` and before the evaluation that was due there."""
         due = self.on and step % self._config.evaluate.every == 0
         return 0 < step < self._task.steps and due and self.history["at"] < step
+
+
+def plain_lists(values: np.ndarray) -> Any:
+    """Nested lists with null where there is no number, as JSON has them."""
+    known = values.astype(object)
+    known[np.isnan(values)] = None
+    return known.tolist()
 
 
 def stopped(stop: EarlyStop) -> str:

@@ -275,7 +275,9 @@ def test_an_extra_sees_the_sums_of_the_global_batch():
     """A running baseline of the loss: what a KL controller or a logQ estimate does."""
     baseline = Extra(
         init=lambda params: jnp.zeros(()),
-        update=lambda value, params, sums, step, batch: 0.5 * value + 0.5 * sums["loss/mse"].total / sums["loss/mse"].count,
+        update=lambda value, params, sums, step, batch: (
+            0.5 * value + 0.5 * sums["loss/mse"].total / sums["loss/mse"].count
+        ),
     )
     t = trainer(layout={"data": 8}, extras={"baseline": baseline}, accumulation=4)
     expected = 0.0

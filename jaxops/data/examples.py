@@ -1,0 +1,120 @@
+"""Examples in columns, as batches: training in an order of each epoch's own, evaluation in order and padded."""
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float32, Int32, Int64
+
+from jaxops.core.failures import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Column:
+    """A feature as table rows: [n] or, of a bag, [n, width] (-1: nothing); `index`: which of them an example has."""
+
+    codes: Int32[np.ndarray, "n ..."]
+    index: np.ndarray | None = None
+
+    def of(self, examples: np.ndarray) -> np.ndarray:
+        """Those of these examples; row 0 (unknown) where the index says -1."""
+        if self.index is None:
+            return self.codes[examples]
+        at = self.index[examples]
+        found = self.codes[at]
+        found[at < 0] = 0
+        return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """All examples; `masks` are carried to evaluation (cold users and items), `user` groups them."""
+
+    features: Mapping[str, Column]
+    numeric: Float32[np.ndarray, "examples numbers"]
+    labels: Float32[np.ndarray, "examples tasks"]
+    weight: Float32[np.ndarray, " examples"]
+    masks: Mapping[str, Bool[np.ndarray, " examples"]]
+    user: np.ndarray | None = None
+
+    def batch(self, rows: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """As models of features read them."""
+        out = {"id": ids.astype(np.int32), "weight": self.weight[rows]}
+        out |= {name: column.of(rows) for name, column in self.features.items()}
+        if self.numeric.shape[1]:
+            out["numeric"] = self.numeric[rows]
+        out["label"] = self.labels[rows, 0] if self.labels.shape[1] == 1 else self.labels[rows]
+        return out
+
+
+class ExampleSource:
+    """A `Source` of the examples `rows`; see `Examples.batch` for what is in a batch.
+
+    Raises:
+      UserError: more than 32-bit ids can tell apart.
+    """
+
+    def __init__(self, examples: Examples, rows: Int64[np.ndarray, " n"], seed: int) -> None:
+        if len(rows) >= 2**31:
+            raise UserError(f"{len(rows)} examples do not fit 32-bit ids")
+        self._all, self._rows, self.seed = examples, rows, seed
+        self.examples = len(rows)
+        self._orders: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def batch(self, cursor: int, size: int) -> dict[str, np.ndarray]:
+        """Examples `[cursor, cursor + size)` of the endless stream of epochs."""
+        if cursor < 0 or size < 1:
+            raise ValueError(f"need cursor >= 0 and size >= 1: {cursor=}, {size=}")
+        epochs = range(cursor // self.examples, (cursor + size - 1) // self.examples + 1)
+        cut = lambda k: self._order(k)[max(cursor - k * self.examples, 0) : cursor + size - k * self.examples]
+        ids = np.concatenate([cut(k) for k in epochs])
+        return self._all.batch(self._rows[ids], ids)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order of the examples in an epoch; the last two are kept (batches straddle them)."""
+        with self._lock:
+            if epoch not in self._orders:
+                generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
+                for old in sorted(self._orders, key=lambda known: abs(known - epoch))[1:]:
+                    del self._orders[old]
+                self._orders[epoch] = generator.permutation(np.arange(self.examples, dtype=np.int32))
+            return self._orders[epoch]
+
+
+class ExampleBatches:
+    """Evaluation batches of the examples `rows`, in order; the last one padded with rows of weight 0."""
+
+    def __init__(self, examples: Examples, rows: Int64[np.ndarray, " n"], size: int) -> None:
+        self._all, self._rows, self.size = examples, rows, size
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self.size)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self.rows(k, 0, self.size) for k in range(len(self)))
+
+    def rows(self, k: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows `[start, stop)` of batch k alone; "id" is the row among all examples."""
+        at = np.arange(k * self.size + start, k * self.size + stop)
+        real = at < len(self._rows)
+        at = np.where(real, at, 0)
+        rows = self._rows[at]
+        out: dict[str, Any] = self._all.batch(rows, rows)
+        out["weight"] = out["weight"] * real.astype(np.float32)
+        return out | {name: mask[rows] & real for name, mask in self._all.masks.items()}
+
+
+def padded(values: pa.Array, flat: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, "rows ..."]:
+    """The codes of the (flattened) values, by row; bags padded with -1 to the longest."""
+    if not pa.types.is_list(values.type):
+        return flat
+    lengths = np.asarray(values.value_lengths().fill_null(0))
+    out = np.full((len(values), max(int(lengths.max(initial=0)), 1)), -1, np.int32)
+    row = np.repeat(np.arange(len(values)), lengths)
+    place = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    out[row, place] = flat
+    return out

@@ -1,0 +1,133 @@
+"""From ids of any kind to rows of a table: vocabularies, hashing, integer ranges. Row 0 is for what is not known.
+
+A map is frozen when training begins; an id that it lacks reads row 0, and never ends a run. (Maps that grow, with
+admission and eviction, have their place in this union.)
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int32
+from pydantic import Field
+
+from jaxops.core.failures import UserError
+from jaxops.data.ids import Ids, sortable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Ids that training has at least `min_count` times get rows 1, 2, ... in sorted order."""
+
+    kind: Literal["vocabulary"] = "vocabulary"
+    min_count: Annotated[int, Field(ge=1)] = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hashed:
+    """Any id has a row, which others may share. `apart`: features of one table are hashed with their names."""
+
+    kind: Literal["hash"] = "hash"
+    salt: int = 0
+    apart: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+    """Integers 0, 1, ... are rows 1, 2, ..."""
+
+    kind: Literal["range"] = "range"
+
+
+IdMap = Vocabulary | Hashed | Range
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fitted:
+    """A frozen map onto `rows` rows; `known` are a vocabulary's ids, in the order of their rows."""
+
+    config: IdMap
+    rows: int
+    known: Ids | None = None
+
+    def encode(self, values: pa.Array, feature: str = "") -> Int32[np.ndarray, " n"]:
+        """The row of each id; 0 where it is null or not known. `feature` counts where the map keeps features apart."""
+        ids = plain(values).dictionary_encode()
+        distinct = ids.dictionary
+        of_distinct = np.concatenate([self._rows(distinct, feature), np.zeros(1, np.int32)])
+        codes = ids.indices.fill_null(len(distinct)).to_numpy(zero_copy_only=False)
+        return of_distinct[codes].astype(np.int32)
+
+    def _rows(self, distinct: pa.Array, feature: str) -> np.ndarray:
+        if isinstance(self.config, Hashed):
+            key = self.config.salt.to_bytes(8, "little", signed=True)
+            digest = functools.partial(hashlib.blake2b, digest_size=8, key=key)
+            prefix = f"{feature}\0" if self.config.apart else ""
+            texts = pc.cast(distinct, pa.string()).to_pylist()
+            hashes = [int.from_bytes(digest(f"{prefix}{text}".encode()).digest(), "little") for text in texts]
+            return np.array([1 + value % (self.rows - 1) for value in hashes], np.int32)
+        if isinstance(self.config, Range):
+            numbers = _integers(distinct)
+            inside = (numbers >= 0) & (numbers < self.rows - 1)
+            return np.where(inside, numbers + 1, 0).astype(np.int32)
+        if self.known is None or not len(self.known) or not len(distinct):
+            return np.zeros(len(distinct), np.int32)
+        return np.maximum(self.known.rows(distinct.to_numpy(zero_copy_only=False)), 0)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What must be kept to make the map again, with `restore_map`."""
+        out = {"rows": np.int64(self.rows).reshape(1)}
+        return out | ({} if self.known is None else {"ids": np.asarray(self.known.values)})
+
+
+def fit_map(config: IdMap, name: str, values: pa.Array, rows: int | None) -> Fitted:
+    """The map of a table for the ids that training has; `rows` (with row 0) is None where the vocabulary decides.
+
+    Where a vocabulary has more ids than there are rows the most frequent get them, equals in sorted order.
+
+    Raises:
+      UserError: hashing or a range without a number of rows; ids of a type that none can have.
+    """
+    if not isinstance(config, Vocabulary):
+        if rows is None:
+            raise UserError(f"tables.{name}.rows: ids: {config.kind} needs a number of rows")
+        return Fitted(config, rows)
+    counted = pc.value_counts(plain(values).drop_null())
+    ids, counts = counted.field("values"), counted.field("counts").to_numpy(zero_copy_only=False)
+    sorted_ids = sortable(ids.to_pylist(), False, name)
+    order = np.argsort(sorted_ids, kind="stable")
+    order = order[counts[order] >= config.min_count]
+    if rows is not None and len(order) > rows - 1:
+        frequent = order[np.argsort(-counts[order], kind="stable")[: rows - 1]]
+        order = frequent[np.argsort(sorted_ids[frequent], kind="stable")]
+    return Fitted(config, rows or max(len(order) + 1, 2), Ids(sorted_ids[order], first=1))
+
+
+def restore_map(config: IdMap, arrays: Mapping[str, np.ndarray]) -> Fitted:
+    """The map that `Fitted.arrays` was taken of."""
+    known = Ids(arrays["ids"], first=1) if "ids" in arrays else None
+    return Fitted(config, int(arrays["rows"][0]), known)
+
+
+def plain(values: pa.Array) -> pa.Array:
+    """Integers as int64, everything else as text; a float that is a whole number reads as that number."""
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_integer(values.type):
+        return pc.cast(values, pa.int64())
+    return values if pa.types.is_string(values.type) else pc.cast(values, pa.string())
+
+
+def _integers(values: pa.Array) -> np.ndarray:
+    """int64; -1 for text that is no integer."""
+    if pa.types.is_integer(values.type):
+        return values.to_numpy(zero_copy_only=False)
+    proper = pc.match_substring_regex(values, r"^(0|[1-9][0-9]{0,17})$")
+    return pc.cast(pc.if_else(proper, values, "-1"), pa.int64()).to_numpy(zero_copy_only=False)

@@ -1,0 +1,100 @@
+"""DCNv2: explicit crosses of bounded degree beside (or below) a deep tower (Wang et al. 2021)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from jaxops.core.failures import UserError
+from jaxops.core.random import example_keys
+from jaxops.core.sharding import Rule
+from jaxops.models.functional import Functional, Params
+from jaxops.models.heads import Heads
+from jaxops.models.inputs import Input, gathered
+from jaxops.models.mlp import MLP_RULES, Mlp, width_problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DCNv2Config:
+    """`cross_layers` of x0 * (W x + b) + x, with W of low `rank` (null: full), and a `deep` tower beside or above."""
+
+    kind: Literal["dcnv2"] = "dcnv2"
+    cross_layers: int = 3
+    rank: int | None = None
+    deep: tuple[int, ...] = (128, 64)
+    structure: Literal["parallel", "stacked"] = "parallel"
+    heads: tuple[int, ...] = ()
+    dropout: float = 0.0
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What no value of another section could make right (dotted path, message)."""
+        found = width_problems(deep=self.deep, heads=self.heads)
+        if self.cross_layers < 1:
+            found.append(("cross_layers", "expected 1 or more"))
+        if self.rank is not None and self.rank < 1:
+            found.append(("rank", "expected a positive number, or null for full matrices"))
+        return found + ([] if 0 <= self.dropout < 1 else [("dropout", "expected a rate in [0, 1)")])
+
+
+class _Cross(nnx.Module):
+    """x0 * (U V x + b) + x."""
+
+    def __init__(self, width: int, rank: int | None, *, rngs: nnx.Rngs):
+        init = nnx.initializers.glorot_normal()
+        if rank is not None:
+            self.down = nnx.Linear(width, rank, use_bias=False, kernel_init=init, rngs=rngs)
+        self.up = nnx.Linear(rank or width, width, kernel_init=init, rngs=rngs)
+        self.low = rank is not None
+
+    def __call__(self, first: Array, x: Array) -> Array:
+        return first * self.up(self.down(x) if self.low else x) + x
+
+
+class _DCNv2(nnx.Module):
+    def __init__(self, config: DCNv2Config, width: int, outputs: int, rngs: nnx.Rngs):
+        self.layers, self.stacked = config.cross_layers, config.structure == "stacked"
+        for at in range(config.cross_layers):
+            setattr(self, f"cross_{at}", _Cross(width, config.rank, rngs=rngs))
+        self.deep = Mlp(width, config.deep, config.dropout, rngs=rngs)
+        above = self.deep.width if self.stacked else width + self.deep.width
+        self.heads = Heads(above, config.heads, outputs, rngs=rngs)
+
+    def __call__(self, first: Array, keys: Array | None) -> Array:
+        x = first
+        for at in range(self.layers):
+            x = getattr(self, f"cross_{at}")(first, x)
+        if self.stacked:
+            return self.heads(self.deep(x, keys))
+        return self.heads(jnp.concatenate([x, self.deep(first, keys)], axis=-1))
+
+
+class DCNv2:
+    """DCNv2 of features of any widths; parameters are plain dicts, every method is pure.
+
+    Raises:
+      UserError: neither features nor numbers.
+    """
+
+    padding: dict[str, str] = {}
+
+    def __init__(self, config: DCNv2Config, inputs: Sequence[Input], numeric: int, outputs: int = 1):
+        self.config, self.inputs, self.numeric = config, tuple(inputs), numeric
+        width = sum(feature.dim for feature in inputs) + numeric
+        if not width:
+            raise UserError("dcnv2 crosses features with each other: expected at least one feature or number")
+        self._pure = Functional(lambda rngs: _DCNv2(config, width, outputs, rngs))
+        self.rules: list[Rule] = MLP_RULES
+        self.shapes = self._pure.shapes
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Fresh parameters: He normal before a ReLU, Glorot normal elsewhere, biases at zero."""
+        return self._pure.init(key)
+
+    def apply(self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None) -> Float[Array, "batch ..."]:
+        """Logits, float32: [batch] of one output, else [batch, outputs]; no dropout where `key` is None."""
+        dtype = params["cross_0"]["up"]["kernel"].dtype
+        first = gathered(batch, self.inputs, self.numeric, dtype)
+        return self._pure.bind(params)(first, example_keys(key, batch["id"]))

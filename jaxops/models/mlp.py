@@ -1,0 +1,41 @@
+"""Linear layers with ReLU between: the towers of click and retrieval models."""
+
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from jaxops.core.random import dropout
+from jaxops.core.sharding import Rule, constrain
+
+MLP_RULES: list[Rule] = [(r"layer_\d+/kernel$", (None, "tensor")), (r"kernel$", ()), (r"bias$", ())]
+"""Nothing is split over fsdp: with kernels on ("fsdp", "tensor"), jax 0.10.2 on CPU computed wrong updates for some
+widths on meshes with a third axis, marked activations or not. These kernels are small beside the tables."""
+
+
+class Mlp(nnx.Module):
+    """Linear layers of these widths, each with ReLU and dropout; with `last` a linear one above."""
+
+    def __init__(self, width: int, hidden: Sequence[int], rate: float, *, last: int | None = None, rngs: nnx.Rngs):
+        self.rate, self.depth, self.last = rate, len(hidden), last is not None
+        for at, size in enumerate(hidden):
+            layer = nnx.Linear(width, size, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+            setattr(self, f"layer_{at}", layer)
+            width = size
+        self.width = width if last is None else last
+        if last is not None:
+            self.out = nnx.Linear(width, last, kernel_init=nnx.initializers.glorot_normal(), rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch width"], keys: Key[Array, " batch"] | None = None, site: int = 0
+    ) -> Float[Array, "batch out"]:
+        for at in range(self.depth):
+            x = constrain(jax.nn.relu(getattr(self, f"layer_{at}")(x)), ("batch", "mlp"))
+            x = dropout(x, self.rate, keys, site + at)
+        return constrain(self.out(x), ("batch", "embed")) if self.last else x
+
+
+def width_problems(**widths: Sequence[int]) -> list[tuple[str, str]]:
+    """Layers without a width (field, message)."""
+    return [(name, "expected positive numbers") for name, sizes in widths.items() if any(size < 1 for size in sizes)]

@@ -1,0 +1,54 @@
+"""Binary cross-entropy of clicks: one label, or several with a term each (`loss_weights` weighs them)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from jaxops.core.sums import Sum, Sums
+
+Batch = Mapping[str, Any]
+Objective = Callable[[PyTree, Batch, Key[Array, ""] | None], Sums]
+
+
+@runtime_checkable
+class ClickModel(Protocol):
+    """What the loss asks of a model: logits, [batch] of one label and [batch, labels] of several."""
+
+    def apply(self, params: PyTree, batch: Batch, key: Array | None) -> Float[Array, "batch ..."]: ...
+
+
+def binary_cross_entropy(logits: Float[Array, " n"], label: Float[Array, " n"]) -> Float[Array, " n"]:
+    """-log of the probability of what happened, per entry, float32; stable for any logit."""
+    logits = logits.astype(jnp.float32)
+    return jax.nn.softplus(logits) - label.astype(jnp.float32) * logits
+
+
+def bce(model: ClickModel) -> Objective:
+    """One label, batch["label"] [batch]; NaN where it is not known, which counts for nothing."""
+    return multi_task(model, ("bce",))
+
+
+def multi_task(model: ClickModel, names: Sequence[str]) -> Objective:
+    """A term `loss/NAME` for each label, batch["label"] [batch, labels], each over the examples that have it.
+
+    Raises:
+      ValueError: no names, or one twice.
+    """
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"multi_task: expected the names of one or more labels, each once, got {tuple(names)}")
+
+    def objective(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
+        shape = (batch["weight"].shape[0], len(names))
+        logits, label = model.apply(params, batch, key).reshape(shape), batch["label"].reshape(shape)
+        known = ~jnp.isnan(label)
+        weight = batch["weight"][:, None] * known.astype(jnp.float32)
+        label = jnp.where(known, label, 0)
+        return {
+            f"loss/{name}": Sum.of(binary_cross_entropy(logits[:, at], label[:, at]), weight[:, at])
+            for at, name in enumerate(names)
+        }
+
+    return objective

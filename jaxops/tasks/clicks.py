@@ -1,0 +1,104 @@
+"""Click models put together: many features, binary cross-entropy, probabilities judged by order and by honesty."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxops.config.types import ByPath
+from jaxops.core.accumulate import Objective
+from jaxops.core.failures import UserError
+from jaxops.core.state import Params
+from jaxops.core.sums import Sums
+from jaxops.data.clicks import ClickData, open_clicks
+from jaxops.data.spec import ClicksFile, Criteo, MovieLensClicks
+from jaxops.evaluate.clicks import click_sums
+from jaxops.evaluate.grouped import GroupAuc
+from jaxops.models.dcn import DCNv2, DCNv2Config
+from jaxops.models.dlrm import DLRM, DLRMConfig
+from jaxops.models.inputs import Input
+from jaxops.models.linear import Linear, LinearConfig
+from jaxops.objectives.clicks import bce, multi_task
+from jaxops.tasks.config import RecConfig
+from jaxops.tasks.seams import require_callable
+from jaxops.tasks.tables_config import features_of, match
+from jaxops.tasks.task import Task
+
+
+def build_clicks(
+    config: RecConfig, resolved: dict[str, Any], objective: Callable[[Any], Objective] | None = None
+) -> Task:
+    """The task of a click model: every categorical feature of the data is read, each from the table that names it.
+
+    Raises:
+      UserError: the data cannot be opened; a feature without a table, or a table that nobody reads.
+    """
+    assert isinstance(config.data, ClicksFile | Criteo | MovieLensClicks)
+    reads = {name: table.features or (name,) for name, table in config.tables.items()}
+    maps = {name: (table.ids, None if table.rows == "auto" else table.rows) for name, table in config.tables.items()}
+    data = open_clicks(config.data, maps, reads)
+    if "gauc" in config.evaluate.metrics and data.examples.user is None:
+        raise UserError("evaluate.metrics: gauc needs to know whose an example is: data.columns.user")
+    match(config.tables, dict.fromkeys(data.features, "data"), dict.fromkeys(data.features, "a column"))
+    model = build_model(config, data.features, len(data.numeric), len(data.labels))
+    return Task(
+        config=config,
+        resolved=resolved,
+        model=model,
+        objective=_objective(config, model, data.labels, objective),
+        source=data.source(config.run.seed),
+        evaluations={part: functools.partial(data.batches, part) for part in ("valid", "test")},
+        metrics=_metrics(config, model, data),
+        rules=[(pattern, axes) for pattern, axes in config.sharding.rules] + model.rules,
+        logical=config.sharding.logical,
+        loss_weights=config.loss_weights,
+        inspection=data.inspection,
+        transform=data.transform,
+        tables={name: table.spec(data.rows[name], reads[name]) for name, table in config.tables.items()},
+        plots=("reliability",),
+    )
+
+
+def _objective(
+    config: RecConfig, model: Any, labels: tuple[str, ...], given: Callable[[Any], Objective] | None
+) -> Objective:
+    if given is not None or isinstance(config.objective, ByPath):
+        made = given(model) if given is not None else config.objective.call(model)  # type: ignore[union-attr]
+        require_callable("objective: what the factory returned", made, "params", "batch", "key")
+        return made
+    return bce(model) if len(labels) == 1 else multi_task(model, labels)
+
+
+def build_model(config: RecConfig, features: Mapping[str, bool], numeric: int, outputs: int) -> Any:
+    """The model of the config for these features (name -> whether it is a bag)."""
+    owner = features_of(config.tables)
+    inputs = [Input(name=name, dim=config.tables[owner[name]].dim, bag=bag) for name, bag in features.items()]
+    if isinstance(config.model, DLRMConfig):
+        return DLRM(config.model, inputs, numeric, outputs)
+    if isinstance(config.model, DCNv2Config):
+        return DCNv2(config.model, inputs, numeric, outputs)
+    assert isinstance(config.model, LinearConfig)
+    return Linear(config.model, inputs, numeric, outputs)
+
+
+def _metrics(config: RecConfig, model: Any, data: ClickData) -> Callable[[Params, Mapping[str, Any]], Sums]:
+    """Of the first label under plain names, of the others as `NAME/auc` and so on; GAUC of the first, by user."""
+    examples = data.examples
+    by_user = "gauc" in config.evaluate.metrics and examples.user is not None
+    groups = GroupAuc(examples.labels[:, 0], examples.user) if by_user and examples.user is not None else None
+
+    def metrics(params: Params, batch: Mapping[str, Array]) -> Sums:
+        logits, label = model.apply(params, batch, None), batch["label"]
+        shape = (label.shape[0], len(data.labels))
+        logits, label = logits.reshape(shape), label.reshape(shape)
+        out: Sums = {}
+        for at, name in enumerate(data.labels):
+            known = ~jnp.isnan(label[:, at])
+            weight = batch["weight"] * known.astype(jnp.float32)
+            found = click_sums(logits[:, at], jnp.where(known, label[:, at], 0), weight)
+            out |= found if at == 0 else {f"{name}/{metric}": value for metric, value in found.items()}
+        return out | (groups.sums(logits[:, 0], batch) if groups else {})
+
+    return metrics

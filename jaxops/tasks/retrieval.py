@@ -1,0 +1,150 @@
+"""Two-tower retrieval put together: features of users and items, in-batch softmax with logQ, full ranking."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxops.config.types import ByPath
+from jaxops.core.accumulate import Objective
+from jaxops.core.failures import UserError
+from jaxops.core.state import Params
+from jaxops.core.step import Extra
+from jaxops.core.sums import Sums
+from jaxops.data.config import RecData
+from jaxops.data.events import ColumnBatches, EntityBatches, EventSource, WithColumns
+from jaxops.data.queries import QueryBatches, seen_width
+from jaxops.evaluate.ranking import evaluate_scores
+from jaxops.models.inputs import Input
+from jaxops.models.two_tower import TwoTower, TwoTowerConfig
+from jaxops.objectives.retrieval import count_items, in_batch_softmax, log_frequency, no_frequencies
+from jaxops.tasks.config import InBatchSoftmax, RecConfig
+from jaxops.tasks.entities import Encoded, encode, entity_columns
+from jaxops.tasks.seams import require_callable
+from jaxops.tasks.tables_config import match
+from jaxops.tasks.task import Catalogue, EvalBatches, Task
+
+HISTORY = "history"
+"""The feature that holds what a user did before: a bag of items, which shares the items' ids."""
+
+
+def build_retrieval(
+    config: RecConfig,
+    data: RecData,
+    inspection: dict[str, Any],
+    baselines: Callable[[], dict[str, dict[str, float]]] | None,
+    resolved: dict[str, Any],
+    objective: Callable[[Any], Objective] | None,
+) -> Task:
+    """The task of `model: {kind: two_tower}`.
+
+    Raises:
+      UserError: a feature that the data lacks, that has no table, or a table that nobody reads.
+    """
+    assert isinstance(config.model, TwoTowerConfig)
+    inter, split = data.inter, data.split
+    encoded, columns = _encoded(config, data)
+    model = TwoTower(config.model, *(_inputs(names, encoded) for names in (config.model.user, config.model.item)))
+    extras, made = _objective(config, model, encoded, objective)
+    size, history, seen = config.batch.global_, config.model.history, seen_width(split.valid, split.test)
+
+    def batches(part: Any, size: int) -> EvalBatches:
+        return ColumnBatches(QueryBatches(inter, part, history, size, seen=seen), columns)
+
+    of_items = {name: (entry, codes) for name, (entry, codes) in columns.items() if entry == "item"}
+    count = inter.n_items + 1
+    return Task(
+        config=config,
+        resolved=resolved,
+        model=model,
+        objective=made,
+        source=WithColumns(EventSource(inter, split, history, config.run.seed), columns),
+        evaluations={
+            name: functools.partial(batches, part)
+            for name, part in (("valid", split.valid), ("test", split.test))
+            if len(part)
+        },
+        metrics=_metrics(config, model, inter.n_items),
+        rules=[(pattern, axes) for pattern, axes in config.sharding.rules] + model.rules,
+        logical=config.sharding.logical,
+        loss_weights=config.loss_weights,
+        inspection=inspection,
+        transform={"item_ids": np.asarray(inter.item_ids.values), **encoded.transform},
+        baselines=baselines,
+        block=(config.objective.block or size) if isinstance(config.objective, InBatchSoftmax) else 1,
+        tables=encoded.specs,
+        extras=extras,
+        catalogue=Catalogue(
+            count,
+            lambda size: ColumnBatches(EntityBatches("item", count, size), of_items),
+            lambda params, batch: model.items(params, batch, None),
+        ),
+    )
+
+
+def _encoded(config: RecConfig, data: RecData) -> tuple[Encoded, dict[str, tuple[str, np.ndarray]]]:
+    """Codes and specs, and for each feature the entry of a batch whose rows it is read by."""
+    model = config.model
+    assert isinstance(model, TwoTowerConfig)
+    found = entity_columns(data.inter, data.user_features, data.item_features)
+    known = {**dict.fromkeys(found, "a column"), HISTORY: "items"}
+    wanted = dict.fromkeys(model.user, "model.user") | dict.fromkeys(model.item, "model.item")
+    owner = match(config.tables, wanted, known)
+    of_users = {"user", HISTORY, *data.user_features}
+    for path, names, wrong in (
+        ("model.user", model.user, set(model.user) - of_users),
+        ("model.item", model.item, set(model.item) & of_users),
+    ):
+        if wrong:
+            side = [name for name in known if (name in of_users) == (path == "model.user")]
+            raise UserError(
+                f"{path}: {min(wrong, key=names.index)!r} is a column of the other side (there are: {', '.join(side)})"
+            )
+    encoded = encode(config.tables, owner, {**found, HISTORY: found["item"]})
+    if HISTORY in encoded.codes:
+        codes = encoded.codes[HISTORY].copy()
+        codes[0] = -1  # fewer items than fit the bag
+        encoded.codes[HISTORY] = codes
+    entries = {**dict.fromkeys(model.user, "user"), **dict.fromkeys(model.item, "item"), HISTORY: "items"}
+    return encoded, {name: (entries[name], codes) for name, codes in encoded.codes.items()}
+
+
+def _inputs(names: tuple[str, ...], encoded: Encoded) -> list[Input]:
+    dims = {feature: spec.dim for spec in encoded.specs.values() for feature in spec.features}
+    return [Input(name=name, dim=dims[name], bag=name == HISTORY or encoded.codes[name].ndim == 2) for name in names]
+
+
+def _objective(
+    config: RecConfig, model: TwoTower, encoded: Encoded, given: Callable[[Any], Objective] | None
+) -> tuple[dict[str, Extra], Objective]:
+    chosen, extras = config.objective, dict[str, Extra]()
+    if given is not None or isinstance(chosen, ByPath):
+        made = given(model) if given is not None else chosen.call(model)  # type: ignore[union-attr]
+        require_callable("objective: what the factory returned", made, "params", "batch", "key")
+        return extras, made
+    assert isinstance(chosen, InBatchSoftmax)
+    if chosen.logq:
+        extras["frequencies"] = frequencies(int(encoded.codes["item"].max()) + 1, chosen.decay)
+    return extras, in_batch_softmax(model, chosen.block or config.batch.global_, temperature=chosen.temperature)
+
+
+def frequencies(items: int, decay: float) -> Extra:
+    """How often items come up, counted in the state; a step reads what was known before it."""
+    return Extra(
+        init=lambda params: no_frequencies(items),
+        update=lambda value, params, sums, step, batch: count_items(value, batch["item"], decay),
+        read=lambda value, batch: {"log_q": log_frequency(value, batch["item"], decay)},
+    )
+
+
+def _metrics(config: RecConfig, model: TwoTower, n_items: int) -> Callable[[Params, Mapping[str, Any]], Sums]:
+    def metrics(params: Params, batch: Mapping[str, Array]) -> Sums:
+        towers = {name: value for name, value in params.items() if name != "catalogue"}
+        users = model.users(towers, batch, None)
+        scores = jnp.einsum("ud,id->ui", users, params["catalogue"], preferred_element_type=jnp.float32)
+        return evaluate_scores(scores, batch, config.evaluate.metrics, n_items=n_items)
+
+    return metrics

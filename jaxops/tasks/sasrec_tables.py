@@ -1,0 +1,69 @@
+"""SASRec whose items, and what is known of them, lie in tables; evaluation makes the whole catalogue, no step does."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from jaxops.core.accumulate import Objective
+from jaxops.core.failures import UserError
+from jaxops.data.config import RecData
+from jaxops.data.events import ColumnBatches, EntityBatches, WithColumns, WithNegatives
+from jaxops.models.sasrec import SASRecConfig
+from jaxops.objectives.ranking import sampled_softmax_on_tables
+from jaxops.tasks.config import RecConfig, SampledSoftmax
+from jaxops.tasks.entities import encode, entity_columns
+from jaxops.tasks.tables_config import match
+from jaxops.tasks.task import Catalogue, EvalBatches, Task
+
+ITEM, TARGET, NEGATIVE = "item", "target_item", "negative_item"
+"""Features of the items' table: what was seen, what comes next, and what did not."""
+
+
+def on_tables(task: Task, config: RecConfig, data: RecData) -> Task:
+    """The task of a SASRec with `model.inputs`: its batches read tables, its item matrix is made by evaluation.
+
+    Raises:
+      UserError: inputs that do not begin with `item`; an input that the data lacks or that has no table; a table that
+        nobody reads.
+    """
+    assert isinstance(config.model, SASRecConfig)
+    inputs = config.model.inputs
+    if inputs[0] != ITEM:
+        raise UserError(f"model.inputs: expected {ITEM!r}, whose table is scored, to come first; got {inputs[0]!r}")
+    inter = data.inter
+    found = entity_columns(inter, {}, data.item_features)
+    del found["user"]
+    owner = match(config.tables, dict.fromkeys(inputs, "model.inputs"), dict.fromkeys(found, "a column"))
+    source, entries = task.source, dict.fromkeys(inputs, "items")
+    if isinstance(config.objective, SampledSoftmax):
+        source = WithNegatives(source, inter.n_items, config.objective.negatives, config.run.seed)
+        owner |= dict.fromkeys((TARGET, NEGATIVE), owner[ITEM])
+        found |= dict.fromkeys((TARGET, NEGATIVE), found[ITEM])
+        entries |= {TARGET: "targets", NEGATIVE: "negatives"}
+    encoded = encode(config.tables, owner, found)
+    columns = {feature: (entries[feature], codes) for feature, codes in encoded.codes.items()}
+    of_items = {ITEM: columns[ITEM]}
+    count = inter.n_items + 1
+    return dataclasses.replace(
+        task,
+        source=WithColumns(source, columns),
+        evaluations={name: functools.partial(_columns, part, columns) for name, part in task.evaluations.items()},
+        tables=encoded.specs,
+        transform={**task.transform, **encoded.transform},
+        catalogue=Catalogue(
+            count,
+            lambda size: ColumnBatches(EntityBatches("items", count, size), of_items),
+            lambda params, batch: batch["rows"][ITEM],
+        ),
+    )
+
+
+def _columns(part: Callable[[int], EvalBatches], columns: Any, size: int) -> EvalBatches:
+    return ColumnBatches(part(size), columns)
+
+
+def objective_on_tables(config: RecConfig, model: Any) -> Objective:
+    """Sampled softmax, whose negatives a host draws."""
+    assert isinstance(config.objective, SampledSoftmax)
+    return sampled_softmax_on_tables(model)

@@ -1,0 +1,160 @@
+"""Families on tables, whole: layouts agree, a run that was cut short goes on, and what is loaded evaluates alike."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import jaxops as jx
+from jaxops.cli.main import main
+from jaxops.core.failures import UserError
+from jaxops.data.criteo import write_criteo
+
+RUN = "run: {name: tiny, dir: runs, steps: 6, log_every: 2, loggers: []}\nmesh: {data: -1}\n"
+CONFIGS = {
+    "sasrec": """
+task: rec
+data: {kind: interactions, path: plays.parquet, item_features: {path: films.parquet, key: film, bags: [tags]}}
+tables:
+  item: {dim: 8, scale: 0.1, optimizer: {kind: sparse_adam, lr: 0.01}}
+  tags: {dim: 8, scale: 0.1, optimizer: {kind: sgd, lr: 0.1}}
+model: {kind: sasrec, dim: 8, layers: 1, heads: 2, length: 6, dropout: 0.1, inputs: [item, tags]}
+objective: {kind: sampled_softmax, negatives: 8}
+batch: {global: 32}
+evaluate: {every: 3, metrics: [hr@10, ndcg@10], batch: 16}
+""",
+    "two_tower": """
+task: rec
+data:
+  kind: interactions
+  path: plays.parquet
+  item_features: {path: films.parquet, key: film, columns: [year], bags: [tags]}
+tables:
+  user: {dim: 8, rows: 500, ids: {kind: hash, salt: 7}, scale: 0.1, placement: row, optimizer: {kind: sgd, lr: 0.1}}
+  item: {dim: 8, features: [item, history], scale: 0.1, optimizer: {kind: sgd, lr: 0.1}}
+  year: {dim: 4, scale: 0.1, optimizer: {kind: sgd, lr: 0.1}}
+  tags: {dim: 4, scale: 0.1, optimizer: {kind: sgd, lr: 0.1}}
+model:
+  {kind: two_tower, user: [user, history], item: [item, tags, year], dim: 8, user_hidden: [8], item_hidden: [8],
+    history: 4}
+objective: {kind: in_batch_softmax, temperature: 0.5, block: 8}
+batch: {global: 64}
+evaluate: {every: 3, metrics: [hr@10, ndcg@10], batch: 16}
+""",
+    "clicks": """
+task: rec
+data: {kind: criteo, path: clicks.tsv}
+tables:
+  c:
+    dim: 4
+    rows: 3000
+    ids: {kind: hash, apart: true}
+    features: [c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, c15, c16, c17, c18, c19, c20, c21, c22, c23,
+      c24, c25, c26]
+    scale: 0.1
+    placement: row
+    optimizer: {kind: sgd, lr: 0.1}
+model: {kind: dcnv2, cross_layers: 2, rank: 4, deep: [8]}
+objective: {kind: clicks}
+batch: {global: 64}
+evaluate: {every: 3, metrics: [auc, ne, log_loss], batch: 64, baselines: false}
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("families")
+    draw = np.random.default_rng(0)
+    events = {"user": np.repeat(np.arange(40), 12), "item": draw.integers(0, 50, 480), "time": np.arange(480)}
+    pq.write_table(pa.table({**events, "item": [f"f{x}" for x in events["item"]]}), where / "plays.parquet")
+    films = {
+        "film": [f"f{x}" for x in range(45)],
+        "year": [str(1990 + x % 7) for x in range(45)],
+        "tags": ["|".join(f"t{y}" for y in range(x % 4)) for x in range(45)],
+    }
+    pq.write_table(pa.table(films), where / "films.parquet")
+    write_criteo(where / "clicks.tsv", rows=600)
+    for name, text in CONFIGS.items():
+        (where / f"{name}.yaml").write_text(text + RUN)
+    return where
+
+
+@pytest.fixture(autouse=True)
+def _inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def task(name, *overrides):
+    return jx.build_task(jx.load_config(f"{name}.yaml", overrides))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_layout_agrees(name):
+    layouts = ({"data": 8}, {"replica": 2, "fsdp": 4})
+    override = [f"tables.{t}.optimizer={{kind: sgd, lr: 0.1}}" for t in ("item", "tags")] if name == "sasrec" else []
+    jx.testing.check(task(name, *override), layouts=layouts, accumulations=(1, 2), batch_size=128, steps=2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_run_goes_on_where_it_stopped_and_is_loaded_whole(name, capsys):
+    whole = jx.fit(task(name, f"run.name={name}-whole"), quiet=True)
+    parted = f"run.name={name}-parted"
+    jx.fit(task(name, parted, "run.steps=4"), quiet=True)
+    again = jx.fit(task(name, parted, "mesh={data: 2, fsdp: 4}"), quiet=True)
+    metrics = [key for key in whole.summary if key.startswith(("valid/", "test/")) and "reliab" not in key]
+    assert len(metrics) >= 4
+    for key in metrics:
+        assert again.summary[key] == pytest.approx(whole.summary[key], abs=2e-3), key
+    found = jx.load(whole.dir).evaluate()
+    for key in metrics:
+        assert found[key] == pytest.approx(whole.summary[key], abs=1e-5), key
+    with pytest.raises(UserError, match="predict: not there yet for"):
+        jx.load(whole.dir).predict("plays.parquet")
+    if name == "clicks":
+        assert np.array(whole.summary["test/reliability"], float).shape == (3, 20)
+
+
+def test_shardings_prints_what_tables_cost(capsys):
+    assert main(["shardings", "two_tower.yaml", "--json"]) == 0
+    tables = {one["name"]: one for one in json.loads(capsys.readouterr().out)["tables"]}
+    assert set(tables) == {"user", "item", "year_and_1_more"} and tables["year_and_1_more"]["members"] == [
+        "year",
+        "tags",
+    ]
+    user, item = tables["user"], tables["item"]
+    assert (user["placement"], user["runner_up"], user["why"]) == ("row", "replicated", "as the config says")
+    assert user["bytes_per_device"] == 1024 * 8 * 4 // 8 and user["runner_up_bytes"] == 500 * 8 * 4
+    assert item["placement"] == "replicated" and "at most 20,000" in item["why"]
+    assert main(["shardings", "two_tower.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert "not replicated" in said and "year_and_1_more: year, tags, exchanged together" in said
+
+
+@pytest.mark.parametrize(
+    "name, override, said",
+    [
+        ("two_tower", "tables.tag={dim: 8}", "tables.tag: nothing reads 'tag'; did you mean 'tags'"),
+        ("two_tower", "model.item=[item, tags, yeer]", "model.item: the data has no 'yeer'; did you mean 'year'"),
+        (
+            "two_tower",
+            "model.user=[user, history, year]",
+            "model.user: 'year' is a column of the other side .there are: user, history",
+        ),
+        ("two_tower", "tables.user.rows=2000000000", "GiB a device with their slots"),
+        ("two_tower", "evaluate.metrics=[auc]", "unknown metric 'auc'"),
+        ("sasrec", "model.inputs=[tags, item]", "model.inputs: expected 'item'"),
+        ("sasrec", "objective=softmax", "sasrec on tables: expected {kind: sampled_softmax}"),
+        ("sasrec", "tables.tags.dim=4", "model.inputs are added up, so all are model.dim 8"),
+        ("clicks", "checkpoint.best=ne", "'ne' is not better when larger"),
+        ("clicks", "tables.c.rows=auto", "ids: hash needs a number of rows"),
+        ("clicks", "evaluate.metrics=[auc, gauc]", "gauc needs to know whose an example is"),
+        ("clicks", "model={kind: linear}", "linear adds up|dim"),
+        ("clicks", "objective=softmax", "dcnv2 predicts clicks"),
+    ],
+)
+def test_what_does_not_go_together_is_told(name, override, said):
+    with pytest.raises(UserError, match=said):
+        jx.fit(task(name, override), quiet=True)
