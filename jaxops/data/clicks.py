@@ -1,7 +1,7 @@
 """Click data: examples with categorical features, bags and numbers, encoded for tables, split without a leak.
 
 Vocabularies and statistics are the training examples' alone. Columns of users and items are kept by user and item,
-not copied to every example. Held by tests/data/test_clicks.py.
+not copied to every example. Held by tests/data/test_click_data.py.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -63,7 +64,7 @@ class TwoTower:
         return self._pure.init(key)
 
     def users(self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None) -> Float[Array, "batch dim"]:
-        """A vector for each example's user, of length one where the config normalises."""
+        """A vector for each example's user, of length one where the config normalises (or zero: nothing known)."""
         return self._vectors("user", self.user_inputs, params, batch, key, 0)
 
     def items(self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None) -> Float[Array, "batch dim"]:
@@ -84,5 +85,8 @@ class TwoTower:
         if not self.config.normalise:
             return x
         wide = x.astype(jnp.float32)
-        length = jnp.sqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-12)
-        return (wide / length).astype(x.dtype)
+        # all ReLUs off and biases at zero: such a vector has no direction, and an epsilon under the root would multiply
+        # rounding noise in its gradient a million times
+        square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+        there = square > 1e-12
+        return jnp.where(there, wide * jax.lax.rsqrt(jnp.where(there, square, 1.0)), 0.0).astype(x.dtype)
