@@ -17,13 +17,14 @@ def write_criteo(path: str | os.PathLike[str], rows: int, seed: int = 0) -> None
     """Writes `rows` lines: label, 13 integers, 26 hexadecimal categories, apart by tabs, empty where missing.
 
     Categories are Zipf-distributed over vocabularies of 10 to 100,000. The label depends on each category and integer
-    alone, and more on products of hidden factors of the categories: a model with crosses beats a linear one. About a
+    alone, and on products of hidden factors of the smaller categories, which a linear model cannot express. About a
     quarter of the labels are 1. The same seed writes the same bytes.
     """
     world = np.random.default_rng([seed, 0])
     sizes = np.round(10.0 ** world.uniform(1, 5, CATEGORIES)).astype(int)
     bias = [world.normal(0, 0.25, size) for size in sizes]
     factors = [world.normal(0, 1, (size, FACTORS)) for size in sizes]
+    few = np.argsort(sizes, kind="stable")[: CATEGORIES // 2]
     slopes = world.normal(0, 0.15, INTEGERS)
     target = Path(path)
     scratch = target.with_name(f".{target.name}.tmp")
@@ -33,11 +34,11 @@ def write_criteo(path: str | os.PathLike[str], rows: int, seed: int = 0) -> None
             count = min(CHUNK, rows - at)
             numbers = np.floor(np.exp(draw.normal(1.0, 1.5, (count, INTEGERS)))).astype(int)
             ids = np.stack([np.minimum(draw.zipf(1.3, count), size) - 1 for size in sizes], axis=1)
-            hidden = np.stack([factors[k][ids[:, k]] for k in range(CATEGORIES)], axis=1)
+            hidden = np.stack([factors[k][ids[:, k]] for k in few], axis=1)
             total = hidden.sum(axis=1)
             pairs = (np.sum(total * total, axis=1) - np.sum(hidden * hidden, axis=(1, 2))) / 2
             logit = -1.6 + np.log1p(numbers) @ slopes + sum(bias[k][ids[:, k]] for k in range(CATEGORIES))
-            logit += 1.5 * np.tanh(pairs / (FACTORS * CATEGORIES) ** 0.5 / 4)
+            logit += 1.5 * np.tanh(pairs / (len(few) * FACTORS**0.5))
             label = (draw.random(count) < 1 / (1 + np.exp(-logit))).astype(int)
             absent = draw.random((count, INTEGERS + CATEGORIES)) < MISSING
             for row in range(count):
