@@ -57,8 +57,8 @@ class RecData:
     item_features: Mapping[str, pa.Array] = dataclasses.field(default_factory=dict)
 
 
-def open_data(config: RecDataConfig, progress: arrange.Progress = arrange.silent) -> RecData:
-    """Read (or fetch, or map from its cache) the data of `config` and split it.
+def open_data(config: RecDataConfig, progress: arrange.Progress = arrange.silent, *, sides: bool = False) -> RecData:
+    """Read (or fetch, or map from its cache) the data of `config` and split it; with `sides` its side files too.
 
     Raises:
       UserError: what reading, fetching and splitting raise; a config of another family.
@@ -66,7 +66,7 @@ def open_data(config: RecDataConfig, progress: arrange.Progress = arrange.silent
     if isinstance(config, ClicksFile | Criteo | MovieLensClicks):
         raise UserError(f"data: {config.kind} is for click models; there are no interactions to open")
     inter, info = _events(config, progress)
-    users, items = _side(config)
+    users, items = _side(config) if sides else (None, None)
     return RecData(
         inter,
         make_split(inter, config.split),

@@ -71,7 +71,7 @@ def build_rec(
     inputs = config.model.inputs
     if inputs and isinstance(config.data, ByPath):
         raise UserError(f"model.inputs: {config.data.fn} has no columns to read tables by; leave inputs out")
-    data = None if isinstance(config.data, ByPath) else open_data(config.data)
+    data = None if isinstance(config.data, ByPath) else open_data(config.data, sides=bool(inputs))
     opened = open_own(config) if data is None else _open(config, data)
     for path, value in (("evaluate.stop", config.evaluate.stop), ("checkpoint.best", config.checkpoint.best)):
         if value is not None and "valid" not in opened.evaluations:
@@ -106,7 +106,7 @@ def _objective(config: RecConfig, model: SASRec) -> Objective:
 def _retrieval(config: RecConfig, resolved: dict[str, Any], objective: Callable[[Any], Objective] | None) -> Task:
     if isinstance(config.data, ByPath):
         raise UserError(f"data: {config.data.fn}: two_tower needs users and items with features: a file or a data set")
-    data = open_data(config.data)
+    data = open_data(config.data, sides=True)
     baselines = (lambda: _baselines(data, config.evaluate.metrics)) if config.evaluate.baselines else None
     return build_retrieval(config, data, inspect(data), baselines, resolved, objective)
 

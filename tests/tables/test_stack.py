@@ -60,14 +60,19 @@ def test_a_stack_reads_and_writes_the_rows_of_its_members():
                 together.specs[home].stored(together.specs[home].ids_of(spec.features[0], ids))
             ]
             copied[name] = {**table, "rows": jax.device_put(jnp.asarray(values), table["rows"].sharding)}
+
+        def both(tables, held, planned):
+            found = tables.lookup(held, planned)
+            grads = {k: jnp.sin(v) for k, v in found.items()}
+            return tables.expand(found, planned), tables.apply(held, planned, grads, jnp.bool_(True))
+
+        step = jax.jit(both, static_argnums=0)
         for _ in range(2):
             read = {}
             for key, tables, held in (("together", together, state), ("apart", apart, copied)):
                 planned = jax.device_put(tables.plan(given), batch_sharding(mesh))
-                found = tables.lookup(held, planned)
-                read[key] = {k: np.asarray(v) for k, v in tables.expand(found, planned).items()}
-                grads = {k: jnp.sin(v) for k, v in found.items()}
-                after = tables.apply(held, planned, grads, jnp.bool_(True))
+                found, after = step(tables, held, planned)
+                read[key] = {k: np.asarray(v) for k, v in found.items()}
                 state, copied = (after, copied) if key == "together" else (state, after)
             for name, values in read["apart"].items():
                 np.testing.assert_array_equal(values, read["together"][name], err_msg=name)
@@ -80,12 +85,13 @@ def test_tables_can_be_read_for_batches_that_lack_features():
         tables = EmbeddingTables(stack(SPECS), mesh, given)
         state = tables.init(jax.random.key(0))
         planned = jax.device_put(tables.plan(given), batch_sharding(mesh))
-        whole = tables.expand(tables.lookup(state, planned), planned)
+        read = jax.jit(lambda tables, state, plan: tables.expand(tables.lookup(state, plan), plan), static_argnums=0)
+        whole = read(tables, state, planned)
         few = {name: given[name] for name in ("item", "wide")}
         reader = tables.reading(few)
         assert set(reader.specs) == {"user_and_1_more", "wide"}
         planned = jax.device_put(reader.plan(few), batch_sharding(mesh))
-        found = reader.expand(reader.lookup(state, planned), planned)
+        found = read(reader, state, planned)
         assert set(found) == {"item", "wide"}
         for name, rows in found.items():
             np.testing.assert_array_equal(rows, whole[name])
