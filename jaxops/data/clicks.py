@@ -19,6 +19,7 @@ from jaxops.data import side, sources
 from jaxops.data.examples import Column, ExampleBatches, Examples, ExampleSource, padded
 from jaxops.data.idmaps import Fitted, IdMap, fit_map
 from jaxops.data.ids import Ids, sortable
+from jaxops.data.numeric import numbers, times, weights
 from jaxops.data.protocol import Source
 from jaxops.data.spec import (
     ClickDataConfig,
@@ -33,6 +34,8 @@ from jaxops.data.windows import mixed
 
 INTEGERS = tuple(f"i{at}" for at in range(1, 14))
 CATEGORIES = tuple(f"c{at}" for at in range(1, 27))
+RESERVED = ("id", "weight", "label", "numeric", "rows", "cold_user", "cold_item")
+"""What else a batch has by name."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,6 +81,9 @@ def open_clicks(
     """
     raw = _movielens(config) if isinstance(config, MovieLensClicks) else _file(_as_file(config))
     parts = split(config.split, raw)
+    for name, at in ((name, at) for name in parts for at in range(len(raw.tasks))):
+        if np.isnan(raw.labels[parts[name], at]).all():
+            raise UserError(f"data.labels.{raw.tasks[at]}: no example of the {name} part has it")
     train = parts["train"]
     features: dict[str, Column] = {}
     rows: dict[str, int] = {}
@@ -131,12 +137,21 @@ def _as_file(config: ClicksFile | Criteo) -> ClicksFile:
 
 
 def _file(config: ClicksFile) -> _Raw:
-    who = [name for name in dataclasses.astuple(config.columns) if name is not None]
+    columns = config.columns
+    who = [name for name in dataclasses.astuple(columns) if name is not None]
     labels = [label.column for label in config.labels.values()]
     own = [*config.categorical, *config.bags, *config.numeric]
     if not config.labels or not own:
         raise UserError("data: name at least one label and one column of `categorical`, `bags` or `numeric`")
-    table = side.read_columns(config.path, list(dict.fromkeys([*who, *labels, *own])), config.format, config.header)
+    _check_names(config)
+    plain_numbers = {*labels, *config.numeric, *(name for name in (columns.time, columns.weight) if name is not None)}
+    table = side.read_columns(
+        config.path,
+        list(dict.fromkeys([*who, *labels, *own])),
+        config.format,
+        config.header,
+        plain_numbers - {*config.categorical, columns.user, columns.item},
+    )
     categorical: dict[str, tuple[pa.Array, np.ndarray | None]]
     categorical = {name: (side.column(table, name), None) for name in config.categorical}
     categorical |= {name: (side.column(table, name, config.separator), None) for name in config.bags}
@@ -154,10 +169,10 @@ def _file(config: ClicksFile) -> _Raw:
             found = side.read_side(one, values, f"data.{kind}_features")
             categorical |= {feature: (column, order[codes[kind]]) for feature, column in found.items()}
     time, weight = None, np.ones(len(table), np.float32)
-    if config.columns.time is not None:
-        time = numbers(side.column(table, config.columns.time), "data.columns.time")
+    if columns.time is not None and config.split.by in ("time", "user_time"):
+        time = times(side.whole(table, columns.time), "data.columns.time")
     if config.columns.weight is not None:
-        weight = numbers(side.column(table, config.columns.weight), "data.columns.weight").astype(np.float32)
+        weight = weights(side.column(table, config.columns.weight), "data.columns.weight")
     given = [_label(side.column(table, label.column), label, name) for name, label in config.labels.items()]
     numeric: dict[str, tuple[np.ndarray, np.ndarray | None]]
     numeric = {name: (numbers(side.column(table, name), f"data.numeric: {name}"), None) for name in config.numeric}
@@ -172,6 +187,24 @@ def _file(config: ClicksFile) -> _Raw:
         codes["item"],
         time,
     )
+
+
+def _check_names(config: ClicksFile) -> None:
+    """Every feature has one name of its own: batches are by name, and a later one would take an earlier one's place."""
+    named = [("data.categorical", config.categorical), ("data.bags", config.bags)]
+    for path, file in (("data.user_features", config.user_features), ("data.item_features", config.item_features)):
+        if file is not None:
+            named += [(f"{path}.columns", file.columns), (f"{path}.bags", file.bags)]
+    owner: dict[str, str] = {}
+    for path, names in named:
+        for name in names:
+            if name in RESERVED:
+                raise UserError(
+                    f"{path}: a feature cannot be called {name!r}, as another entry of batches is; rename the column"
+                )
+            if name in owner:
+                raise UserError(f"{path}: {name!r} is named by {owner[name]} already; one of them must be renamed")
+            owner[name] = path
 
 
 def _by_id(values: pa.Array, what: str) -> tuple[Ids, np.ndarray]:
@@ -201,21 +234,6 @@ def _movielens(config: MovieLensClicks) -> _Raw:
     label = _label(side.column(table, "rating"), Label(column="rating", at_least=config.at_least), "like")
     weight = np.ones(len(table), np.float32)
     return _Raw(categorical, {"year": (years, film)}, False, ("like",), label[:, None], weight, person, film, time)
-
-
-def numbers(values: pa.Array, what: str) -> np.ndarray:
-    """float64, NaN where there is none.
-
-    Raises:
-      UserError: text that is no number, with the first such row.
-    """
-    if pa.types.is_string(values.type):
-        values = pc.utf8_trim_whitespace(values)
-        values = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
-    try:
-        return np.array(pc.cast(values, pa.float64()).fill_null(float("nan")))
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{what}: expected numbers: {error}") from None
 
 
 def _label(values: pa.Array, label: Label, name: str) -> np.ndarray:
@@ -252,10 +270,11 @@ def split(config: Fractions, raw: Any) -> dict[str, Int64[np.ndarray, " n"]]:
     share = np.empty(count)
     share[place] = (np.arange(count) + 0.5) / count
     if config.by == "user_time":
-        order = np.lexsort((raw.time, raw.user))
-        sizes = np.bincount(raw.user)
+        who = raw.user + 1  # examples of nobody, -1, are split among themselves
+        order = np.lexsort((raw.time, who))
+        sizes = np.bincount(who)
         first = np.cumsum(sizes) - sizes
-        user = raw.user[order]
+        user = who[order]
         share[order] = (np.arange(count) - first[user] + 0.5) / sizes[user]
     which = (share >= 1 - config.valid - config.test).astype(int) + (share >= 1 - config.test)
     parts = {name: np.flatnonzero(which == at) for at, name in enumerate(("train", "valid", "test"))}

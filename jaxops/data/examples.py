@@ -20,12 +20,12 @@ class Column:
     index: np.ndarray | None = None
 
     def of(self, examples: np.ndarray) -> np.ndarray:
-        """Those of these examples; row 0 (unknown) where the index says -1."""
+        """Those of these examples; where the index says -1, row 0 (unknown) or an empty bag."""
         if self.index is None:
             return self.codes[examples]
         at = self.index[examples]
         found = self.codes[at]
-        found[at < 0] = 0
+        found[at < 0] = 0 if found.ndim == 1 else -1
         return found
 
 

@@ -5,10 +5,11 @@ type.
 """
 
 import csv
+import functools
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -25,18 +26,23 @@ BLOCK = 1 << 23
 """Bytes of text that are parsed at once."""
 
 
-def batches(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+def batches(
+    file: DataFile, wanted: Sequence[str], header: Sequence[str] | None, numbers: Collection[str] | None = None
+) -> Iterator[pa.RecordBatch]:
     """The file's rows in order, as batches that have the `wanted` columns (user, item, then numbers) by name.
 
     Columns that are not in the file come from its hive partition. `header` names the columns of text without
-    one.
+    one. `numbers` are the columns that JSON may begin with an integer and go on with a fraction; all other integers
+    stay integers, so that ids keep every digit.
 
     Raises:
       UserError: a missing or double column, a file that is not of its format (with the line where it breaks).
     """
     if file.size == 0 and file.format != "parquet":
         return
-    readers: dict[str, Callable[..., Iterator[pa.RecordBatch]]] = {"jsonl": _jsonl, "parquet": _parquet}
+    floats = frozenset(wanted[2:] if numbers is None else numbers)
+    readers: dict[str, Callable[..., Iterator[pa.RecordBatch]]]
+    readers = {"jsonl": functools.partial(_jsonl, floats=floats), "parquet": _parquet}
     for batch in readers.get(file.format, _text)(file, wanted, header):
         for name in dict.fromkeys(wanted):
             if name not in batch.schema.names:
@@ -70,8 +76,10 @@ def _header(file: DataFile, delimiter: str) -> list[str]:
         return next(csv.reader([text.readline()], delimiter=delimiter), [])
 
 
-def _jsonl(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-    types = _json_types(file, wanted)
+def _jsonl(
+    file: DataFile, wanted: Sequence[str], header: Sequence[str] | None, floats: Collection[str]
+) -> Iterator[pa.RecordBatch]:
+    types = _json_types(file, wanted, floats)
     if not types:
         return
     inside = _check_columns(file, wanted, list(types))
@@ -87,7 +95,7 @@ def _jsonl(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) 
         raise UserError(_broken_line(file, schema) or f"{file.name}: not JSON lines: {error}") from error
 
 
-def _json_types(file: DataFile, wanted: Sequence[str]) -> dict[str, pa.DataType]:
+def _json_types(file: DataFile, wanted: Sequence[str], floats: Collection[str]) -> dict[str, pa.DataType]:
     """Column -> type by the first line that has a value for it; columns that are not wanted only by name."""
     types: dict[str, pa.DataType] = {}
     with file.stream() as stream, io.TextIOWrapper(stream, encoding="utf-8", errors="replace") as text:
@@ -97,7 +105,7 @@ def _json_types(file: DataFile, wanted: Sequence[str]) -> dict[str, pa.DataType]
             for name, value in _json_object(file, number, line).items():
                 known = types.setdefault(name, pa.null())
                 if name in wanted and known == pa.null() and value is not None:
-                    types[name] = _json_type(value, name in wanted[2:])
+                    types[name] = _json_type(value, name in floats)
                     if types[name] == pa.null():
                         shown = json.dumps(value)[:80]
                         raise UserError(

@@ -33,7 +33,7 @@ class Hashed:
     """Any id has a row, which others may share. `apart`: features of one table are hashed with their names."""
 
     kind: Literal["hash"] = "hash"
-    salt: int = 0
+    salt: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     apart: bool = False
 
 
