@@ -16,7 +16,8 @@ from jaxtyping import Float32, Int64
 
 from jaxops.core.failures import UserError
 from jaxops.data import side, sources
-from jaxops.data.examples import Column, ExampleBatches, Examples, ExampleSource, padded
+from jaxops.data.bags import flat, joined, padded
+from jaxops.data.examples import Column, ExampleBatches, Examples, ExampleSource
 from jaxops.data.idmaps import Fitted, IdMap, fit_map
 from jaxops.data.ids import Ids, sortable
 from jaxops.data.numeric import numbers, times, weights
@@ -91,7 +92,7 @@ def open_clicks(
     for table, names in tables.items():
         mine = {name: raw.categorical[name] for name in names if name in raw.categorical}
         ids, wanted = maps[table]
-        fitted = fit_map(ids, table, _joined([_of(values, index, train) for values, index in mine.values()]), wanted)
+        fitted = fit_map(ids, table, joined([_of(values, index, train) for values, index in mine.values()]), wanted)
         features |= {name: _encoded(fitted, name, values, index) for name, (values, index) in mine.items()}
         rows[table] = fitted.rows
         transform |= {f"map.{table}.{part}": values for part, values in fitted.arrays().items()}
@@ -287,19 +288,11 @@ def split(config: Fractions, raw: Any) -> dict[str, Int64[np.ndarray, " n"]]:
 def _of(values: pa.Array, index: np.ndarray | None, examples: np.ndarray) -> pa.Array:
     """The values of these examples, bags flattened."""
     rows = examples if index is None else index[examples]
-    taken = values.take(pa.array(rows, mask=rows < 0))
-    return taken.flatten() if pa.types.is_list(taken.type) else taken
-
-
-def _joined(parts: list[pa.Array]) -> pa.Array:
-    if len({part.type for part in parts}) > 1:
-        parts = [part.cast(pa.string()) for part in parts]
-    return pa.concat_arrays(parts) if parts else pa.array([], pa.int64())
+    return flat(values.take(pa.array(rows, mask=rows < 0)))
 
 
 def _encoded(fitted: Fitted, name: str, values: pa.Array, index: np.ndarray | None) -> Column:
-    flat = values.flatten() if pa.types.is_list(values.type) else values
-    return Column(padded(values, fitted.encode(flat, name)), index)
+    return Column(padded(values, fitted.encode(flat(values), name)), index)
 
 
 def _standardised(raw: _Raw, train: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -3,7 +3,6 @@
 Everything is a pure function of (seed, cursor), as in windows.py.
 """
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from jaxops.core.failures import UserError
+from jaxops.data.epochs import Epochs
 from jaxops.data.heldout import Split
 from jaxops.data.interactions import Interactions
 from jaxops.data.protocol import Source
@@ -30,40 +30,25 @@ class EventSource:
     def __init__(self, inter: Interactions, split: Split, history: int, seed: int) -> None:
         position = np.arange(inter.n_events) - inter.offsets[:-1].repeat(inter.lengths)
         self._events = np.flatnonzero(position < split.train_end.repeat(inter.lengths))
-        if not len(self._events) or len(self._events) >= 2**31:
-            raise UserError(f"{len(self._events)} training events: expected 1 to 2^31 - 1")
-        self._inter, self._history, self.seed = inter, history, seed
+        if not len(self._events):
+            raise UserError("there is no training event")
+        self._inter, self._history = inter, history
         self.examples = len(self._events)
-        self._orders: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
+        self._epochs = Epochs(self.examples, seed)
 
     def batch(self, cursor: int, size: int) -> dict[str, np.ndarray]:
         """Events `[cursor, cursor + size)` of the endless stream of epochs."""
-        if cursor < 0 or size < 1:
-            raise ValueError(f"need cursor >= 0 and size >= 1: {cursor=}, {size=}")
-        epochs = range(cursor // self.examples, (cursor + size - 1) // self.examples + 1)
-        cut = lambda k: self._order(k)[max(cursor - k * self.examples, 0) : cursor + size - k * self.examples]
-        ids = np.concatenate([cut(k) for k in epochs])
+        ids = self._epochs.ids(cursor, size)
         event = self._events[ids]
         user = self._inter.user[event]
         before = event - self._inter.offsets[user]
         return {
-            "id": ids.astype(np.int32),
+            "id": ids,
             "user": np.asarray(user, np.int32),
             "item": np.asarray(self._inter.item[event], np.int32),
             "items": latest(self._inter, event, before, self._history),
             "weight": np.ones(size, np.float32),
         }
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """The order of the events in an epoch; the last two are kept (batches straddle them)."""
-        with self._lock:
-            if epoch not in self._orders:
-                generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-                for old in sorted(self._orders, key=lambda known: abs(known - epoch))[1:]:
-                    del self._orders[old]
-                self._orders[epoch] = generator.permutation(np.arange(self.examples, dtype=np.int32))
-            return self._orders[epoch]
 
 
 def latest(

@@ -1,15 +1,13 @@
 """Examples in columns, as batches: training in an order of each epoch's own, evaluation in order and padded."""
 
 import dataclasses
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Bool, Float32, Int32, Int64
 
-from jaxops.core.failures import UserError
+from jaxops.data.epochs import Epochs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,31 +56,14 @@ class ExampleSource:
     """
 
     def __init__(self, examples: Examples, rows: Int64[np.ndarray, " n"], seed: int) -> None:
-        if len(rows) >= 2**31:
-            raise UserError(f"{len(rows)} examples do not fit 32-bit ids")
-        self._all, self._rows, self.seed = examples, rows, seed
+        self._all, self._rows = examples, rows
         self.examples = len(rows)
-        self._orders: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
+        self._epochs = Epochs(self.examples, seed)
 
     def batch(self, cursor: int, size: int) -> dict[str, np.ndarray]:
         """Examples `[cursor, cursor + size)` of the endless stream of epochs."""
-        if cursor < 0 or size < 1:
-            raise ValueError(f"need cursor >= 0 and size >= 1: {cursor=}, {size=}")
-        epochs = range(cursor // self.examples, (cursor + size - 1) // self.examples + 1)
-        cut = lambda k: self._order(k)[max(cursor - k * self.examples, 0) : cursor + size - k * self.examples]
-        ids = np.concatenate([cut(k) for k in epochs])
+        ids = self._epochs.ids(cursor, size)
         return self._all.batch(self._rows[ids], ids)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """The order of the examples in an epoch; the last two are kept (batches straddle them)."""
-        with self._lock:
-            if epoch not in self._orders:
-                generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-                for old in sorted(self._orders, key=lambda known: abs(known - epoch))[1:]:
-                    del self._orders[old]
-                self._orders[epoch] = generator.permutation(np.arange(self.examples, dtype=np.int32))
-            return self._orders[epoch]
 
 
 class ExampleBatches:
@@ -106,15 +87,3 @@ class ExampleBatches:
         out: dict[str, Any] = self._all.batch(rows, rows)
         out["weight"] = out["weight"] * real.astype(np.float32)
         return out | {name: mask[rows] & real for name, mask in self._all.masks.items()}
-
-
-def padded(values: pa.Array, flat: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, "rows ..."]:
-    """The codes of the (flattened) values, by row; bags padded with -1 to the longest."""
-    if not pa.types.is_list(values.type):
-        return flat
-    lengths = np.asarray(values.value_lengths().fill_null(0))
-    out = np.full((len(values), max(int(lengths.max(initial=0)), 1)), -1, np.int32)
-    row = np.repeat(np.arange(len(values)), lengths)
-    place = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    out[row, place] = flat
-    return out

@@ -4,12 +4,11 @@ The packing is an index made once: which windows share a row never changes, only
 and epoch). Windows in a row do not see each other ("segment") and keep the positions they would have alone.
 """
 
-import threading
-
 import numpy as np
 from jaxtyping import Int64
 
 from jaxops.core.failures import UserError
+from jaxops.data.epochs import Epochs
 from jaxops.data.heldout import Split
 from jaxops.data.interactions import Interactions
 
@@ -41,17 +40,11 @@ class PackedSource:
         self._width = end - begin
         self._windows, self._first = pack(self._width, length, seed)
         self.examples = len(self._first) - 1
-        self._orders: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
+        self._epochs = Epochs(self.examples, seed)
 
     def batch(self, cursor: int, size: int) -> dict[str, np.ndarray]:
         """Rows `[cursor, cursor + size)` of the endless stream of epochs; see the class for what is in it."""
-        if cursor < 0 or size < 1:
-            raise ValueError(f"need cursor >= 0 and size >= 1: {cursor=}, {size=}")
-        rows = np.concatenate(
-            [self._order(k)[max(cursor - k * self.examples, 0) : cursor + size - k * self.examples]
-             for k in range(cursor // self.examples, (cursor + size - 1) // self.examples + 1)]
-        )  # fmt: skip
+        rows = self._epochs.ids(cursor, size)
         held = self._first[rows + 1] - self._first[rows]
         window = self._windows[_ranges(self._first[rows], held)]
         width = self._width[window]
@@ -68,17 +61,7 @@ class PackedSource:
         out["segment"][place] = np.repeat(segment, width)
         out["position"][place] = _ranges(self.length - width, width)
         shaped = {name: values.reshape(size, self.length) for name, values in out.items()}
-        return {"id": rows.astype(np.int32), **shaped, "weight": (shaped["segment"] > 0).astype(np.float32)}
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """The order of the rows in an epoch; the last two are kept (workers straddle them)."""
-        with self._lock:
-            if epoch not in self._orders:
-                generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-                for old in sorted(self._orders, key=lambda known: abs(known - epoch))[1:]:
-                    del self._orders[old]
-                self._orders[epoch] = generator.permutation(self.examples)
-            return self._orders[epoch]
+        return {"id": rows, **shaped, "weight": (shaped["segment"] > 0).astype(np.float32)}
 
 
 def pack(

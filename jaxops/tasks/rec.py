@@ -31,8 +31,6 @@ from jaxops.tasks.seams import require_callable
 from jaxops.tasks.task import EvalBatches, Task
 
 BASELINES = ("most_popular", "item_knn")
-ITEMS = ("items", "targets", "target", "seen")
-"""The entries of a batch that hold item rows."""
 
 
 def build_objective(config: Any, model: SASRec) -> Objective:

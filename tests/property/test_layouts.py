@@ -42,7 +42,7 @@ def task_of(name, **options):
 
 def test_every_shipped_objective_is_here():
     kinds = {choice.kind for choice in typing.get_args(RecObjective) if hasattr(choice, "kind")}
-    assert kinds == set(SHIPPED)
+    assert kinds == set(SHIPPED) | {"clicks", "in_batch_softmax"}  # whose features lie in tables: tests/tasks
 
 
 def test_the_batches_are_as_ragged_as_they_say():
