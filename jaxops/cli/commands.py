@@ -85,13 +85,16 @@ def predict(args: argparse.Namespace) -> int:
     target = _target(args.out)
     model = load(args.run, args.step)
     given = model.histories(args.users)
-    table = model.predict(given, args.top)
+    table = model.predict(given, args.top, method=args.index)
     _write_parquet(table, target)
     print(f"{count(len(given.users), 'user')}, {count(len(table), 'row')} -> {target}")
     if given.unknown_users:
         print(f"{count(given.unknown_users, 'user')} left out: the model knows nothing of what they did")
     if given.unknown_items:
         print(f"{count(given.unknown_items, 'event')} left out: items that the model does not know")
+    if model.index(args.index).method != "exact":
+        found = model.recall(given, args.top, method=args.index)
+        print(f"recall@{args.top} against the exact search, of the first 512 users: {found:.4f}")
     return EXIT_OK
 
 

@@ -87,6 +87,12 @@ def _parser() -> Parser:
     predict = command("predict", "The best unseen items for users: Parquet in, original ids out.", run=True)
     predict.add_argument("users", help="events (user, item, time), or a user column alone: users of the run's data")
     predict.add_argument("--top", type=int, default=10, metavar="K", help="items a user (default 10)")
+    predict.add_argument(
+        "--index",
+        choices=["auto", "exact", "approx"],
+        default="auto",
+        help="how items are searched: approx finds nearly all and is faster on a TPU (auto: there alone)",
+    )
     predict.add_argument("--out", required=True, help="a .parquet file, or a folder")
     predict.add_argument("--step", type=int, help="the checkpoint of this step")
     export = command("export", "Write a run's item vectors with their original ids.", run=True)

@@ -28,6 +28,20 @@ Batch = Mapping[str, Any]
 State = dict[str, dict[str, Array]]
 
 
+def sharding(spec: TableSpec, mesh: Mesh) -> NamedSharding:
+    """Where the rows and slots of a table lie."""
+    return NamedSharding(mesh, P(batch_axes(mesh)) if spec.placed == "row" and batch_axes(mesh) else P())
+
+
+def reading(specs: Mapping[str, TableSpec], mesh: Mesh, first: Batch) -> "EmbeddingTables":
+    """Those of the tables that batches like `first` (whole, the same on every process) read; they may lack features."""
+    present = {
+        name: dataclasses.replace(spec, features=tuple(f for f in spec.features if f in first), capacity=None)
+        for name, spec in specs.items()
+    }
+    return EmbeddingTables({name: spec for name, spec in present.items() if spec.features}, mesh, first)
+
+
 class EmbeddingTables:
     """The tables of a model on a mesh.
 
@@ -72,17 +86,9 @@ class EmbeddingTables:
         most = largest_share(stored, spec.stored_rows // self.shards, self.shards)
         return int(min(-(-most * 5 // 4 // 8) * 8 + 8, max(stored.shape[1], 1)))
 
-    def reading(self, first: Batch) -> "EmbeddingTables":
-        """The same tables for batches like `first` (whole, the same on every process), which may lack features."""
-        specs = {
-            name: dataclasses.replace(spec, features=tuple(f for f in spec.features if f in first), capacity=None)
-            for name, spec in self.specs.items()
-        }
-        return EmbeddingTables({name: spec for name, spec in specs.items() if spec.features}, self.mesh, first)
-
     def sharding(self, name: str) -> NamedSharding:
         """Of the rows and slots of a table."""
-        return NamedSharding(self.mesh, P(self.axes) if self.specs[name].placed == "row" and self.axes else P())
+        return sharding(self.specs[name], self.mesh)
 
     def init(self, key: Array) -> State:
         """Fresh rows and slots, made where they lie; the same on every mesh."""

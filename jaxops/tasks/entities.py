@@ -1,11 +1,12 @@
 """Columns of users and items as table rows: encoded once for every user and item, looked up by row in each batch."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
 
+from jaxops.data.bags import flat, joined, padded
 from jaxops.data.idmaps import Vocabulary, fit_map
 from jaxops.data.interactions import Interactions
 from jaxops.tables.spec import TableSpec
@@ -27,22 +28,36 @@ class Encoded:
     Attributes:
       codes: by feature, the table rows by user or item row, int32 [rows] or, of a bag, [rows, width] (-1: nothing).
       specs: by table.
-      transform: the id maps as named arrays, for the run folder.
+      maps: id maps of values that are no ids of users or items, as named arrays.
     """
 
     codes: dict[str, np.ndarray]
     specs: dict[str, TableSpec]
-    transform: dict[str, np.ndarray]
+    maps: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def frozen(self, features: Iterable[str]) -> dict[str, np.ndarray]:
+        """Named arrays for the run folder: what serving needs of these features, which it never encodes again."""
+        rows = {f"table.{name}.rows": np.array([spec.rows]) for name, spec in self.specs.items()}
+        return self.maps | rows | {f"codes.{feature}": self.codes[feature] for feature in features}
+
+
+def restore(tables: Mapping[str, TableConfig], owner: Mapping[str, str], read: Callable[[str], np.ndarray]) -> Encoded:
+    """What `Encoded.frozen` was taken of, for the features of `owner`; `read` gives an array by name."""
+    specs = {}
+    for name, table in tables.items():  # in the order of training, which is that of the rows in a stack
+        features = tuple(feature for feature in owner if owner[feature] == name)
+        specs[name] = table.spec(int(read(f"table.{name}.rows")[0]), features)
+    return Encoded({feature: read(f"codes.{feature}") for feature in owner}, specs)
 
 
 def entity_columns(
     inter: Interactions, users: Mapping[str, pa.Array], items: Mapping[str, pa.Array]
 ) -> dict[str, Column]:
     """`user`, `item` and the columns of both, by row; item row 0 is padding, and null in every column."""
-    padded = lambda values: pa.concat_arrays([pa.nulls(1, values.type), values])
-    out = {"user": Column(inter.user_ids.table, own=True), "item": Column(padded(inter.item_ids.table), own=True)}
+    shifted = lambda values: pa.concat_arrays([pa.nulls(1, values.type), values])
+    out = {"user": Column(inter.user_ids.table, own=True), "item": Column(shifted(inter.item_ids.table), own=True)}
     out |= {name: Column(values) for name, values in users.items()}
-    return out | {name: Column(padded(values)) for name, values in items.items()}
+    return out | {name: Column(shifted(values)) for name, values in items.items()}
 
 
 def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns: Mapping[str, Column]) -> Encoded:
@@ -52,7 +67,7 @@ def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns:
     """
     codes: dict[str, np.ndarray] = {}
     specs: dict[str, TableSpec] = {}
-    transform: dict[str, np.ndarray] = {}
+    maps: dict[str, np.ndarray] = {}
     for name, table in tables.items():
         features = tuple(feature for feature in owner if owner[feature] == name)
         mine = {feature: columns[feature] for feature in features}
@@ -65,32 +80,10 @@ def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns:
                 codes[feature] = np.arange(first, first + len(column.values), dtype=np.int32)
             specs[name] = table.spec(count + first, features)
             continue
-        seen = {id(column.values): _flat(column.values) for column in mine.values()}
-        fitted = fit_map(table.ids, name, _joined(list(seen.values())), rows)
+        seen = {id(column.values): flat(column.values) for column in mine.values()}
+        fitted = fit_map(table.ids, name, joined(list(seen.values())), rows)
         for feature, column in mine.items():
-            codes[feature] = _coded(column.values, fitted.encode(_flat(column.values)))
+            codes[feature] = padded(column.values, fitted.encode(flat(column.values)))
         specs[name] = table.spec(fitted.rows, features)
-        transform |= {f"map.{name}.{part}": values for part, values in fitted.arrays().items()}
-    return Encoded(codes, specs, transform)
-
-
-def _flat(values: pa.Array) -> pa.Array:
-    return values.flatten() if pa.types.is_list(values.type) else values
-
-
-def _joined(parts: list[pa.Array]) -> pa.Array:
-    if len({part.type for part in parts}) > 1:
-        parts = [part.cast(pa.string()) for part in parts]
-    return pa.concat_arrays(parts)
-
-
-def _coded(values: pa.Array, flat: np.ndarray) -> np.ndarray:
-    """The codes of the flattened values, by row; bags padded with -1 to the longest."""
-    if not pa.types.is_list(values.type):
-        return flat
-    lengths = np.asarray(values.value_lengths().fill_null(0))
-    out = np.full((len(values), max(int(lengths.max(initial=0)), 1)), -1, np.int32)
-    row = np.repeat(np.arange(len(values)), lengths)
-    place = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    out[row, place] = flat
-    return out
+        maps |= {f"map.{name}.{part}": values for part, values in fitted.arrays().items()}
+    return Encoded(codes, specs, maps)

@@ -25,7 +25,7 @@ from jaxops.tasks.config import InBatchSoftmax, RecConfig
 from jaxops.tasks.entities import Encoded, encode, entity_columns
 from jaxops.tasks.seams import require_callable
 from jaxops.tasks.tables_config import match
-from jaxops.tasks.task import Catalogue, EvalBatches, Task
+from jaxops.tasks.task import Catalogue, EvalBatches, Ranking, Task
 
 HISTORY = "history"
 """The feature that holds what a user did before: a bag of items, which shares the items' ids."""
@@ -46,16 +46,15 @@ def build_retrieval(
     """
     assert isinstance(config.model, TwoTowerConfig)
     inter, split = data.inter, data.split
-    encoded, columns = _encoded(config, data)
-    model = TwoTower(config.model, *(_inputs(names, encoded) for names in (config.model.user, config.model.item)))
+    encoded = _encoded(config, data)
+    ranking = two_tower_ranking(config, encoded, inter.n_items)
+    model, columns = ranking.model, ranking.columns
     extras, made = _objective(config, model, encoded, objective)
     size, history, seen = config.batch.global_, config.model.history, seen_width(split.valid, split.test)
 
     def batches(part: Any, size: int) -> EvalBatches:
         return ColumnBatches(QueryBatches(inter, part, history, size, seen=seen), columns)
 
-    of_items = {name: (entry, codes) for name, (entry, codes) in columns.items() if entry == "item"}
-    count = inter.n_items + 1
     return Task(
         config=config,
         resolved=resolved,
@@ -67,26 +66,50 @@ def build_retrieval(
             for name, part in (("valid", split.valid), ("test", split.test))
             if len(part)
         },
-        metrics=_metrics(config, model, inter.n_items),
+        metrics=_metrics(config, ranking),
         rules=[(pattern, axes) for pattern, axes in config.sharding.rules] + model.rules,
         logical=config.sharding.logical,
         loss_weights=config.loss_weights,
         inspection=inspection,
-        transform={"item_ids": np.asarray(inter.item_ids.values), **encoded.transform},
+        transform={
+            "item_ids": np.asarray(inter.item_ids.values),
+            "user_ids": np.asarray(inter.user_ids.values),
+            **encoded.frozen(encoded.codes),
+        },
         baselines=baselines,
         block=(config.objective.block or size) if isinstance(config.objective, InBatchSoftmax) else 1,
         tables=encoded.specs,
         extras=extras,
+        catalogue=ranking.catalogue,
+    )
+
+
+def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Ranking:
+    """Both towers for these features."""
+    assert isinstance(config.model, TwoTowerConfig)
+    model = TwoTower(config.model, *(_inputs(names, encoded) for names in (config.model.user, config.model.item)))
+    entries = {**dict.fromkeys(config.model.user, "user"), **dict.fromkeys(config.model.item, "item"), HISTORY: "items"}
+    columns = {name: (entries[name], codes) for name, codes in encoded.codes.items()}
+    of_items = {name: column for name, column in columns.items() if column[0] == "item"}
+    towers = lambda params: {name: value for name, value in params.items() if name != "catalogue"}
+    return Ranking(
+        model=model,
+        n_items=n_items,
+        length=config.model.history,
+        queries=lambda params, batch: model.users(towers(params), batch, None),
+        items=lambda params: params["catalogue"],
+        columns=columns,
+        tables=encoded.specs,
         catalogue=Catalogue(
-            count,
-            lambda size: ColumnBatches(EntityBatches("item", count, size), of_items),
+            n_items + 1,
+            lambda size: ColumnBatches(EntityBatches("item", n_items + 1, size), of_items),
             lambda params, batch: model.items(params, batch, None),
         ),
     )
 
 
-def _encoded(config: RecConfig, data: RecData) -> tuple[Encoded, dict[str, tuple[str, np.ndarray]]]:
-    """Codes and specs, and for each feature the entry of a batch whose rows it is read by."""
+def _encoded(config: RecConfig, data: RecData) -> Encoded:
+    """Codes and specs of the features that both towers read."""
     model = config.model
     assert isinstance(model, TwoTowerConfig)
     found = entity_columns(data.inter, data.user_features, data.item_features)
@@ -108,8 +131,11 @@ def _encoded(config: RecConfig, data: RecData) -> tuple[Encoded, dict[str, tuple
         codes = encoded.codes[HISTORY].copy()
         codes[0] = -1  # fewer items than fit the bag
         encoded.codes[HISTORY] = codes
-    entries = {**dict.fromkeys(model.user, "user"), **dict.fromkeys(model.item, "item"), HISTORY: "items"}
-    return encoded, {name: (entries[name], codes) for name, codes in encoded.codes.items()}
+    for name in set(model.user) - {HISTORY}:
+        codes = encoded.codes[name]
+        nobody = np.full((1, *codes.shape[1:]), 0 if codes.ndim == 1 else -1, codes.dtype)
+        encoded.codes[name] = np.concatenate([codes, nobody])  # row -1: a user whom training never saw
+    return encoded
 
 
 def _inputs(names: tuple[str, ...], encoded: Encoded) -> list[Input]:
@@ -140,11 +166,10 @@ def frequencies(items: int, decay: float) -> Extra:
     )
 
 
-def _metrics(config: RecConfig, model: TwoTower, n_items: int) -> Callable[[Params, Mapping[str, Any]], Sums]:
+def _metrics(config: RecConfig, ranking: Ranking) -> Callable[[Params, Mapping[str, Any]], Sums]:
     def metrics(params: Params, batch: Mapping[str, Array]) -> Sums:
-        towers = {name: value for name, value in params.items() if name != "catalogue"}
-        users = model.users(towers, batch, None)
-        scores = jnp.einsum("ud,id->ui", users, params["catalogue"], preferred_element_type=jnp.float32)
-        return evaluate_scores(scores, batch, config.evaluate.metrics, n_items=n_items)
+        users, items = ranking.queries(params, batch), ranking.items(params)
+        scores = jnp.einsum("ud,id->ui", users, items, preferred_element_type=jnp.float32)
+        return evaluate_scores(scores, batch, config.evaluate.metrics, n_items=ranking.n_items)
 
     return metrics

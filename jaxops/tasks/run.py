@@ -35,6 +35,7 @@ from jaxops.core.step import Step
 from jaxops.core.watch import Watch
 from jaxops.data.loader import Loader
 from jaxops.tasks.accounting import Accounting
+from jaxops.tasks.passes import Weights
 from jaxops.tasks.progress import Progress
 from jaxops.tasks.recording import open_writers, own_loggers
 from jaxops.tasks.run_folder import RunFolder
@@ -42,7 +43,7 @@ from jaxops.tasks.saving import Position, Saving
 from jaxops.tasks.summary import write_failure, write_summary
 from jaxops.tasks.task import Task
 from jaxops.tasks.training import Training, abstract, abstract_batch
-from jaxops.tasks.validation import Validation, Weights
+from jaxops.tasks.validation import Validation
 from jaxops.tasks.warm_start import warm_start
 
 
@@ -77,7 +78,7 @@ class Run:
         self.interrupt = Interrupt(progress.say)
         self.compiles = Compiles(on_compile=progress.compiled)
         self.watch = Watch(place.path, progress.warn, self._ended)
-        self.validation = Validation(task, mesh, self.tables, progress, self.watch.at)
+        self.validation = Validation(task, mesh, progress, self.watch.at)
         # all at once: asking the device for one in the middle of a run would wait for every step before it
         with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
             rates = build_schedule(self.config.optimizer, task.steps)(jnp.arange(task.steps))

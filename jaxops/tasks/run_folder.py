@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -179,8 +180,7 @@ class RunFolder:
             folder = self.path / "transform"
             folder.mkdir(exist_ok=True)
             for name, values in transform.items():
-                text = values if values.dtype.kind != "S" else np.char.decode(values, "utf-8")
-                pq.write_table(pa.table({name: pa.array(text)}), folder / f"{name}.parquet")
+                pq.write_table(pa.table({name: _arrow(values)}), folder / f"{quote(name, safe='')}.parquet")
         self.write_json("data.json", inspection)
         self.write_text("config.yaml", dump_yaml(resolved))
 
@@ -191,9 +191,12 @@ class RunFolder:
           UserError: the file is missing or broken.
         """
         self._refresh()
-        file = self.path / "transform" / f"{name}.parquet"
+        file = self.path / "transform" / f"{quote(name, safe='')}.parquet"
         try:
-            return pq.read_table(file)[name].to_numpy()
+            values = pq.read_table(file)[name].combine_chunks()
+            if pa.types.is_fixed_size_list(values.type):
+                return values.flatten().to_numpy().reshape(len(values), values.type.list_size)
+            return values.to_numpy(zero_copy_only=False)
         except (OSError, pa.ArrowInvalid, KeyError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
 
@@ -293,3 +296,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value
+
+
+def _arrow(values: np.ndarray) -> pa.Array:
+    """Bytes as text; a matrix as lists of one length."""
+    if values.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    return pa.array(values if values.dtype.kind != "S" else np.char.decode(values, "utf-8"))

@@ -9,12 +9,12 @@ from jaxops.core.accumulate import Objective
 from jaxops.core.failures import UserError
 from jaxops.data.config import RecData
 from jaxops.data.events import ColumnBatches, EntityBatches, WithColumns, WithNegatives
-from jaxops.models.sasrec import SASRecConfig
+from jaxops.models.sasrec import SASRec, SASRecConfig
 from jaxops.objectives.ranking import sampled_softmax_on_tables
 from jaxops.tasks.config import RecConfig, SampledSoftmax
-from jaxops.tasks.entities import encode, entity_columns
+from jaxops.tasks.entities import Encoded, encode, entity_columns
 from jaxops.tasks.tables_config import match
-from jaxops.tasks.task import Catalogue, EvalBatches, Task
+from jaxops.tasks.task import Catalogue, EvalBatches, Ranking, Task
 
 ITEM, TARGET, NEGATIVE = "item", "target_item", "negative_item"
 """Features of the items' table: what was seen, what comes next, and what did not."""
@@ -43,20 +43,32 @@ def on_tables(task: Task, config: RecConfig, data: RecData) -> Task:
         entries |= {TARGET: "targets", NEGATIVE: "negatives"}
     encoded = encode(config.tables, owner, found)
     columns = {feature: (entries[feature], codes) for feature, codes in encoded.codes.items()}
-    of_items = {ITEM: columns[ITEM]}
-    count = inter.n_items + 1
     return dataclasses.replace(
         task,
         source=WithColumns(source, columns),
         evaluations={name: functools.partial(_columns, part, columns) for name, part in task.evaluations.items()},
         tables=encoded.specs,
-        transform={**task.transform, **encoded.transform},
-        catalogue=Catalogue(
-            count,
-            lambda size: ColumnBatches(EntityBatches("items", count, size), of_items),
-            lambda params, batch: batch["rows"][ITEM],
-        ),
+        transform={**task.transform, **encoded.frozen(inputs)},
+        catalogue=sasrec_ranking(config, inter.n_items, encoded).catalogue,
     )
+
+
+def sasrec_ranking(config: RecConfig, n_items: int, encoded: Encoded | None = None) -> Ranking:
+    """SASRec as it is asked: with its item matrix or, where its inputs are `encoded`, with that table's rows."""
+    assert isinstance(config.model, SASRecConfig)
+    model = SASRec(config.model, n_items)
+    queries = lambda params, batch: model.encode(params, batch, None)[:, -1]
+    asked = Ranking(model, n_items, config.model.length, queries, model.item_vectors)
+    if encoded is None:
+        return asked
+    columns = {feature: ("items", encoded.codes[feature]) for feature in config.model.inputs}
+    of_items = {ITEM: columns[ITEM]}
+    catalogue = Catalogue(
+        n_items + 1,
+        lambda size: ColumnBatches(EntityBatches("items", n_items + 1, size), of_items),
+        lambda params, batch: batch["rows"][ITEM],
+    )
+    return dataclasses.replace(asked, columns=columns, tables=encoded.specs, catalogue=catalogue)
 
 
 def _columns(part: Callable[[int], EvalBatches], columns: Any, size: int) -> EvalBatches:

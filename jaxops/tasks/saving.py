@@ -12,9 +12,9 @@ from jaxops.core import distributed
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.rows import put
 from jaxops.core.state import State, join
+from jaxops.tasks.passes import Weights
 from jaxops.tasks.task import Task
 from jaxops.tasks.training import abstract
-from jaxops.tasks.validation import Weights
 
 FORMAT = 1
 """Of the metadata in a checkpoint."""

@@ -31,7 +31,7 @@ class Model(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
-    """Vectors of all items, made once an evaluation; `metrics` finds them as `params["catalogue"]` [rows, dim].
+    """Vectors of all items, made by a pass over them; who scores finds them as `params["catalogue"]` [rows, dim].
 
     Attributes:
       batches: given a size, the items' features by row 0, 1, ... (what is beyond `rows` in the last is dropped).
@@ -41,6 +41,27 @@ class Catalogue:
     rows: int
     batches: Callable[[int], EvalBatches]
     vectors: Callable[[Params, Mapping[str, Any]], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """A model whose scores are products of a user's vector with those of the items: what evaluation and serving ask.
+
+    Attributes:
+      length: how many of the latest items a query holds, `items` [batch, length].
+      queries: (params, batch) -> [batch, dim].
+      items: params -> [rows, dim]; row i is item i, 1 <= i <= n_items.
+      columns: features of a batch: the entry whose rows they are read by, and their codes by row.
+    """
+
+    model: Any
+    n_items: int
+    length: int
+    queries: Callable[[Params, Mapping[str, Any]], Array]
+    items: Callable[[Params], Array]
+    columns: Mapping[str, tuple[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    tables: Mapping[str, TableSpec] = dataclasses.field(default_factory=dict)
+    catalogue: Catalogue | None = None
 
 
 @dataclasses.dataclass(frozen=True)

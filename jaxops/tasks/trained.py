@@ -6,63 +6,58 @@ The transform (original item ids) is frozen in the run folder, so what serving s
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32, Int64
+from jax.sharding import Mesh
 
 from jaxops.config.load import from_dict
-from jaxops.config.types import ByPath
 from jaxops.core.checkpoint import Checkpoints
-from jaxops.core.failures import UserError, nearest
+from jaxops.core.failures import UserError
 from jaxops.core.mesh import make_mesh
 from jaxops.core.state import Params, join
 from jaxops.core.sums import Sums
-from jaxops.data.config import open_data
+from jaxops.data.events import ColumnBatches
 from jaxops.data.ids import Ids
-from jaxops.data.interactions import read_interactions
-from jaxops.data.spec import Columns, InteractionsFile
-from jaxops.evaluate.ranking import top_k_unseen
-from jaxops.models.sasrec import SASRec, SASRecConfig
+from jaxops.evaluate.index import Index
+from jaxops.models.two_tower import TwoTowerConfig
 from jaxops.tasks.config import CLICK_MODELS, SCHEMAS
+from jaxops.tasks.entities import restore
+from jaxops.tasks.histories import Histories, HistoryBatches, read_histories, same_items
+from jaxops.tasks.passes import Passes, Weights
+from jaxops.tasks.retrieval import two_tower_ranking
 from jaxops.tasks.run_folder import RunFolder
-from jaxops.tasks.training import tables_on
-from jaxops.tasks.validation import Measure, Weights
-
-
-@dataclasses.dataclass(frozen=True)
-class Histories:
-    """Whose next items are asked for: original user ids and their item rows, oldest first, as CSR.
-
-    `unknown_users` have no event that the model knows and are left out, `unknown_items` counts events left out.
-    """
-
-    users: np.ndarray
-    items: Int32[np.ndarray, " events"]
-    offsets: Int64[np.ndarray, " users_and_one"]
-    unknown_users: int = 0
-    unknown_items: int = 0
+from jaxops.tasks.sasrec_tables import sasrec_ranking
+from jaxops.tasks.tables_config import features_of
+from jaxops.tasks.task import Ranking
+from jaxops.tasks.validation import Measure
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """A model with its parameters (the moving average where the run kept one) and its frozen transform.
 
-    `model` is that of a SASRec, which `predict` and `item_vectors` ask; `tables` hold rows as they are stored.
+    `ranking` is what `predict` and `item_vectors` ask (None: a model that ranks nothing); `tables` hold rows as they
+    are stored.
     """
 
     config: Any
-    model: Any
+    ranking: Ranking | None
     params: Params
     item_ids: Ids
     step: int
     resolved: dict[str, Any]
     tables: dict[str, Any] = dataclasses.field(default_factory=dict)
+    user_ids: Ids | None = None
+
+    @property
+    def model(self) -> Any:
+        """The model as training has it, whose methods take `params`; None of one that ranks nothing."""
+        return None if self.ranking is None else self.ranking.model
 
     def histories(self, path: str | os.PathLike[str]) -> Histories:
         """Reads what to predict for: events (user, item, time) or, with a user column alone, users of the run's data.
@@ -72,54 +67,28 @@ class Trained:
         Raises:
           UserError: the file cannot be read, or has no user column.
         """
-        columns = self.config.data.columns if isinstance(self.config.data, InteractionsFile) else Columns()
-        names = _column_names(path)
-        if columns.user not in names:
-            raise UserError(
-                f"{path}: no column {columns.user!r}{nearest(columns.user, names)} (columns: {', '.join(names)})"
-            )
-        if columns.item not in names:
-            return self._known_histories(path, columns.user)
-        time = columns.time if columns.time in names else None
-        inter = read_interactions(str(path), dataclasses.replace(columns, time=time, weight=None))
-        rows = self.item_ids.rows(inter.item_ids.originals(np.arange(1, inter.n_items + 1)))[inter.item - 1]
-        keep = rows > 0
-        counts = np.bincount(inter.user[keep], minlength=inter.n_users)
-        known = np.flatnonzero(counts)
-        offsets = np.concatenate([[0], np.cumsum(counts[known])])
-        users = inter.user_ids.originals(known)
-        return Histories(users, rows[keep], offsets, inter.n_users - len(known), int((~keep).sum()))
+        return read_histories(path, self.config.data, self.item_ids)
 
-    def _known_histories(self, path: str | os.PathLike[str], column: str) -> Histories:
-        if isinstance(self.config.data, ByPath):
-            raise UserError(f"{path} has no item column, and the run's data is a function: give events (user, item)")
-        inter = open_data(self.config.data).inter
-        self._check_items(np.asarray(inter.item_ids.values))
-        wanted = _read_column(path, column)
-        rows = inter.user_ids.rows(wanted)
-        known = rows[rows >= 0]
-        counts = inter.lengths[known]
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        events = np.repeat(inter.offsets[known] - offsets[:-1], counts) + np.arange(offsets[-1])
-        return Histories(wanted[rows >= 0], inter.item[events], offsets, unknown_users=int((rows < 0).sum()))
-
-    def predict(self, source: str | os.PathLike[str] | Histories, k: int = 10, *, batch: int = 512) -> pa.Table:
+    def predict(
+        self, source: str | os.PathLike[str] | Histories, k: int = 10, *, batch: int = 512, method: str = "auto"
+    ) -> pa.Table:
         """The k best items that each user has not seen: user, rank (from 1), item, score; original ids.
 
         Args:
           source: a file as in `histories`, or histories.
+          method: of `evaluate.index.Index`.
 
         Raises:
           UserError: what `histories` raises; k is below one.
         """
-        self._ranks("predict")
         if k < 1:
             raise UserError(f"predict: top k must be at least 1, got {k}")
         given = source if isinstance(source, Histories) else self.histories(source)
         users, ranks, items, scores = [], [], [], []
-        for start, padded in _padded(given, self.config.model.length, batch):
-            best, found = jax.device_get(self._top(padded, k))
-            real = min(batch, len(given.users) - start)
+        index = self.index(method)
+        for start, vectors, seen in self._vectors(given, batch):
+            best, found = jax.device_get(index.search(vectors, k, seen))
+            real = min(len(best), len(given.users) - start)
             keep = found[:real] > 0
             row, column = np.nonzero(keep)
             users.append(given.users[start + row])
@@ -131,44 +100,86 @@ class Trained:
         table = {"user": users, "rank": ranks, "item": items, "score": scores}
         return pa.table({name: pa.array(np.concatenate(parts)) for name, parts in table.items()})
 
-    def _ranks(self, command: str) -> None:
-        """Whether this is a model that the commands for one item matrix know.
+    def index(self, method: str = "auto") -> Index:
+        """The items' vectors, to be searched by those of users; on all devices that are here.
 
         Raises:
-          UserError: it is another.
+          UserError: an unknown method; the model ranks no items.
         """
-        if not isinstance(self.config.model, SASRecConfig) or self.config.model.inputs:
-            kind = f"{self.config.model.kind}{' on tables' if self.tables else ''}"
-            raise UserError(f"{command}: not there yet for {kind}; `jaxops evaluate` is")
+        if method not in self._made:
+            self._made[method] = Index(self._items, self._mesh, real=self._ranks.n_items, method=method)
+        return self._made[method]
 
-    def _check_items(self, values: np.ndarray) -> None:
-        if not np.array_equal(values, self.item_ids.values):
-            raise UserError(
-                f"the run's data has changed since: {len(values):,} items there now, not the {len(self.item_ids):,}"
-                " that the model was trained on"
-            )
+    def recall(self, source: str | os.PathLike[str] | Histories, k: int = 10, *, method: str = "auto") -> float:
+        """The share of the exact top k that `predict` with this method finds, of the first 512 users.
 
-    @functools.cached_property
-    def _top_jitted(self) -> Callable[..., Any]:
-        dtype = jnp.dtype(self.config.precision.compute)
+        Raises:
+          UserError: as `predict`.
+        """
+        given = source if isinstance(source, Histories) else self.histories(source)
+        _, vectors, seen = next(self._vectors(given, 512))
+        return self.index(method).recall(vectors[: len(given.users)], k, seen[: len(given.users)])
 
-        def top(params: Params, batch: Mapping[str, Any], k: int) -> Any:
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
-            scores = self.model.logits(params, self.model.encode(params, batch, None)[:, -1])
-            return top_k_unseen(scores, batch["seen"], k, self.model.n_items)
-
-        return jax.jit(top, static_argnums=2)
-
-    def _top(self, batch: Mapping[str, np.ndarray], k: int) -> Any:
-        return self._top_jitted(self.params, batch, k)
+    @property
+    def _ranks(self) -> Ranking:
+        if self.ranking is None:
+            raise UserError(f"{self.config.model.kind} predicts clicks: it ranks no items and has no item vectors")
+        return self.ranking
 
     def item_vectors(self) -> pa.Table:
-        """Original item ids and their vectors: item, vector (fixed-size list of float32)."""
-        self._ranks("export")
-        rows = np.arange(1, self.model.n_items + 1)
-        vectors = np.asarray(self.model.item_vectors(self.params), np.float32)[rows]
+        """Original item ids and their vectors: item, vector (fixed-size list of float32).
+
+        Raises:
+          UserError: the model ranks no items.
+        """
+        rows = np.arange(1, self._ranks.n_items + 1)
+        vectors = np.asarray(self._items, np.float32)[rows]
         flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         return pa.table({"item": pa.array(self.item_ids.originals(rows)), "vector": flat})
+
+    @functools.cached_property
+    def _mesh(self) -> Mesh:
+        return make_mesh(data=-1)
+
+    @functools.cached_property
+    def _made(self) -> dict[Any, Any]:
+        """Passes by size and indices by method: what they compile is for all calls."""
+        return {}
+
+    def _passes(self, size: int) -> Passes:
+        if size not in self._made:
+            self._made[size] = Passes.of(self.config, self._ranks.tables, self._mesh, size)
+        return self._made[size]
+
+    @functools.cached_property
+    def _weights(self) -> Weights:
+        """Everything on the mesh, and once: with every batch of users it would take longer than their answers."""
+        passes = self._passes(512)
+        with jax.set_mesh(self._mesh):
+            weights = passes.weights(self.params, self.tables)
+            if self._ranks.catalogue is None:
+                return weights
+            vectors = passes.catalogue(weights, self._ranks.catalogue)
+        return Weights({**weights.params, "catalogue": vectors}, weights.tables)
+
+    @functools.cached_property
+    def _items(self) -> np.ndarray:
+        """Vectors of all items by row, in the dtype that scores are computed in."""
+        with jax.set_mesh(self._mesh):
+            vectors = self._ranks.items(self._weights.params)
+            return np.asarray(vectors.astype(self.config.precision.compute))
+
+    def _vectors(self, given: Histories, size: int) -> Iterator[tuple[int, Any, Any]]:
+        """By batches: the first user, the users' vectors and the items they have seen; the last batch padded."""
+        ranking = self._ranks
+        passes = self._passes(size)
+        users = np.full(len(given.users), -1) if self.user_ids is None else self.user_ids.rows(given.users)
+        batches = ColumnBatches(HistoryBatches(given, users, ranking.length, passes.size), ranking.columns)
+        asked = lambda params, batch: (ranking.queries(params, batch), batch["seen"])
+        with jax.set_mesh(self._mesh):
+            found = passes.over("queries", asked, self._weights, batches)
+            for at, (vectors, seen) in enumerate(found):
+                yield at * passes.size, vectors, seen
 
     def evaluate(self, parts: tuple[str, ...] = ("valid", "test")) -> dict[str, float]:
         """Metrics on the run's own data, on the devices that are here.
@@ -180,20 +191,13 @@ class Trained:
 
         task = build_rec(self.config, self.resolved, lambda model: _no_objective)
         if "item_ids" in task.transform:
-            self._check_items(task.transform["item_ids"])
-        mesh = make_mesh(data=-1)
+            same_items(self.item_ids, task.transform["item_ids"])
         out: dict[str, float] = {}
-        with jax.set_mesh(mesh):
-            # the batch of training may not divide over the devices that are here
-            tables = tables_on(task, mesh, -(-self.config.batch.global_ // mesh.size) * mesh.size)
-            measure = Measure(task, mesh, tables)
-            params = jax.device_put(self.params, jax.sharding.NamedSharding(mesh, jax.P()))
-            rows = {}
-            if tables is not None:
-                lie = tables.sharding
-                rows = {name: {"rows": jax.device_put(t["rows"], lie(name))} for name, t in self.tables.items()}
+        with jax.set_mesh(self._mesh):
+            measure = Measure(task, self._mesh)
+            weights = measure.passes.weights(self.params, self.tables)
             for part in (part for part in parts if part in task.evaluations):
-                values = measure(Weights(params, rows), part)
+                values = measure(weights, part)
                 out |= {f"{part}/{name}": values[name] for name in values if name not in task.plots}
         return out
 
@@ -236,54 +240,23 @@ def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
         params = checkpoints.load_params(step, prefix)
         frozen = checkpoints.load_params(step, "frozen") if config.optimizer.frozen else {}
         tables = checkpoints.load_params(step, "tables", leaf="rows") if config.tables else {}
-    on_device = jax.tree.map(jnp.asarray, join(params, frozen))  # once, not with every batch of users
+    whole = jax.tree.map(jnp.asarray, join(params, frozen))
     if isinstance(config.model, CLICK_MODELS):
-        return Trained(config, None, on_device, Ids(np.zeros(0, np.int64), first=1), step, resolved, tables)
-    values = place.transform("item_ids")
-    values = values if values.dtype.kind == "i" else np.char.encode(values.astype(str), "utf-8")
-    model = SASRec(config.model, len(values)) if isinstance(config.model, SASRecConfig) else None
-    return Trained(config, model, on_device, Ids(values, first=1), step, resolved, tables)
+        return Trained(config, None, whole, Ids(np.zeros(0, np.int64), first=1), step, resolved, tables)
+    items = _ids(place.transform("item_ids"), first=1)
+    if isinstance(config.model, TwoTowerConfig):
+        features = {
+            feature: features_of(config.tables)[feature] for feature in (*config.model.user, *config.model.item)
+        }
+        ranking = two_tower_ranking(config, restore(config.tables, features, place.transform), len(items))
+        users = _ids(place.transform("user_ids"), first=0)
+        return Trained(config, ranking, whole, items, step, resolved, tables, users)
+    encoded = None
+    if config.model.inputs:
+        features = {feature: features_of(config.tables)[feature] for feature in config.model.inputs}
+        encoded = restore(config.tables, features, place.transform)
+    return Trained(config, sasrec_ranking(config, len(items), encoded), whole, items, step, resolved, tables)
 
 
-def _padded(given: Histories, length: int, size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Batches of `size` histories, padded on the left to `length`; `seen` is as wide as the longest of all."""
-    counts = np.diff(given.offsets)
-    width = -(-max(int(counts.max(initial=1)), 1) // 8) * 8
-    for start in range(0, len(given.users), size):
-        index = np.minimum(np.arange(start, start + size), len(given.users) - 1)
-        first, count = given.offsets[:-1][index], counts[index]
-        column = np.arange(length)
-        at = (first + count - length)[:, None] + column
-        items = np.where(column >= (length - np.minimum(count, length))[:, None], given.items.take(at, mode="clip"), 0)
-        wide = np.arange(width)
-        seen = np.where(wide < count[:, None], given.items.take(first[:, None] + wide, mode="clip"), 0)
-        yield (
-            start,
-            {
-                "id": index.astype(np.int32),
-                "items": items.astype(np.int32),
-                "seen": seen.astype(np.int32),
-            },
-        )
-
-
-def _column_names(path: str | os.PathLike[str]) -> list[str]:
-    return _dataset(path).schema.names
-
-
-def _read_column(path: str | os.PathLike[str], column: str) -> np.ndarray:
-    return _dataset(path).to_table(columns=[column])[column].to_numpy()
-
-
-def _dataset(path: str | os.PathLike[str]) -> Any:
-    """A Parquet, CSV or JSONL file (or a folder of Parquet) as an Arrow dataset."""
-    import pyarrow.dataset as ds
-
-    suffix = Path(path).suffix.lower()
-    kind = {".csv": "csv", ".jsonl": "json", ".json": "json"}.get(suffix, "parquet")
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file")
-    try:
-        return ds.dataset(str(path), format=kind)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: cannot be read as {kind}: {str(error).splitlines()[0]}") from None
+def _ids(values: np.ndarray, first: int) -> Ids:
+    return Ids(values if values.dtype.kind == "i" else np.char.encode(values.astype(str), "utf-8"), first)

@@ -2,52 +2,27 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
 
-from jaxops.core.evaluation import Evaluator, evaluated_params, on_batches
-from jaxops.core.mesh import batch_sharding, batch_shards, serialise_dispatch
-from jaxops.core.rows import local_batches
-from jaxops.core.state import Params, State
-from jaxops.tables.tables import EmbeddingTables
+from jaxops.core.evaluation import Evaluator
 from jaxops.tasks.config import EarlyStop
+from jaxops.tasks.passes import Passes, Weights
 from jaxops.tasks.progress import Progress
-from jaxops.tasks.task import Catalogue, EvalBatches, Task
+from jaxops.tasks.task import Task
 
 NO_HISTORY = {"metric": None, "best": None, "best_step": None, "since": 0, "at": 0}
 """What early stopping remembers: the best value so far, evaluations since, and the last step that counted."""
 
 
-class Weights(NamedTuple):
-    """What is evaluated of a state: its parameters (the moving average where there is one), and rows by table."""
-
-    params: Params
-    tables: dict[str, dict[str, Array]]
-
-    @staticmethod
-    def of(state: State) -> "Weights":
-        """Those of a state of training."""
-        tables = {name: {"rows": table["rows"]} for name, table in state.tables.items()}
-        return Weights(evaluated_params(state), tables)
-
-
 class Measure:
     """A task's metrics on a mesh; compiled once, at the first batch. Call it inside `jax.set_mesh(mesh)`."""
 
-    def __init__(self, task: Task, mesh: Mesh, tables: EmbeddingTables | None):
-        self._task, self._mesh, self._tables = task, mesh, tables
-        self._dtype = jnp.dtype(task.config.precision.compute)
-        shards = batch_shards(mesh)
-        self._size = -(-task.config.evaluate.batch // shards) * shards
-        self._readers: dict[str, EmbeddingTables] = {}
+    def __init__(self, task: Task, mesh: Mesh):
+        self._task, self.passes = task, Passes.of(task.config, task.tables, mesh, task.config.evaluate.batch)
         self._evaluator: Evaluator | None = None
-        self._vectors: Callable[..., Array] | None = None
 
     @property
     def fresh(self) -> bool:
@@ -62,32 +37,12 @@ class Measure:
         """
         params = weights.params
         if self._task.catalogue is not None:
-            params = {**params, "catalogue": self._catalogue(weights, self._task.catalogue)}
-        batches, reader = self._planned("queries", self._task.evaluations[part](self._size))
+            params = {**params, "catalogue": self.passes.catalogue(weights, self._task.catalogue)}
+        passes = self.passes
+        batches, reader = passes.planned("queries", self._task.evaluations[part](passes.size))
         if self._evaluator is None:
-            self._evaluator = Evaluator(self._task.metrics, self._mesh, self._dtype, self._task.logical, reader)
+            self._evaluator = Evaluator(self._task.metrics, passes.mesh, passes.dtype, passes.logical, reader)
         return self._evaluator(params, batches, poll, weights.tables)
-
-    def _planned(self, kind: str, batches: EvalBatches) -> tuple[Iterator[Mapping[str, Any]], EmbeddingTables | None]:
-        """The batches with plans, and the tables that can read them; one plan's shapes for all of a kind."""
-        if self._tables is None:
-            return local_batches(batches, self._mesh, self._size), None
-        if kind not in self._readers:
-            self._readers[kind] = self._tables.reading(next(iter(batches)))
-        reader = self._readers[kind]
-        return local_batches(batches, self._mesh, self._size, reader.plan), reader
-
-    def _catalogue(self, weights: Weights, catalogue: Catalogue) -> Array:
-        batches, reader = self._planned("catalogue", catalogue.batches(self._size))
-        if self._vectors is None:
-            run = on_batches(catalogue.vectors, self._mesh, P(), self._dtype, self._task.logical, reader)
-            self._vectors = jax.jit(run, in_shardings=(None, None, batch_sharding(self._mesh)))
-        parts = []
-        for batch in batches:
-            parts.append(self._vectors(weights.params, weights.tables, batch))
-            if serialise_dispatch(self._mesh):
-                jax.block_until_ready(parts[-1])
-        return jnp.concatenate(parts)[: catalogue.rows]
 
 
 class Validation:
@@ -100,12 +55,11 @@ class Validation:
         self,
         task: Task,
         mesh: Mesh,
-        tables: EmbeddingTables | None,
         progress: Progress,
         phase: Callable[[str], Any],
     ):
         self._task, self._config, self._progress, self._phase = task, task.config, progress, phase
-        self._measure = Measure(task, mesh, tables)
+        self._measure = Measure(task, mesh)
         self.history: dict[str, Any] = dict(NO_HISTORY)
         self.values: dict[str, float] = {}
         self.plots: dict[str, Any] = {}

@@ -7,7 +7,7 @@ import numpy as np
 from jaxops.core.mesh import batch_sharding, make_mesh
 from jaxops.tables.optimizers import Adagrad, Sgd
 from jaxops.tables.spec import TableSpec, stack
-from jaxops.tables.tables import EmbeddingTables
+from jaxops.tables.tables import EmbeddingTables, reading
 
 SPECS = {
     "user": TableSpec(rows=3000, dim=4, features=("user",), placement="row", optimizer=Sgd(lr=1.0)),
@@ -88,7 +88,7 @@ def test_tables_can_be_read_for_batches_that_lack_features():
         read = jax.jit(lambda tables, state, plan: tables.expand(tables.lookup(state, plan), plan), static_argnums=0)
         whole = read(tables, state, planned)
         few = {name: given[name] for name in ("item", "wide")}
-        reader = tables.reading(few)
+        reader = reading(tables.specs, tables.mesh, few)
         assert set(reader.specs) == {"user_and_1_more", "wide"}
         planned = jax.device_put(reader.plan(few), batch_sharding(mesh))
         found = read(reader, state, planned)

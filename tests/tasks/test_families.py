@@ -68,7 +68,8 @@ evaluate: {every: 3, metrics: [auc, ne, log_loss], batch: 64, baselines: false}
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("families")
     draw = np.random.default_rng(0)
-    events = {"user": np.repeat(np.arange(40), 12), "item": draw.integers(0, 50, 480), "time": np.arange(480)}
+    items = np.concatenate([draw.choice(50, 12, replace=False) for _ in range(40)])
+    events = {"user": np.repeat(np.arange(40), 12), "item": items, "time": np.arange(480)}
     pq.write_table(pa.table({**events, "item": [f"f{x}" for x in events["item"]]}), where / "plays.parquet")
     films = {
         "film": [f"f{x}" for x in range(45)],
@@ -91,30 +92,101 @@ def task(name, *overrides):
     return jx.build_task(jx.load_config(f"{name}.yaml", overrides))
 
 
+def agree(name, layouts, accumulations):
+    override = [f"tables.{t}.optimizer={{kind: sgd, lr: 0.1}}" for t in ("item", "tags")] if name == "sasrec" else []
+    jx.testing.check(task(name, *override), layouts=layouts, accumulations=accumulations, batch_size=128, steps=2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_layout_agrees_with_one_device(name):
+    agree(name, ({"replica": 2, "fsdp": 4},), (2,))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_layout_agrees(name):
-    layouts = ({"data": 8}, {"replica": 2, "fsdp": 4})
-    override = [f"tables.{t}.optimizer={{kind: sgd, lr: 0.1}}" for t in ("item", "tags")] if name == "sasrec" else []
-    jx.testing.check(task(name, *override), layouts=layouts, accumulations=(1, 2), batch_size=128, steps=2)
+    agree(name, ({"data": 8}, {"replica": 2, "fsdp": 4}, {"fsdp": 2, "tensor": 2}), (1, 2))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_run_goes_on_where_it_stopped_and_is_loaded_whole(name, capsys):
-    whole = jx.fit(task(name, f"run.name={name}-whole"), quiet=True)
+@pytest.fixture(scope="module")
+def whole(folder):
+    """By family, a run from end to end, made when it is first asked for."""
+    made = {}
+
+    def run(name):
+        if name not in made:
+            made[name] = jx.fit(task(name, f"run.name={name}-whole"), quiet=True)
+        return made[name]
+
+    return run
+
+
+def judged(result):
+    found = [key for key in result.summary if key.startswith(("valid/", "test/")) and "reliab" not in key]
+    assert len(found) >= 4
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["two_tower", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sasrec", "clicks"))]
+)
+def test_a_run_goes_on_where_it_stopped_on_another_mesh(name, whole):
     parted = f"run.name={name}-parted"
     jx.fit(task(name, parted, "run.steps=4"), quiet=True)
     again = jx.fit(task(name, parted, "mesh={data: 2, fsdp: 4}"), quiet=True)
-    metrics = [key for key in whole.summary if key.startswith(("valid/", "test/")) and "reliab" not in key]
-    assert len(metrics) >= 4
-    for key in metrics:
-        assert again.summary[key] == pytest.approx(whole.summary[key], abs=2e-3), key
-    found = jx.load(whole.dir).evaluate()
-    for key in metrics:
-        assert found[key] == pytest.approx(whole.summary[key], abs=1e-5), key
-    with pytest.raises(UserError, match="predict: not there yet for"):
-        jx.load(whole.dir).predict("plays.parquet")
+    for key in judged(whole(name)):
+        assert again.summary[key] == pytest.approx(whole(name).summary[key], abs=2e-3), key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_loaded_evaluates_alike(name, whole):
+    found = jx.load(whole(name).dir).evaluate()
+    for key in judged(whole(name)):
+        assert found[key] == pytest.approx(whole(name).summary[key], abs=1e-5), key
     if name == "clicks":
-        assert np.array(whole.summary["test/reliability"], float).shape == (3, 20)
+        assert np.array(whole(name).summary["test/reliability"], float).shape == (3, 20)
+
+
+@pytest.mark.parametrize("name", ["sasrec", "two_tower"])
+def test_predictions_hit_as_often_as_the_evaluation_said(name, whole, capsys):
+    """All but the last event of everybody goes in; how often that one comes back is the run's test/hr@10."""
+    events = pq.read_table("plays.parquet").to_pylist()
+    last = {event["user"]: event["item"] for event in events}  # in order of time
+    before = [event for event in events if event["item"] != last[event["user"]]]
+    newcomer = [{"user": 99, "item": f"f{x}", "time": x} for x in (3, 4)]
+    pq.write_table(pa.Table.from_pylist(before + newcomer), "before.parquet")
+    run = str(whole(name).dir)
+    assert main(["predict", run, "before.parquet", "--top", "10", "--out", "top.parquet", "--index", "approx"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "41 users, 410 rows -> top.parquet"
+    assert said[1].startswith("recall@10 against the exact search, of the first 512 users: ")
+    lists = {}
+    for row in pq.read_table("top.parquet").to_pylist():
+        lists.setdefault(row["user"], []).append(row["item"])
+    hits = [last[user] in lists[user] for user in last]
+    assert np.mean(hits) == pytest.approx(whole(name).summary["test/hr@10"], abs=1e-6)
+    assert 0 < np.mean(hits) < 1
+    seen = {user: {event["item"] for event in before if event["user"] == user} for user in last}
+    assert all(not set(lists[user]) & seen[user] for user in last) and not {"f3", "f4"} & set(lists[99])
+
+
+@pytest.mark.parametrize("name", ["sasrec", "two_tower"])
+def test_exported_vectors_are_what_predictions_are_made_of(name, whole):
+    """The scores of a user are products with one vector: they fit the items' vectors without a rest."""
+    model = jx.load(whole(name).dir)
+    vectors = {row["item"]: row["vector"] for row in model.item_vectors().to_pylist()}
+    assert set(vectors) == {f"f{x}" for x in range(50)}
+    table = model.predict("plays.parquet", 38)
+    user = [row for row in table.to_pylist() if row["user"] == 7]
+    matrix, scores = np.array([vectors[row["item"]] for row in user]), np.array([row["score"] for row in user])
+    assert matrix.shape == (38, 8)
+    rest = np.linalg.lstsq(matrix, scores, rcond=None)[1]
+    assert rest == pytest.approx(0, abs=1e-8) and np.linalg.matrix_rank(matrix) == 8
+
+
+def test_a_click_model_ranks_no_items(whole):
+    with pytest.raises(UserError, match="dcnv2 predicts clicks: it ranks no items"):
+        jx.load(whole("clicks").dir).item_vectors()
 
 
 def test_shardings_prints_what_tables_cost(capsys):
