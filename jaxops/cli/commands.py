@@ -84,6 +84,11 @@ def predict(args: argparse.Namespace) -> int:
         raise UserError(f"--top: expected at least 1 item, got {args.top}")
     target = _target(args.out)
     model = load(args.run, args.step)
+    if not model.ranks:
+        table = model.predict(args.users)
+        _write_parquet(table, target)
+        print(f"{count(len(table), 'row')} -> {target}")
+        return EXIT_OK
     given = model.histories(args.users)
     table = model.predict(given, args.top, method=args.index)
     _write_parquet(table, target)

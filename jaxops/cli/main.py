@@ -84,8 +84,10 @@ def _parser() -> Parser:
     train.add_argument("--smoke", action="store_true", help="two steps, evaluation, save, restore, in a scratch folder")
     evaluate = command("evaluate", "Evaluate a run's model on its validation and test data.", run=True, as_json=True)
     evaluate.add_argument("--step", type=int, help="the checkpoint of this step (default: the best, else the latest)")
-    predict = command("predict", "The best unseen items for users: Parquet in, original ids out.", run=True)
-    predict.add_argument("users", help="events (user, item, time), or a user column alone: users of the run's data")
+    predict = command(
+        "predict", "The best unseen items for users, or clicks for rows: original ids in and out.", run=True
+    )
+    predict.add_argument("users", help="events (user, item, time), users of the run's data, or rows for a click model")
     predict.add_argument("--top", type=int, default=10, metavar="K", help="items a user (default 10)")
     predict.add_argument(
         "--index",

@@ -7,7 +7,7 @@ admission and eviction, have their place in this union.)
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import numpy as np
@@ -108,10 +108,10 @@ def fit_map(config: IdMap, name: str, values: pa.Array, rows: int | None) -> Fit
     return Fitted(config, rows or max(len(order) + 1, 2), Ids(sorted_ids[order], first=1))
 
 
-def restore_map(config: IdMap, arrays: Mapping[str, np.ndarray]) -> Fitted:
-    """The map that `Fitted.arrays` was taken of."""
-    known = Ids(arrays["ids"], first=1) if "ids" in arrays else None
-    return Fitted(config, int(arrays["rows"][0]), known)
+def restore_map(config: IdMap, read: Callable[[str], np.ndarray]) -> Fitted:
+    """The map that `Fitted.arrays` was taken of; `read` gives them by name."""
+    known = Ids.of(read("ids"), first=1) if isinstance(config, Vocabulary) else None
+    return Fitted(config, int(read("rows")[0]), known)
 
 
 def plain(values: pa.Array) -> pa.Array:

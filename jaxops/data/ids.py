@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Int64
 
 from jaxops.core.failures import UserError
 
@@ -29,6 +29,11 @@ class Ids:
 
     values: np.ndarray
     first: int
+
+    @staticmethod
+    def of(values: np.ndarray, first: int) -> "Ids":
+        """Those of sorted integers, bytes or text."""
+        return Ids(values if values.dtype.kind in "iS" else np.char.encode(values.astype(str), "utf-8"), first)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -62,6 +67,14 @@ class Ids:
         at = np.minimum(np.searchsorted(self.values, wanted), len(self.values) - 1)
         known &= self.values[at] == wanted
         return np.where(known, at + self.first, -1).astype(np.int32)
+
+    def places(self, originals: pa.Array) -> Int64[np.ndarray, " ids"]:
+        """As `rows`, of an Arrow array; -1 for null too."""
+        found = np.full(len(originals), -1, np.int64)
+        there = np.asarray(originals.is_valid())
+        if there.any() and len(self):
+            found[there] = self.rows(originals.drop_null().to_numpy(zero_copy_only=False))
+        return found
 
     @functools.cached_property
     def table(self) -> pa.Array:

@@ -1,10 +1,13 @@
 """Click models put together: many features, binary cross-entropy, probabilities judged by order and by honesty."""
 
 import functools
+import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxops.config.types import ByPath
@@ -12,7 +15,9 @@ from jaxops.core.accumulate import Objective
 from jaxops.core.failures import UserError
 from jaxops.core.state import Params
 from jaxops.core.sums import Sums
-from jaxops.data.clicks import ClickData, open_clicks
+from jaxops.data.click_columns import Own, layout
+from jaxops.data.clicks import ClickData, new_rows, open_clicks
+from jaxops.data.examples import Examples
 from jaxops.data.spec import ClicksFile, Criteo, MovieLensClicks
 from jaxops.evaluate.clicks import click_sums
 from jaxops.evaluate.grouped import GroupAuc
@@ -21,6 +26,7 @@ from jaxops.models.dlrm import DLRM, DLRMConfig
 from jaxops.models.inputs import Input
 from jaxops.models.linear import Linear, LinearConfig
 from jaxops.objectives.clicks import bce, multi_task
+from jaxops.tables.spec import TableSpec
 from jaxops.tasks.config import RecConfig
 from jaxops.tasks.seams import require_callable
 from jaxops.tasks.tables_config import features_of, match
@@ -36,7 +42,7 @@ def build_clicks(
       UserError: the data cannot be opened; a feature without a table, or a table that nobody reads.
     """
     assert isinstance(config.data, ClicksFile | Criteo | MovieLensClicks)
-    reads = {name: table.features or (name,) for name, table in config.tables.items()}
+    reads = _reads(config)
     maps = {name: (table.ids, None if table.rows == "auto" else table.rows) for name, table in config.tables.items()}
     data = open_clicks(config.data, maps, reads)
     if "gauc" in config.evaluate.metrics and data.examples.user is None:
@@ -59,6 +65,43 @@ def build_clicks(
         tables={name: table.spec(data.rows[name], reads[name]) for name, table in config.tables.items()},
         plots=("reliability",),
     )
+
+
+class ClickModel(NamedTuple):
+    """A trained click model as it is asked: its tables, and the probability of each label for rows of a file.
+
+    Attributes:
+      model: as training has it.
+      rows: a file as examples, and its columns with original ids.
+      click: (params, batch) -> float32 [batch, labels].
+    """
+
+    model: Any
+    labels: tuple[str, ...]
+    tables: dict[str, TableSpec]
+    rows: Callable[[str | os.PathLike[str]], tuple[Examples, Own]]
+    click: Callable[[Params, Mapping[str, Any]], Array]
+
+
+def restore_clicks(config: RecConfig, read: Callable[[str], np.ndarray]) -> ClickModel:
+    """The model of a run, of whose transform `read` gives the arrays."""
+    assert isinstance(config.data, ClicksFile | Criteo | MovieLensClicks)
+    has, reads = layout(config.data), _reads(config)
+    model = build_model(config, has.features, len(has.numeric), len(has.labels))
+    maps = {name: table.ids for name, table in config.tables.items()}
+    specs = {name: table.spec(int(read(f"map.{name}.rows")[0]), reads[name]) for name, table in config.tables.items()}
+
+    def click(params: Params, batch: Mapping[str, Any]) -> Array:
+        logits = model.apply(params, batch, None).astype(jnp.float32)
+        return jax.nn.sigmoid(logits.reshape(-1, len(has.labels)))
+
+    rows = functools.partial(new_rows, config.data, maps=maps, tables=reads, read=read)
+    return ClickModel(model, has.labels, specs, rows, click)
+
+
+def _reads(config: RecConfig) -> dict[str, tuple[str, ...]]:
+    """By table, the features that read it."""
+    return {name: table.features or (name,) for name, table in config.tables.items()}
 
 
 def _objective(
@@ -87,7 +130,10 @@ def _metrics(config: RecConfig, model: Any, data: ClickData) -> Callable[[Params
     """Of the first label under plain names, of the others as `NAME/auc` and so on; GAUC of the first, by user."""
     examples = data.examples
     by_user = "gauc" in config.evaluate.metrics and examples.user is not None
-    groups = GroupAuc(examples.labels[:, 0], examples.user) if by_user and examples.user is not None else None
+    groups = None
+    if by_user and examples.user is not None:
+        label = np.where(examples.user < 0, np.nan, examples.labels[:, 0])  # examples of nobody are no group
+        groups = GroupAuc(label, examples.user)
 
     def metrics(params: Params, batch: Mapping[str, Array]) -> Sums:
         logits, label = model.apply(params, batch, None), batch["label"]

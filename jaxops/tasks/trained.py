@@ -22,9 +22,11 @@ from jaxops.core.mesh import make_mesh
 from jaxops.core.state import Params, join
 from jaxops.core.sums import Sums
 from jaxops.data.events import ColumnBatches
+from jaxops.data.examples import ExampleBatches
 from jaxops.data.ids import Ids
 from jaxops.evaluate.index import Index
 from jaxops.models.two_tower import TwoTowerConfig
+from jaxops.tasks.clicks import ClickModel, restore_clicks
 from jaxops.tasks.config import CLICK_MODELS, SCHEMAS
 from jaxops.tasks.entities import restore
 from jaxops.tasks.histories import Histories, HistoryBatches, read_histories, same_items
@@ -41,12 +43,11 @@ from jaxops.tasks.validation import Measure
 class Trained:
     """A model with its parameters (the moving average where the run kept one) and its frozen transform.
 
-    `ranking` is what `predict` and `item_vectors` ask (None: a model that ranks nothing); `tables` hold rows as they
-    are stored.
+    `asks` is what `predict` asks of the model; `tables` hold rows as they are stored.
     """
 
     config: Any
-    ranking: Ranking | None
+    asks: Ranking | ClickModel
     params: Params
     item_ids: Ids
     step: int
@@ -56,8 +57,8 @@ class Trained:
 
     @property
     def model(self) -> Any:
-        """The model as training has it, whose methods take `params`; None of one that ranks nothing."""
-        return None if self.ranking is None else self.ranking.model
+        """The model as training has it, whose methods take `params`."""
+        return self.asks.model
 
     def histories(self, path: str | os.PathLike[str]) -> Histories:
         """Reads what to predict for: events (user, item, time) or, with a user column alone, users of the run's data.
@@ -67,6 +68,7 @@ class Trained:
         Raises:
           UserError: the file cannot be read, or has no user column.
         """
+        self._ranks  # noqa: B018
         return read_histories(path, self.config.data, self.item_ids)
 
     def predict(
@@ -74,13 +76,18 @@ class Trained:
     ) -> pa.Table:
         """The k best items that each user has not seen: user, rank (from 1), item, score; original ids.
 
+        Of a click model instead the probability of each label, float32, for each row of a file: with the columns that
+        say whose it is, in the order of the file.
+
         Args:
-          source: a file as in `histories`, or histories.
+          source: a file as in `histories`, or histories; of a click model, a file with the columns of its data.
           method: of `evaluate.index.Index`.
 
         Raises:
           UserError: what `histories` raises; k is below one.
         """
+        if isinstance(self.asks, ClickModel):
+            return self._clicks(self.asks, source, batch)
         if k < 1:
             raise UserError(f"predict: top k must be at least 1, got {k}")
         given = source if isinstance(source, Histories) else self.histories(source)
@@ -121,10 +128,27 @@ class Trained:
         return self.index(method).recall(vectors[: len(given.users)], k, seen[: len(given.users)])
 
     @property
+    def ranks(self) -> bool:
+        """Whether it ranks items for users; if not, it predicts clicks of rows."""
+        return isinstance(self.asks, Ranking)
+
+    def _clicks(self, model: ClickModel, source: Any, size: int) -> pa.Table:
+        if isinstance(source, Histories):
+            raise UserError(f"predict: {self.config.model.kind} predicts clicks of rows, not of histories: give a file")
+        examples, own = model.rows(source)
+        passes = self._passes(size)
+        batches = ExampleBatches(examples, np.arange(len(examples.weight)), passes.size)
+        with jax.set_mesh(self._mesh):
+            parts = [np.asarray(part) for part in passes.over("rows", model.click, self._weights, batches)]
+        found = np.concatenate(parts)[: len(examples.weight)]
+        clicks = {label: pa.array(found[:, at]) for at, label in enumerate(model.labels)}
+        return pa.table({kind: ids for kind, ids in own.who.items() if kind not in clicks} | clicks)
+
+    @property
     def _ranks(self) -> Ranking:
-        if self.ranking is None:
+        if isinstance(self.asks, ClickModel):
             raise UserError(f"{self.config.model.kind} predicts clicks: it ranks no items and has no item vectors")
-        return self.ranking
+        return self.asks
 
     def item_vectors(self) -> pa.Table:
         """Original item ids and their vectors: item, vector (fixed-size list of float32).
@@ -148,7 +172,7 @@ class Trained:
 
     def _passes(self, size: int) -> Passes:
         if size not in self._made:
-            self._made[size] = Passes.of(self.config, self._ranks.tables, self._mesh, size)
+            self._made[size] = Passes.of(self.config, self.asks.tables, self._mesh, size)
         return self._made[size]
 
     @functools.cached_property
@@ -157,9 +181,9 @@ class Trained:
         passes = self._passes(512)
         with jax.set_mesh(self._mesh):
             weights = passes.weights(self.params, self.tables)
-            if self._ranks.catalogue is None:
+            if isinstance(self.asks, ClickModel) or self.asks.catalogue is None:
                 return weights
-            vectors = passes.catalogue(weights, self._ranks.catalogue)
+            vectors = passes.catalogue(weights, self.asks.catalogue)
         return Weights({**weights.params, "catalogue": vectors}, weights.tables)
 
     @functools.cached_property
@@ -242,21 +266,18 @@ def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
         tables = checkpoints.load_params(step, "tables", leaf="rows") if config.tables else {}
     whole = jax.tree.map(jnp.asarray, join(params, frozen))
     if isinstance(config.model, CLICK_MODELS):
-        return Trained(config, None, whole, Ids(np.zeros(0, np.int64), first=1), step, resolved, tables)
-    items = _ids(place.transform("item_ids"), first=1)
+        nothing = Ids(np.zeros(0, np.int64), first=1)
+        return Trained(config, restore_clicks(config, place.transform), whole, nothing, step, resolved, tables)
+    items = Ids.of(place.transform("item_ids"), first=1)
     if isinstance(config.model, TwoTowerConfig):
         features = {
             feature: features_of(config.tables)[feature] for feature in (*config.model.user, *config.model.item)
         }
         ranking = two_tower_ranking(config, restore(config.tables, features, place.transform), len(items))
-        users = _ids(place.transform("user_ids"), first=0)
+        users = Ids.of(place.transform("user_ids"), first=0)
         return Trained(config, ranking, whole, items, step, resolved, tables, users)
     encoded = None
     if config.model.inputs:
         features = {feature: features_of(config.tables)[feature] for feature in config.model.inputs}
         encoded = restore(config.tables, features, place.transform)
     return Trained(config, sasrec_ranking(config, len(items), encoded), whole, items, step, resolved, tables)
-
-
-def _ids(values: np.ndarray, first: int) -> Ids:
-    return Ids(values if values.dtype.kind == "i" else np.char.encode(values.astype(str), "utf-8"), first)

@@ -1,14 +1,17 @@
 """Click data: what is read becomes rows of tables, what is held out teaches nothing, batches depend on the cursor."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
 from jaxops.core.failures import UserError
-from jaxops.data.clicks import CATEGORIES, INTEGERS, open_clicks
+from jaxops.data.click_columns import CATEGORIES, INTEGERS
+from jaxops.data.clicks import new_rows, open_clicks
 from jaxops.data.criteo import write_criteo
 from jaxops.data.idmaps import Hashed, Range, Vocabulary, fit_map, restore_map
 from jaxops.data.spec import ClickColumns, ClicksFile, Criteo, Fractions, Label, SideFile
@@ -92,13 +95,41 @@ def test_what_is_held_out_teaches_nothing(folder):
     table(0, change_after=160)
     after = opened()
     assert before.rows == after.rows
+    who = after.transform["ids.user"] != b"stranger"
+    assert who.sum() == len(who) - 1
     for name, values in before.transform.items():
-        np.testing.assert_array_equal(values, after.transform[name], err_msg=name)
+        found = after.transform[name]
+        found = found[who] if name in ("ids.user", "codes.age") else found  # a row for everybody, known or not
+        np.testing.assert_array_equal(values, found, err_msg=name)
     for name, values in before.source(0).batch(0, 160).items():
         np.testing.assert_array_equal(values, after.source(0).batch(0, 160)[name], err_msg=name)
     last = after.batches("test", 20).rows(0, 0, 20)
     assert np.all(last["who"] == 0) and np.all(last["device"] == 0) and np.all(last["cold_user"])
     assert after.inspection["test_cold_user"] == 20
+
+
+@pytest.mark.parametrize("file", ["clicks.pq", "clicks.csv"])
+def test_new_rows_are_read_as_the_examples_were(folder, file):
+    data = opened()
+    rows = pq.read_table("clicks.pq").drop_columns(["stars", "bought", "at"])
+    if file == "clicks.csv":
+        pacsv.write_csv(rows, file)
+    maps = {name: Vocabulary() for name in NAMES}
+    config = dataclasses.replace(CONFIG, format="auto" if file == "clicks.csv" else "parquet")
+    examples, own = new_rows(config, file, maps, {name: (name,) for name in NAMES}, data.transform.__getitem__)
+    every = np.arange(ROWS)
+    wanted, found = data.examples.batch(every, every), examples.batch(every, every)
+    assert set(found) == set(wanted)
+    for name in (*NAMES, "numeric"):
+        np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
+    assert own.who["user"].to_pylist() == rows["who"].to_pylist()
+    stranger = pa.table({"who": ["nobody", None], "device": ["tv", None], "tags": ["t1|x", None], "price": [None, 3.0]})
+    pq.write_table(stranger, "new.pq")
+    examples, _ = new_rows(CONFIG, "new.pq", maps, {name: (name,) for name in NAMES}, data.transform.__getitem__)
+    found = examples.batch(np.arange(2), np.arange(2))
+    assert found["who"].tolist() == [0, 0] and found["age"].tolist() == [0, 0]
+    assert (found["tags"] > 0).sum() == 1 and found["device"][0] > 0 and found["device"][1] == 0
+    assert found["numeric"][0, 0] == 0 and found["numeric"][1, 0] != 0
 
 
 def test_a_batch_is_a_function_of_the_cursor_and_an_epoch_has_every_example_once(folder):
@@ -185,7 +216,7 @@ def test_vocabularies_and_ranges():
     assert numbers.encode(pa.array([0, 8, 9, -1, None])).tolist() == [1, 9, 0, 0, 0]
     assert numbers.encode(pa.array(["0", "8", "9", "x"])).tolist() == [1, 9, 0, 0]
     for fitted in (vocabulary, few, numbers):
-        again = restore_map(fitted.config, fitted.arrays())
+        again = restore_map(fitted.config, fitted.arrays().__getitem__)
         assert again.encode(seen).tolist() == fitted.encode(seen).tolist() and again.rows == fitted.rows
     with pytest.raises(UserError, match="ids: hash needs a number of rows"):
         fit_map(Hashed(), "t", seen, None)

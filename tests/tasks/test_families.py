@@ -1,6 +1,7 @@
 """Families on tables, whole: layouts agree, a run that was cut short goes on, and what is loaded evaluates alike."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -182,6 +183,21 @@ def test_exported_vectors_are_what_predictions_are_made_of(name, whole):
     assert matrix.shape == (38, 8)
     rest = np.linalg.lstsq(matrix, scores, rcond=None)[1]
     assert rest == pytest.approx(0, abs=1e-8) and np.linalg.matrix_rank(matrix) == 8
+
+
+def test_new_rows_are_predicted_as_the_evaluation_saw_them(whole, capsys):
+    """The last tenth of the log is the test part: its log loss by what `predict` writes is the run's."""
+    run = whole("clicks")
+    lines = Path("clicks.tsv").read_text().splitlines()[540:]
+    label = np.array([float(line[0]) for line in lines])
+    Path("rows.tsv").write_text("\n".join(lines) + "\n")
+    assert main(["predict", str(run.dir), "rows.tsv", "--out", "clicks.parquet"]) == 0
+    assert capsys.readouterr().out == "60 rows -> clicks.parquet\n"
+    table = pq.read_table("clicks.parquet")
+    assert table.column_names == ["click"]
+    found = table["click"].to_numpy().astype(np.float64)
+    loss = -np.mean(label * np.log(found) + (1 - label) * np.log(1 - found))
+    assert loss == pytest.approx(run.summary["test/log_loss"], abs=1e-6)
 
 
 def test_a_click_model_ranks_no_items(whole):
