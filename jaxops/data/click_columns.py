@@ -16,7 +16,7 @@ from jaxops.data.spec import ClickDataConfig, ClicksFile, Criteo, Label, MovieLe
 
 INTEGERS = tuple(f"i{at}" for at in range(1, 14))
 CATEGORIES = tuple(f"c{at}" for at in range(1, 27))
-RESERVED = ("id", "weight", "label", "numeric", "rows", "cold_user", "cold_item")
+RESERVED = ("id", "weight", "label", "numeric", "rows", "plan", "slots")
 """What else a batch has by name."""
 KINDS = ("user", "item")
 

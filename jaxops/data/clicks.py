@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from jaxops.data.examples import Column, ExampleBatches, Examples, ExampleSource
 from jaxops.data.idmaps import IdMap, fit_map, restore_map
 from jaxops.data.ids import Ids
 from jaxops.data.protocol import Source
+from jaxops.data.slices import by_value, chosen, warm_and_cold
 from jaxops.data.spec import ClickDataConfig, Fractions
 from jaxops.data.windows import mixed
 
@@ -56,16 +57,20 @@ class ClickData:
 
 
 def open_clicks(
-    config: ClickDataConfig, maps: Mapping[str, tuple[IdMap, int | None]], tables: Mapping[str, tuple[str, ...]]
+    config: ClickDataConfig,
+    maps: Mapping[str, tuple[IdMap, int | None]],
+    tables: Mapping[str, tuple[str, ...]],
+    slices: Sequence[str] = (),
 ) -> ClickData:
     """Reads, splits and encodes.
 
     Args:
       maps: by table, its id map and rows (None: as many as it needs).
       tables: by table, the features that read it; features without one are left out.
+      slices: whose masks evaluation batches carry: cold_user, warm_user, cold_item, warm_item, or a plain feature.
 
     Raises:
-      UserError: what reading raises; labels that are none; a part of the split that is empty.
+      UserError: what reading raises; labels that are none; a part of the split that is empty; no such slice.
     """
     raw, has = read_raw(config), layout(config)
     parts = split(config.split, raw)
@@ -92,7 +97,14 @@ def open_clicks(
     mean, spread = _statistics(numeric[train])
     transform |= {"numeric.mean": mean, "numeric.spread": spread} if has.numeric else {}
     cold = {f"cold_{kind}": ~np.isin(of, np.unique(of[train])) for kind, of in raw.of.items()}
-    examples = Examples(features, _standard(numeric, mean, spread), raw.labels, raw.weight, cold, raw.of.get("user"))
+    examples = Examples(
+        features,
+        _standard(numeric, mean, spread),
+        raw.labels,
+        raw.weight,
+        _masks(slices, raw, has, cold),
+        raw.of.get("user"),
+    )
     return ClickData(
         rows,
         dict(has.features),
@@ -103,6 +115,19 @@ def open_clicks(
         _inspect(config, raw, parts, cold),
         transform,
     )
+
+
+def _masks(slices: Sequence[str], raw: Raw, has: Layout, cold: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    ready: dict[str, dict[str, np.ndarray]] = {}
+    for kind in raw.of:
+        ready |= warm_and_cold(kind, cold[f"cold_{kind}"])
+
+    def of(name: str) -> dict[str, np.ndarray]:
+        values, index = _column(raw, has, name)
+        found = by_value(name, values)
+        return found if index is None else {one: mask[index] & (index >= 0) for one, mask in found.items()}
+
+    return chosen(slices, ready, [name for name, bag in has.features.items() if not bag], of)
 
 
 def new_rows(

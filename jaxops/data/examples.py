@@ -29,7 +29,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """All examples; `masks` are carried to evaluation (cold users and items), `user` groups them."""
+    """All examples; `masks` go with evaluation as batch["slice/NAME"], `user` groups them."""
 
     features: Mapping[str, Column]
     numeric: Float32[np.ndarray, "examples numbers"]
@@ -86,4 +86,4 @@ class ExampleBatches:
         rows = self._rows[at]
         out: dict[str, Any] = self._all.batch(rows, rows)
         out["weight"] = out["weight"] * real.astype(np.float32)
-        return out | {name: mask[rows] & real for name, mask in self._all.masks.items()}
+        return out | {f"slice/{name}": mask[rows] & real for name, mask in self._all.masks.items()}

@@ -126,6 +126,16 @@ def _areas(
     return areas, clicks_of + without_of
 
 
+SLICE = "slice/"
+"""What the entries of a batch begin with that say which examples belong to a slice."""
+
+
+def with_slices(sums: Callable[[Mapping[str, Array]], Sums], batch: Mapping[str, Array]) -> Sums:
+    """The sums of a batch, and of each slice that it carries a mask of (`batch["slice/NAME"]`, bool [batch])."""
+    masks = {name.removeprefix(SLICE): mask for name, mask in batch.items() if name.startswith(SLICE)}
+    return sums(batch) | sliced(lambda weight: sums({**batch, "weight": weight}), masks, batch["weight"])
+
+
 def sliced(
     sums: Callable[[Float[Array, " batch"]], Sums],
     masks: Mapping[str, Bool[Array, " batch"]],

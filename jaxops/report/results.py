@@ -19,8 +19,18 @@ _NAMES = {
     "ndcg": "NDCG",
     "mrr": "MRR",
     "auc": "AUC",
+    "gauc": "GAUC",
+    "ne": "NE",
+    "ece": "ECE",
+    "log_loss": "Log loss",
+    "calibration": "Calibration",
+    "coverage": "Coverage",
+    "dlrm": "DLRM",
+    "dcnv2": "DCNv2",
+    "linear": "Logistic regression",
+    "two_tower": "Two towers",
 }
-_LOWER_IS_BETTER = re.compile(r"loss|nll|perplexity|rmse|mae|error|\bne\b|\bkl\b")
+_LOWER_IS_BETTER = re.compile(r"loss|nll|perplexity|rmse|mae|error|\bne\b|\bkl\b|\bece\b")
 _SAMPLED = "sampled_"
 
 
@@ -51,7 +61,7 @@ class Gain:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One split: a row for the model and for each baseline, a column for each metric."""
+    """One split: a row for the model, for each baseline and for each slice (the model's), a column for each metric."""
 
     title: str
     columns: list[str]
@@ -99,14 +109,20 @@ def baselines(run: RunFolder) -> list[str]:
 
 
 def metrics(run: RunFolder, split: str) -> list[str]:
-    """What the summary (without one, the log) holds of a split, ranking metrics first in usual order."""
+    """What the summary (without one, the log) holds of a split, ranking metrics first in usual order; no slices."""
     keys = [key for key in run.summary if key.startswith(f"{split}/") and finite(run.summary[key]) is not None]
     if not keys and split == "valid":
         keys = [key for key in run.series if key.startswith("valid/") and len(run.series[key])]
     usual = ("hr", "recall", "ndcg", "mrr")
-    names = [key.removeprefix(f"{split}/") for key in keys]
+    names = [key.removeprefix(f"{split}/") for key in keys if "[" not in key]
     ranked = sorted((n for n in names if n.split("@")[0] in usual), key=lambda n: usual.index(n.split("@")[0]))
     return ranked + [name for name in names if name not in ranked]
+
+
+def slices(run: RunFolder, split: str) -> list[str]:
+    """Parts of a split, or further labels, that the summary has metrics of."""
+    keys = [key for key in run.summary if key.startswith(f"{split}/") and key.endswith("]") and "[" in key]
+    return list(dict.fromkeys(key.partition("[")[2].removesuffix("]") for key in keys))
 
 
 def headline(run: RunFolder) -> str | None:
@@ -208,6 +224,10 @@ def _table(run: RunFolder, split: str) -> Table:
     rows = [
         Row(label, place == 0, [cell(value, top) for value, top in zip(row, best, strict=True)])
         for place, (label, row) in enumerate(values)
+    ]
+    rows += [
+        Row(f"of {part}", False, [cell(run.number(f"{split}/{name}[{part}]"), None) for name in names])
+        for part in slices(run, split)
     ]
     gains = [_gain(run, split, name) for name in names]
     return Table(TITLES[split], [metric_label(n) for n in names], rows, gains, _certainty(run, split, names))

@@ -20,7 +20,7 @@ from jaxops.data.clicks import ClickData, new_rows, open_clicks
 from jaxops.data.examples import Examples
 from jaxops.data.spec import ClicksFile, Criteo, MovieLensClicks
 from jaxops.evaluate.clicks import click_sums
-from jaxops.evaluate.grouped import GroupAuc
+from jaxops.evaluate.grouped import GroupAuc, with_slices
 from jaxops.models.dcn import DCNv2, DCNv2Config
 from jaxops.models.dlrm import DLRM, DLRMConfig
 from jaxops.models.inputs import Input
@@ -44,7 +44,7 @@ def build_clicks(
     assert isinstance(config.data, ClicksFile | Criteo | MovieLensClicks)
     reads = _reads(config)
     maps = {name: (table.ids, None if table.rows == "auto" else table.rows) for name, table in config.tables.items()}
-    data = open_clicks(config.data, maps, reads)
+    data = open_clicks(config.data, maps, reads, config.evaluate.slices)
     if "gauc" in config.evaluate.metrics and data.examples.user is None:
         raise UserError("evaluate.metrics: gauc needs to know whose an example is: data.columns.user")
     match(config.tables, dict.fromkeys(data.features, "data"), dict.fromkeys(data.features, "a column"))
@@ -127,7 +127,7 @@ def build_model(config: RecConfig, features: Mapping[str, bool], numeric: int, o
 
 
 def _metrics(config: RecConfig, model: Any, data: ClickData) -> Callable[[Params, Mapping[str, Any]], Sums]:
-    """Of the first label under plain names, of the others as `NAME/auc` and so on; GAUC of the first, by user."""
+    """Of the first label under plain names, of the others as `auc[NAME]` and so on; GAUC of the first, by user."""
     examples = data.examples
     by_user = "gauc" in config.evaluate.metrics and examples.user is not None
     groups = None
@@ -136,15 +136,20 @@ def _metrics(config: RecConfig, model: Any, data: ClickData) -> Callable[[Params
         groups = GroupAuc(label, examples.user)
 
     def metrics(params: Params, batch: Mapping[str, Array]) -> Sums:
-        logits, label = model.apply(params, batch, None), batch["label"]
-        shape = (label.shape[0], len(data.labels))
-        logits, label = logits.reshape(shape), label.reshape(shape)
-        out: Sums = {}
-        for at, name in enumerate(data.labels):
+        shape = (batch["label"].shape[0], len(data.labels))
+        logits, label = model.apply(params, batch, None).reshape(shape), batch["label"].reshape(shape)
+
+        def of(at: int, batch: Mapping[str, Array]) -> Sums:
             known = ~jnp.isnan(label[:, at])
             weight = batch["weight"] * known.astype(jnp.float32)
-            found = click_sums(logits[:, at], jnp.where(known, label[:, at], 0), weight)
-            out |= found if at == 0 else {f"{name}/{metric}": value for metric, value in found.items()}
-        return out | (groups.sums(logits[:, 0], batch) if groups else {})
+            return click_sums(logits[:, at], jnp.where(known, label[:, at], 0), weight)
+
+        def first(batch: Mapping[str, Array]) -> Sums:
+            return of(0, batch) | (groups.sums(logits[:, 0], batch) if groups else {})
+
+        out = with_slices(first, batch)
+        for at, name in enumerate(data.labels[1:], 1):
+            out |= {f"{metric}[{name}]": value for metric, value in of(at, batch).items()}
+        return out
 
     return metrics

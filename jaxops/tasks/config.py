@@ -115,10 +115,15 @@ class EarlyStop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Every `every` steps on validation; at the end on validation and test, with the best checkpoint if one is kept."""
+    """Every `every` steps on validation; at the end on validation and test, with the best checkpoint if one is kept.
+
+    `slices`: the same metrics of cold_user, warm_user, cold_item, warm_item (what training never saw, or did) and of
+    each value of a column of users, items or clicks.
+    """
 
     every: Positive = 500
     metrics: tuple[str, ...] = ("hr@10", "ndcg@10", "mrr@10")
+    slices: tuple[str, ...] = ()
     batch: Positive = 512
     baselines: bool = True
     stop: EarlyStop | None = None
@@ -347,6 +352,7 @@ MAY_CHANGE_ON_RESUME = (
     "evaluate.batch",
     "evaluate.baselines",
     "evaluate.stop",
+    "evaluate.slices",
     "checkpoint",
     "batch.microbatch",
     "nonfinite",

@@ -77,7 +77,7 @@ class Progress:
 
 
 def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...]) -> Table:
-    """Rows: the model and each baseline; columns: the metrics on validation and test.
+    """Rows: the model, each baseline and each slice; columns: the metrics on validation and test.
 
     More than six of those become the rows, since 80 columns would cut them.
     """
@@ -86,24 +86,26 @@ def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...]) -> Table
     parts = [part for part in ("valid", "test") if any(key.startswith(part + "/") for key in summary)]
     values = [(part, metric) for part in parts for metric in metrics]
     names = sorted({key.split("/")[1] for key in summary if key.startswith("baseline/")}, reverse=True)
-    models = [("model", ""), *((name.replace("_", " "), f"baseline/{name}/") for name in names)]
+    slices = dict.fromkeys(key.partition("[")[2].removesuffix("]") for key in summary if "[" in key)
+    models = [("model", "", ""), *((name.replace("_", " "), f"baseline/{name}/", "") for name in names)]
+    models += [(name, "", f"[{name}]") for name in slices]
 
-    def cell(prefix: str, part: str, metric: str) -> str:
-        value = summary.get(f"{prefix}{part}/{metric}")
+    def cell(prefix: str, part: str, metric: str, suffix: str) -> str:
+        value = summary.get(f"{prefix}{part}/{metric}{suffix}")
         return "" if value is None else f"{value:.4f}"
 
     table.add_column("")
     if len(values) <= 6:
         for part, metric in values:
             table.add_column(f"{part}\n{metric}", justify="right")
-        for label, prefix in models:
-            cells = [cell(prefix, part, metric) for part, metric in values]
+        for label, prefix, suffix in models:
+            cells = [cell(prefix, part, metric, suffix) for part, metric in values]
             table.add_row(label, *cells, style="bold" if label == "model" else None)
         return table
-    for label, _ in models:
+    for label, _, _ in models:
         table.add_column(label, justify="right", style="bold" if label == "model" else None)
     for part, metric in values:
-        table.add_row(f"{part} {metric}", *(cell(prefix, part, metric) for _, prefix in models))
+        table.add_row(f"{part} {metric}", *(cell(prefix, part, metric, suffix) for _, prefix, suffix in models))
     return table
 
 

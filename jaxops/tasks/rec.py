@@ -18,6 +18,7 @@ from jaxops.data.packing import PackedSource
 from jaxops.data.queries import QueryBatches, seen_width
 from jaxops.data.windows import SequenceSource
 from jaxops.evaluate.baselines import evaluate_baseline
+from jaxops.evaluate.grouped import with_slices
 from jaxops.evaluate.ranking import evaluate_scores
 from jaxops.models.sasrec import SASRec, SASRecConfig
 from jaxops.models.two_tower import TwoTowerConfig
@@ -28,6 +29,7 @@ from jaxops.tasks.own_source import Opened, open_own
 from jaxops.tasks.retrieval import build_retrieval
 from jaxops.tasks.sasrec_tables import objective_on_tables, on_tables
 from jaxops.tasks.seams import require_callable
+from jaxops.tasks.slices import slice_columns, with_slice_columns
 from jaxops.tasks.task import EvalBatches, Task
 
 BASELINES = ("most_popular", "item_knn")
@@ -69,7 +71,10 @@ def build_rec(
     inputs = config.model.inputs
     if inputs and isinstance(config.data, ByPath):
         raise UserError(f"model.inputs: {config.data.fn} has no columns to read tables by; leave inputs out")
-    data = None if isinstance(config.data, ByPath) else open_data(config.data, sides=bool(inputs))
+    if config.evaluate.slices and isinstance(config.data, ByPath):
+        raise UserError(f"evaluate.slices: {config.data.fn} has no users and columns to slice by; leave slices out")
+    sides = bool(inputs or config.evaluate.slices)
+    data = None if isinstance(config.data, ByPath) else open_data(config.data, sides=sides)
     opened = open_own(config) if data is None else _open(config, data)
     for path, value in (("evaluate.stop", config.evaluate.stop), ("checkpoint.best", config.checkpoint.best)):
         if value is not None and "valid" not in opened.evaluations:
@@ -114,8 +119,9 @@ def _open(config: RecConfig, data: RecData) -> Opened:
     inter, split, length = data.inter, data.split, config.model.length
     windows = PackedSource if config.batch.pack else SequenceSource
     seen = seen_width(split.valid, split.test)
+    slices = slice_columns(config.evaluate.slices, data)
     evaluations: dict[str, Callable[[int], EvalBatches]] = {
-        name: functools.partial(QueryBatches, inter, part, length, seen=seen)
+        name: with_slice_columns(functools.partial(QueryBatches, inter, part, length, seen=seen), slices)
         for name, part in (("valid", split.valid), ("test", split.test))
         if len(part)
     }
@@ -131,8 +137,9 @@ def _open(config: RecConfig, data: RecData) -> Opened:
 
 def _metrics(config: RecConfig, model: SASRec) -> Callable[[Params, Mapping[str, Any]], Sums]:
     def metrics(params: Params, batch: Mapping[str, Array]) -> Sums:
-        hidden = model.encode(params, batch, None)[:, -1]
-        return evaluate_scores(model.logits(params, hidden), batch, config.evaluate.metrics, n_items=model.n_items)
+        scores = model.logits(params, model.encode(params, batch, None)[:, -1])
+        sums = lambda batch: evaluate_scores(scores, batch, config.evaluate.metrics, n_items=model.n_items)
+        return with_slices(sums, batch)
 
     return metrics
 

@@ -17,6 +17,7 @@ from jaxops.core.sums import Sums
 from jaxops.data.config import RecData
 from jaxops.data.events import ColumnBatches, EntityBatches, EventSource, WithColumns
 from jaxops.data.queries import QueryBatches, seen_width
+from jaxops.evaluate.grouped import with_slices
 from jaxops.evaluate.ranking import evaluate_scores
 from jaxops.models.inputs import Input
 from jaxops.models.two_tower import TwoTower, TwoTowerConfig
@@ -24,6 +25,7 @@ from jaxops.objectives.retrieval import count_items, in_batch_softmax, log_frequ
 from jaxops.tasks.config import InBatchSoftmax, RecConfig
 from jaxops.tasks.entities import Encoded, encode, entity_columns
 from jaxops.tasks.seams import require_callable
+from jaxops.tasks.slices import slice_columns
 from jaxops.tasks.tables_config import match
 from jaxops.tasks.task import Catalogue, EvalBatches, Ranking, Task
 
@@ -49,11 +51,12 @@ def build_retrieval(
     encoded = _encoded(config, data)
     ranking = two_tower_ranking(config, encoded, inter.n_items)
     model, columns = ranking.model, ranking.columns
+    slices = slice_columns(config.evaluate.slices, data)
     extras, made = _objective(config, model, encoded, objective)
     size, history, seen = config.batch.global_, config.model.history, seen_width(split.valid, split.test)
 
     def batches(part: Any, size: int) -> EvalBatches:
-        return ColumnBatches(QueryBatches(inter, part, history, size, seen=seen), columns)
+        return ColumnBatches(QueryBatches(inter, part, history, size, seen=seen), {**columns, **slices})
 
     return Task(
         config=config,
@@ -170,6 +173,7 @@ def _metrics(config: RecConfig, ranking: Ranking) -> Callable[[Params, Mapping[s
     def metrics(params: Params, batch: Mapping[str, Array]) -> Sums:
         users, items = ranking.queries(params, batch), ranking.items(params)
         scores = jnp.einsum("ud,id->ui", users, items, preferred_element_type=jnp.float32)
-        return evaluate_scores(scores, batch, config.evaluate.metrics, n_items=ranking.n_items)
+        sums = lambda batch: evaluate_scores(scores, batch, config.evaluate.metrics, n_items=ranking.n_items)
+        return with_slices(sums, batch)
 
     return metrics

@@ -221,8 +221,7 @@ class Trained:
             measure = Measure(task, self._mesh)
             weights = measure.passes.weights(self.params, self.tables)
             for part in (part for part in parts if part in task.evaluations):
-                values = measure(weights, part)
-                out |= {f"{part}/{name}": values[name] for name in values if name not in task.plots}
+                out |= {f"{part}/{name}": value for name, value in measure(weights, part).values.items()}
         return out
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -17,6 +17,13 @@ NO_HISTORY = {"metric": None, "best": None, "best_step": None, "since": 0, "at":
 """What early stopping remembers: the best value so far, evaluations since, and the last step that counted."""
 
 
+class Measured(NamedTuple):
+    """Metrics of a part, `ndcg@10[cold_item]` those of a slice (or of another label); and the task's plots."""
+
+    values: dict[str, float]
+    plots: dict[str, np.ndarray]
+
+
 class Measure:
     """A task's metrics on a mesh; compiled once, at the first batch. Call it inside `jax.set_mesh(mesh)`."""
 
@@ -29,8 +36,8 @@ class Measure:
         """Whether nothing was evaluated yet: the first call compiles."""
         return self._evaluator is None
 
-    def __call__(self, weights: Weights, part: str, poll: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        """All that the task measures of `valid` or `test`.
+    def __call__(self, weights: Weights, part: str, poll: Callable[[], bool] = lambda: False) -> Measured:
+        """`valid` or `test` of these weights.
 
         Raises:
           Interrupted: `poll` said stop.
@@ -42,7 +49,12 @@ class Measure:
         batches, reader = passes.planned("queries", self._task.evaluations[part](passes.size))
         if self._evaluator is None:
             self._evaluator = Evaluator(self._task.metrics, passes.mesh, passes.dtype, passes.logical, reader)
-        return self._evaluator(params, batches, poll, weights.tables)
+        found = self._evaluator(params, batches, poll, weights.tables)
+        wanted = dict.fromkeys(self._task.config.evaluate.metrics)
+        parts = {name: found[name] for name in found if name.partition("[")[0] in wanted and "[" in name}
+        return Measured(
+            {name: found[name] for name in wanted} | parts, {name: found[name] for name in self._task.plots}
+        )
 
 
 class Validation:
@@ -82,10 +94,10 @@ class Validation:
             self._progress.compiling("evaluate_step")
         with self._within(f"evaluate {part}"):
             found = self._measure(weights, part, poll)
-        values = {name: found[name] for name in self._config.evaluate.metrics}
-        self.plots |= {f"{part}/{name}": plain_lists(found[name]) for name in self._task.plots}
-        self._progress.evaluated(step, part, values, note)
-        return {f"{part}/{name}": value for name, value in values.items()}
+        self.plots |= {f"{part}/{name}": plain_lists(values) for name, values in found.plots.items()}
+        whole = {name: value for name, value in found.values.items() if "[" not in name}
+        self._progress.evaluated(step, part, whole, note)
+        return {f"{part}/{name}": value for name, value in found.values.items()}
 
     @contextlib.contextmanager
     def _within(self, phase: str) -> Iterator[None]:

@@ -61,10 +61,27 @@ CONFIG = ClicksFile(
 NAMES = ("who", "device", "tags", "age")
 
 
+SLICES = ("cold_user", "device", "age")
+
+
 def opened(config=CONFIG, **ids):
-    return open_clicks(
-        config, {name: ids.get(name, (Vocabulary(), None)) for name in NAMES}, {name: (name,) for name in NAMES}
-    )
+    maps = {name: ids.get(name, (Vocabulary(), None)) for name in NAMES}
+    return open_clicks(config, maps, {name: (name,) for name in NAMES}, SLICES if config.columns.user else ())
+
+
+def test_slices_go_with_evaluation_alone(folder):
+    data, rows = opened(), pq.read_table("clicks.pq").to_pylist()
+    names = [
+        f"slice/{name}" for name in ("cold_user", "device=phone", "device=tv", *(f"age={x}" for x in range(20, 25)))
+    ]
+    assert not set(names) & set(data.source(0).batch(0, 8))
+    batch = data.batches("test", 32).rows(0, 0, 32)
+    assert [name for name in batch if name.startswith("slice/")] == names
+    ages = {f"u{at}": 20 + at % 5 for at in range(15)}
+    for place, row in enumerate(batch["id"][:20]):
+        assert batch["slice/device=tv"][place] == (rows[row]["device"] == "tv")
+        assert batch["slice/age=22"][place] == (ages.get(rows[row]["who"]) == 22)
+    assert not any(batch[name][20:].any() for name in names)  # padding
 
 
 def test_examples_are_rows_of_tables(folder):
@@ -104,7 +121,7 @@ def test_what_is_held_out_teaches_nothing(folder):
     for name, values in before.source(0).batch(0, 160).items():
         np.testing.assert_array_equal(values, after.source(0).batch(0, 160)[name], err_msg=name)
     last = after.batches("test", 20).rows(0, 0, 20)
-    assert np.all(last["who"] == 0) and np.all(last["device"] == 0) and np.all(last["cold_user"])
+    assert np.all(last["who"] == 0) and np.all(last["device"] == 0) and np.all(last["slice/cold_user"])
     assert after.inspection["test_cold_user"] == 20
 
 
@@ -149,7 +166,7 @@ def test_evaluation_is_padded_with_weight_zero(folder):
     found = list(batches)
     assert len(batches) == len(found) == 3 and all(len(batch["id"]) == 8 for batch in found)
     assert sum(batch["weight"].sum() for batch in found) == 20
-    assert not found[-1]["cold_user"][4:].any()
+    assert not found[-1]["slice/cold_user"][4:].any()
     for name, values in batches.rows(2, 2, 6).items():
         np.testing.assert_array_equal(values, found[2][name][2:6])
 

@@ -1,0 +1,49 @@
+"""Slices of a ranking evaluation: by the target item, or by the user, of each query."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+
+from jaxops.data.config import RecData
+from jaxops.data.events import ColumnBatches
+from jaxops.data.slices import by_value, chosen, warm_and_cold
+from jaxops.evaluate.grouped import SLICE
+from jaxops.tasks.task import EvalBatches
+
+
+def slice_columns(names: tuple[str, ...], data: RecData) -> dict[str, tuple[str, np.ndarray]]:
+    """By batch entry `slice/NAME`, the entry whose rows it is read by and which rows belong: columns for a batch.
+
+    Cold is who has no event in training: a target item, or a user.
+
+    Raises:
+      UserError: no such slice, or a column of too many values.
+    """
+    inter, split = data.inter, data.split
+    position = np.arange(inter.n_events) - inter.offsets[:-1].repeat(inter.lengths)
+    trained = inter.item[position < split.train_end.repeat(inter.lengths)]
+    cold_item = np.bincount(trained, minlength=inter.n_items + 1) == 0
+    owner = dict.fromkeys(("cold_user", "warm_user", *data.user_features), "user")
+
+    def of(name: str) -> dict[str, np.ndarray]:
+        if name in data.user_features:
+            return by_value(name, data.user_features[name])
+        values = data.item_features[name]
+        return by_value(name, pa.concat_arrays([pa.nulls(1, values.type), values]))
+
+    ready = warm_and_cold("item", cold_item) | warm_and_cold("user", split.train_end == 0)
+    columns = {**data.user_features, **data.item_features}
+    plain = [name for name, values in columns.items() if not pa.types.is_list(values.type)]
+    return {
+        f"{SLICE}{mask}": (owner.get(name, "target"), rows)
+        for name in names
+        for mask, rows in chosen([name], ready, plain, of).items()
+    }
+
+
+def with_slice_columns(
+    batches: Callable[[int], EvalBatches], columns: dict[str, tuple[str, np.ndarray]]
+) -> Callable[[int], EvalBatches]:
+    """Evaluation batches that carry these slices."""
+    return (lambda size: ColumnBatches(batches(size), columns)) if columns else batches
