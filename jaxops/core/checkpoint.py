@@ -13,7 +13,7 @@ import pathlib
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -251,12 +251,12 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in wanted])
 
     def load_params(
-        self, step: int, prefix: str = "params", sharding: Sharding | None = None, leaf: str | None = None
+        self, step: int, prefix: str = "params", sharding: Sharding | None = None, leaves: Collection[str] = ()
     ) -> Any:
         """The arrays under `prefix` as nested dicts, without the mesh or the model that wrote them.
 
-        Numpy arrays, or jax arrays placed by `sharding`. Positions (lists, integer keys) are int keys. With `leaf`
-        only the arrays of that name: the rows of tables, without their slots.
+        Numpy arrays, or jax arrays placed by `sharding`. Positions (lists, integer keys) are int keys. With
+        `leaves` only the arrays of these names: the rows of tables, without their slots.
 
         Raises:
           UserError: no such step or prefix, or a file is missing or truncated.
@@ -267,7 +267,7 @@ class Checkpoints:
         wanted = {
             path: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding)
             for path, (shape, dtype) in saved.arrays.items()
-            if [str(part) for part in path[: len(at)]] == at and leaf in (None, path[-1])
+            if [str(part) for part in path[: len(at)]] == at and (not leaves or path[-1] in leaves)
         }
         if not wanted:
             tops = sorted({str(path[0]) for path in saved.arrays})

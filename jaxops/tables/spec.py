@@ -45,6 +45,7 @@ class TableSpec:
         outside of the table reads row `unknown`.
       scale: standard deviation of the normal that rows begin with; 0 begins with zeros.
       placement: `row` divides the rows over the batch axes, `replicated` holds all of them on every device.
+      ema: decay of a moving average of the rows, which evaluation and serving read; it takes as much room again.
       capacity: rows that a device asks of another in one exchange; None: from a first batch, with room to spare.
       members: the tables that this one is a stack of (`stack`); a feature's ids are then those of its member.
     """
@@ -56,6 +57,7 @@ class TableSpec:
     scale: float = 0.01
     optimizer: Optimizer = RowwiseAdagrad()
     placement: Placement = "auto"
+    ema: float | None = None
     capacity: int | None = None
     unknown: int = 0
     members: tuple[Member, ...] = ()
@@ -69,6 +71,8 @@ class TableSpec:
             found.append(("scale", "expected zero or more"))
         if self.capacity is not None and self.capacity < 1:
             found.append(("capacity", "expected a positive number, or null"))
+        if self.ema is not None and not 0 < self.ema < 1:
+            found.append(("ema", "expected a decay between 0 and 1, or null for none"))
         if not 0 <= self.unknown < max(self.rows, 1):
             found.append(("unknown", f"expected a row of the table, 0 to {self.rows - 1}"))
         return found + [(f"optimizer.{name}", what) for name, what in self.optimizer.problems()]
@@ -103,19 +107,22 @@ class TableSpec:
     def bytes(self) -> int:
         """Rows and slots together, in bytes, on all devices of a `row` placement or on each of a `replicated` one."""
         numbers = sum(int(np.prod(shape)) for shape, _ in self.optimizer.slots(self.dim).values())
+        numbers += self.dim + 1 if self.ema else 0
         wide = max(4, jnp.dtype(self.dtype).itemsize)
         return self.stored_rows * (self.dim * jnp.dtype(self.dtype).itemsize + numbers * wide)
 
 
 def stack(specs: Mapping[str, TableSpec]) -> dict[str, TableSpec]:
-    """Tables of one width, dtype, optimizer, placement and first scale as one table each, exchanged together.
+    """Tables of one width, dtype, optimizer, placement, average and first scale as one each, exchanged together.
 
     A table that is alone of its sort, or has a capacity of its own, stays as it is.
     """
     sorts: dict[Any, list[str]] = {}
     for name, spec in specs.items():
         alone = name if spec.capacity is not None else None
-        sorts.setdefault((spec.dim, spec.dtype, spec.optimizer, spec.placed, spec.scale, alone), []).append(name)
+        sorts.setdefault((spec.dim, spec.dtype, spec.optimizer, spec.placed, spec.scale, spec.ema, alone), []).append(
+            name
+        )
     return dict(_stacked(specs, names) for names in sorts.values())
 
 

@@ -20,6 +20,7 @@ from jaxops.core.failures import UserError
 from jaxops.core.mesh import batch_axes, batch_shards
 from jaxops.core.sums import Max, Sums
 from jaxops.tables import exchange
+from jaxops.tables.average import AVERAGE, SINCE, caught_up, moved
 from jaxops.tables.optimizers import clip_rows
 from jaxops.tables.planner import PLAN, SLOTS, Planner, largest_share
 from jaxops.tables.spec import GROUPS, TableSpec, check_specs
@@ -31,6 +32,14 @@ State = dict[str, dict[str, Array]]
 def sharding(spec: TableSpec, mesh: Mesh) -> NamedSharding:
     """Where the rows and slots of a table lie."""
     return NamedSharding(mesh, P(batch_axes(mesh)) if spec.placed == "row" and batch_axes(mesh) else P())
+
+
+def evaluated(spec: TableSpec, table: Mapping[str, Array]) -> Array:
+    """The rows that evaluation and serving read: the moving average as it is now, where there is one."""
+    if spec.ema is None:
+        return table["rows"]
+    now = caught_up(table[AVERAGE], table[SINCE], table["rows"], table["count"], spec.ema)
+    return now.astype(table["rows"].dtype)
 
 
 def reading(specs: Mapping[str, TableSpec], mesh: Mesh, first: Batch) -> "EmbeddingTables":
@@ -45,8 +54,8 @@ def reading(specs: Mapping[str, TableSpec], mesh: Mesh, first: Batch) -> "Embedd
 class EmbeddingTables:
     """The tables of a model on a mesh.
 
-    State: by table, "rows" [stored rows, dim] and the optimizer's slots, sharded over the batch axes by row, or
-    replicated, and "count", how many steps wrote to it.
+    State: by table, "rows" [stored rows, dim], the optimizer's slots and those of the moving average, sharded over the
+    batch axes by row, or replicated, and "count", how many steps wrote to it.
     """
 
     def __init__(self, specs: Mapping[str, TableSpec], mesh: Mesh, first: Batch):
@@ -111,10 +120,13 @@ class EmbeddingTables:
             made = made.reshape(-1, spec.dim)
             slots = spec.optimizer.slots(spec.dim).items()
             kept = {slot: jnp.full((made.shape[0], *shape), value, wide) for slot, (shape, value) in slots}
+            if spec.ema:
+                kept |= {AVERAGE: made.astype(wide), SINCE: jnp.zeros(made.shape[0], jnp.int32)}
             return {"rows": made, **kept, "count": jnp.zeros((), jnp.int32)}
 
         lies = self.sharding(name).spec
-        out = dict.fromkeys(("rows", *spec.optimizer.slots(spec.dim)), lies) | {"count": P()}
+        averages = (AVERAGE, SINCE) if spec.ema else ()
+        out = dict.fromkeys(("rows", *spec.optimizer.slots(spec.dim), *averages), lies) | {"count": P()}
         return jax.jit(self._map(local, P(), out))(key)
 
     def lookup(self, tables: State, batch: Batch) -> dict[str, Array]:
@@ -176,8 +188,12 @@ class EmbeddingTables:
             def update(arrays: dict[str, Array], rows: Array, grads: Array) -> dict[str, Array]:
                 read = {slot: x.at[rows].get(mode="fill", fill_value=0) for slot, x in arrays.items()}
                 old = read.pop("rows")
+                average = {slot: read.pop(slot) for slot in (AVERAGE, SINCE) if slot in read}
                 new, slots = rule.update(old.astype(grads.dtype), read, clip_rows(grads, rule.clip), count)
                 put = {"rows": new.astype(old.dtype), **slots}
+                if spec.ema:
+                    wide = moved(average[AVERAGE], average[SINCE], old.astype(grads.dtype), new, count, spec.ema)
+                    put |= {AVERAGE: wide, SINCE: jnp.broadcast_to(count, average[SINCE].shape)}
                 return {slot: x.at[rows].set(put[slot], mode="drop", unique_indices=True) for slot, x in arrays.items()}
 
             size = arrays["rows"].shape[0]

@@ -14,13 +14,17 @@ from jaxops.core.mesh import batch_sharding, batch_shards, serialise_dispatch
 from jaxops.core.rows import local_batches
 from jaxops.core.sharding import Axes
 from jaxops.core.state import Params, State
+from jaxops.tables.average import AVERAGE, SINCE
 from jaxops.tables.spec import TableSpec, stack
-from jaxops.tables.tables import EmbeddingTables, reading, sharding
+from jaxops.tables.tables import EmbeddingTables, evaluated, reading, sharding
 from jaxops.tasks.task import Catalogue, EvalBatches
+
+ROWS = ("rows", AVERAGE, SINCE, "count")
+"""What of a table evaluation and serving need: never the optimizer's slots."""
 
 
 class Weights(NamedTuple):
-    """What is asked of a state: its parameters (the moving average where there is one), and rows by table."""
+    """What is asked of a state: its parameters (the moving average where there is one), and of tables `ROWS`."""
 
     params: Params
     tables: dict[str, dict[str, Array]]
@@ -28,7 +32,7 @@ class Weights(NamedTuple):
     @staticmethod
     def of(state: State) -> "Weights":
         """Those of a state of training."""
-        tables = {name: {"rows": table["rows"]} for name, table in state.tables.items()}
+        tables = {name: {slot: x for slot, x in table.items() if slot in ROWS} for name, table in state.tables.items()}
         return Weights(evaluated_params(state), tables)
 
 
@@ -52,9 +56,23 @@ class Passes:
 
     def weights(self, params: Params, tables: Mapping[str, Mapping[str, Any]]) -> Weights:
         """Parameters and rows from the host, placed on the mesh."""
+        everywhere = jax.sharding.NamedSharding(self.mesh, P())
         lies = {name: sharding(spec, self.mesh) for name, spec in self._specs.items()}
-        rows = {name: {"rows": jax.device_put(table["rows"], lies[name])} for name, table in tables.items()}
-        return Weights(jax.device_put(params, jax.sharding.NamedSharding(self.mesh, P())), rows)
+        rows = {
+            name: {slot: jax.device_put(x, everywhere if x.ndim == 0 else lies[name]) for slot, x in table.items()}
+            for name, table in tables.items()
+        }
+        return self.settled(Weights(jax.device_put(params, everywhere), rows))
+
+    def settled(self, weights: Weights) -> Weights:
+        """With the rows that are read, of tables that keep a moving average; the rest as it is."""
+        if not any(spec.ema for spec in self._specs.values()):
+            return weights
+        if "settled" not in self._compiled:
+            rows = lambda tables: {name: {"rows": evaluated(self._specs[name], x)} for name, x in tables.items()}
+            self._compiled["settled"] = jax.jit(rows)
+        found = self._compiled["settled"](weights.tables)
+        return Weights(weights.params, jax.block_until_ready(found) if serialise_dispatch(self.mesh) else found)
 
     def planned(self, kind: str, batches: EvalBatches) -> tuple[Iterator[Mapping[str, Any]], EmbeddingTables | None]:
         """The batches with plans, and the tables that can read them; one plan's shapes for all of a kind."""

@@ -110,5 +110,8 @@ class Saving:
         params = self._checkpoints.load_params(step, prefix)
         if self._config.optimizer.frozen:
             params = join(params, self._checkpoints.load_params(step, "frozen"))
-        tables = {name: {"rows": self._checkpoints.load_params(step, f"tables/{name}/rows")} for name in like.tables}
+        tables = {
+            name: {slot: self._checkpoints.load_params(step, f"tables/{name}/{slot}") for slot in table}
+            for name, table in like.tables.items()
+        }
         return jax.tree.map(lambda x, y: put(np.asarray(x), y), Weights(params, tables), like)

@@ -18,7 +18,8 @@ Positive = Annotated[int, Field(ge=1)]
 class TableConfig:
     """An embedding table for the features named (default: the one of the table's own name); row 0 is for unknown ids.
 
-    `rows: auto` is as many as the vocabulary needs; hashing and ranges must be told.
+    `rows: auto` is as many as the vocabulary needs; hashing and ranges must be told. `ema` is the decay of a moving
+    average of the rows, which is evaluated and served, as `optimizer.ema` is of the parameters.
     """
 
     dim: Positive
@@ -29,6 +30,7 @@ class TableConfig:
     scale: Annotated[float, Field(ge=0)] = 0.01
     optimizer: Optimizer = RowwiseAdagrad()
     placement: Placement = "auto"
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     capacity: Positive | None = None
 
     def problems(self) -> list[tuple[str, str]]:
@@ -52,6 +54,7 @@ class TableConfig:
             scale=self.scale,
             optimizer=self.optimizer,
             placement=self.placement,
+            ema=self.ema,
             capacity=self.capacity,
         )
 

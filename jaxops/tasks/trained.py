@@ -30,7 +30,7 @@ from jaxops.tasks.clicks import ClickModel, restore_clicks
 from jaxops.tasks.config import CLICK_MODELS, SCHEMAS
 from jaxops.tasks.entities import restore
 from jaxops.tasks.histories import Histories, HistoryBatches, read_histories, same_items
-from jaxops.tasks.passes import Passes, Weights
+from jaxops.tasks.passes import ROWS, Passes, Weights
 from jaxops.tasks.retrieval import two_tower_ranking
 from jaxops.tasks.run_folder import RunFolder
 from jaxops.tasks.sasrec_tables import sasrec_ranking
@@ -43,7 +43,7 @@ from jaxops.tasks.validation import Measure
 class Trained:
     """A model with its parameters (the moving average where the run kept one) and its frozen transform.
 
-    `asks` is what `predict` asks of the model; `tables` hold rows as they are stored.
+    `asks` is what `predict` asks of the model; `tables` hold rows as they are stored, and their average.
     """
 
     config: Any
@@ -262,7 +262,7 @@ def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
         prefix = "extra/ema" if config.optimizer.ema else "params"
         params = checkpoints.load_params(step, prefix)
         frozen = checkpoints.load_params(step, "frozen") if config.optimizer.frozen else {}
-        tables = checkpoints.load_params(step, "tables", leaf="rows") if config.tables else {}
+        tables = checkpoints.load_params(step, "tables", leaves=ROWS) if config.tables else {}
     whole = jax.tree.map(jnp.asarray, join(params, frozen))
     if isinstance(config.model, CLICK_MODELS):
         nothing = Ids(np.zeros(0, np.int64), first=1)

@@ -37,7 +37,7 @@ class Measure:
         return self._evaluator is None
 
     def __call__(self, weights: Weights, part: str, poll: Callable[[], bool] = lambda: False) -> Measured:
-        """`valid` or `test` of these weights.
+        """`valid` or `test` of these weights, settled.
 
         Raises:
           Interrupted: `poll` said stop.
@@ -93,7 +93,7 @@ class Validation:
         if self._measure.fresh:
             self._progress.compiling("evaluate_step")
         with self._within(f"evaluate {part}"):
-            found = self._measure(weights, part, poll)
+            found = self._measure(self._measure.passes.settled(weights), part, poll)
         self.plots |= {f"{part}/{name}": plain_lists(values) for name, values in found.plots.items()}
         whole = {name: value for name, value in found.values.items() if "[" not in name}
         self._progress.evaluated(step, part, whole, note)

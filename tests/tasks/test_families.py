@@ -19,7 +19,7 @@ CONFIGS = {
 task: rec
 data: {kind: interactions, path: plays.parquet, item_features: {path: films.parquet, key: film, bags: [tags]}}
 tables:
-  item: {dim: 8, scale: 0.1, optimizer: {kind: sparse_adam, lr: 0.01}}
+  item: {dim: 8, scale: 0.1, ema: 0.9, optimizer: {kind: sparse_adam, lr: 0.01}}
   tags: {dim: 8, scale: 0.1, optimizer: {kind: sgd, lr: 0.1}}
 model: {kind: sasrec, dim: 8, layers: 1, heads: 2, length: 6, dropout: 0.1, inputs: [item, tags]}
 objective: {kind: sampled_softmax, negatives: 8}
