@@ -1,7 +1,7 @@
 """What a table is, and where its rows lie: a placement that no mesh has a part in, so that any mesh restores it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -124,6 +124,14 @@ def stack(specs: Mapping[str, TableSpec]) -> dict[str, TableSpec]:
             name
         )
     return dict(_stacked(specs, names) for names in sorts.values())
+
+
+def places(name: str, spec: TableSpec) -> dict[str, Callable[[Int[np.ndarray, "..."]], Int[np.ndarray, "..."]]]:
+    """By table that this one holds (itself, or a stack's members), a function from its ids to stored rows."""
+    if not spec.members:
+        return {name: spec.stored}
+    of = lambda member: lambda ids: spec.stored(member.within(ids))
+    return {member.name: of(member) for member in spec.members}
 
 
 def _stacked(specs: Mapping[str, TableSpec], names: list[str]) -> tuple[str, TableSpec]:

@@ -73,14 +73,14 @@ def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns:
         mine = {feature: columns[feature] for feature in features}
         rows = None if table.rows == "auto" else table.rows
         whole = [column for column in mine.values() if column.own]
-        if rows is None and isinstance(table.ids, Vocabulary) and len(whole) == len(mine):
-            count = max(len(column.values) for column in whole)
-            first = int(all(column.values.null_count == 0 for column in whole))  # users: row 0 is left for unknown ones
-            for feature, column in mine.items():
-                codes[feature] = np.arange(first, first + len(column.values), dtype=np.int32)
-            specs[name] = table.spec(count + first, features)
-            continue
         seen = {id(column.values): flat(column.values) for column in mine.values()}
+        if rows is None and isinstance(table.ids, Vocabulary) and len(whole) == len(mine) and len(seen) == 1:
+            values = whole[0].values
+            first = int(values.null_count == 0)  # users: row 0 is left for unknown ones
+            codes |= dict.fromkeys(mine, np.arange(first, first + len(values), dtype=np.int32))
+            specs[name] = table.spec(len(values) + first, features)
+            maps[f"map.{name}.ids"] = values.drop_null().to_numpy(zero_copy_only=False)
+            continue
         fitted = fit_map(table.ids, name, joined(list(seen.values())), rows)
         for feature, column in mine.items():
             codes[feature] = padded(column.values, fitted.encode(flat(column.values)))

@@ -153,7 +153,7 @@ class Run:
             return at
         state = self.fresh()
         if self.config.init_from:
-            state, report = warm_start(state, self.config.init_from)
+            state, report = warm_start(state, self.task, self.tables.specs if self.tables else {})
             self.progress.say(f"init_from {self.config.init_from.run}: {report}")
         return Position(state, 0, 0)
 

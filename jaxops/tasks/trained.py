@@ -6,7 +6,7 @@ The transform (original item ids) is frozen in the run folder, so what serving s
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from jaxops.evaluate.index import Index
 from jaxops.models.two_tower import TwoTowerConfig
 from jaxops.tasks.clicks import ClickModel, restore_clicks
 from jaxops.tasks.config import CLICK_MODELS, SCHEMAS
-from jaxops.tasks.entities import restore
+from jaxops.tasks.entities import Encoded, restore
 from jaxops.tasks.histories import Histories, HistoryBatches, read_histories, same_items
 from jaxops.tasks.passes import ROWS, Passes, Weights
 from jaxops.tasks.retrieval import two_tower_ranking
@@ -54,6 +54,7 @@ class Trained:
     resolved: dict[str, Any]
     tables: dict[str, Any] = dataclasses.field(default_factory=dict)
     user_ids: Ids | None = None
+    transform: Callable[[str], np.ndarray] | None = None
 
     @property
     def model(self) -> Any:
@@ -263,20 +264,23 @@ def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
         params = checkpoints.load_params(step, prefix)
         frozen = checkpoints.load_params(step, "frozen") if config.optimizer.frozen else {}
         tables = checkpoints.load_params(step, "tables", leaves=ROWS) if config.tables else {}
-    whole = jax.tree.map(jnp.asarray, join(params, frozen))
+    whole, read = jax.tree.map(jnp.asarray, join(params, frozen)), place.transform
+    items, users = Ids(np.zeros(0, np.int64), first=1), None
+    asks: Ranking | ClickModel
     if isinstance(config.model, CLICK_MODELS):
-        nothing = Ids(np.zeros(0, np.int64), first=1)
-        return Trained(config, restore_clicks(config, place.transform), whole, nothing, step, resolved, tables)
-    items = Ids.of(place.transform("item_ids"), first=1)
-    if isinstance(config.model, TwoTowerConfig):
-        features = {
-            feature: features_of(config.tables)[feature] for feature in (*config.model.user, *config.model.item)
-        }
-        ranking = two_tower_ranking(config, restore(config.tables, features, place.transform), len(items))
-        users = Ids.of(place.transform("user_ids"), first=0)
-        return Trained(config, ranking, whole, items, step, resolved, tables, users)
-    encoded = None
-    if config.model.inputs:
-        features = {feature: features_of(config.tables)[feature] for feature in config.model.inputs}
-        encoded = restore(config.tables, features, place.transform)
-    return Trained(config, sasrec_ranking(config, len(items), encoded), whole, items, step, resolved, tables)
+        asks = restore_clicks(config, read)
+    else:
+        items = Ids.of(read("item_ids"), first=1)
+        if isinstance(config.model, TwoTowerConfig):
+            users = Ids.of(read("user_ids"), first=0)
+            names = (*config.model.user, *config.model.item)
+            asks = two_tower_ranking(config, _features(config, names, read), len(items))
+        else:
+            names = config.model.inputs
+            asks = sasrec_ranking(config, len(items), _features(config, names, read) if names else None)
+    return Trained(config, asks, whole, items, step, resolved, tables, users, read)
+
+
+def _features(config: Any, names: tuple[str, ...], read: Callable[[str], np.ndarray]) -> Encoded:
+    owner = features_of(config.tables)
+    return restore(config.tables, {name: owner[name] for name in names}, read)

@@ -214,6 +214,31 @@ def test_new_rows_are_predicted_as_the_evaluation_saw_them(whole, capsys):
     assert loss == pytest.approx(run.summary["test/log_loss"], abs=1e-6)
 
 
+def test_rows_are_taken_over_by_their_ids(whole, capsys):
+    """The same tables with a third of the items gone and in another order of rows, others beside them."""
+    run = whole("two_tower")
+    events = pq.read_table("plays.parquet").to_pylist()
+    films = {f"f{x}": f"f{x}" if x % 3 else f"a{x}" for x in range(50)}  # new ids come first
+    pq.write_table(
+        pa.Table.from_pylist([{**event, "item": films[event["item"]]} for event in events]), "renamed.parquet"
+    )
+    given = ["data.path=renamed.parquet", "run.name=warm", "run.steps=1", f"init_from.run={run.dir}"]
+    still = [f"tables.{name}.optimizer.lr=1e-12" for name in ("user", "item", "year", "tags")]
+    warm = jx.fit(task("two_tower", *given, *still, "tables.item.ema=0.9"), quiet=True)
+    before, after = jx.load(run.dir), jx.load(warm.dir)
+    mine, theirs = (
+        {one: model.tables["item"]["rows"][1 + at] for at, one in enumerate(model.transform("map.item.ids"))}
+        for model in (after, before)
+    )
+    kept = [one for one in mine if one in theirs]
+    assert len(kept) == 33 and sum(one.startswith("a") for one in mine) == 17
+    for one in kept:
+        np.testing.assert_allclose(mine[one], theirs[one], atol=1e-7)
+    assert min(np.abs(mine["a0"] - row).max() for row in theirs.values()) > 1e-3
+    np.testing.assert_allclose(after.tables["user"]["rows"], before.tables["user"]["rows"], atol=1e-7)
+    np.testing.assert_allclose(after.tables["item"]["average"], after.tables["item"]["rows"], atol=1e-6)
+
+
 def test_a_click_model_ranks_no_items(whole):
     with pytest.raises(UserError, match="dcnv2 predicts clicks: it ranks no items"):
         jx.load(whole("clicks").dir).item_vectors()
