@@ -30,7 +30,7 @@ def resumes(run: str, losses: dict[int, float]) -> str:
     return said
 
 
-@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_job_and_the_same_command_resumes(folder, rank):
     losses, _ = uninterrupted(40)
     with Job("parts", *SAVING) as job:

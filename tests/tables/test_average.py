@@ -28,8 +28,7 @@ def test_what_is_left_is_the_product_of_the_rates(decay):
     np.testing.assert_allclose(found, np.exp(logs[now] - logs[since]), rtol=2e-5, atol=1e-37)
 
 
-@pytest.mark.parametrize("placement", ["row", "replicated"])
-@pytest.mark.parametrize("decay", [0.5, 0.999])
+@pytest.mark.parametrize(("placement", "decay"), [("row", 0.5), ("replicated", 0.999)])
 def test_it_is_the_average_of_all_rows_after_all_steps(placement, decay):
     mesh = make_mesh(data=8)
     spec = TableSpec(

@@ -154,8 +154,8 @@ LAYOUTS = [
     ({"data": 8}, "row", 1),
     ({"data": 8}, "replicated", 1),
     ({"data": 2, "fsdp": 2, "tensor": 2}, "row", 4),
-    ({"data": 8}, "row", 4),
-    ({"data": 1}, "replicated", 4),
+    pytest.param({"data": 8}, "row", 4, marks=pytest.mark.slow),
+    pytest.param({"data": 1}, "replicated", 4, marks=pytest.mark.slow),
 ]
 
 
@@ -204,7 +204,11 @@ def test_what_does_not_fit_the_capacity_goes_in_more_passes(optimizer):
 
 @pytest.mark.parametrize(
     "optimizer, dtype",
-    [(Adagrad(lr=0.1), "float32"), (RowwiseAdagrad(lr=0.1), "float64"), (LazyAdam(lr=0.01), "float64")],
+    [
+        pytest.param(Adagrad(lr=0.1), "float32", marks=pytest.mark.slow),
+        pytest.param(RowwiseAdagrad(lr=0.1), "float64", marks=pytest.mark.slow),
+        (LazyAdam(lr=0.01), "float64"),
+    ],
 )
 def test_a_checkpoint_of_eight_devices_goes_on_on_four_two_and_one(optimizer, dtype, tmp_path):
     """Rows and slots restored by their type alone: the next steps are those of the run that stayed."""
