@@ -116,8 +116,8 @@ def _objective(
 
 def build_model(config: RecConfig, features: Mapping[str, bool], numeric: int, outputs: int) -> Any:
     """The model of the config for these features (name -> whether it is a bag)."""
-    owner = features_of(config.tables)
-    inputs = [Input(name=name, dim=config.tables[owner[name]].dim, bag=bag) for name, bag in features.items()]
+    table = {name: config.tables[owner] for name, owner in features_of(config.tables).items()}
+    inputs = [Input(name=name, dim=table[name].dim, bag=bag, pool=table[name].pool) for name, bag in features.items()]
     if isinstance(config.model, DLRMConfig):
         return DLRM(config.model, inputs, numeric, outputs)
     if isinstance(config.model, DCNv2Config):

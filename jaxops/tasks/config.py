@@ -318,6 +318,8 @@ def family_problems(config: RecConfig) -> list[tuple[str, str]]:
             found.append(("objective", f"sasrec on tables: expected {{kind: sampled_softmax}}, got {objective.kind}"))
         for name in model.inputs:
             for table, one in config.tables.items():
+                if name in (one.features or (table,)) and one.pool != "mean":
+                    found.append((f"tables.{table}.pool", "sasrec takes the mean of a bag: sum is for other models"))
                 if name in (one.features or (table,)) and one.dim != model.dim:
                     found.append(
                         (

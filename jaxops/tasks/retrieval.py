@@ -26,7 +26,7 @@ from jaxops.tasks.config import InBatchSoftmax, RecConfig
 from jaxops.tasks.entities import Encoded, encode, entity_columns
 from jaxops.tasks.seams import require_callable
 from jaxops.tasks.slices import slice_columns
-from jaxops.tasks.tables_config import match
+from jaxops.tasks.tables_config import features_of, match
 from jaxops.tasks.task import Catalogue, EvalBatches, Ranking, Task
 
 HISTORY = "history"
@@ -90,7 +90,9 @@ def build_retrieval(
 def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Ranking:
     """Both towers for these features."""
     assert isinstance(config.model, TwoTowerConfig)
-    model = TwoTower(config.model, *(_inputs(names, encoded) for names in (config.model.user, config.model.item)))
+    model = TwoTower(
+        config.model, *(_inputs(names, config, encoded) for names in (config.model.user, config.model.item))
+    )
     entries = {**dict.fromkeys(config.model.user, "user"), **dict.fromkeys(config.model.item, "item"), HISTORY: "items"}
     columns = {name: (entries[name], codes) for name, codes in encoded.codes.items()}
     of_items = {name: column for name, column in columns.items() if column[0] == "item"}
@@ -141,9 +143,10 @@ def _encoded(config: RecConfig, data: RecData) -> Encoded:
     return encoded
 
 
-def _inputs(names: tuple[str, ...], encoded: Encoded) -> list[Input]:
-    dims = {feature: spec.dim for spec in encoded.specs.values() for feature in spec.features}
-    return [Input(name=name, dim=dims[name], bag=name == HISTORY or encoded.codes[name].ndim == 2) for name in names]
+def _inputs(names: tuple[str, ...], config: RecConfig, encoded: Encoded) -> list[Input]:
+    table = {name: config.tables[owner] for name, owner in features_of(config.tables).items()}
+    bag = {name: name == HISTORY or encoded.codes[name].ndim == 2 for name in names}
+    return [Input(name=name, dim=table[name].dim, bag=bag[name], pool=table[name].pool) for name in names]
 
 
 def _objective(

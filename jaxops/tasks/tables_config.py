@@ -19,7 +19,8 @@ class TableConfig:
     """An embedding table for the features named (default: the one of the table's own name); row 0 is for unknown ids.
 
     `rows: auto` is as many as the vocabulary needs; hashing and ranges must be told. `ema` is the decay of a moving
-    average of the rows, which is evaluated and served, as `optimizer.ema` is of the parameters.
+    average of the rows, which is evaluated and served, as `optimizer.ema` is of the parameters. `pool`: what becomes of
+    the rows of a bag.
     """
 
     dim: Positive
@@ -29,6 +30,7 @@ class TableConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     scale: Annotated[float, Field(ge=0)] = 0.01
     optimizer: Optimizer = RowwiseAdagrad()
+    pool: Literal["mean", "sum"] = "mean"
     placement: Placement = "auto"
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     capacity: Positive | None = None

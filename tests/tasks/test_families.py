@@ -36,7 +36,7 @@ tables:
   user: {dim: 8, rows: 500, ids: {kind: hash, salt: 7}, scale: 0.1, placement: row, optimizer: {kind: sgd, lr: 0.1}}
   item: {dim: 8, features: [item, history], scale: 0.1, optimizer: {kind: sgd, lr: 0.1}}
   year: {dim: 4, scale: 0.1, optimizer: {kind: sgd, lr: 0.1}}
-  tags: {dim: 4, scale: 0.1, optimizer: {kind: sgd, lr: 0.1}}
+  tags: {dim: 4, scale: 0.1, pool: sum, optimizer: {kind: sgd, lr: 0.1}}
 model:
   {kind: two_tower, user: [user, history], item: [item, tags, year], dim: 8, user_hidden: [8], item_hidden: [8],
     history: 4}
@@ -239,6 +239,11 @@ def test_rows_are_taken_over_by_their_ids(whole, capsys):
     np.testing.assert_allclose(after.tables["item"]["average"], after.tables["item"]["rows"], atol=1e-6)
 
 
+def test_a_pool_reaches_the_model():
+    pools = {feature.name: (feature.bag, feature.pool) for feature in task("two_tower").model.item_inputs}
+    assert pools == {"item": (False, "mean"), "tags": (True, "sum"), "year": (False, "mean")}
+
+
 def test_a_click_model_ranks_no_items(whole):
     with pytest.raises(UserError, match="dcnv2 predicts clicks: it ranks no items"):
         jx.load(whole("clicks").dir).item_vectors()
@@ -278,6 +283,7 @@ def test_shardings_prints_what_tables_cost(capsys):
         ("clicks", "evaluate.slices=[cold_user]", "evaluate.slices: no 'cold_user'"),
         ("sasrec", "model.inputs=[tags, item]", "model.inputs: expected 'item'"),
         ("sasrec", "objective=softmax", "sasrec on tables: expected {kind: sampled_softmax}"),
+        ("sasrec", "tables.tags.pool=sum", "tables.tags.pool .*: sasrec takes the mean of a bag"),
         ("sasrec", "tables.tags.dim=4", "model.inputs are added up, so all are model.dim 8"),
         ("clicks", "checkpoint.best=ne", "'ne' is not better when larger"),
         ("clicks", "tables.c.rows=auto", "ids: hash needs a number of rows"),
