@@ -211,3 +211,39 @@ def rec_task(objective: Callable[[SASRec], Any], windows: Any = SequenceSource, 
     model = tiny_sasrec(inter.n_items, **changes)
     source = Ragged(windows(inter, leave_one_out(inter), model.config.length, seed=0))
     return regression_task(objective(model), source, model=model, rules=model.rules)
+
+
+def feature_batch(dims, numeric, seed, size):
+    """Features `user`, `item` and `tags` as wide as said, the last a weighted bag, empty in example 0; and numbers."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    tags = rng.integers(-1, 5, (size, 3)).astype(np.int32)
+    tags[0] = -1
+    batch = {
+        "id": np.arange(size, dtype=np.int32),
+        "user": np.arange(size, dtype=np.int32),
+        "item": np.arange(size, dtype=np.int32),
+        "tags": tags,
+        "tags/weight": rng.uniform(0.5, 2, (size, 3)).astype(np.float32),
+        "numeric": draw(size, numeric),
+        "rows": {
+            "user": draw(size, dims["user"]),
+            "item": draw(size, dims["item"]),
+            "tags": draw(size, 3, dims["tags"]) * (tags >= 0)[..., None],
+        },
+    }
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def moved_params(model):
+    """Parameters moved off where they are born, so that biases matter."""
+    leaves, structure = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0)))
+    rng = np.random.default_rng(1)
+    leaves = [x + jnp.asarray(0.2 * rng.normal(size=x.shape), jnp.float32) for x in leaves]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def numpy_mlp(x, p):
+    for at in range(sum(name.startswith("layer_") for name in p)):
+        x = np.maximum(x @ p[f"layer_{at}"]["kernel"] + p[f"layer_{at}"]["bias"], 0)
+    return x @ p["out"]["kernel"] + p["out"]["bias"] if "out" in p else x

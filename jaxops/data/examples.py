@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
 from jaxops.data.epochs import Epochs
+from jaxops.data.slices import SLICE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,4 +87,4 @@ class ExampleBatches:
         rows = self._rows[at]
         out: dict[str, Any] = self._all.batch(rows, rows)
         out["weight"] = out["weight"] * real.astype(np.float32)
-        return out | {f"slice/{name}": mask[rows] & real for name, mask in self._all.masks.items()}
+        return out | {f"{SLICE}{name}": mask[rows] & real for name, mask in self._all.masks.items()}

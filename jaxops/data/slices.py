@@ -10,6 +10,8 @@ from jaxtyping import Bool
 from jaxops.core.failures import UserError, nearest
 from jaxops.data.idmaps import plain
 
+SLICE = "slice/"
+"""What the entries of a batch begin with that say which examples belong to a slice."""
 MOST = 20
 """Values of a column that becomes slices."""
 

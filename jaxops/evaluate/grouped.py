@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxops.core.failures import UserError
 from jaxops.core.sums import Max, Sum, Sums
+from jaxops.data.slices import SLICE
 
 Values = Float[np.ndarray, " _"] | Int[np.ndarray, " _"] | Bool[np.ndarray, " _"]
 """One for each example; lengths that differ are told by an error of ours."""
@@ -124,10 +125,6 @@ def _areas(
     pairs = clicks_of * without_of
     areas = np.divide(won, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
     return areas, clicks_of + without_of
-
-
-SLICE = "slice/"
-"""What the entries of a batch begin with that say which examples belong to a slice."""
 
 
 def with_slices(sums: Callable[[Mapping[str, Array]], Sums], batch: Mapping[str, Array]) -> Sums:

@@ -21,7 +21,7 @@ def left(decay: float, since: Int[Array, "..."], now: Int[Array, "..."]) -> Floa
     turn = math.floor((10 * decay - 1) / (1 - decay)) + 1  # from here on it is the decay itself
 
     def early(step: Int[Array, "..."]) -> Float[Array, "..."]:
-        # n! 9! / (n + 9)!, as logarithms: 9! and the like would overflow nothing, but their quotients would round
+        # log of n! 9! / (n + 9)!, the product of (1 + i) / (10 + i) for i < n
         n = jnp.clip(step, 0, max(turn, 0)).astype(jnp.float32)
         return -sum((jnp.log1p(n / j) for j in range(1, 10)), start=jnp.zeros_like(n))
 

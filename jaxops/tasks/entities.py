@@ -14,7 +14,7 @@ from jaxops.tasks.tables_config import TableConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Column:
+class EntityColumn:
     """Values by row of their entity; a bag has a list a row. `own`: the entity's ids themselves."""
 
     values: pa.Array
@@ -52,15 +52,18 @@ def restore(tables: Mapping[str, TableConfig], owner: Mapping[str, str], read: C
 
 def entity_columns(
     inter: Interactions, users: Mapping[str, pa.Array], items: Mapping[str, pa.Array]
-) -> dict[str, Column]:
+) -> dict[str, EntityColumn]:
     """`user`, `item` and the columns of both, by row; item row 0 is padding, and null in every column."""
     shifted = lambda values: pa.concat_arrays([pa.nulls(1, values.type), values])
-    out = {"user": Column(inter.user_ids.table, own=True), "item": Column(shifted(inter.item_ids.table), own=True)}
-    out |= {name: Column(values) for name, values in users.items()}
-    return out | {name: Column(shifted(values)) for name, values in items.items()}
+    out = {
+        "user": EntityColumn(inter.user_ids.table, own=True),
+        "item": EntityColumn(shifted(inter.item_ids.table), own=True),
+    }
+    out |= {name: EntityColumn(values) for name, values in users.items()}
+    return out | {name: EntityColumn(shifted(values)) for name, values in items.items()}
 
 
-def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns: Mapping[str, Column]) -> Encoded:
+def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns: Mapping[str, EntityColumn]) -> Encoded:
     """Codes and specs of the features of `owner` (feature to table); features of one table share its id map.
 
     Vocabularies are of all users and items that the data keeps, as item rows themselves are.

@@ -7,8 +7,7 @@ import pyarrow as pa
 
 from jaxops.data.config import RecData
 from jaxops.data.events import ColumnBatches
-from jaxops.data.slices import by_value, chosen, warm_and_cold
-from jaxops.evaluate.grouped import SLICE
+from jaxops.data.slices import SLICE, by_value, chosen, warm_and_cold
 from jaxops.tasks.task import EvalBatches
 
 

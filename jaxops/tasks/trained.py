@@ -1,6 +1,6 @@
 """A trained recommender out of its run folder: predict, export, evaluate. No mesh, no config at hand.
 
-The transform (original item ids) is frozen in the run folder, so what serving sees is what training saw.
+The transform (original ids, id maps, features, statistics) is frozen in the run folder: serving sees what training saw.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class Trained:
         Raises:
           UserError: the file cannot be read, or has no user column.
         """
-        self._ranks  # noqa: B018
+        self._ranking()
         return read_histories(path, self.config.data, self.item_ids)
 
     def predict(
@@ -114,9 +114,9 @@ class Trained:
         Raises:
           UserError: an unknown method; the model ranks no items.
         """
-        if method not in self._made:
-            self._made[method] = Index(self._items, self._mesh, real=self._ranks.n_items, method=method)
-        return self._made[method]
+        if method not in self._indices:
+            self._indices[method] = Index(self._items, self._mesh, real=self._ranking().n_items, method=method)
+        return self._indices[method]
 
     def recall(self, source: str | os.PathLike[str] | Histories, k: int = 10, *, method: str = "auto") -> float:
         """The share of the exact top k that `predict` with this method finds, of the first 512 users.
@@ -145,8 +145,7 @@ class Trained:
         clicks = {label: pa.array(found[:, at]) for at, label in enumerate(model.labels)}
         return pa.table({kind: ids for kind, ids in own.who.items() if kind not in clicks} | clicks)
 
-    @property
-    def _ranks(self) -> Ranking:
+    def _ranking(self) -> Ranking:
         if isinstance(self.asks, ClickModel):
             raise UserError(f"{self.config.model.kind} predicts clicks: it ranks no items and has no item vectors")
         return self.asks
@@ -157,7 +156,7 @@ class Trained:
         Raises:
           UserError: the model ranks no items.
         """
-        rows = np.arange(1, self._ranks.n_items + 1)
+        rows = np.arange(1, self._ranking().n_items + 1)
         vectors = np.asarray(self._items, np.float32)[rows]
         flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         return pa.table({"item": pa.array(self.item_ids.originals(rows)), "vector": flat})
@@ -167,14 +166,18 @@ class Trained:
         return make_mesh(data=-1)
 
     @functools.cached_property
-    def _made(self) -> dict[Any, Any]:
-        """Passes by size and indices by method: what they compile is for all calls."""
+    def _passes_by_size(self) -> dict[int, Passes]:
+        return {}
+
+    @functools.cached_property
+    def _indices(self) -> dict[str, Index]:
         return {}
 
     def _passes(self, size: int) -> Passes:
-        if size not in self._made:
-            self._made[size] = Passes.of(self.config, self.asks.tables, self._mesh, size)
-        return self._made[size]
+        """For batches of this size; kept, as is every index, for what it has compiled."""
+        if size not in self._passes_by_size:
+            self._passes_by_size[size] = Passes.of(self.config, self.asks.tables, self._mesh, size)
+        return self._passes_by_size[size]
 
     @functools.cached_property
     def _weights(self) -> Weights:
@@ -191,12 +194,12 @@ class Trained:
     def _items(self) -> np.ndarray:
         """Vectors of all items by row, in the dtype that scores are computed in."""
         with jax.set_mesh(self._mesh):
-            vectors = self._ranks.items(self._weights.params)
+            vectors = self._ranking().items(self._weights.params)
             return np.asarray(vectors.astype(self.config.precision.compute))
 
     def _vectors(self, given: Histories, size: int) -> Iterator[tuple[int, Any, Any]]:
         """By batches: the first user, the users' vectors and the items they have seen; the last batch padded."""
-        ranking = self._ranks
+        ranking = self._ranking()
         passes = self._passes(size)
         users = np.full(len(given.users), -1) if self.user_ids is None else self.user_ids.rows(given.users)
         batches = ColumnBatches(HistoryBatches(given, users, ranking.length, passes.size), ranking.columns)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import feature_batch, moved_params, numpy_mlp
 
 from jaxops.core.failures import UserError
 from jaxops.core.mesh import make_mesh
@@ -17,43 +18,15 @@ KEY = jax.random.key(1)
 
 
 def example_batch(seed=0, size=BATCH):
-    """Three features of two widths, one a weighted bag that is empty in example 0, and three numbers."""
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    tags = rng.integers(-1, 5, (size, 3)).astype(np.int32)
-    tags[0] = -1
-    batch = {
-        "id": np.arange(size, dtype=np.int32),
-        "user": np.arange(size, dtype=np.int32),
-        "item": np.arange(size, dtype=np.int32),
-        "tags": tags,
-        "tags/weight": rng.uniform(0.5, 2, (size, 3)).astype(np.float32),
-        "numeric": draw(size, NUMERIC),
-        "rows": {
-            "user": draw(size, DIM),
-            "item": draw(size, 2),
-            "tags": draw(size, 3, DIM) * (tags >= 0)[..., None],
-        },
-    }
-    return jax.tree.map(jnp.asarray, batch)
+    return feature_batch({"user": DIM, "item": 2, "tags": DIM}, NUMERIC, seed, size)
 
 
 WIDTH = NUMERIC + DIM + 2 + DIM
 
 
 def model_and_params(numeric=NUMERIC, outputs=1, **changes):
-    """Parameters moved off where they are born, so that biases matter."""
     model = DCNv2(DCNv2Config(**{"cross_layers": 2, "deep": (8, 5), **changes}), INPUTS, numeric, outputs)
-    leaves, structure = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0)))
-    rng = np.random.default_rng(1)
-    leaves = [x + jnp.asarray(0.2 * rng.normal(size=x.shape), jnp.float32) for x in leaves]
-    return model, jax.tree.unflatten(structure, leaves)
-
-
-def numpy_mlp(x, p):
-    for at in range(sum(name.startswith("layer_") for name in p)):
-        x = np.maximum(x @ p[f"layer_{at}"]["kernel"] + p[f"layer_{at}"]["bias"], 0)
-    return x
+    return model, moved_params(model)
 
 
 def numpy_dcn(params, batch, numeric, structure):
