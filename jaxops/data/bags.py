@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
+
+from jaxops.core.failures import UserError
+from jaxops.data.numeric import numbers
+
+WEIGHT = "/weight"
+"""What follows a bag's name where its weights are meant, in columns and in batches."""
 
 
 def flat(values: pa.Array) -> pa.Array:
@@ -19,12 +25,46 @@ def joined(parts: Sequence[pa.Array]) -> pa.Array:
     return pa.concat_arrays(parts) if parts else pa.array([], pa.int64())
 
 
+def parallel(bags: pa.Array, values: pa.Array, what: str) -> pa.Array:
+    """The weights of what the bags hold, a list of float64 a row.
+
+    Raises:
+      UserError: a row with more or fewer weights than values; one that is negative, infinite or no number.
+    """
+    lengths = _lengths(bags)
+    if not pa.types.is_list(values.type):
+        raise UserError(f"{what}: expected as many numbers as the bag has values, in its form (lists or text)")
+    found = _lengths(values)
+    wrong = np.flatnonzero(found != lengths)
+    if len(wrong):
+        row = wrong[0]
+        raise UserError(f"{what}: row {row + 1} has {found[row]} weight(s) for {lengths[row]} value(s)")
+    weights = numbers(flat(values), what)
+    wrong = np.flatnonzero(~(weights >= 0))
+    if len(wrong):
+        row = np.repeat(np.arange(len(lengths)), lengths)[wrong[0]]
+        raise UserError(f"{what}: row {row + 1} has a weight that is negative or missing; expected 0 or more")
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(weights))
+
+
+def padded_weights(values: pa.Array) -> Float32[np.ndarray, "rows width"]:
+    """Of `parallel`, by row; padded with 0 to the longest."""
+    return _padded(values, flat(values).to_numpy(zero_copy_only=False).astype(np.float32), 0)
+
+
 def padded(values: pa.Array, codes: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, "rows ..."]:
     """The codes of `flat(values)` by row; bags padded with -1 to the longest."""
-    if not pa.types.is_list(values.type):
-        return codes
-    lengths = np.asarray(values.value_lengths().fill_null(0))
-    out = np.full((len(values), max(int(lengths.max(initial=0)), 1)), -1, np.int32)
+    return _padded(values, codes, -1) if pa.types.is_list(values.type) else codes
+
+
+def _lengths(values: pa.Array) -> np.ndarray:
+    return np.asarray(values.value_lengths().fill_null(0))
+
+
+def _padded(values: pa.Array, codes: np.ndarray, nothing: int) -> np.ndarray:
+    lengths = _lengths(values)
+    out = np.full((len(values), max(int(lengths.max(initial=0)), 1)), nothing, codes.dtype)
     row = np.repeat(np.arange(len(values)), lengths)
     place = np.arange(len(codes)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     out[row, place] = codes

@@ -28,6 +28,7 @@ class Layout:
     Attributes:
       features: by name, whether it is a bag, in the order in which models read them.
       sides: by feature or number that is a column of users or items, `user` or `item`.
+      weighted: bags whose values have weights.
       log: whether numbers are compressed, sign(x) log(1 + |x|), before they are standardised.
     """
 
@@ -36,6 +37,7 @@ class Layout:
     sides: Mapping[str, str]
     labels: tuple[str, ...]
     log: bool
+    weighted: frozenset[str] = frozenset()
 
 
 def layout(config: ClickDataConfig) -> Layout:
@@ -47,17 +49,21 @@ def layout(config: ClickDataConfig) -> Layout:
         return Layout(features, ("year",), sides, ("like",), False)
     config = as_file(config)
     features = {**dict.fromkeys(config.categorical, False), **dict.fromkeys(config.bags, True)}
-    sides = {}
+    sides, weighted = {}, {*config.weights}
     for kind, file in zip(KINDS, (config.user_features, config.item_features), strict=True):
         if file is not None:
             features |= {**dict.fromkeys(file.columns, False), **dict.fromkeys(file.bags, True)}
             sides |= dict.fromkeys((*file.columns, *file.bags), kind)
-    return Layout(features, config.numeric, sides, tuple(config.labels), config.log)
+            weighted |= {*file.weights}
+    return Layout(features, config.numeric, sides, tuple(config.labels), config.log, frozenset(weighted))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Own:
-    """Columns of the examples themselves, and whose they are: original ids by `user` and `item`, where that is told."""
+    """Columns of the examples themselves, and whose they are: original ids by `user` and `item`, where that is told.
+
+    Weights of a bag are `NAME/weight` of `categorical`.
+    """
 
     categorical: dict[str, pa.Array]
     numeric: dict[str, Float64[np.ndarray, " rows"]]
@@ -100,7 +106,7 @@ def read_own(config: ClickDataConfig, path: str | os.PathLike[str]) -> Own:
     if isinstance(config, MovieLensClicks):
         return _film_columns(side.read_columns(os.fspath(path), ("user", "item", "time")))
     file = as_file(config)
-    wanted = [*file.categorical, *file.bags, *file.numeric, *_who(file).values()]
+    wanted = [*file.categorical, *file.bags, *file.weights.values(), *file.numeric, *_who(file).values()]
     table = side.read_columns(os.fspath(path), list(dict.fromkeys(wanted)), file.format, file.header, _numbers(file))
     return _own(file, table)
 
@@ -137,7 +143,7 @@ def _numbers(config: ClicksFile) -> set[str]:
 
 def _own(config: ClicksFile, table: pa.Table) -> Own:
     categorical = {name: side.column(table, name) for name in config.categorical}
-    categorical |= {name: side.column(table, name, config.separator) for name in config.bags}
+    categorical |= side.bags(table, config.bags, config.weights, config.separator, "data")
     return Own(
         categorical,
         {name: numbers(side.column(table, name), f"data.numeric: {name}") for name in config.numeric},
@@ -153,7 +159,7 @@ def _file(config: ClicksFile) -> Raw:
         raise UserError("data: name at least one label and one column of `categorical`, `bags` or `numeric`")
     _check_names(config)
     named = [name for name in (columns.time, columns.weight) if name is not None]
-    wanted = [*_who(config).values(), *named, *labels, *features]
+    wanted = [*_who(config).values(), *named, *labels, *features, *config.weights.values()]
     table = side.read_columns(config.path, list(dict.fromkeys(wanted)), config.format, config.header, _numbers(config))
     own = _own(config, table)
     files: dict[str, SideFile | None] = {"user": config.user_features, "item": config.item_features}

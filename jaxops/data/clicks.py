@@ -16,7 +16,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Float64, Int64
 
 from jaxops.core.failures import UserError
-from jaxops.data.bags import flat, joined, padded
+from jaxops.data.bags import WEIGHT, flat, joined, padded, padded_weights
 from jaxops.data.click_columns import Layout, Own, Raw, layout, read_own, read_raw
 from jaxops.data.examples import Column, ExampleBatches, Examples, ExampleSource
 from jaxops.data.idmaps import IdMap, fit_map, restore_map
@@ -86,9 +86,13 @@ def open_clicks(
         ids, wanted = maps[table]
         fitted = fit_map(ids, table, joined([_of(values, index, train) for values, index in mine.values()]), wanted)
         for name, (values, index) in mine.items():
-            features[name] = Column(padded(values, fitted.encode(flat(values), name)), index)
+            weights = None
+            if name in has.weighted:
+                weights = padded_weights(_column(raw, has, name, WEIGHT)[0])
+            features[name] = Column(padded(values, fitted.encode(flat(values), name)), index, weights)
             if index is not None:
                 transform[f"codes.{name}"] = features[name].codes
+                transform |= {} if weights is None else {f"weights.{name}": weights}
         rows[table] = fitted.rows
         transform |= {f"map.{table}.{part}": values for part, values in fitted.arrays().items()}
     for name in set(has.numeric) & set(has.sides):
@@ -151,10 +155,12 @@ def new_rows(
         fitted = restore_map(maps[table], functools.partial(_named, read, table))
         for name in names:
             if name in has.sides:
-                features[name] = Column(read(f"codes.{name}"), of[has.sides[name]])
+                weights = read(f"weights.{name}") if name in has.weighted else None
+                features[name] = Column(read(f"codes.{name}"), of[has.sides[name]], weights)
             elif name in has.features:
                 values = own.categorical[name]
-                features[name] = Column(padded(values, fitted.encode(flat(values), name)))
+                weights = padded_weights(own.categorical[f"{name}{WEIGHT}"]) if name in has.weighted else None
+                features[name] = Column(padded(values, fitted.encode(flat(values), name)), weights=weights)
     values = {name: read(f"numbers.{name}") for name in set(has.numeric) & set(has.sides)}
     numeric = _numeric(has, own, values, of)
     if has.numeric:
@@ -168,11 +174,11 @@ def _named(read: Callable[[str], np.ndarray], table: str, part: str) -> np.ndarr
     return read(f"map.{table}.{part}")
 
 
-def _column(raw: Raw, has: Layout, name: str) -> tuple[pa.Array, np.ndarray | None]:
-    """The values of a feature, and which of them each example has (None: its own)."""
+def _column(raw: Raw, has: Layout, name: str, part: str = "") -> tuple[pa.Array, np.ndarray | None]:
+    """The values of a feature (or, with `part`, its weights), and which of them each example has (None: its own)."""
     if name in has.sides:
-        return raw.values[name], raw.of[has.sides[name]]
-    return raw.own.categorical[name], None
+        return raw.values[f"{name}{part}"], raw.of[has.sides[name]]
+    return raw.own.categorical[f"{name}{part}"], None
 
 
 def split(config: Fractions, raw: Raw) -> dict[str, Int64[np.ndarray, " n"]]:

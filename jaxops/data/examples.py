@@ -7,16 +7,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
+from jaxops.data.bags import WEIGHT
 from jaxops.data.epochs import Epochs
 from jaxops.data.slices import SLICE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Column:
-    """A feature as table rows: [n] or, of a bag, [n, width] (-1: nothing); `index`: which of them an example has."""
+    """A feature as table rows: [n] or, of a bag, [n, width] (-1: nothing); `index`: which of them an example has.
+
+    `weights` are float32 [n, width], where a bag has them.
+    """
 
     codes: Int32[np.ndarray, "n ..."]
     index: np.ndarray | None = None
+    weights: Float32[np.ndarray, "n width"] | None = None
 
     def of(self, examples: np.ndarray) -> np.ndarray:
         """Those of these examples; where the index says -1, row 0 (unknown) or an empty bag."""
@@ -26,6 +31,11 @@ class Column:
         found = self.codes[at]
         found[at < 0] = 0 if found.ndim == 1 else -1
         return found
+
+    def weights_of(self, examples: np.ndarray) -> np.ndarray:
+        """The weights of these examples; what those of nobody are does not matter, as their bags are empty."""
+        assert self.weights is not None
+        return self.weights[examples if self.index is None else self.index[examples]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +53,9 @@ class Examples:
         """As models of features read them."""
         out = {"id": ids.astype(np.int32), "weight": self.weight[rows]}
         out |= {name: column.of(rows) for name, column in self.features.items()}
+        for name, column in self.features.items():
+            if column.weights is not None:
+                out[f"{name}{WEIGHT}"] = column.weights_of(rows)
         if self.numeric.shape[1]:
             out["numeric"] = self.numeric[rows]
         out["label"] = self.labels[rows, 0] if self.labels.shape[1] == 1 else self.labels[rows]

@@ -1,13 +1,14 @@
 """Columns as they are in a file, and side files joined to users or items by their original ids."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jaxops.core.failures import UserError
+from jaxops.core.failures import UserError, nearest
 from jaxops.data import formats
+from jaxops.data.bags import WEIGHT, parallel
 from jaxops.data.files import expand, summary
 from jaxops.data.idmaps import plain
 from jaxops.data.ids import Ids
@@ -67,13 +68,36 @@ def column(table: pa.Table, name: str, separator: str | None = None) -> pa.Array
     return pc.split_pattern(text, separator)
 
 
+def bags(
+    table: pa.Table, names: Sequence[str], weights: Mapping[str, str], separator: str, what: str
+) -> dict[str, pa.Array]:
+    """These bags and, as `NAME/weight`, the weights of those that have any; `what` is where a config says so.
+
+    Raises:
+      UserError: weights of what is no bag, or that do not go with it.
+    """
+    for name in weights:
+        if name not in names:
+            raise UserError(f"{what}.weights: {name!r} is none of {what}.bags{nearest(name, names)}")
+    out = {name: column(table, name, separator) for name in names}
+    for name, weight in weights.items():
+        given = whole(table, weight)
+        if not pa.types.is_floating(given.type):
+            given = column(table, weight, separator)
+        out[f"{name}{WEIGHT}"] = parallel(out[name], given, f"{what}.weights.{name}: column {weight!r}")
+    return out
+
+
 def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
     """The file's columns by row of `ids` (its first row is 0 here); null, or an empty bag, where the file has none.
 
+    Weights of a bag are `NAME/weight`.
+
     Raises:
-      UserError: what `read_columns` raises; a key that is there twice.
+      UserError: what `read_columns` and `bags` raise; a key that is there twice.
     """
-    table = read_columns(config.path, [config.key, *config.columns, *config.bags], config.format, config.header)
+    wanted = [config.key, *config.columns, *config.bags, *config.weights.values()]
+    table = read_columns(config.path, list(dict.fromkeys(wanted)), config.format, config.header)
     keys = column(table, config.key)
     known = keys.drop_null()
     if len(pc.unique(known)) != len(known):
@@ -90,4 +114,5 @@ def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
         raise UserError(f"{what}: no {config.key} of the file is an id of the data: is it the right column?")
     take = pa.array(at, mask=at < 0)
     out = {name: column(table, name).take(take) for name in config.columns}
-    return out | {name: column(table, name, config.separator).take(take) for name in config.bags}
+    held = bags(table, config.bags, config.weights, config.separator, what)
+    return out | {name: values.take(take) for name, values in held.items()}

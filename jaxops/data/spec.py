@@ -56,12 +56,16 @@ SplitConfig = LeaveOneOut | GlobalTime
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SideFile:
-    """Columns of users or items from a file of their own, joined by `key`; `bags` are text apart by `separator`."""
+    """Columns of users or items from a file of their own, joined by `key`; `bags` are text apart by `separator`.
+
+    `weights`, by bag: the column that says how much each of its values counts, as many numbers apart in the same way.
+    """
 
     path: str | tuple[str, ...]
     key: str
     columns: tuple[str, ...] = ()
     bags: tuple[str, ...] = ()
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
     separator: str = "|"
     format: Format = "auto"
     header: tuple[str, ...] | None = None
@@ -142,9 +146,10 @@ class Fractions:
 class ClicksFile:
     """Examples of clicks: a row each, in files of any format that interactions may have.
 
-    `labels` by name of the task; `bags` are text apart by `separator` (or lists, in Parquet); `numeric` columns are
-    standardised by the training examples, after sign(x) log(1 + |x|) where `log`. `columns` say who and what, for
-    splits, GAUC and cold users and items; they are features where `categorical` names them too.
+    `labels` by name of the task; `bags` are text apart by `separator` (or lists, in Parquet) and `weights`, by bag, the
+    column that says how much each of its values counts, in the same form. `numeric` columns are standardised by the
+    training examples, after sign(x) log(1 + |x|) where `log`. `columns` say who and what, for splits, GAUC and cold
+    users and items; they are features where `categorical` names them too.
     """
 
     path: str | tuple[str, ...]
@@ -153,6 +158,7 @@ class ClicksFile:
     columns: ClickColumns = ClickColumns()
     categorical: tuple[str, ...] = ()
     bags: tuple[str, ...] = ()
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
     separator: str = "|"
     numeric: tuple[str, ...] = ()
     log: bool = False

@@ -21,8 +21,8 @@ class Input:
     pool: Literal["sum", "mean"] = "mean"
 
 
-def pooled(batch: Mapping[str, Any], feature: Input) -> Float[Array, "batch dim"]:
-    """One vector an example, from batch["rows"]; zeros of an empty bag."""
+def pooled(batch: Mapping[str, Any], feature: Input) -> Float[Array, "batch ... dim"]:
+    """One vector an example (or an event of it), from batch["rows"]; zeros of an empty bag."""
     rows = batch["rows"][feature.name]
     if not feature.bag:
         return rows

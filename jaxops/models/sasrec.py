@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxops.core.random import dropout, example_keys
 from jaxops.core.sharding import Rule, constrain
 from jaxops.models.functional import Functional, Params
+from jaxops.models.inputs import Input, pooled
 from jaxops.models.transformer import BLOCK_RULES, Block, LayerNorm
 
 PAD_ROWS = 128
@@ -111,11 +112,11 @@ class SASRec:
     Padding on the left: position `length - 1` is always the most recent item. `batch` needs "items" [batch, length]
     and "id" [batch]; packed rows (data/packing.py) also carry "segment" and "position" [batch, length]. With
     `config.inputs` the rows of those features are in batch["rows"] [batch, length(, bag), dim], and the item matrix is
-    what evaluation puts into params["catalogue"].
+    what evaluation puts into params["catalogue"]; bags are pooled by `pools` (mean where it says nothing).
     """
 
-    def __init__(self, config: SASRecConfig, n_items: int):
-        self.config, self.n_items = config, n_items
+    def __init__(self, config: SASRecConfig, n_items: int, pools: Mapping[str, Literal["sum", "mean"]] | None = None):
+        self.config, self.n_items, self._pools = config, n_items, pools or {}
         on_tables = bool(config.inputs)
         self.rows = n_items + 1 if on_tables else -(-(n_items + 1) // PAD_ROWS) * PAD_ROWS
         self._pure = Functional(lambda rngs: _SASRec(config, self.rows, rngs))
@@ -147,15 +148,14 @@ class SASRec:
         return self._pure.bind(params)(items, segment, position, keys, self._looked_up(batch))
 
     def _looked_up(self, batch: Mapping[str, Any]) -> Float[Array, "batch length dim"] | None:
-        """The sum of what the history's items have in each input's table; of a bag, its mean."""
+        """The sum of what the history's items have in each input's table; bags pooled."""
         if not self.config.inputs:
             return None
         total = None
         for name in self.config.inputs:
-            rows = batch["rows"][name]
-            if rows.ndim == 4:
-                there = jnp.sum((batch[name] >= 0).astype(rows.dtype), axis=-1, keepdims=True)
-                rows = jnp.sum(rows, axis=2) / jnp.maximum(there, 1)  # what is not there reads zeros
+            bag = batch["rows"][name].ndim == 4
+            feature = Input(name=name, dim=self.config.dim, bag=bag, pool=self._pools.get(name, "mean"))
+            rows = pooled(batch, feature)
             total = rows if total is None else total + rows
         return total
 

@@ -1,12 +1,12 @@
 """Columns of users and items as table rows: encoded once for every user and item, looked up by row in each batch."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
 
-from jaxops.data.bags import flat, joined, padded
+from jaxops.data.bags import WEIGHT, flat, joined, padded, padded_weights
 from jaxops.data.idmaps import Vocabulary, fit_map
 from jaxops.data.interactions import Interactions
 from jaxops.tables.spec import TableSpec
@@ -15,10 +15,11 @@ from jaxops.tasks.tables_config import TableConfig
 
 @dataclasses.dataclass(frozen=True)
 class EntityColumn:
-    """Values by row of their entity; a bag has a list a row. `own`: the entity's ids themselves."""
+    """Values by row of their entity; a bag has a list a row and may have weights. `own`: the entity's own ids."""
 
     values: pa.Array
     own: bool = False
+    weights: pa.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,25 +30,40 @@ class Encoded:
       codes: by feature, the table rows by user or item row, int32 [rows] or, of a bag, [rows, width] (-1: nothing).
       specs: by table.
       maps: id maps of values that are no ids of users or items, as named arrays.
+      weights: by bag that has them, float32 [rows, width].
     """
 
     codes: dict[str, np.ndarray]
     specs: dict[str, TableSpec]
     maps: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def columns(self, entries: Mapping[str, str]) -> dict[str, tuple[str, np.ndarray]]:
+        """Columns of a batch (data/events.py): of each feature its codes, and its weights, by rows of its entry."""
+        out = {name: (entry, self.codes[name]) for name, entry in entries.items() if name in self.codes}
+        weights = {f"{name}{WEIGHT}": (entries[name], found) for name, found in self.weights.items() if name in entries}
+        return out | weights
 
     def frozen(self, features: Iterable[str]) -> dict[str, np.ndarray]:
         """Named arrays for the run folder: what serving needs of these features, which it never encodes again."""
         rows = {f"table.{name}.rows": np.array([spec.rows]) for name, spec in self.specs.items()}
-        return self.maps | rows | {f"codes.{feature}": self.codes[feature] for feature in features}
+        weights = {f"weights.{feature}": self.weights[feature] for feature in features if feature in self.weights}
+        return self.maps | rows | weights | {f"codes.{feature}": self.codes[feature] for feature in features}
 
 
-def restore(tables: Mapping[str, TableConfig], owner: Mapping[str, str], read: Callable[[str], np.ndarray]) -> Encoded:
-    """What `Encoded.frozen` was taken of, for the features of `owner`; `read` gives an array by name."""
+def restore(
+    tables: Mapping[str, TableConfig],
+    owner: Mapping[str, str],
+    weighted: Collection[str],
+    read: Callable[[str], np.ndarray],
+) -> Encoded:
+    """What `Encoded.frozen` was taken of; `owner`: its features, some `weighted`; `read` gives arrays by name."""
     specs = {}
     for name, table in tables.items():  # in the order of training, which is that of the rows in a stack
         features = tuple(feature for feature in owner if owner[feature] == name)
         specs[name] = table.spec(int(read(f"table.{name}.rows")[0]), features)
-    return Encoded({feature: read(f"codes.{feature}") for feature in owner}, specs)
+    codes = {feature: read(f"codes.{feature}") for feature in owner}
+    return Encoded(codes, specs, weights={name: read(f"weights.{name}") for name in owner if name in weighted})
 
 
 def entity_columns(
@@ -59,8 +75,11 @@ def entity_columns(
         "user": EntityColumn(inter.user_ids.table, own=True),
         "item": EntityColumn(shifted(inter.item_ids.table), own=True),
     }
-    out |= {name: EntityColumn(values) for name, values in users.items()}
-    return out | {name: EntityColumn(shifted(values)) for name, values in items.items()}
+    for columns, placed in ((users, lambda values: values), (items, shifted)):
+        for name in (name for name in columns if not name.endswith(WEIGHT)):
+            weights = columns.get(f"{name}{WEIGHT}")
+            out[name] = EntityColumn(placed(columns[name]), weights=None if weights is None else placed(weights))
+    return out
 
 
 def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns: Mapping[str, EntityColumn]) -> Encoded:
@@ -89,4 +108,7 @@ def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns:
             codes[feature] = padded(column.values, fitted.encode(flat(column.values)))
         specs[name] = table.spec(fitted.rows, features)
         maps |= {f"map.{name}.{part}": values for part, values in fitted.arrays().items()}
-    return Encoded(codes, specs, maps)
+    weights = {name: columns[name].weights for name in owner}
+    return Encoded(
+        codes, specs, maps, {name: padded_weights(found) for name, found in weights.items() if found is not None}
+    )

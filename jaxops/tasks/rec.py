@@ -27,7 +27,7 @@ from jaxops.tasks.clicks import build_clicks
 from jaxops.tasks.config import CLICK_MODELS, Bce, Gbce, RecConfig, SampledSoftmax, Softmax
 from jaxops.tasks.own_source import Opened, open_own
 from jaxops.tasks.retrieval import build_retrieval
-from jaxops.tasks.sasrec_tables import objective_on_tables, on_tables
+from jaxops.tasks.sasrec_tables import build_sasrec, objective_on_tables, on_tables
 from jaxops.tasks.seams import require_callable
 from jaxops.tasks.slices import slice_columns, with_slice_columns
 from jaxops.tasks.task import EvalBatches, Task
@@ -79,7 +79,7 @@ def build_rec(
     for path, value in (("evaluate.stop", config.evaluate.stop), ("checkpoint.best", config.checkpoint.best)):
         if value is not None and "valid" not in opened.evaluations:
             raise UserError(f"{path}: there are no validation queries to go by; set {path}=null")
-    model = SASRec(config.model, opened.n_items)
+    model = build_sasrec(config, opened.n_items)
     made = _objective(config, model) if objective is None else objective(model)
     require_callable("objective: what the factory returned", made, "params", "batch", "key")
     task = Task(

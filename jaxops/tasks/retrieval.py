@@ -94,7 +94,7 @@ def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Rank
         config.model, *(_inputs(names, config, encoded) for names in (config.model.user, config.model.item))
     )
     entries = {**dict.fromkeys(config.model.user, "user"), **dict.fromkeys(config.model.item, "item"), HISTORY: "items"}
-    columns = {name: (entries[name], codes) for name, codes in encoded.codes.items()}
+    columns = encoded.columns(entries)
     of_items = {name: column for name, column in columns.items() if column[0] == "item"}
     towers = lambda params: {name: value for name, value in params.items() if name != "catalogue"}
     return Ranking(
@@ -140,6 +140,8 @@ def _encoded(config: RecConfig, data: RecData) -> Encoded:
         codes = encoded.codes[name]
         nobody = np.full((1, *codes.shape[1:]), 0 if codes.ndim == 1 else -1, codes.dtype)
         encoded.codes[name] = np.concatenate([codes, nobody])  # row -1: a user whom training never saw
+        if name in encoded.weights:
+            encoded.weights[name] = np.pad(encoded.weights[name], ((0, 1), (0, 0)))
     return encoded
 
 

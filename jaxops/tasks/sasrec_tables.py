@@ -13,7 +13,7 @@ from jaxops.models.sasrec import SASRec, SASRecConfig
 from jaxops.objectives.ranking import sampled_softmax_on_tables
 from jaxops.tasks.config import RecConfig, SampledSoftmax
 from jaxops.tasks.entities import Encoded, encode, entity_columns
-from jaxops.tasks.tables_config import match
+from jaxops.tasks.tables_config import features_of, match
 from jaxops.tasks.task import Catalogue, EvalBatches, Ranking, Task
 
 ITEM, TARGET, NEGATIVE = "item", "target_item", "negative_item"
@@ -42,7 +42,7 @@ def on_tables(task: Task, config: RecConfig, data: RecData) -> Task:
         found |= dict.fromkeys((TARGET, NEGATIVE), found[ITEM])
         entries |= {TARGET: "targets", NEGATIVE: "negatives"}
     encoded = encode(config.tables, owner, found)
-    columns = {feature: (entries[feature], codes) for feature, codes in encoded.codes.items()}
+    columns = encoded.columns(entries)
     return dataclasses.replace(
         task,
         source=WithColumns(source, columns),
@@ -53,15 +53,24 @@ def on_tables(task: Task, config: RecConfig, data: RecData) -> Task:
     )
 
 
+def build_sasrec(config: RecConfig, n_items: int) -> SASRec:
+    """The model of the config; bags of its inputs are pooled as their tables say."""
+    assert isinstance(config.model, SASRecConfig)
+    owner = features_of(config.tables)
+    return SASRec(
+        config.model, n_items, {name: config.tables[owner[name]].pool for name in config.model.inputs if name in owner}
+    )
+
+
 def sasrec_ranking(config: RecConfig, n_items: int, encoded: Encoded | None = None) -> Ranking:
     """SASRec as it is asked: with its item matrix or, where its inputs are `encoded`, with that table's rows."""
     assert isinstance(config.model, SASRecConfig)
-    model = SASRec(config.model, n_items)
+    model = build_sasrec(config, n_items)
     queries = lambda params, batch: model.encode(params, batch, None)[:, -1]
     asked = Ranking(model, n_items, config.model.length, queries, model.item_vectors)
     if encoded is None:
         return asked
-    columns = {feature: ("items", encoded.codes[feature]) for feature in config.model.inputs}
+    columns = encoded.columns(dict.fromkeys(config.model.inputs, "items"))
     of_items = {ITEM: columns[ITEM]}
     catalogue = Catalogue(
         n_items + 1,

@@ -286,4 +286,6 @@ def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
 
 def _features(config: Any, names: tuple[str, ...], read: Callable[[str], np.ndarray]) -> Encoded:
     owner = features_of(config.tables)
-    return restore(config.tables, {name: owner[name] for name in names}, read)
+    sides = (getattr(config.data, "user_features", None), getattr(config.data, "item_features", None))
+    weighted = {name for file in sides if file is not None for name in file.weights}
+    return restore(config.tables, {name: owner[name] for name in names}, weighted, read)

@@ -54,6 +54,26 @@ def first(value, rest, count=1):
         ({"click": [*[1] * 80, *[None] * 10, *[0] * 10]}, {}, "labels.y: no example of the valid part has it"),
         ({"weight": ["a"] * ROWS}, {"categorical": ("weight",)}, "cannot be called 'weight'"),
         ({"id": ["a"] * ROWS}, {"bags": ("id",)}, "cannot be called 'id'"),
+        (
+            {"tags": ["a|b"] * ROWS},
+            {"bags": ("tags",), "weights": {"tag": "click"}},
+            r"data.weights: 'tag' is none of data.bags.*tags",
+        ),
+        (
+            {"tags": first("a", "a|b"), "w": first("1", "1")},
+            {"bags": ("tags",), "weights": {"tags": "w"}},
+            r"data.weights.tags: column 'w': row 2 has 1 weight\(s\) for 2 value\(s\)",
+        ),
+        (
+            {"tags": first(None, "a|b"), "w": first(None, "1|-1")},
+            {"bags": ("tags",), "weights": {"tags": "w"}},
+            "data.weights.tags: column 'w': row 2 has a weight that is negative or missing",
+        ),
+        (
+            {"tags": ["a"] * ROWS, "w": [0.5] * ROWS},
+            {"bags": ("tags",), "weights": {"tags": "w"}},
+            "data.weights.tags: column 'w': expected as many numbers as the bag has values",
+        ),
         ({}, {"bags": ("device",)}, "data.bags: 'device' is named by data.categorical already"),
         (
             {"age": ["a"] * ROWS},
@@ -116,3 +136,24 @@ def test_json_keeps_every_digit_of_an_id_and_numbers_may_begin_whole():
     assert data.rows == {"device": 81}
     np.testing.assert_array_equal(data.transform["map.device.ids"], 2**53 + np.arange(80))
     assert data.examples.weight[:4].tolist() == [1, 1, 1, 1.5]
+
+
+@pytest.mark.parametrize("form", ["text", "lists"])
+def test_weights_of_bags_go_with_what_they_weigh(form):
+    tags = [["b", "a"], [], ["a"], None] * 25
+    much = [[2.0, 0.5], [], [3.0], None] * 25
+    if form == "text":
+        tags, much = ([None if x is None else "|".join(map(str, x)) for x in column] for column in (tags, much))
+    ages = pa.table(
+        {"key": [f"u{at}" for at in range(9)], "age": [1] * 9, "likes": [["x", "y"]] * 9, "w": [[1, 4]] * 9}
+    )
+    pq.write_table(ages, "side.pq")
+    write(tags=tags, much=much)
+    side = SideFile(path="side.pq", key="key", bags=("likes",), weights={"likes": "w"}, format="parquet")
+    given = {"bags": ("tags",), "weights": {"tags": "much"}, "columns": ClickColumns(user="who"), "user_features": side}
+    data = opened(("device", "tags", "likes"), **given)
+    batch = data.examples.batch(np.arange(10), np.arange(10))
+    assert batch["tags"][0].tolist() == [2, 1] and batch["tags/weight"].dtype == np.float32
+    assert batch["tags/weight"][:4].tolist() == [[2, 0.5], [0, 0], [3, 0], [0, 0]]
+    assert batch["likes/weight"][:9].tolist() == [[1, 4]] * 9
+    assert batch["likes"][9].tolist() == [-1, -1]  # a user without a row in the file: an empty bag

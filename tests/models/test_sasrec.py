@@ -1,5 +1,6 @@
 """SASRec: causal, blind to padding, dropout by example, the same under every remat policy; numpy's numbers."""
 
+import dataclasses
 import functools
 import re
 
@@ -15,7 +16,7 @@ from jaxops.core.mesh import make_mesh
 from jaxops.core.sharding import named_leaves, place
 from jaxops.core.step import init_state
 from jaxops.models.functional import Functional
-from jaxops.models.sasrec import PAD_ROWS, SASRecConfig
+from jaxops.models.sasrec import PAD_ROWS, SASRec, SASRecConfig
 from jaxops.objectives.ranking import softmax
 
 N_ITEMS, LENGTH = 60, 5
@@ -308,3 +309,24 @@ def test_a_functional_module_is_pure():
     out = jax.jit(lambda params, x: linear.bind(params)(x))(params, x)
     np.testing.assert_allclose(out, np.asarray(params["kernel"]).sum(0, keepdims=True), rtol=1e-6)
     assert {path: x.shape for path, x in named_leaves(linear.shapes)} == {"bias": (2,), "kernel": (3, 2)}
+
+
+@pytest.mark.parametrize("pool", ["mean", "sum"])
+def test_bags_of_inputs_are_pooled_by_weight(pool):
+    draw = np.random.default_rng(0)
+    shape = SASRecConfig(dim=4, layers=1, heads=1, length=3, dropout=0.0, inputs=("item", "tags"))
+    items, tags = np.array([[0, 2, 1], [1, 1, 2]], np.int32), draw.integers(-1, 3, (2, 3, 2)).astype(np.int32)
+    much = draw.random((2, 3, 2)).astype(np.float32)
+    rows = {"item": draw.normal(size=(2, 3, 4)), "tags": draw.normal(size=(2, 3, 2, 4))}
+    share = much.astype(np.float64) * (tags >= 0)
+    held = (rows["tags"] * share[..., None]).sum(2)
+    if pool == "mean":
+        held = held / np.where(share.sum(2) > 0, share.sum(2), 1)[..., None]
+    narrow = lambda x: jnp.asarray(x, jnp.float32)
+    plain = {"id": jnp.arange(2, dtype=jnp.int32), "items": jnp.asarray(items)}
+    both = {**plain, "tags": jnp.asarray(tags), "tags/weight": jnp.asarray(much), "rows": jax.tree.map(narrow, rows)}
+    model = SASRec(shape, 5, {"tags": pool})
+    params = model.init(jax.random.key(0))
+    alone = SASRec(dataclasses.replace(shape, inputs=("item",)), 5)
+    summed = {**plain, "rows": {"item": narrow(rows["item"] + held)}}
+    np.testing.assert_allclose(model.encode(params, both, None), alone.encode(params, summed, None), atol=1e-5)

@@ -17,7 +17,10 @@ RUN = "run: {name: tiny, dir: runs, steps: 6, log_every: 2, loggers: []}\nmesh: 
 CONFIGS = {
     "sasrec": """
 task: rec
-data: {kind: interactions, path: plays.parquet, item_features: {path: films.parquet, key: film, bags: [tags]}}
+data:
+  kind: interactions
+  path: plays.parquet
+  item_features: {path: films.parquet, key: film, bags: [tags], weights: {tags: much}}
 tables:
   item: {dim: 8, scale: 0.1, ema: 0.9, optimizer: {kind: sparse_adam, lr: 0.01}}
   tags: {dim: 8, scale: 0.1, optimizer: {kind: sgd, lr: 0.1}}
@@ -31,7 +34,7 @@ task: rec
 data:
   kind: interactions
   path: plays.parquet
-  item_features: {path: films.parquet, key: film, columns: [year], bags: [tags]}
+  item_features: {path: films.parquet, key: film, columns: [year], bags: [tags], weights: {tags: much}}
 tables:
   user: {dim: 8, rows: 500, ids: {kind: hash, salt: 7}, scale: 0.1, placement: row, optimizer: {kind: sgd, lr: 0.1}}
   item: {dim: 8, features: [item, history], scale: 0.1, optimizer: {kind: sgd, lr: 0.1}}
@@ -76,6 +79,7 @@ def folder(tmp_path_factory):
         "film": [f"f{x}" for x in range(45)],
         "year": [str(1990 + x % 7) for x in range(45)],
         "tags": ["|".join(f"t{y}" for y in range(x % 4)) for x in range(45)],
+        "much": ["|".join(f"{0.5 + y}" for y in range(x % 4)) for x in range(45)],
     }
     pq.write_table(pa.table(films), where / "films.parquet")
     write_criteo(where / "clicks.tsv", rows=600)
