@@ -80,26 +80,32 @@ def predict(args: argparse.Namespace) -> int:
     """`jaxops predict RUN USERS --top K --out OUT`."""
     from jaxops.tasks.trained import load
 
-    if args.top < 1:
-        raise UserError(f"--top: expected at least 1 item, got {args.top}")
+    top, method = 10 if args.top is None else args.top, args.index or "auto"
+    if top < 1:
+        raise UserError(f"--top: expected at least 1 item, got {top}")
     target = _target(args.out)
     model = load(args.run, args.step)
     if not model.ranks:
+        for option, given in (("--top", args.top), ("--index", args.index)):
+            if given is not None:
+                raise UserError(
+                    f"{option}: {args.run} predicts clicks of rows; it searches no items, leave {option} out"
+                )
         table = model.predict(args.users)
         _write_parquet(table, target)
         print(f"{count(len(table), 'row')} -> {target}")
         return EXIT_OK
-    given = model.histories(args.users)
-    table = model.predict(given, args.top, method=args.index)
+    histories = model.histories(args.users)
+    table = model.predict(histories, top, method=method)
     _write_parquet(table, target)
-    print(f"{count(len(given.users), 'user')}, {count(len(table), 'row')} -> {target}")
-    if given.unknown_users:
-        print(f"{count(given.unknown_users, 'user')} left out: the model knows nothing of what they did")
-    if given.unknown_items:
-        print(f"{count(given.unknown_items, 'event')} left out: items that the model does not know")
-    if model.index(args.index).method != "exact":
-        found = model.recall(given, args.top, method=args.index)
-        print(f"recall@{args.top} against the exact search, of the first 512 users: {found:.4f}")
+    print(f"{count(len(histories.users), 'user')}, {count(len(table), 'row')} -> {target}")
+    if histories.unknown_users:
+        print(f"{count(histories.unknown_users, 'user')} left out: the model knows nothing of what they did")
+    if histories.unknown_items:
+        print(f"{count(histories.unknown_items, 'event')} left out: items that the model does not know")
+    if model.index(method).method != "exact":
+        found = model.recall(histories, top, method=method)
+        print(f"recall@{top} against the exact search, of the first 512 users: {found:.4f}")
     return EXIT_OK
 
 

@@ -88,11 +88,10 @@ def _parser() -> Parser:
         "predict", "The best unseen items for users, or clicks for rows: original ids in and out.", run=True
     )
     predict.add_argument("users", help="events (user, item, time), users of the run's data, or rows for a click model")
-    predict.add_argument("--top", type=int, default=10, metavar="K", help="items a user (default 10)")
+    predict.add_argument("--top", type=int, metavar="K", help="items a user (default 10)")
     predict.add_argument(
         "--index",
         choices=["auto", "exact", "approx"],
-        default="auto",
         help="how items are searched: approx finds nearly all and is faster on a TPU (auto: there alone)",
     )
     predict.add_argument("--out", required=True, help="a .parquet file, or a folder")

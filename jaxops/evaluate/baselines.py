@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int, Int64
 
 from jaxops.core.failures import UserError, nearest
-from jaxops.evaluate.ranking import UNRANKED, parse_metric
+from jaxops.evaluate.ranking import COVERAGE, UNRANKED, parse_metric
 
 BLOCK_CELLS = 2**23
 """Scores held at once: 64 MiB of float64."""
@@ -47,11 +47,17 @@ def evaluate_baseline(
     parsed = [metric for metric in map(parse_metric, metrics) if not metric.sampled]
     train = prefixes(items, offsets, np.arange(len(train_end)), train_end, n_items=n_items)
     seen = prefixes(items, offsets, user, history, n_items=n_items)
-    ranks = ranks_of(BASELINES[name](train, seen), seen, target, n_items=n_items)
-    return {
-        metric.name: float(np.mean(metric.gain(ranks), dtype=np.float64)) if len(ranks) else float("nan")
-        for metric in parsed
-    }
+    score = BASELINES[name](train, seen)
+    ranks = ranks_of(score, seen, target, n_items=n_items)
+    out = {}
+    for metric in parsed:
+        if not len(ranks):
+            out[metric.name] = float("nan")
+        elif metric.kind == COVERAGE:
+            out[metric.name] = coverage(score, seen, metric.k, n_items=n_items)
+        else:
+            out[metric.name] = float(np.mean(metric.gain(ranks), dtype=np.float64))
+    return out
 
 
 def prefixes(
@@ -127,13 +133,34 @@ def ranks_of(
         scores, wanted = score(block), target[block, None]
         row = np.arange(len(wanted))[:, None]
         own = scores[row, np.clip(wanted, 0, n_items)]
-        past = seen[block].tocoo()
-        scores[:, 0] = -np.inf
-        scores[past.row, past.col] = -np.inf
+        _hide(scores, seen[block])
         ahead: Bool[np.ndarray, "block vocab"] = (scores > own) | ((scores == own) & (item < wanted))
         valid = np.isfinite(own) & (wanted >= 1) & (wanted <= n_items)
         ranks[block] = np.where(valid, ahead.sum(1, keepdims=True), UNRANKED)[:, 0]
     return ranks
+
+
+def coverage(score: Scorer, seen: sp.csr_array, k: int, *, n_items: int) -> float:
+    """`ranking.coverage_sums` on the host: the share of the catalogue among anybody's `k` best unseen items."""
+    size = max(1, BLOCK_CELLS // (n_items + 1))
+    found = np.zeros(n_items + 1, bool)
+    k = min(k, n_items)
+    for start in range(0, seen.shape[0], size):
+        block = slice(start, min(start + size, seen.shape[0]))
+        scores = score(block)
+        _hide(scores, seen[block])
+        least = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
+        better, level = scores > least, (scores == least) & np.isfinite(scores)
+        room = k - better.sum(1, keepdims=True)  # equal ones by index, as ranks have it
+        found |= (better | (level & (np.cumsum(level, axis=1) <= room))).any(0)
+    return float(found.sum() / n_items)
+
+
+def _hide(scores: Float[np.ndarray, "block vocab"], seen: sp.csr_array) -> None:
+    """Padding and what was seen are never recommended."""
+    past = seen.tocoo()
+    scores[:, 0] = -np.inf
+    scores[past.row, past.col] = -np.inf
 
 
 BASELINES: dict[str, Callable[[sp.csr_array, sp.csr_array], Scorer]] = {

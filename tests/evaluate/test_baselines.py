@@ -7,8 +7,8 @@ import pytest
 from jaxops.core.failures import UserError
 from jaxops.core.sums import finalize
 from jaxops.evaluate import baselines
-from jaxops.evaluate.baselines import evaluate_baseline, item_similarity, prefixes, ranks_of
-from jaxops.evaluate.ranking import UNRANKED, ranking_sums, target_ranks
+from jaxops.evaluate.baselines import coverage, evaluate_baseline, item_similarity, prefixes, ranks_of
+from jaxops.evaluate.ranking import UNRANKED, coverage_sums, ranking_sums, target_ranks
 
 N_ITEMS = 40
 _target_ranks = jax.jit(target_ranks, static_argnames="n_items")
@@ -150,3 +150,35 @@ def test_unknown_baseline_is_told_the_nearest(data):
     asked = queries(*data[:2], data[2])
     with pytest.raises(UserError, match="unknown baseline 'item_nn'; did you mean 'item_knn'"):
         evaluate_baseline("item_nn", *data, *asked, METRICS, n_items=N_ITEMS)
+
+
+@pytest.mark.parametrize("levels", [2, 5, 10**6])
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_coverage_equals_that_of_the_model(levels, k, monkeypatch):
+    monkeypatch.setattr(baselines, "BLOCK_CELLS", 40)  # several blocks
+    n_items, rng = 12, np.random.default_rng(levels)
+    scores = rng.integers(0, levels, (7, n_items + 1)).astype(np.float64)
+    past = np.array([[1, 2, 0], [3, 3, 0], [0, 0, 0], [12, 1, 5], [4, 0, 0], [2, 9, 11], [7, 8, 0]], np.int32)
+    seen = prefixes(past.reshape(-1), np.arange(8) * 3, np.arange(7), np.full(7, 3), n_items=n_items)
+    ones = np.ones(7, np.float32)
+    name = f"coverage@{k}"
+    given = (jax.numpy.asarray(part) for part in (scores.astype(np.float32), past, ones))
+    wanted = finalize(coverage_sums(*given, [name], n_items=n_items))[name]
+    assert coverage(lambda block: scores[block].copy(), seen, k, n_items=n_items) == pytest.approx(wanted)
+
+
+def test_a_baseline_has_its_coverage(data):
+    items, offsets, train_end, *_ = data
+    user, history, target = queries(items, offsets, train_end)
+    found = evaluate_baseline(
+        "most_popular",
+        items,
+        offsets,
+        train_end,
+        user,
+        history,
+        target,
+        ["hr@3", "coverage@3"],
+        n_items=N_ITEMS,
+    )
+    assert 0 < found["coverage@3"] < 0.5 and 0 <= found["hr@3"] <= 1

@@ -209,6 +209,8 @@ def test_new_rows_are_predicted_as_the_evaluation_saw_them(whole, capsys):
     lines = Path("clicks.tsv").read_text().splitlines()[540:]
     label = np.array([float(line[0]) for line in lines])
     Path("rows.tsv").write_text("\n".join(lines) + "\n")
+    assert main(["predict", str(run.dir), "rows.tsv", "--out", "clicks.parquet", "--top", "5"]) == 2
+    assert "--top" in capsys.readouterr().err and not Path("clicks.parquet").exists()
     assert main(["predict", str(run.dir), "rows.tsv", "--out", "clicks.parquet"]) == 0
     assert capsys.readouterr().out == "60 rows -> clicks.parquet\n"
     table = pq.read_table("clicks.parquet")
