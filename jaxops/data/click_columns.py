@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -49,13 +49,14 @@ def layout(config: ClickDataConfig) -> Layout:
         return Layout(features, ("year",), sides, ("like",), False)
     config = as_file(config)
     features = {**dict.fromkeys(config.categorical, False), **dict.fromkeys(config.bags, True)}
-    sides, weighted = {}, {*config.weights}
+    sides, weighted, numeric = {}, {*config.weights}, [*config.numeric]
     for kind, file in zip(KINDS, (config.user_features, config.item_features), strict=True):
         if file is not None:
             features |= {**dict.fromkeys(file.columns, False), **dict.fromkeys(file.bags, True)}
-            sides |= dict.fromkeys((*file.columns, *file.bags), kind)
+            sides |= dict.fromkeys((*file.columns, *file.bags, *file.numeric), kind)
             weighted |= {*file.weights}
-    return Layout(features, config.numeric, sides, tuple(config.labels), config.log, frozenset(weighted))
+            numeric += file.numeric
+    return Layout(features, tuple(numeric), sides, tuple(config.labels), config.log, frozenset(weighted))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,20 +184,27 @@ def _file(config: ClicksFile) -> Raw:
 
 def _check_names(config: ClicksFile) -> None:
     """Every feature has one name of its own: batches are by name, and a later one would take an earlier one's place."""
-    named = [("data.categorical", config.categorical), ("data.bags", config.bags)]
+    owner = _named([("data.categorical", config.categorical), ("data.bags", config.bags)], {})
+    sides = []
     for path, file in (("data.user_features", config.user_features), ("data.item_features", config.item_features)):
         if file is not None:
-            named += [(f"{path}.columns", file.columns), (f"{path}.bags", file.bags)]
-    owner: dict[str, str] = {}
+            sides += [(f"{path}.columns", file.columns), (f"{path}.bags", file.bags), (f"{path}.numeric", file.numeric)]
+    _named(sides, dict.fromkeys(config.numeric, "data.numeric") | owner)
+
+
+def _named(named: Sequence[tuple[str, Sequence[str]]], owner: Mapping[str, str]) -> dict[str, str]:
+    """`owner` (name to path of the config) and these; raises UserError where a name has one already."""
+    out = dict(owner)
     for path, names in named:
         for name in names:
             if name in RESERVED:
                 raise UserError(
                     f"{path}: a feature cannot be called {name!r}, as another entry of batches is; rename the column"
                 )
-            if name in owner:
-                raise UserError(f"{path}: {name!r} is named by {owner[name]} already; one of them must be renamed")
-            owner[name] = path
+            if name in out:
+                raise UserError(f"{path}: {name!r} is named by {out[name]} already; one of them must be renamed")
+            out[name] = path
+    return out
 
 
 def _by_id(values: pa.Array, what: str) -> tuple[Ids, np.ndarray]:

@@ -65,8 +65,11 @@ def open_data(config: RecDataConfig, progress: arrange.Progress = arrange.silent
     """
     if isinstance(config, ClicksFile | Criteo | MovieLensClicks):
         raise UserError(f"data: {config.kind} is for click models; there are no interactions to open")
-    inter, info = _events(config, progress)
     users, items = _side(config) if sides else (None, None)
+    for kind, file in (("user", users), ("item", items)):
+        if file is not None and file.numeric:
+            raise UserError(f"data.{kind}_features.numeric: {file.numeric[0]!r}: only click models read numbers")
+    inter, info = _events(config, progress)
     return RecData(
         inter,
         make_split(inter, config.split),

@@ -12,6 +12,7 @@ from jaxops.data.bags import WEIGHT, parallel
 from jaxops.data.files import expand, summary
 from jaxops.data.idmaps import plain
 from jaxops.data.ids import Ids
+from jaxops.data.numeric import numbers as as_numbers
 from jaxops.data.spec import Format, SideFile
 
 
@@ -91,13 +92,14 @@ def bags(
 def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
     """The file's columns by row of `ids` (its first row is 0 here); null, or an empty bag, where the file has none.
 
-    Weights of a bag are `NAME/weight`.
+    Weights of a bag are `NAME/weight`; numbers are float64, NaN where there is none.
 
     Raises:
       UserError: what `read_columns` and `bags` raise; a key that is there twice.
     """
-    wanted = [config.key, *config.columns, *config.bags, *config.weights.values()]
-    table = read_columns(config.path, list(dict.fromkeys(wanted)), config.format, config.header)
+    wanted = [config.key, *config.columns, *config.bags, *config.weights.values(), *config.numeric]
+    alone = {*config.numeric} - {config.key, *config.columns}
+    table = read_columns(config.path, list(dict.fromkeys(wanted)), config.format, config.header, alone)
     keys = column(table, config.key)
     known = keys.drop_null()
     if len(pc.unique(known)) != len(known):
@@ -114,5 +116,8 @@ def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
         raise UserError(f"{what}: no {config.key} of the file is an id of the data: is it the right column?")
     take = pa.array(at, mask=at < 0)
     out = {name: column(table, name).take(take) for name in config.columns}
+    for name in config.numeric:
+        values = as_numbers(column(table, name), f"{what}.numeric: {name}")
+        out[name] = pa.array(np.where(at < 0, np.nan, values[at]))
     held = bags(table, config.bags, config.weights, config.separator, what)
     return out | {name: values.take(take) for name, values in held.items()}

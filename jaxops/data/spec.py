@@ -59,6 +59,7 @@ class SideFile:
     """Columns of users or items from a file of their own, joined by `key`; `bags` are text apart by `separator`.
 
     `weights`, by bag: the column that says how much each of its values counts, as many numbers apart in the same way.
+    `numeric` columns are for click models, which read numbers.
     """
 
     path: str | tuple[str, ...]
@@ -66,6 +67,7 @@ class SideFile:
     columns: tuple[str, ...] = ()
     bags: tuple[str, ...] = ()
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    numeric: tuple[str, ...] = ()
     separator: str = "|"
     format: Format = "auto"
     header: tuple[str, ...] | None = None

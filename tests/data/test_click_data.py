@@ -64,9 +64,11 @@ NAMES = ("who", "device", "tags", "age")
 SLICES = ("cold_user", "device", "age")
 
 
-def opened(config=CONFIG, **ids):
-    maps = {name: ids.get(name, (Vocabulary(), None)) for name in NAMES}
-    return open_clicks(config, maps, {name: (name,) for name in NAMES}, SLICES if config.columns.user else ())
+def opened(config=CONFIG, without="", **ids):
+    names = [name for name in NAMES if name != without]
+    maps = {name: ids.get(name, (Vocabulary(), None)) for name in names}
+    slices = [name for name in SLICES if name != without] if config.columns.user else ()
+    return open_clicks(config, maps, {name: (name,) for name in names}, slices)
 
 
 def test_slices_go_with_evaluation_alone(folder):
@@ -259,3 +261,19 @@ def test_a_criteo_file_is_read_as_it_is_and_can_be_written(tmp_path):
     assert batch["numeric"].shape == (64, 13) and 0.1 < data.inspection["train_rate_click"] < 0.5
     null = [at for at, one in enumerate(fields) if one[14] == ""]
     assert np.all(data.examples.features["c1"].codes[null] == 0)
+
+
+def test_numbers_of_users_are_standardised_by_the_training_examples(folder):
+    side = SideFile(path="users.pq", key="account", numeric=("age",), format="parquet")
+    data = opened(dataclasses.replace(CONFIG, user_features=side), without="age")
+    rows = pq.read_table("clicks.pq").to_pylist()
+    age = {one["account"]: one["age"] for one in pq.read_table("users.pq").to_pylist()}
+    raw = np.array([np.nan if age.get(row["who"]) is None else age[row["who"]] for row in rows], float)
+    train = raw[data.parts["train"]]
+    wanted = np.nan_to_num((raw - np.nanmean(train)) / np.nanstd(train))
+    assert data.numeric == ("price", "age") and 0 < np.isnan(raw).sum() < len(raw)
+    np.testing.assert_allclose(data.examples.numeric[:, 1], wanted, rtol=1e-5, atol=1e-6)
+    given = {"config": dataclasses.replace(CONFIG, user_features=side), "path": "clicks.pq"}
+    maps = {name: Vocabulary() for name in NAMES[:3]}
+    new, _ = new_rows(**given, maps=maps, tables={name: (name,) for name in maps}, read=data.transform.__getitem__)
+    np.testing.assert_array_equal(new.numeric, data.examples.numeric)

@@ -10,8 +10,9 @@ import pytest
 
 from jaxops.core.failures import UserError
 from jaxops.data.clicks import open_clicks
+from jaxops.data.config import open_data
 from jaxops.data.idmaps import Vocabulary
-from jaxops.data.spec import ClickColumns, ClicksFile, Fractions, Label, SideFile
+from jaxops.data.spec import ClickColumns, ClicksFile, Fractions, InteractionsFile, Label, SideFile
 
 ROWS = 100
 BY_TIME = {"columns": ClickColumns(time="at"), "split": Fractions(by="time")}
@@ -73,6 +74,11 @@ def first(value, rest, count=1):
             {"tags": ["a"] * ROWS, "w": [0.5] * ROWS},
             {"bags": ("tags",), "weights": {"tags": "w"}},
             "data.weights.tags: column 'w': expected as many numbers as the bag has values",
+        ),
+        (
+            {"age": [1.0] * ROWS},
+            {"numeric": ("age",), "columns": ClickColumns(user="who"), "user_features": SIDE},
+            "data.user_features.columns: 'age' is named by data.numeric already",
         ),
         ({}, {"bags": ("device",)}, "data.bags: 'device' is named by data.categorical already"),
         (
@@ -157,3 +163,11 @@ def test_weights_of_bags_go_with_what_they_weigh(form):
     assert batch["tags/weight"][:4].tolist() == [[2, 0.5], [0, 0], [3, 0], [0, 0]]
     assert batch["likes/weight"][:9].tolist() == [[1, 4]] * 9
     assert batch["likes"][9].tolist() == [-1, -1]  # a user without a row in the file: an empty bag
+
+
+def test_numbers_of_side_files_are_for_click_models_alone():
+    pq.write_table(pa.table({"user": [1, 1], "item": [1, 2], "time": [1, 2]}), "plays.pq")
+    side = SideFile(path="side.pq", key="key", numeric=("age",))
+    config = InteractionsFile("plays.pq", format="parquet", user_features=side)
+    with pytest.raises(UserError, match="data.user_features.numeric: 'age': only click models read numbers"):
+        open_data(config, sides=True)
