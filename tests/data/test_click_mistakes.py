@@ -169,5 +169,5 @@ def test_numbers_of_side_files_are_for_click_models_alone():
     pq.write_table(pa.table({"user": [1, 1], "item": [1, 2], "time": [1, 2]}), "plays.pq")
     side = SideFile(path="side.pq", key="key", numeric=("age",))
     config = InteractionsFile("plays.pq", format="parquet", user_features=side)
-    with pytest.raises(UserError, match="data.user_features.numeric: 'age': only click models read numbers"):
+    with pytest.raises(UserError, match=r"data.user_features.numeric: 'age': only click models read numbers"):
         open_data(config, sides=True)
