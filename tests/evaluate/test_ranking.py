@@ -81,7 +81,7 @@ def test_ranks_do_not_tell_coverage():
     values = evaluate_baseline(
         "most_popular", items, offsets, ends, np.arange(2), ends, items[[2, 4]], ["coverage@5", "hr@5"], n_items=4
     )
-    assert values == {"coverage@5": 0.75, "hr@5": 1.0}  # a baseline has scores: 3 and 4 for one, 2, 3 and 4 for the other
+    assert values == {"coverage@5": 0.75, "hr@5": 1.0}  # all but item 1, which both know
 
 
 @pytest.mark.parametrize("name", ["coverage", "coverage@0", "covrage@10", "Coverage@10"])
