@@ -32,8 +32,6 @@ def parallel(bags: pa.Array, values: pa.Array, what: str) -> pa.Array:
       UserError: a row with more or fewer weights than values; one that is negative, infinite or no number.
     """
     lengths = _lengths(bags)
-    if not pa.types.is_list(values.type):
-        raise UserError(f"{what}: expected as many numbers as the bag has values, in its form (lists or text)")
     found = _lengths(values)
     wrong = np.flatnonzero(found != lengths)
     if len(wrong):

@@ -53,7 +53,7 @@ def column(table: pa.Table, name: str, separator: str | None = None) -> pa.Array
     """A column in one piece; with `separator` a bag, a list a row (null and empty text: an empty one).
 
     Raises:
-      UserError: lists where there is no bag.
+      UserError: lists where there is no bag, or a bag that is neither lists nor text.
     """
     values = whole(table, name)
     kind = values.type
@@ -64,6 +64,8 @@ def column(table: pa.Table, name: str, separator: str | None = None) -> pa.Array
         return plain(values)
     if listed:
         return values if pa.types.is_list(kind) else pc.cast(values, pa.list_(kind.value_type))
+    if pa.types.is_primitive(kind):
+        raise UserError(f"column {name!r} holds {kind}; expected a bag: lists, or text apart by {separator!r}")
     text = plain(values)
     text = pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text)
     return pc.split_pattern(text, separator)
@@ -82,9 +84,7 @@ def bags(
             raise UserError(f"{what}.weights: {name!r} is none of {what}.bags{nearest(name, names)}")
     out = {name: column(table, name, separator) for name in names}
     for name, weight in weights.items():
-        given = whole(table, weight)
-        if not pa.types.is_floating(given.type):
-            given = column(table, weight, separator)
+        given = column(table, weight, separator)
         out[f"{name}{WEIGHT}"] = parallel(out[name], given, f"{what}.weights.{name}: column {weight!r}")
     return out
 

@@ -73,12 +73,18 @@ def first(value, rest, count=1):
         (
             {"tags": ["a"] * ROWS, "w": [0.5] * ROWS},
             {"bags": ("tags",), "weights": {"tags": "w"}},
-            "data.weights.tags: column 'w': expected as many numbers as the bag has values",
+            "column 'w' holds double; expected a bag",
         ),
         (
             {"age": [1.0] * ROWS},
             {"numeric": ("age",), "columns": ClickColumns(user="who"), "user_features": SIDE},
             "data.user_features.columns: 'age' is named by data.numeric already",
+        ),
+        ({"n": [1] * ROWS}, {"bags": ("n",)}, r"column 'n' holds int64; expected a bag: lists, or text apart by '\|'"),
+        (
+            {"tags": ["a"] * ROWS, "n": [1] * ROWS},
+            {"bags": ("tags",), "weights": {"tags": "n"}},
+            "column 'n' holds int64; expected a bag",
         ),
         ({}, {"bags": ("device",)}, "data.bags: 'device' is named by data.categorical already"),
         (
