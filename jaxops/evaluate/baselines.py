@@ -32,8 +32,8 @@ def evaluate_baseline(
     *,
     n_items: int,
 ) -> dict[str, float]:
-    """The mean of each metric over the queries for `most_popular` or `item_knn`: whole catalogue, unseen
-    items.
+    """The mean of each metric over the queries (of coverage, the share of the catalogue) for `most_popular` or
+    `item_knn`: whole catalogue, unseen items.
 
     User u's events are `items[offsets[u]:offsets[u + 1]]`, of which the first `train_end[u]` may be learnt
     from; a query asks where `target` ranks after the first `history` events of `user`. Items are 1..n_items.

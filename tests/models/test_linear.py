@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import feature_batch, moved_params
 
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
@@ -18,33 +19,18 @@ def inputs_of(outputs):
 
 
 def example_batch(outputs=1):
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    tags = rng.integers(-1, 5, (BATCH, 4)).astype(np.int32)
-    tags[0] = -1
-    batch = {
-        "id": np.arange(BATCH, dtype=np.int32),
-        "user": np.arange(BATCH, dtype=np.int32),
-        "tags": tags,
-        "numeric": draw(BATCH, NUMERIC),
-        "rows": {"user": draw(BATCH, outputs), "tags": draw(BATCH, 4, outputs) * (tags >= 0)[..., None]},
-    }
-    return jax.tree.map(jnp.asarray, batch)
-
-
-def params_of(model):
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape), x.dtype), model.init(jax.random.key(0)))
+    return feature_batch(dict.fromkeys(("user", "item", "tags"), outputs), NUMERIC, 0, BATCH)
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("numeric", [0, NUMERIC])
 def test_the_logits_are_numpys(numeric, outputs):
     model = Linear(LinearConfig(), inputs_of(outputs), numeric, outputs)
-    params, batch = params_of(model), example_batch(outputs)
+    params, batch = moved_params(model), example_batch(outputs)
     found = jax.jit(lambda params, batch: model.apply(params, batch, None))(params, batch)
     wide_params, wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, batch))
-    expected = wide_params["bias"] + wide["rows"]["user"] + wide["rows"]["tags"].sum(1)
+    bag = (wide["rows"]["tags"] * wide["tags/weight"][..., None]).sum(1)
+    expected = wide_params["bias"] + wide["rows"]["user"] + bag
     if numeric:
         expected = expected + wide["numeric"] @ wide_params["numeric"]
     assert found.dtype == jnp.float32
@@ -66,7 +52,7 @@ def test_it_begins_at_zero_and_says_its_shapes():
 def test_half_precision_gives_float32_logits_and_finite_gradients():
     model, batch = Linear(LinearConfig(), inputs_of(1), NUMERIC), example_batch()
     cast = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
-    params, rows = cast(params_of(model)), cast(batch["rows"])
+    params, rows = cast(moved_params(model)), cast(batch["rows"])
     run = lambda params, rows: model.apply(params, {**batch, "rows": rows}, None)
     assert run(params, rows).dtype == jnp.float32
     grads = jax.jit(jax.grad(lambda *args: jnp.sum(jnp.square(run(*args))), argnums=(0, 1)))(params, rows)
