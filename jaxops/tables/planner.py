@@ -13,15 +13,28 @@ from jaxops.core.failures import UserError, nearest
 from jaxops.tables.spec import TableSpec
 
 PLAN, SLOTS = "plan", "slots"
-"""Entries of a planned batch. `plan[table]`: "stored" int32 [shards, ids], the rows that a shard reads, sorted, -1 in
-the rest; "passes" int32 [shards]. `slots[feature]`: int32, shaped as the feature, where an id is among those rows."""
+"""Entries of a planned batch. `plan[table]`: "stored" int32 [shards, width], the rows that a shard reads, sorted, -1
+in the rest; "passes" int32 [shards]. `slots[feature]`: int32, shaped as the feature, where an id is among those
+rows."""
 
 
 class Planner:
-    """Plans for a mesh with `shards` batch shards of `examples` each, every one the owner of as many stored rows."""
+    """Plans for a mesh with `shards` batch shards of `examples` each, every one the owner of as many stored rows.
 
-    def __init__(self, specs: Mapping[str, TableSpec], shards: int, examples: int, capacities: Mapping[str, int]):
+    A plan is as wide as `widths` says by table, or the next `wider` that holds all distinct rows; as wide as there are
+    ids where `widths` does not name the table.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, TableSpec],
+        shards: int,
+        examples: int,
+        capacities: Mapping[str, int],
+        widths: Mapping[str, int] | None = None,
+    ):
         self._specs, self._shards, self._examples, self._capacities = specs, shards, examples, capacities
+        self._widths = widths or {}
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """The batch with its plan; the whole batch, or the rows of some of its shards, as a process builds them.
@@ -41,8 +54,15 @@ class Planner:
             if spec.placed == "row":
                 size = spec.stored_rows // self._shards
                 passes = np.array([passes_needed(one, size, self._shards, self._capacities[name]) for one in rows])
+            rows = np.ascontiguousarray(rows[:, : self._width(name, rows)])
             plan[name] = {"stored": rows, "passes": passes.astype(np.int32)}
         return {**batch, PLAN: plan, SLOTS: slots}
+
+    def _width(self, name: str, rows: np.ndarray) -> int:
+        width, distinct = self._widths.get(name, rows.shape[1]), most_distinct(rows)
+        while width < distinct:
+            width = wider(width)
+        return width
 
     def _feature(self, batch: Mapping[str, np.ndarray], table: str, feature: str) -> np.ndarray:
         if feature not in batch:
@@ -63,6 +83,16 @@ def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         stored[shard, : len(found) - missing] = found[missing:]
         places[shard] = place.reshape(-1) - missing
     return stored, places
+
+
+def most_distinct(stored: np.ndarray) -> int:
+    """The most rows that one shard reads."""
+    return int((stored >= 0).sum(1).max(initial=0))
+
+
+def wider(rows: int) -> int:
+    """Room for a quarter more than so many rows, and for a few where they are few; in eights."""
+    return -(-rows * 5 // 4 // 8) * 8 + 8
 
 
 def largest_share(stored: np.ndarray, size: int, owners: int) -> int:

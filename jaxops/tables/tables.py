@@ -22,7 +22,7 @@ from jaxops.core.sums import Max, Sums
 from jaxops.tables import exchange
 from jaxops.tables.average import AVERAGE, SINCE, caught_up, moved
 from jaxops.tables.optimizers import clip_rows
-from jaxops.tables.planner import PLAN, SLOTS, Planner, largest_share
+from jaxops.tables.planner import PLAN, SLOTS, Planner, largest_share, most_distinct, wider
 from jaxops.tables.spec import GROUPS, TableSpec, check_specs
 
 Batch = Mapping[str, Any]
@@ -81,7 +81,11 @@ class EmbeddingTables:
         whole = Planner(specs, self.shards, examples, dict.fromkeys(specs, 2**31))(first)
         self._first = {name: whole[PLAN][name]["stored"] for name in specs}
         self.capacities = {name: self.specs[name].capacity or self.needed(name) for name in divided}
-        self.plan = Planner(self.specs, self.shards, examples, self.capacities)
+        # Most ids repeat: as many rows as ids would be padding for the larger part. A process on its own may widen its
+        # plans as they need it, in few steps, each of which compiles once more; several would have to agree.
+        alone = len({device.process_index for device in mesh.devices.flat}) == 1
+        widths = {name: wider(most_distinct(stored)) for name, stored in self._first.items()} if alone else {}
+        self.plan = Planner(self.specs, self.shards, examples, self.capacities, widths)
 
     def needed(self, name: str) -> int:
         """Rows that a device asks of another in one exchange of a divided table (or would ask, were it divided).
@@ -93,7 +97,7 @@ class EmbeddingTables:
         if self.specs[name].placed == "replicated":
             stored = np.sort(spec.stored(stored).astype(np.int32), axis=1)
         most = largest_share(stored, spec.stored_rows // self.shards, self.shards)
-        return int(min(-(-most * 5 // 4 // 8) * 8 + 8, max(stored.shape[1], 1)))
+        return min(wider(most), max(stored.shape[1], 1))
 
     def sharding(self, name: str) -> NamedSharding:
         """Of the rows and slots of a table."""

@@ -10,7 +10,7 @@ from jaxops.core.failures import UserError
 from jaxops.core.mesh import make_mesh
 from jaxops.data.loader import Loader
 from jaxops.tables.optimizers import LazyAdam, SparseAdam, clip_rows
-from jaxops.tables.planner import Planner, passes_needed
+from jaxops.tables.planner import Planner, passes_needed, wider
 from jaxops.tables.spec import GROUPS, TableSpec
 from jaxops.tables.tables import EmbeddingTables
 
@@ -34,6 +34,28 @@ def test_every_id_finds_its_row(shards):
         slots = planned["slots"][name].reshape(shards, -1)
         found = np.where(slots < 0, -1, np.take_along_axis(stored, np.maximum(slots, 0), 1))
         assert np.array_equal(found, SPEC.stored(asked).reshape(shards, -1))
+
+
+def test_a_plan_is_as_wide_as_its_distinct_rows_need():
+    spec = TableSpec(rows=5000, dim=4, features=("a",), placement="row")
+    planner = Planner({"t": spec}, 2, 4, {"t": 10**6}, {"t": 8})
+    full = Planner({"t": spec}, 2, 4, {"t": 10**6})
+    steps = [8, wider(8), wider(wider(8))]
+    for distinct, width in [(1, 8), (8, 8), (9, steps[1]), (steps[1], steps[1]), (steps[1] + 1, steps[2])]:
+        batch = {"a": (np.arange(8 * 100) % distinct).reshape(8, 100)}
+        batch["a"][4:] = -1  # the widest shard decides
+        narrow, wide = planner(batch), full(batch)
+        stored = narrow["plan"]["t"]["stored"]
+        assert stored.shape == (2, width) and wide["plan"]["t"]["stored"].shape == (2, 400)
+        assert np.array_equal(stored, wide["plan"]["t"]["stored"][:, :width])
+        assert np.all(wide["plan"]["t"]["stored"][:, width:] == -1)
+        assert np.array_equal(narrow["slots"]["a"], wide["slots"]["a"])
+
+
+def test_ids_that_repeat_make_a_narrow_plan():
+    batch = {"a": np.zeros((16, 50), np.int32), "b": np.ones(16, np.int32)}
+    tables = EmbeddingTables({"t": SPEC}, make_mesh(data=8), batch)
+    assert tables.plan(batch)["plan"]["t"]["stored"].shape == (8, wider(2))
 
 
 def test_a_part_of_the_shards_is_planned_as_in_the_whole():

@@ -14,6 +14,7 @@ from jaxops.core.mesh import make_mesh
 from jaxops.core.step import abstract_state, build_step, init_state
 from jaxops.core.sums import Sum
 from jaxops.tables.optimizers import Adagrad, LazyAdam, RowwiseAdagrad, Sgd, SparseAdam
+from jaxops.tables.planner import Planner
 from jaxops.tables.spec import TableSpec
 from jaxops.tables.tables import EmbeddingTables
 
@@ -230,6 +231,21 @@ def carry_on(optimizer, dtype, tmp_path):
         assert [one(batch_of(seed)) for one in moved] == pytest.approx([loss] * 3, rel=1e-5)
     for one in moved:
         assert_close(one.logical(), stayed.logical(), 1e-6)
+
+
+@pytest.mark.parametrize("placement", ["row", "replicated"])
+def test_how_wide_a_plan_is_changes_nothing(placement):
+    narrow, full = (Trainer(Adagrad(lr=0.1), {"data": 8}, placement) for _ in range(2))
+    for trainer, widths in [(narrow, {"item": 8, "place": 8}), (full, {})]:
+        trainer.tables.plan = Planner(trainer.tables.specs, 8, BATCH // 8, trainer.tables.capacities, widths)
+    few = lambda batch: {**batch, "item": batch["item"] % 3}
+    for seed in range(8):
+        batch = few(batch_of(seed))
+        assert narrow(batch) == pytest.approx(full(batch), rel=1e-6)
+    wide, thin = (x.tables.plan(few(batch_of(0)))["plan"]["item"]["stored"].shape[1] for x in (full, narrow))
+    assert thin < wide, "nothing was compared"
+    assert_close(narrow.logical(), full.logical(), 1e-6)
+    assert_close(narrow.logical("sum"), full.logical("sum"), 1e-6)
 
 
 def test_fresh_rows_are_the_same_on_every_mesh_and_no_two_alike():
