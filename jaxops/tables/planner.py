@@ -1,6 +1,6 @@
 """Plans on the host, in the input workers: which rows each batch shard reads, once each, and where an id finds its own.
 
-Numpy alone. A host plans for the shards of the batch that it builds and knows nothing of the others. Held by
+No jax. A host plans for the shards of the batch that it builds and knows nothing of the others. Held by
 tests/tables/test_planner.py.
 """
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from jaxops.core.failures import UserError, nearest
 from jaxops.tables.spec import TableSpec
@@ -78,11 +79,21 @@ def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     stored = np.full(rows.shape, -1, np.int32)
     places = np.empty(rows.shape, np.int32)
     for shard, asked in enumerate(rows):
-        found, place = np.unique(asked, return_inverse=True)
+        found, place = _unique(asked)
         missing = int(len(found) > 0 and found[0] < 0)
         stored[shard, : len(found) - missing] = found[missing:]
-        places[shard] = place.reshape(-1) - missing
+        places[shard] = place - missing
     return stored, places
+
+
+def _unique(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`np.unique` with its inverse, by hashing: only the distinct rows are sorted, and ids repeat."""
+    encoded = pa.array(rows).dictionary_encode()
+    found = encoded.dictionary.to_numpy()
+    order = np.argsort(found)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return found[order], rank[encoded.indices.to_numpy()]
 
 
 def most_distinct(stored: np.ndarray) -> int:
