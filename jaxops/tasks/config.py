@@ -61,7 +61,9 @@ class Gbce:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InBatchSoftmax:
-    """Two-tower retrieval: each example's item against those of its `block` of neighbours (null: the whole batch).
+    """Two-tower retrieval: each example's item against those of its `block` of neighbours.
+
+    `block: null` is the whole batch, over all devices; it cannot be cut into microbatches.
 
     `logq` takes off log of how often an item comes up, estimated on the way with counts that fade by `decay` a step.
     """

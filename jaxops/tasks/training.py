@@ -53,10 +53,13 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> Training:
     if problems:
         raise UserError("\n".join(f"{path}: {what}" for path, what in problems))
     shards = batch_shards(mesh)
-    if config.batch.global_ % (shards * accumulation * task.block):
+    # One microbatch is the batch as it is: its blocks may lie across devices.
+    parts = shards if accumulation == 1 else shards * accumulation * task.block
+    if config.batch.global_ % parts or config.batch.global_ % task.block:
+        blocks = f" x blocks of {task.block}" if task.block > 1 and accumulation > 1 else ""
         raise UserError(
             f"batch.global: {config.batch.global_} examples do not divide over {shards} batch shards of the mesh"
-            f" x {accumulation} microbatches" + (f" x blocks of {task.block}" if task.block > 1 else "")
+            f" x {accumulation} microbatches{blocks}"
         )
     tx = build_optimizer(config.optimizer, task.steps)
     extras = {**task.extras, **({"ema": ema(config.optimizer.ema)} if config.optimizer.ema else {})}

@@ -11,7 +11,9 @@ import pytest
 import jaxops as jx
 from jaxops.cli.main import main
 from jaxops.core.failures import UserError
+from jaxops.core.mesh import make_mesh
 from jaxops.data.criteo import write_criteo
+from jaxops.tasks.training import build_training
 
 RUN = "run: {name: tiny, dir: runs, steps: 6, log_every: 2, loggers: []}\nmesh: {data: -1}\n"
 CONFIGS = {
@@ -105,6 +107,18 @@ def agree(name, layouts, accumulations):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_layout_agrees_with_one_device(name):
     agree(name, ({"replica": 2, "fsdp": 4},), (2,))
+
+
+def test_negatives_of_the_whole_batch_come_from_all_devices():
+    """The block that is the batch lies across devices, and one microbatch need not part it."""
+    whole = task("two_tower", "objective.block=null", "batch.global=128")
+    jx.testing.check(
+        whole, layouts=({"data": 8}, {"fsdp": 2, "tensor": 2}), accumulations=(1,), batch_size=128, steps=2
+    )
+    mesh = make_mesh(data=8)
+    build_training(whole, mesh)
+    with pytest.raises(UserError, match="8 batch shards of the mesh x 2 microbatches x blocks of 128"):
+        build_training(whole, mesh, 2)
 
 
 @pytest.mark.slow
