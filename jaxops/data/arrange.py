@@ -34,6 +34,7 @@ class Encoded(NamedTuple):
     item: Int32[np.ndarray, " rows"]
     time: Float64[np.ndarray, " rows"]
     weight: Float32[np.ndarray, " rows"]
+    context: Int32[np.ndarray, "rows columns"]
 
 
 class Arranged(NamedTuple):
@@ -43,6 +44,7 @@ class Arranged(NamedTuple):
     item: Int32[np.ndarray, " events"]
     time: Float64[np.ndarray, " events"]
     weight: Float32[np.ndarray, " events"]
+    context: Int32[np.ndarray, "events columns"]
     offsets: Int64[np.ndarray, " users_and_one"]
     user_ids: Ids
     item_ids: Ids
@@ -77,7 +79,7 @@ def arrange(
     counts = np.zeros(len(user_ids), np.int64)
     counts[user_rows[user_counts > 0]] = user_counts[user_counts > 0]
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    columns = Encoded(*(allocate(total, dtype) for dtype in (np.int32, np.int32, np.float64, np.float32)))
+    columns = Encoded(*(allocate((total, *column.shape[1:]), column.dtype) for column in events))
     _group_by_user(events, user_rows, item_rows, offsets, columns, chunk, progress)
     for start, stop in user_ranges(offsets, chunk):
         progress("sorting", int(offsets[stop]), total)
@@ -132,6 +134,7 @@ def _group_by_user(
         free[user[starts]] += lengths
         out.user[place], out.item[place] = user, item
         out.time[place], out.weight[place] = events.time[at][order], events.weight[at][order]
+        out.context[place] = events.context[at][order]
 
 
 def _sort_by_time(columns: Encoded, offsets: np.ndarray, start: int, stop: int) -> None:
@@ -140,7 +143,7 @@ def _sort_by_time(columns: Encoded, offsets: np.ndarray, start: int, stop: int) 
     order = np.lexsort((columns.time[at], columns.user[at]))
     if np.array_equal(order, np.arange(len(order))):
         return
-    for column in (columns.item, columns.time, columns.weight):
+    for column in (columns.item, columns.time, columns.weight, columns.context):
         column[at] = column[at][order]
 
 

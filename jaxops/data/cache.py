@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from jaxops.data.ids import Ids
 from jaxops.data.interactions import Interactions, assemble, gather
 from jaxops.data.spec import InteractionsFile
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
-COLUMNS = ("user", "item", "time", "weight")
+COLUMNS = arrange.Encoded._fields
 OTHERS = ("offsets", "user_ids", "item_ids")
 
 
@@ -52,7 +52,8 @@ def build(
             folder.mkdir()
             events = read.read_events(files, config.columns, config.header)
             with _Spill(work) as sink:
-                gathered = gather(events, sink, text=read.is_text(files), shown=summary(files), progress=progress)
+                text, shown, context = read.is_text(files), summary(files), config.columns.context
+                gathered = gather(events, sink, text=text, shown=shown, progress=progress, context=context)
             allocate = _Mapped(folder)
             columns = arrange.arrange(
                 sink.columns(), gathered.codes, config.min_count, allocate, chunk=chunk, progress=progress
@@ -62,6 +63,8 @@ def build(
             np.save(folder / "offsets.npy", inter.offsets)
             np.save(folder / "user_ids.npy", inter.user_ids.values)
             np.save(folder / "item_ids.npy", inter.item_ids.values)
+            for name, ids in zip(_contexts(inter.contexts), inter.contexts.values(), strict=True):
+                np.save(folder / f"{name}.npy", ids.values)
             _write_manifest(folder, inter, prints)
             scratch.replace_folder(folder, target, work)
     except OSError as error:
@@ -94,14 +97,21 @@ def open_cache(folder: str | os.PathLike[str], verify: bool = False) -> Interact
     """
     root = Path(folder).expanduser()
     manifest = _manifest(root)
-    arrays = {name: _column(root, name, manifest["columns"], verify) for name in (*COLUMNS, *OTHERS)}
+    arrays = {name: _column(root, name, manifest["columns"], verify) for name in manifest["columns"]}
+    contexts = dict(zip(manifest["contexts"], _contexts(manifest["contexts"]), strict=True))
     return Interactions(
         **{name: arrays[name] for name in (*COLUMNS, "offsets")},
         user_ids=Ids(arrays["user_ids"], 0),
         item_ids=Ids(arrays["item_ids"], 1),
         timed=manifest["timed"],
         dropped=manifest["dropped"],
+        contexts={name: Ids(arrays[file], 0) for name, file in contexts.items()},
     )
+
+
+def _contexts(names: Collection[str]) -> list[str]:
+    """The files of the context columns' values; a column may have a name that no file can."""
+    return [f"context_{at}" for at in range(len(names))]
 
 
 def _manifest(root: Path) -> dict[str, Any]:
@@ -136,7 +146,7 @@ def _column(root: Path, name: str, described: dict[str, Any], verify: bool) -> n
 
 def _write_manifest(folder: Path, inter: Interactions, prints: dict[str, Any]) -> None:
     columns = {}
-    for name in (*COLUMNS, *OTHERS):
+    for name in (*COLUMNS, *OTHERS, *_contexts(inter.contexts)):
         path = folder / f"{name}.npy"
         columns[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = {
@@ -147,6 +157,7 @@ def _write_manifest(folder: Path, inter: Interactions, prints: dict[str, Any]) -
         "users": inter.n_users,
         "items": inter.n_items,
         "dropped": inter.dropped,
+        "contexts": list(inter.contexts),
         "columns": columns,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -175,9 +186,13 @@ class _Spill:
         self._paths = [folder / f"{name}.raw" for name in arrange.Encoded._fields]
         self._files = [path.open("wb") for path in self._paths]
         self._types: list[np.dtype] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._rows = 0
 
     def append(self, batch: arrange.Encoded) -> None:
         self._types = [column.dtype for column in batch]
+        self._rows += len(batch.user)
+        self._shapes = [(self._rows, *column.shape[1:]) for column in batch]
         for file, column in zip(self._files, batch, strict=True):
             file.write(np.ascontiguousarray(column).data)
 
@@ -189,8 +204,13 @@ class _Spill:
             file.close()
 
     def columns(self) -> arrange.Encoded:
-        mapped = zip(self._paths, self._types, strict=True)
-        return arrange.Encoded(*(np.asarray(np.memmap(path, kind, "r")) for path, kind in mapped))
+        described = zip(self._paths, self._types, self._shapes, strict=True)
+        return arrange.Encoded(*(_mapped(path, kind, shape) for path, kind, shape in described))
+
+
+def _mapped(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """A raw file as an array; an empty one, which cannot be mapped, too."""
+    return np.asarray(np.memmap(path, kind, "r", shape=shape)) if path.stat().st_size else np.empty(shape, kind)
 
 
 class _Mapped:
@@ -202,7 +222,7 @@ class _Mapped:
 
     def __call__(self, shape: Any, dtype: Any) -> np.ndarray:
         path = self._folder / f"{COLUMNS[len(self._arrays)]}.npy"
-        array = np.lib.format.open_memmap(path, "w+", dtype, (shape,))
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         self._arrays.append(array)
         return array
 

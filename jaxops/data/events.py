@@ -20,11 +20,12 @@ from jaxops.data.windows import mixed
 class EventSource:
     """A `Source` of training events, reshuffled every epoch.
 
-    Batches: {"id" [B] int32 event, "user" [B] int32 row, "item" [B] int32 row, "items" [B, H] int32 the item rows that
-    came before, latest last, 0 where there are fewer, "weight" [B] float32 ones}.
+    Batches: {"id" [B] int32 training event, "event" [B] int32 row of all events, "user" [B] int32 row, "item" [B] int32
+    row, "items" [B, H] int32 the item rows that came before, latest last, 0 where there are fewer, "weight" [B] float32
+    ones}.
 
     Raises:
-      UserError: there is no training event, or more than 32-bit ids can tell apart.
+      UserError: there is no training event, or more events than 32-bit numbers can tell apart.
     """
 
     def __init__(self, inter: Interactions, split: Split, history: int, seed: int) -> None:
@@ -32,6 +33,8 @@ class EventSource:
         self._events = np.flatnonzero(position < split.train_end.repeat(inter.lengths))
         if not len(self._events):
             raise UserError("there is no training event")
+        if inter.n_events > np.iinfo(np.int32).max:
+            raise UserError(f"{inter.n_events:,} events are more than 32-bit numbers can tell apart")
         self._inter, self._history = inter, history
         self.examples = len(self._events)
         self._epochs = Epochs(self.examples, seed)
@@ -44,6 +47,7 @@ class EventSource:
         before = event - self._inter.offsets[user]
         return {
             "id": ids,
+            "event": event.astype(np.int32),
             "user": np.asarray(user, np.int32),
             "item": np.asarray(self._inter.item[event], np.int32),
             "items": latest(self._inter, event, before, self._history),

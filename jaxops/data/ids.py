@@ -111,7 +111,7 @@ class IdCollector:
         return len(self._codes)
 
     def add(self, values: pa.Array, where: str) -> Int32[np.ndarray, " rows"]:
-        """Codes of a batch without nulls, int64 or string; `where` names its file in errors.
+        """Codes of a batch, int64 or string, -1 for null; `where` names its file in errors.
 
         Raises:
           UserError: integers here and strings in an earlier file.
@@ -126,12 +126,16 @@ class IdCollector:
         encoded = values.dictionary_encode()
         codes = self._codes
         unique = (codes.setdefault(value, len(codes)) for value in encoded.dictionary.to_pylist())
-        lookup = np.fromiter(unique, np.int32, len(encoded.dictionary))
-        return lookup[encoded.indices.to_numpy(zero_copy_only=False)]
+        lookup = np.append(np.fromiter(unique, np.int32, len(encoded.dictionary)), np.int32(-1))
+        return lookup[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+
+    def values(self) -> np.ndarray:
+        """What the codes stand for, in their order: int64 or bytes."""
+        return sortable(list(self._codes), self.text, self.what)
 
     def finish(self, keep: Bool[np.ndarray, " codes"], first: int) -> tuple[Ids, Int32[np.ndarray, " codes"]]:
         """The kept ids as `Ids`, and each code's row (-1: not kept)."""
-        values = sortable(list(self._codes), self.text, self.what)
+        values = self.values()
         kept = np.flatnonzero(keep)
         order = kept[np.argsort(values[kept], kind="stable")]
         rows = np.full(len(values), -1, np.int32)

@@ -6,7 +6,7 @@ original row is the order.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +27,8 @@ class Interactions:
 
     Users are rows 0..n_users-1, items 1..n_items (0 is padding), both in sorted order of their original ids.
     `time` is in unix seconds; when not `timed` it is the position in the original order. `dropped` says what
-    was left out and why. Arrays may be memory-mapped and must not be written to.
+    was left out and why. `context` are codes of further columns and `contexts`, by
+    name, the values that they stand for, unsorted (-1: null). Arrays may be memory-mapped and must not be written to.
     """
 
     user: Int32[np.ndarray, " events"]
@@ -39,6 +40,8 @@ class Interactions:
     item_ids: Ids
     timed: bool
     dropped: dict[str, int]
+    context: Int32[np.ndarray, "events columns"]
+    contexts: Mapping[str, Ids]
 
     @property
     def n_users(self) -> int:
@@ -57,6 +60,11 @@ class Interactions:
         """Events of each user."""
         return np.diff(self.offsets)
 
+    def context_of(self, name: str, events: Any = slice(None)) -> pa.Array:
+        """The values of a context column at these events (default: all), int64 or strings, null where there is none."""
+        codes = np.asarray(self.context[events, list(self.contexts).index(name)])
+        return self.contexts[name].table.take(pa.array(codes, mask=codes < 0))
+
 
 def read_interactions(
     path: str | Sequence[str],
@@ -74,7 +82,8 @@ def read_interactions(
     """
     files = expand(path, format)
     events = read.read_events(files, columns, header)
-    return from_events(events, min_count, text=read.is_text(files), shown=summary(files), progress=progress)
+    text, shown = read.is_text(files), summary(files)
+    return from_events(events, min_count, text=text, shown=shown, progress=progress, context=columns.context)
 
 
 def from_arrays(
@@ -104,14 +113,17 @@ def from_events(
     text: bool = False,
     shown: str = "the data",
     progress: arrange.Progress = arrange.silent,
+    context: Sequence[str] = (),
 ) -> Interactions:
     """Encode, filter and sort events in memory; `text` as in `IdCollector`, `shown` names them in errors.
+
+    `context` are the names of the events' context columns.
 
     Raises:
       UserError: there are none, or none is left after `min_count`.
     """
     sink = _Memory()
-    gathered = gather(events, sink, text=text, shown=shown, progress=progress)
+    gathered = gather(events, sink, text=text, shown=shown, progress=progress, context=context)
     columns = arrange.arrange(sink.columns(), gathered.codes, min_count, np.empty, progress=progress)
     return assemble(columns, gathered)
 
@@ -139,11 +151,12 @@ class _Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
-    """What is known after all events went by once."""
+    """What is known after all events went by once; `contexts` by name of the column."""
 
     codes: tuple[IdCollector, IdCollector]
     timed: bool
     null_ids: int
+    contexts: Mapping[str, IdCollector]
 
 
 def gather(
@@ -153,19 +166,23 @@ def gather(
     text: bool,
     shown: str,
     progress: arrange.Progress,
+    context: Sequence[str] = (),
 ) -> Gathered:
     """Encode the ids of every batch and append it to `sink`; ids and nothing else stay in memory here."""
     users, items = IdCollector("user", text), IdCollector("item", text)
+    contexts = {name: IdCollector(name, text) for name in context}
     rows, null_ids, timed = 0, 0, True
     for batch in events:
         row_numbers = np.arange(rows, rows + len(batch.user), dtype=np.float64)
         timed = batch.time is not None
+        given = [contexts[name].add(values, batch.where) for name, values in zip(context, batch.context, strict=True)]
         sink.append(
             arrange.Encoded(
                 users.add(batch.user, batch.where),
                 items.add(batch.item, batch.where),
                 row_numbers if batch.time is None else batch.time,
                 np.ones(len(batch.user), np.float32) if batch.weight is None else batch.weight,
+                np.stack(given, axis=1) if given else np.empty((len(batch.user), 0), np.int32),
             )
         )
         rows += len(batch.user)
@@ -174,7 +191,7 @@ def gather(
     if not rows:
         why = f"all {null_ids} rows lack a user or an item id" if null_ids else "it is empty"
         raise UserError(f"no events in {shown}: {why}")
-    return Gathered((users, items), timed, null_ids)
+    return Gathered((users, items), timed, null_ids, contexts)
 
 
 def assemble(columns: arrange.Arranged, gathered: Gathered) -> Interactions:
@@ -190,4 +207,6 @@ def assemble(columns: arrange.Arranged, gathered: Gathered) -> Interactions:
         columns.item_ids,
         gathered.timed,
         {why: count for why, count in dropped.items() if count},
+        columns.context,
+        {name: Ids(found.values(), 0) for name, found in gathered.contexts.items()},
     )

@@ -20,7 +20,8 @@ class QueryBatches:
 
     Each is {"id" [B] int32 query, "items" [B, L] int32 latest history padded with 0 on the left, "target" [B]
     int32, "seen" [B, S] int32 all items of the history (0 where none), "weight" [B] float32, "user" [B]
-    int32}. S is `seen` (default: `seen_width` of these queries); padding rows are zero in every entry.
+    int32, "event" [B] int32 the target's row of all events}. S is `seen` (default: `seen_width` of these
+    queries); padding rows are zero in every entry.
 
     Raises:
       ValueError: a history longer than `seen`.
@@ -67,6 +68,7 @@ class QueryBatches:
             "seen": seen.astype(np.int32),
             "weight": real.astype(np.float32),
             "user": np.where(real, user, 0).astype(np.int32),
+            "event": np.where(real, first + history, 0).astype(np.int32),
         }
 
     def _take(self, at: Int64[np.ndarray, "rows columns"]) -> np.ndarray:

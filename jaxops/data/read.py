@@ -27,7 +27,7 @@ FAR_FUTURE = 32_503_680_000.0
 
 @dataclasses.dataclass(frozen=True)
 class Events:
-    """A batch of events without nulls; `time` and `weight` are None where the data has no such column.
+    """A batch of events; `time` and `weight` are None where the data has no such column. Only `context` has nulls.
 
     `null_ids` counts the rows that were left out because they name no user or no item; `where` is the file.
     """
@@ -38,6 +38,7 @@ class Events:
     weight: Float32[np.ndarray, " rows"] | None
     null_ids: int
     where: str
+    context: tuple[pa.Array, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +66,11 @@ def read_events(files: Sequence[DataFile], columns: Columns, header: Sequence[st
       weight
         that is null, not a number or no date: with its file, row and value.
     """
-    wanted = [c for c in (columns.user, columns.item, columns.time, columns.weight) if c is not None]
+    numbers = [name for name in (columns.time, columns.weight) if name is not None]
+    wanted = [columns.user, columns.item, *numbers, *columns.context]
     for file in files:
         try:
-            yield from convert_batches(formats.batches(file, wanted, header), columns, file.name)
+            yield from convert_batches(formats.batches(file, wanted, header, numbers), columns, file.name)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file.name}: cannot be read as {file.format}: {error}") from error
 
@@ -79,6 +81,7 @@ def convert_batches(batches: Iterator[pa.RecordBatch], columns: Columns, where: 
     for batch in batches:
         place = lambda column, first=row: _Place(where, first, column)
         _refuse_missing(batch, batches, columns, place)
+        context = tuple(_context_column(batch.column(name), place(name)) for name in columns.context)
         user = _id_column(batch.column(columns.user), place(columns.user))
         item = _id_column(batch.column(columns.item), place(columns.item))
         time, weight = None, None
@@ -93,7 +96,8 @@ def convert_batches(batches: Iterator[pa.RecordBatch], columns: Columns, where: 
             user, item = user.filter(known), item.filter(known)
             time = None if time is None else time[keep]
             weight = None if weight is None else weight[keep]
-        yield Events(user, item, time, weight, null_ids, where)
+            context = tuple(values.filter(known) for values in context)
+        yield Events(user, item, time, weight, null_ids, where, context)
         row += len(batch)
 
 
@@ -147,6 +151,11 @@ def _id_column(column: pa.Array, place: _Place) -> pa.Array:
     if pa.types.is_floating(column.type):
         hint = "; floats often come from a table with missing values: write the ids as integers or strings"
     raise UserError(f"{place.file}: the id column {place.column!r} holds {column.type}{hint}")
+
+
+def _context_column(column: pa.Array, place: _Place) -> pa.Array:
+    """As `_id_column`; true and false as text."""
+    return pc.cast(column, pa.string()) if pa.types.is_boolean(column.type) else _id_column(column, place)
 
 
 def _numbers(column: pa.Array, place: _Place, expected: str = "a number") -> Float64[np.ndarray, " rows"]:

@@ -92,20 +92,20 @@ def bags(
 def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
     """The file's columns by row of `ids` (its first row is 0 here); null, or an empty bag, where the file has none.
 
-    Weights of a bag are `NAME/weight`; numbers are float64, NaN where there is none.
+    Weights of a bag are `NAME/weight`; numbers are float64, NaN where there is none. A key may have several rows that
+    say the same: columns of items in the file of the events are read so.
 
     Raises:
-      UserError: what `read_columns` and `bags` raise; a key that is there twice.
+      UserError: what `read_columns` and `bags` raise; rows of one key that differ.
     """
     wanted = [config.key, *config.columns, *config.bags, *config.weights.values(), *config.numeric]
     alone = {*config.numeric} - {config.key, *config.columns}
     table = read_columns(config.path, list(dict.fromkeys(wanted)), config.format, config.header, alone)
     keys = column(table, config.key)
+    if len(pc.unique(keys.drop_null())) != len(keys) - keys.null_count:
+        table = _one_each(table, keys, f"{what}: {config.key}")
+        keys = column(table, config.key)
     known = keys.drop_null()
-    if len(pc.unique(known)) != len(known):
-        counts = pc.value_counts(known)
-        twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0].as_py()
-        raise UserError(f"{what}: {config.key} {twice!r} has two rows in the file; expected one each")
     # A row without a key is nobody's: a value in its place could be somebody's id.
     there = np.flatnonzero(np.asarray(keys.is_valid()))
     rows = ids.rows(known.to_numpy(zero_copy_only=False))
@@ -121,3 +121,25 @@ def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
         out[name] = pa.array(np.where(at < 0, np.nan, values[at]))
     held = bags(table, config.bags, config.weights, config.separator, what)
     return out | {name: values.take(take) for name, values in held.items()}
+
+
+def _one_each(table: pa.Table, keys: pa.Array, what: str) -> pa.Table:
+    """The first row of each key, of which all rows say the same; none of null."""
+    codes = keys.dictionary_encode().indices
+    there = codes.is_valid()
+    table, codes = table.filter(there), np.asarray(codes.filter(there))
+    _, first = np.unique(codes, return_index=True)
+    before = pa.array(first[codes])  # codes are 0, 1, ... by arrival, as `first` is
+    for name in table.column_names:
+        values = whole(table, name)
+        if pa.types.is_floating(values.type):
+            values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+        if not values.equals(values.take(before)):
+            pairs = zip(values.to_pylist(), values.take(before).to_pylist(), strict=True)
+            row, (later, earlier) = next((row, pair) for row, pair in enumerate(pairs) if pair[0] != pair[1])
+            key = keys.filter(there)[row].as_py()
+            raise UserError(
+                f"{what} {key!r} has several rows that differ in {name!r}: {earlier!r} and {later!r};"
+                " expected one value"
+            )
+    return table.take(pa.array(np.sort(first)))

@@ -17,7 +17,7 @@ class Columns:
     """Which column is what. `time: null` keeps the order of the rows; no `weight` is 1 for every event.
 
     Numbers in the time column are unix times in `time_unit`; strings are ISO 8601, UTC unless they say
-    otherwise.
+    otherwise. `context` columns say under which circumstances an event came about (device, hour, shelf).
     """
 
     user: str = "user"
@@ -25,6 +25,7 @@ class Columns:
     time: str | None = "time"
     weight: str | None = None
     time_unit: TimeUnit = "s"
+    context: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

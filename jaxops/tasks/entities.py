@@ -1,33 +1,46 @@
-"""Columns of users and items as table rows: encoded once for every user and item, looked up by row in each batch."""
+"""Columns of users, items and events as table rows: encoded once for each, looked up by row in every batch."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from jaxops.core.failures import UserError
 from jaxops.data.bags import WEIGHT, flat, joined, padded, padded_weights
-from jaxops.data.idmaps import Vocabulary, fit_map
+from jaxops.data.config import RecData
+from jaxops.data.idmaps import Vocabulary, fit_map, restore_map
 from jaxops.data.interactions import Interactions
 from jaxops.tables.spec import TableSpec
-from jaxops.tasks.tables_config import TableConfig
+from jaxops.tasks.tables_config import TableConfig, features_of
+
+RESERVED = frozenset(
+    ("id", "event", "user", "item", "items", "seen", "target", "targets", "negatives", "target_item", "negative_item",
+     "history", "weight", "log_q", "rows", "plan", "slots")
+)  # fmt: skip
+"""What else a batch of interactions has by name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EntityColumn:
-    """Values by row of their entity; a bag has a list a row and may have weights. `own`: the entity's own ids."""
+    """Values by row of their entity; a bag has a list a row and may have weights. `own`: the entity's own ids.
+
+    `seen`: the values that training has, of which alone an id map is made (default: all).
+    """
 
     values: pa.Array
     own: bool = False
     weights: pa.Array | None = None
+    seen: pa.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """What features of users and items came to.
+    """What features of users, items and events came to.
 
     Attributes:
-      codes: by feature, the table rows by user or item row, int32 [rows] or, of a bag, [rows, width] (-1: nothing).
+      codes: by feature, the table rows by row of its entity, int32 [rows] or, of a bag, [rows, width] (-1: nothing).
       specs: by table.
       maps: id maps of values that are no ids of users or items, as named arrays.
       weights: by bag that has them, float32 [rows, width].
@@ -44,7 +57,7 @@ class Encoded:
         weights = {f"{name}{WEIGHT}": (entries[name], found) for name, found in self.weights.items() if name in entries}
         return out | weights
 
-    def frozen(self, features: Iterable[str]) -> dict[str, np.ndarray]:
+    def frozen(self, features: Collection[str]) -> dict[str, np.ndarray]:
         """Named arrays for the run folder: what serving needs of these features, which it never encodes again."""
         rows = {f"table.{name}.rows": np.array([spec.rows]) for name, spec in self.specs.items()}
         weights = {f"weights.{feature}": self.weights[feature] for feature in features if feature in self.weights}
@@ -56,20 +69,45 @@ def restore(
     owner: Mapping[str, str],
     weighted: Collection[str],
     read: Callable[[str], np.ndarray],
+    asked: Collection[str] = (),
 ) -> Encoded:
-    """What `Encoded.frozen` was taken of; `owner`: its features, some `weighted`; `read` gives arrays by name."""
+    """What `Encoded.frozen` was taken of; `owner`: its features, some `weighted`; `read` gives arrays by name.
+
+    Features that are `asked` come with each query and have no codes here: `query_codes` makes them.
+    """
     specs = {}
     for name, table in tables.items():  # in the order of training, which is that of the rows in a stack
         features = tuple(feature for feature in owner if owner[feature] == name)
         specs[name] = table.spec(int(read(f"table.{name}.rows")[0]), features)
-    codes = {feature: read(f"codes.{feature}") for feature in owner}
+    codes = {feature: read(f"codes.{feature}") for feature in owner if feature not in asked}
     return Encoded(codes, specs, weights={name: read(f"weights.{name}") for name in owner if name in weighted})
+
+
+def query_codes(
+    tables: Mapping[str, TableConfig], values: Mapping[str, pa.Array], read: Callable[[str], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Table rows of what queries bring along, by feature, through the frozen id maps that `read` gives."""
+    owner, codes = features_of(tables), {}
+    for feature, found in values.items():
+        table = owner[feature]
+        fitted = restore_map(tables[table].ids, functools.partial(_named, read, table))
+        codes[feature] = fitted.encode(found, feature)
+    return codes
+
+
+def _named(read: Callable[[str], np.ndarray], table: str, part: str) -> np.ndarray:
+    return read(f"map.{table}.{part}")
 
 
 def entity_columns(
     inter: Interactions, users: Mapping[str, pa.Array], items: Mapping[str, pa.Array]
 ) -> dict[str, EntityColumn]:
-    """`user`, `item` and the columns of both, by row; item row 0 is padding, and null in every column."""
+    """`user`, `item` and the columns of both, by row; item row 0 is padding, and null in every column.
+
+    Raises:
+      UserError: a column named like an entry of batches, or like one of the other side.
+    """
+    _check_names([("data.user_features", users), ("data.item_features", items)])
     shifted = lambda values: pa.concat_arrays([pa.nulls(1, values.type), values])
     out = {
         "user": EntityColumn(inter.user_ids.table, own=True),
@@ -82,10 +120,40 @@ def entity_columns(
     return out
 
 
+def context_columns(data: RecData) -> dict[str, EntityColumn]:
+    """The columns of events by row of the event; id maps are made of the training events' alone.
+
+    Raises:
+      UserError: a column named like an entry of batches, or like a column of users or items.
+    """
+    inter = data.inter
+    sides = [("data.user_features", data.user_features), ("data.item_features", data.item_features)]
+    _check_names([*sides, ("data.columns.context", inter.contexts)])
+    position = np.arange(inter.n_events) - inter.offsets[:-1].repeat(inter.lengths)
+    training = np.flatnonzero(position < data.split.train_end.repeat(inter.lengths))
+    return {
+        name: EntityColumn(inter.context_of(name), seen=inter.context_of(name, training)) for name in inter.contexts
+    }
+
+
+def _check_names(named: Sequence[tuple[str, Iterable[str]]]) -> None:
+    """Every feature has a name of its own: batches are by name, and a later one would take an earlier one's place."""
+    owner: dict[str, str] = {}
+    for path, names in named:
+        for name in names:
+            if name in RESERVED:
+                raise UserError(
+                    f"{path}: a feature cannot be called {name!r}, as another entry of batches is; rename the column"
+                )
+            if name in owner:
+                raise UserError(f"{path}: {name!r} is named by {owner[name]} already; one of them must be renamed")
+            owner[name] = path
+
+
 def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns: Mapping[str, EntityColumn]) -> Encoded:
     """Codes and specs of the features of `owner` (feature to table); features of one table share its id map.
 
-    Vocabularies are of all users and items that the data keeps, as item rows themselves are.
+    Vocabularies of users, items and their columns are of all that the data keeps, as item rows themselves are.
     """
     codes: dict[str, np.ndarray] = {}
     specs: dict[str, TableSpec] = {}
@@ -95,7 +163,7 @@ def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns:
         mine = {feature: columns[feature] for feature in features}
         rows = None if table.rows == "auto" else table.rows
         whole = [column for column in mine.values() if column.own]
-        seen = {id(column.values): flat(column.values) for column in mine.values()}
+        seen = {id(one.values): flat(one.values if one.seen is None else one.seen) for one in mine.values()}
         if rows is None and isinstance(table.ids, Vocabulary) and len(whole) == len(mine) and len(seen) == 1:
             values = whole[0].values
             first = int(values.null_count == 0)  # users: row 0 is left for unknown ones
@@ -104,8 +172,11 @@ def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns:
             maps[f"map.{name}.ids"] = values.drop_null().to_numpy(zero_copy_only=False)
             continue
         fitted = fit_map(table.ids, name, joined(list(seen.values())), rows)
+        called: dict[int, str] = {}
         for feature, column in mine.items():
-            codes[feature] = padded(column.values, fitted.encode(flat(column.values)))
+            # Features of one column (`item` and `history`) are one to a map that keeps features apart.
+            same = called.setdefault(id(column.values), feature)
+            codes[feature] = padded(column.values, fitted.encode(flat(column.values), same))
         specs[name] = table.spec(fitted.rows, features)
         maps |= {f"map.{name}.{part}": values for part, values in fitted.arrays().items()}
     weights = {name: columns[name].weights for name in owner}

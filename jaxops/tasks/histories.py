@@ -2,19 +2,22 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Int32, Int64
 
 from jaxops.config.types import ByPath
 from jaxops.core.failures import UserError, nearest
+from jaxops.data import side
+from jaxops.data.bags import joined
 from jaxops.data.config import open_data
 from jaxops.data.ids import Ids
-from jaxops.data.interactions import read_interactions
+from jaxops.data.interactions import Interactions, read_interactions
 from jaxops.data.spec import Columns, InteractionsFile
 
 
@@ -23,6 +26,7 @@ class Histories:
     """Whose next items are asked for: original user ids and their item rows, oldest first, as CSR.
 
     `unknown_users` have no event that the model knows and are left out, `unknown_items` counts events left out.
+    `context`, by name of the column: the circumstances that each user is asked for in.
     """
 
     users: np.ndarray
@@ -30,17 +34,22 @@ class Histories:
     offsets: Int64[np.ndarray, " users_and_one"]
     unknown_users: int = 0
     unknown_items: int = 0
+    context: Mapping[str, pa.Array] = dataclasses.field(default_factory=dict)
 
 
-def read_histories(path: str | os.PathLike[str], data: Any, item_ids: Ids) -> Histories:
-    """Events (user, item, time) or, with a user column alone, users of the run's own data.
+def read_histories(path: str | os.PathLike[str], data: Any, item_ids: Ids, context: Sequence[str] = ()) -> Histories:
+    """Events (user, item, time) or, without an item column, users of the run's own data.
+
+    A user's context is that of the file's last row of them without an item (a query: nothing was chosen yet), else
+    that of their latest event.
 
     Args:
       data: the run's data section, which says how the columns are called.
       item_ids: the items that the model knows.
+      context: the context columns that the model reads.
 
     Raises:
-      UserError: the file cannot be read, or has no user column.
+      UserError: the file cannot be read, or has no user column, or lacks one of `context`.
     """
     columns = data.columns if isinstance(data, InteractionsFile) else Columns()
     names = _dataset(path).schema.names
@@ -49,30 +58,57 @@ def read_histories(path: str | os.PathLike[str], data: Any, item_ids: Ids) -> Hi
             f"{path}: no column {columns.user!r}{nearest(columns.user, names)} (columns: {', '.join(names)})"
         )
     if columns.item not in names:
-        return _known(path, data, item_ids, columns.user)
+        return _known(path, data, item_ids, columns.user, [name for name in context if name in names], context)
     time = columns.time if columns.time in names else None
-    inter = read_interactions(str(path), dataclasses.replace(columns, time=time, weight=None))
+    inter = read_interactions(str(path), dataclasses.replace(columns, time=time, weight=None, context=tuple(context)))
     rows = item_ids.rows(inter.item_ids.originals(np.arange(1, inter.n_items + 1)))[inter.item - 1]
     keep = rows > 0
     counts = np.bincount(inter.user[keep], minlength=inter.n_users)
     known = np.flatnonzero(counts)
     offsets = np.concatenate([[0], np.cumsum(counts[known])])
     users = inter.user_ids.originals(known)
-    return Histories(users, rows[keep], offsets, inter.n_users - len(known), int((~keep).sum()))
+    brought = _latest(inter, known, context)
+    if context:
+        given = side.read_columns(str(path), list(dict.fromkeys((columns.user, columns.item, *context))))
+        queries = given.filter(pc.is_null(side.column(given, columns.item)))
+        at = np.full(inter.n_users + 1, -1)
+        at[inter.user_ids.places(side.column(queries, columns.user))] = np.arange(len(queries))
+        at = at[known]  # of who is not known, -1, the last place was
+        brought = {name: _either(side.column(queries, name), at, values) for name, values in brought.items()}
+    return Histories(users, rows[keep], offsets, inter.n_users - len(known), int((~keep).sum()), brought)
 
 
-def _known(path: str | os.PathLike[str], data: Any, item_ids: Ids, column: str) -> Histories:
+def _latest(inter: Interactions, users: Int64[np.ndarray, " users"], context: Iterable[str]) -> dict[str, pa.Array]:
+    return {name: inter.context_of(name, inter.offsets[users + 1] - 1) for name in context}
+
+
+def _either(first: pa.Array, at: Int64[np.ndarray, " n"], other: pa.Array) -> pa.Array:
+    """`first[at]`, or where that is -1 the other."""
+    first, other = joined([first, other]).slice(0, len(first)), joined([other, first]).slice(0, len(other))
+    return pc.if_else(pa.array(at >= 0), first.take(pa.array(at, mask=at < 0)), other)
+
+
+def _known(
+    path: str | os.PathLike[str], data: Any, item_ids: Ids, column: str, given: Sequence[str], context: Sequence[str]
+) -> Histories:
+    """Users of the run's data; the file has the `given` columns of `context`: all, or none."""
     if isinstance(data, ByPath):
         raise UserError(f"{path} has no item column, and the run's data is a function: give events (user, item)")
     inter = open_data(data).inter
     same_items(item_ids, np.asarray(inter.item_ids.values))
-    wanted = _dataset(path).to_table(columns=[column])[column].to_numpy()
-    rows = inter.user_ids.rows(wanted)
+    table = side.read_columns(str(path), [column, *(context if given else ())])
+    asked = side.column(table, column)
+    rows = inter.user_ids.places(asked)
     known = rows[rows >= 0]
+    if given:
+        brought = {name: side.column(table, name).filter(pa.array(rows >= 0)) for name in context}
+    else:
+        brought = _latest(inter, known, context)
     counts = inter.lengths[known]
     offsets = np.concatenate([[0], np.cumsum(counts)])
     events = np.repeat(inter.offsets[known] - offsets[:-1], counts) + np.arange(offsets[-1])
-    return Histories(wanted[rows >= 0], inter.item[events], offsets, unknown_users=int((rows < 0).sum()))
+    users, unknown = inter.user_ids.originals(known), int((rows < 0).sum())
+    return Histories(users, inter.item[events], offsets, unknown_users=unknown, context=brought)
 
 
 def same_items(known: Ids, values: np.ndarray) -> None:

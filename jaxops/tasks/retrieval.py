@@ -17,13 +17,14 @@ from jaxops.core.sums import Sums
 from jaxops.data.config import RecData
 from jaxops.data.events import ColumnBatches, EntityBatches, EventSource, WithColumns
 from jaxops.data.queries import QueryBatches, seen_width
+from jaxops.data.spec import InteractionsFile
 from jaxops.evaluate.grouped import with_slices
 from jaxops.evaluate.ranking import evaluate_scores
 from jaxops.models.inputs import Input
 from jaxops.models.two_tower import TwoTower, TwoTowerConfig
 from jaxops.objectives.retrieval import count_items, in_batch_softmax, log_frequency, no_frequencies
 from jaxops.tasks.config import InBatchSoftmax, RecConfig
-from jaxops.tasks.entities import Encoded, encode, entity_columns
+from jaxops.tasks.entities import Encoded, context_columns, encode, entity_columns
 from jaxops.tasks.seams import require_callable
 from jaxops.tasks.slices import slice_columns
 from jaxops.tasks.tables_config import features_of, match
@@ -77,7 +78,7 @@ def build_retrieval(
         transform={
             "item_ids": np.asarray(inter.item_ids.values),
             "user_ids": np.asarray(inter.user_ids.values),
-            **encoded.frozen(encoded.codes),
+            **encoded.frozen([name for name in encoded.codes if name not in inter.contexts]),
         },
         baselines=baselines,
         block=(config.objective.block or size) if isinstance(config.objective, InBatchSoftmax) else 1,
@@ -94,6 +95,7 @@ def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Rank
         config.model, *(_inputs(names, config, encoded) for names in (config.model.user, config.model.item))
     )
     entries = {**dict.fromkeys(config.model.user, "user"), **dict.fromkeys(config.model.item, "item"), HISTORY: "items"}
+    entries |= dict.fromkeys(context_of(config), "event")
     columns = encoded.columns(entries)
     of_items = {name: column for name, column in columns.items() if column[0] == "item"}
     towers = lambda params: {name: value for name, value in params.items() if name != "catalogue"}
@@ -113,15 +115,23 @@ def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Rank
     )
 
 
+def context_of(config: RecConfig) -> tuple[str, ...]:
+    """The context columns that the user's tower reads: a query brings them along."""
+    assert isinstance(config.model, TwoTowerConfig)
+    known = config.data.columns.context if isinstance(config.data, InteractionsFile) else ()
+    return tuple(name for name in config.model.user if name in known)
+
+
 def _encoded(config: RecConfig, data: RecData) -> Encoded:
     """Codes and specs of the features that both towers read."""
     model = config.model
     assert isinstance(model, TwoTowerConfig)
-    found = entity_columns(data.inter, data.user_features, data.item_features)
+    context = context_columns(data)
+    found = entity_columns(data.inter, data.user_features, data.item_features) | context
     known = {**dict.fromkeys(found, "a column"), HISTORY: "items"}
     wanted = dict.fromkeys(model.user, "model.user") | dict.fromkeys(model.item, "model.item")
     owner = match(config.tables, wanted, known)
-    of_users = {"user", HISTORY, *data.user_features}
+    of_users = {"user", HISTORY, *data.user_features, *context}
     for path, names, wrong in (
         ("model.user", model.user, set(model.user) - of_users),
         ("model.item", model.item, set(model.item) & of_users),
@@ -136,7 +146,7 @@ def _encoded(config: RecConfig, data: RecData) -> Encoded:
         codes = encoded.codes[HISTORY].copy()
         codes[0] = -1  # fewer items than fit the bag
         encoded.codes[HISTORY] = codes
-    for name in set(model.user) - {HISTORY}:
+    for name in set(model.user) - {HISTORY, *context}:
         codes = encoded.codes[name]
         nobody = np.full((1, *codes.shape[1:]), 0 if codes.ndim == 1 else -1, codes.dtype)
         encoded.codes[name] = np.concatenate([codes, nobody])  # row -1: a user whom training never saw
@@ -147,7 +157,8 @@ def _encoded(config: RecConfig, data: RecData) -> Encoded:
 
 def _inputs(names: tuple[str, ...], config: RecConfig, encoded: Encoded) -> list[Input]:
     table = {name: config.tables[owner] for name, owner in features_of(config.tables).items()}
-    bag = {name: name == HISTORY or encoded.codes[name].ndim == 2 for name in names}
+    context = context_of(config)
+    bag = {name: name == HISTORY or (name not in context and encoded.codes[name].ndim == 2) for name in names}
     return [Input(name=name, dim=table[name].dim, bag=bag[name], pool=table[name].pool) for name in names]
 
 

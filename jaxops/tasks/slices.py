@@ -1,4 +1,4 @@
-"""Slices of a ranking evaluation: by the target item, or by the user, of each query."""
+"""Slices of a ranking evaluation: by the target item, its event's context, or the user, of each query."""
 
 from collections.abc import Callable
 
@@ -24,16 +24,19 @@ def slice_columns(names: tuple[str, ...], data: RecData) -> dict[str, tuple[str,
     trained = inter.item[position < split.train_end.repeat(inter.lengths)]
     cold_item = np.bincount(trained, minlength=inter.n_items + 1) == 0
     owner = dict.fromkeys(("cold_user", "warm_user", *data.user_features), "user")
+    owner |= dict.fromkeys(inter.contexts, "event")
 
     def of(name: str) -> dict[str, np.ndarray]:
         if name in data.user_features:
             return by_value(name, data.user_features[name])
+        if name in inter.contexts:
+            return by_value(name, inter.context_of(name))
         values = data.item_features[name]
         return by_value(name, pa.concat_arrays([pa.nulls(1, values.type), values]))
 
     ready = warm_and_cold("item", cold_item) | warm_and_cold("user", split.train_end == 0)
     columns = {**data.user_features, **data.item_features}
-    plain = [name for name, values in columns.items() if not pa.types.is_list(values.type)]
+    plain = [name for name, values in columns.items() if not pa.types.is_list(values.type)] + [*inter.contexts]
     return {
         f"{SLICE}{mask}": (owner.get(name, "target"), rows)
         for name in names

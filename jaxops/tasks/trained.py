@@ -28,10 +28,10 @@ from jaxops.evaluate.index import Index
 from jaxops.models.two_tower import TwoTowerConfig
 from jaxops.tasks.clicks import ClickModel, restore_clicks
 from jaxops.tasks.config import CLICK_MODELS, SCHEMAS
-from jaxops.tasks.entities import Encoded, restore
+from jaxops.tasks.entities import Encoded, query_codes, restore
 from jaxops.tasks.histories import Histories, HistoryBatches, read_histories, same_items
 from jaxops.tasks.passes import ROWS, Passes, Weights
-from jaxops.tasks.retrieval import two_tower_ranking
+from jaxops.tasks.retrieval import context_of, two_tower_ranking
 from jaxops.tasks.run_folder import RunFolder
 from jaxops.tasks.sasrec_tables import sasrec_ranking
 from jaxops.tasks.tables_config import features_of
@@ -70,7 +70,7 @@ class Trained:
           UserError: the file cannot be read, or has no user column.
         """
         self._ranking()
-        return read_histories(path, self.config.data, self.item_ids)
+        return read_histories(path, self.config.data, self.item_ids, self._context)
 
     def predict(
         self, source: str | os.PathLike[str] | Histories, k: int = 10, *, batch: int = 512, method: str = "auto"
@@ -145,6 +145,11 @@ class Trained:
         clicks = {label: pa.array(found[:, at]) for at, label in enumerate(model.labels)}
         return pa.table({kind: ids for kind, ids in own.who.items() if kind not in clicks} | clicks)
 
+    @property
+    def _context(self) -> tuple[str, ...]:
+        """What a query brings along."""
+        return context_of(self.config) if isinstance(self.config.model, TwoTowerConfig) else ()
+
     def _ranking(self) -> Ranking:
         if isinstance(self.asks, ClickModel):
             raise UserError(f"{self.config.model.kind} predicts clicks: it ranks no items and has no item vectors")
@@ -202,7 +207,11 @@ class Trained:
         ranking = self._ranking()
         passes = self._passes(size)
         users = np.full(len(given.users), -1) if self.user_ids is None else self.user_ids.rows(given.users)
-        batches = ColumnBatches(HistoryBatches(given, users, ranking.length, passes.size), ranking.columns)
+        assert self.transform is not None
+        asked_in = {name: given.context[name] for name in self._context}
+        brought = query_codes(self.config.tables, asked_in, self.transform)
+        columns = {**ranking.columns, **{name: ("id", codes) for name, codes in brought.items()}}
+        batches = ColumnBatches(HistoryBatches(given, users, ranking.length, passes.size), columns)
         asked = lambda params, batch: (ranking.queries(params, batch), batch["seen"])
         with jax.set_mesh(self._mesh):
             found = passes.over("queries", asked, self._weights, batches)
@@ -288,4 +297,5 @@ def _features(config: Any, names: tuple[str, ...], read: Callable[[str], np.ndar
     owner = features_of(config.tables)
     sides = (getattr(config.data, "user_features", None), getattr(config.data, "item_features", None))
     weighted = {name for file in sides if file is not None for name in file.weights}
-    return restore(config.tables, {name: owner[name] for name in names}, weighted, read)
+    asked = context_of(config) if isinstance(config.model, TwoTowerConfig) else ()
+    return restore(config.tables, {name: owner[name] for name in names}, weighted, read, asked)

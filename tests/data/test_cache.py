@@ -14,7 +14,7 @@ from jaxops.data.config import open_data
 from jaxops.data.interactions import read_interactions
 from jaxops.data.spec import Columns, InteractionsFile, MinCount
 
-COLUMNS = Columns(weight="w")
+COLUMNS = Columns(weight="w", context=("device", "hour"))
 
 
 def write(path, seed=0, rows=3000, strings=False):
@@ -27,16 +27,20 @@ def write(path, seed=0, rows=3000, strings=False):
         "item": [f"i{i}" for i in items] if strings else items,
         "time": rng.integers(0, 50, rows),
         "w": rng.random(rows).astype(np.float32),
+        "device": [[None, "phone", "tv"][n] for n in rng.integers(0, 3, rows)],
+        "hour": rng.integers(0, 24, rows),
     }
     pq.write_table(pa.table(columns), path)
 
 
 def same_bytes(a, b):
-    for name in ("user", "item", "time", "weight", "offsets"):
+    for name in ("user", "item", "time", "weight", "context", "offsets"):
         x, y = getattr(a, name), getattr(b, name)
         assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), name
     assert a.user_ids.values.tobytes() == b.user_ids.values.tobytes()
     assert a.item_ids.values.tobytes() == b.item_ids.values.tobytes()
+    for name in ("device", "hour"):
+        assert a.context_of(name).equals(b.context_of(name))
     assert (a.user_ids.first, a.item_ids.first, a.timed, a.dropped) == (0, 1, b.timed, b.dropped)
 
 
@@ -57,7 +61,7 @@ def test_cache_is_byte_for_byte_the_in_memory_reading(tmp_path, monkeypatch, str
         mapped.item[0] = 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "part-0.parquet", "part-1.parquet"]
     assert sorted(p.name for p in folder.iterdir()) == sorted(
-        [f"{name}.npy" for name in (*cache.COLUMNS, *cache.OTHERS)] + ["manifest.json"]
+        [f"{name}.npy" for name in (*cache.COLUMNS, *cache.OTHERS, "context_0", "context_1")] + ["manifest.json"]
     )
 
 
@@ -134,7 +138,7 @@ def manifest(**fields):
     [
         (lambda folder: (folder / "manifest.json").unlink(), "no data cache in"),
         (change("manifest.json", lambda raw: raw[:50]), "manifest.json is damaged"),
-        (manifest(version=99), "a data cache of version 99, this jaxops reads 1"),
+        (manifest(version=99), "a data cache of version 99, this jaxops reads 2"),
         (lambda folder: (folder / "item.npy").unlink(), "item.npy is missing"),
         (change("item.npy", lambda raw: raw[:-4]), "item.npy has"),
         (change("time.npy", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])), "time.npy has SHA-256"),

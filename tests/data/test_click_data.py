@@ -200,7 +200,10 @@ def test_splits_keep_their_order(folder, by):
         ({"split": Fractions(valid=0.001, test=0.3)}, "the valid part is empty"),
         ({"columns": ClickColumns(user="who")}, "by: time needs data.columns.time"),
         ({"columns": ClickColumns(time="at")}, "user_features: say which column is the user"),
-        ({"user_features": SideFile(path="users.pq", key="age", format="parquet")}, "age '20' has two rows"),
+        (
+            {"user_features": SideFile(path="users.pq", key="age", columns=("who",), format="parquet")},
+            "age '20' has several rows that differ in 'who'",
+        ),
     ],
 )
 def test_mistakes_are_told(folder, change, said):

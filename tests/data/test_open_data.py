@@ -2,6 +2,10 @@ import json
 import subprocess
 import sys
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
 import pytest
 
 from jaxops.core.failures import UserError
@@ -13,6 +17,8 @@ from jaxops.data.config import (
     open_data,
 )
 from jaxops.data.inspect import describe, inspect
+from jaxops.data.side import read_side
+from jaxops.data.spec import Columns, SideFile
 
 CSV = """user,item,time
 a,p,2026-11-01
@@ -99,3 +105,59 @@ def test_data_needs_neither_jax_nor_grain():
     code = f"from jaxops.data import {modules}\nimport sys\nprint('jax' in sys.modules, 'grain' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_columns_of_users_and_items_may_lie_in_the_file_of_events(tmp_path):
+    rows = [(u, i, 10 * u + i) for u in range(3) for i in range(4)]
+    events = {
+        "user": [u for u, _, _ in rows],
+        "item": [f"i{i}" for _, i, _ in rows],
+        "time": [t for _, _, t in rows],
+        "age": [[20.5, float("nan"), None][u] for u, _, _ in rows],
+        "tags": [[["a"], [], None, ["b", "a"]][i] for _, i, _ in rows],
+    }
+    place = str(tmp_path / "events.parquet")
+    pq.write_table(pa.table(events), place)
+    config = InteractionsFile(
+        place,
+        user_features=SideFile(path=place, key="user"),
+        item_features=SideFile(path=place, key="item", bags=("tags",)),
+    )
+    data = open_data(config, sides=True)
+    ages = read_side(SideFile(path=place, key="user", numeric=("age",)), data.inter.user_ids, "users")["age"]
+    np.testing.assert_array_equal(ages.to_numpy(zero_copy_only=False), [20.5, np.nan, np.nan])
+    assert data.item_features["tags"].to_pylist() == [["a"], [], None, ["b", "a"]]
+    events["tags"][11] = ["b"]
+    pq.write_table(pa.table(events), place)
+    with pytest.raises(UserError, match=r"item 'i3' has several rows that differ in 'tags': \['b', 'a'\] and \['b'\]"):
+        open_data(config, sides=True)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_context_goes_with_its_event(tmp_path, suffix):
+    """Through the filter, the sort and whatever has no id; the same from text, JSON and Parquet."""
+    draw = np.random.default_rng(3)
+    rows = [
+        {"user": int(u), "item": int(i), "time": int(t), "device": d, "hour": int(h)}
+        for u, i, t, d, h in zip(
+            draw.integers(0, 9, 300), draw.integers(0, 12, 300), draw.permutation(300),
+            draw.choice(np.array(["phone", "tv", None]), 300), draw.integers(0, 24, 300), strict=True,
+        )
+    ]  # fmt: skip
+    place = tmp_path / f"events.{suffix}"
+    lost = {**rows[0], "item": None}
+    frame = pa.Table.from_pylist([lost, *rows])
+    if suffix == "csv":
+        pacsv.write_csv(frame, place)
+    elif suffix == "jsonl":
+        place.write_text("".join(json.dumps(row) + "\n" for row in [lost, *rows]))
+    else:
+        pq.write_table(frame, place)
+    columns = Columns(context=("hour", "device"))
+    inter = open_data(InteractionsFile(str(place), columns=columns, min_count=MinCount(item=20))).inter
+    assert 0 < inter.n_events < 300
+    by_time = {row["time"]: row for row in rows}
+    wanted = [by_time[int(time)] for time in inter.time]
+    assert inter.context_of("hour").to_pylist() == [row["hour"] for row in wanted]
+    assert inter.context_of("device").to_pylist() == [row["device"] for row in wanted]
+    assert inter.user_ids.originals(inter.user).tolist() == [row["user"] for row in wanted]

@@ -32,6 +32,7 @@ def test_batches_are_what_a_loop_would_build(part, size):
         assert row["items"].tolist() == [0] * (4 - len(past)) + past[-4:]
         assert row["seen"].tolist() == past + [0] * (16 - len(past))
         assert (row["id"], row["user"], row["target"], row["weight"]) == (k, user, queries.target[k], 1)
+        assert (inter.item[row["event"]], inter.user[row["event"]]) == (row["target"], user)
     shapes = {name: (value.shape, value.dtype.name) for name, value in batches[0].items()}
     assert shapes == {
         "id": ((size,), "int32"),
@@ -40,6 +41,7 @@ def test_batches_are_what_a_loop_would_build(part, size):
         "seen": ((size, 16), "int32"),
         "weight": ((size,), "float32"),
         "user": ((size,), "int32"),
+        "event": ((size,), "int32"),
     }
 
 

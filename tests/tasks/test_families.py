@@ -36,18 +36,20 @@ task: rec
 data:
   kind: interactions
   path: plays.parquet
+  columns: {context: [device]}
   item_features: {path: films.parquet, key: film, columns: [year], bags: [tags], weights: {tags: much}}
 tables:
   user: {dim: 8, rows: 500, ids: {kind: hash, salt: 7}, scale: 0.1, placement: row, optimizer: {kind: sgd, lr: 0.1}}
   item: {dim: 8, features: [item, history], scale: 0.1, optimizer: {kind: sgd, lr: 0.1}}
   year: {dim: 4, scale: 0.1, optimizer: {kind: sgd, lr: 0.1}}
   tags: {dim: 4, scale: 0.1, pool: sum, optimizer: {kind: sgd, lr: 0.1}}
+  device: {dim: 4, scale: 1.0, optimizer: {kind: sgd, lr: 0.1}}
 model:
-  {kind: two_tower, user: [user, history], item: [item, tags, year], dim: 8, user_hidden: [8], item_hidden: [8],
+  {kind: two_tower, user: [user, history, device], item: [item, tags, year], dim: 8, user_hidden: [8], item_hidden: [8],
     history: 4}
 objective: {kind: in_batch_softmax, temperature: 0.5, block: 8}
 batch: {global: 64}
-evaluate: {every: 3, metrics: [hr@10, ndcg@10], batch: 16, slices: [warm_item, year, cold_user]}
+evaluate: {every: 3, metrics: [hr@10, ndcg@10], batch: 16, slices: [warm_item, year, cold_user, device]}
 """,
     "clicks": """
 task: rec
@@ -75,7 +77,9 @@ def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("families")
     draw = np.random.default_rng(0)
     items = np.concatenate([draw.choice(50, 12, replace=False) for _ in range(40)])
-    events = {"user": np.repeat(np.arange(40), 12), "item": items, "time": np.arange(480)}
+    devices = [[None, "phone", "tv"][x] for x in draw.integers(0, 3, 480)]
+    devices[11::12] = ["watch"] * 40  # every last event is by what training never saw
+    events = {"user": np.repeat(np.arange(40), 12), "item": items, "time": np.arange(480), "device": devices}
     pq.write_table(pa.table({**events, "item": [f"f{x}" for x in events["item"]]}), where / "plays.parquet")
     films = {
         "film": [f"f{x}" for x in range(45)],
@@ -84,6 +88,8 @@ def folder(tmp_path_factory):
         "much": ["|".join(f"{0.5 + y}" for y in range(x % 4)) for x in range(45)],
     }
     pq.write_table(pa.table(films), where / "films.parquet")
+    twice = pa.table({**films, "device": films["year"]})
+    pq.write_table(pa.concat_tables([twice, twice]), where / "twice.parquet")
     write_criteo(where / "clicks.tsv", rows=600)
     for name, text in CONFIGS.items():
         (where / f"{name}.yaml").write_text(text + RUN)
@@ -175,12 +181,13 @@ def year_of(film):
 
 @pytest.mark.parametrize("name", ["sasrec", "two_tower"])
 def test_predictions_hit_as_often_as_the_evaluation_said(name, whole, capsys):
-    """All but the last event of everybody goes in; how often that one comes back is the run's test/hr@10."""
+    """All but the item of everybody's last event goes in; how often that one comes back is the run's test/hr@10."""
     events = pq.read_table("plays.parquet").to_pylist()
     last = {event["user"]: event["item"] for event in events}  # in order of time
     before = [event for event in events if event["item"] != last[event["user"]]]
+    asked = [{**event, "item": None} for event in events if event["item"] == last[event["user"]]]
     newcomer = [{"user": 99, "item": f"f{x}", "time": x} for x in (3, 4)]
-    pq.write_table(pa.Table.from_pylist(before + newcomer), "before.parquet")
+    pq.write_table(pa.Table.from_pylist(before + asked + newcomer), "before.parquet")
     run = str(whole(name).dir)
     assert main(["predict", run, "before.parquet", "--top", "10", "--out", "top.parquet", "--index", "approx"]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -215,6 +222,34 @@ def test_exported_vectors_are_what_predictions_are_made_of(name, whole):
     assert matrix.shape == (38, 8)
     rest = np.linalg.lstsq(matrix, scores, rcond=None)[1]
     assert rest == pytest.approx(0, abs=1e-8) and np.linalg.matrix_rank(matrix) == 8
+
+
+def scores(model, rows):
+    pq.write_table(pa.Table.from_pylist(rows), "asked.parquet")
+    return {(row["user"], row["item"]): row["score"] for row in model.predict("asked.parquet", 38).to_pylist()}
+
+
+def test_a_query_brings_its_context(whole):
+    """The same user is offered other things on another device: by users alone, by events, and by the latest event."""
+    model = jx.load(whole("two_tower").dir)
+    phone, tv, none = (scores(model, [{"user": 7, "device": device}]) for device in ("phone", "tv", None))
+    assert len(phone) == 38 and phone != tv and phone != none
+    events = [event for event in pq.read_table("plays.parquet").to_pylist() if event["user"] == 7]
+    query = {"user": 7, "item": None, "time": 9999, "device": "tv"}
+    assert scores(model, [*events, {**query, "device": "phone"}, query]) == tv
+    assert scores(model, events) == scores(model, [{"user": 7}]) == none  # its last was by what is not known
+    assert scores(model, [*events[:-1], {**events[-1], "device": "phone"}]) == phone
+    with pytest.raises(UserError, match="no column 'device'"):
+        scores(model, [{name: value for name, value in event.items() if name != "device"} for event in events])
+
+
+def test_a_vocabulary_of_context_is_of_training_alone(whole):
+    run = whole("two_tower")
+    known = jx.load(run.dir).transform("map.device.ids")
+    assert [str(name) for name in known] == ["phone", "tv"]
+    summary = run.summary
+    assert summary["test/hr@10[device=watch]"] == summary["test/hr@10"] and summary["test/hr@10[device=tv]"] is None
+    assert summary["valid/hr@10[device=tv]"] is not None
 
 
 def test_new_rows_are_predicted_as_the_evaluation_saw_them(whole, capsys):
@@ -272,7 +307,7 @@ def test_a_click_model_ranks_no_items(whole):
 def test_shardings_prints_what_tables_cost(capsys):
     assert main(["shardings", "two_tower.yaml", "--json"]) == 0
     tables = {one["name"]: one for one in json.loads(capsys.readouterr().out)["tables"]}
-    assert set(tables) == {"user", "item", "year_and_1_more"} and tables["year_and_1_more"]["members"] == [
+    assert set(tables) == {"user", "item", "device", "year_and_1_more"} and tables["year_and_1_more"]["members"] == [
         "year",
         "tags",
     ]
@@ -292,8 +327,25 @@ def test_shardings_prints_what_tables_cost(capsys):
         ("two_tower", "model.item=[item, tags, yeer]", "model.item: the data has no 'yeer'; did you mean 'year'"),
         (
             "two_tower",
-            "model.user=[user, history, year]",
-            "model.user: 'year' is a column of the other side .there are: user, history",
+            "model.user=[user, history, device, year]",
+            "model.user: 'year' is a column of the other side .there are: user, device, history",
+        ),
+        (
+            "two_tower",
+            "data.item_features={path: films.parquet, key: film, columns: [year, device], bags: [tags]}",
+            "films.parquet: no column 'device'",
+        ),
+        (
+            "two_tower",
+            "data.user_features={path: plays.parquet, key: user, columns: [time]}",
+            "data.user_features: user '?0'? has several rows that differ in 'time'",
+        ),
+        ("two_tower", "data.columns.context=[device, item]", "data.columns.context: a feature cannot be called 'item'"),
+        ("two_tower", "data.columns.context=[devise]", "no column 'devise'; did you mean 'device'"),
+        (
+            "two_tower",
+            "data.item_features={path: twice.parquet, key: film, columns: [year, device], bags: [tags]}",
+            "data.columns.context: 'device' is named by data.item_features already",
         ),
         ("two_tower", "tables.user.rows=2000000000", "GiB a device with their slots"),
         ("two_tower", "evaluate.metrics=[auc]", "unknown metric 'auc'"),
