@@ -201,8 +201,8 @@ def test_splits_keep_their_order(folder, by):
         ({"columns": ClickColumns(user="who")}, "by: time needs data.columns.time"),
         ({"columns": ClickColumns(time="at")}, "user_features: say which column is the user"),
         (
-            {"user_features": SideFile(path="users.pq", key="age", columns=("who",), format="parquet")},
-            "age '20' has several rows that differ in 'who'",
+            {"user_features": SideFile(path="users.pq", key="age", columns=("account",), format="parquet")},
+            "age '20' has several rows that differ in 'account'",
         ),
     ],
 )
