@@ -2,10 +2,10 @@
 
 The model sums bags of looked-up rows, multiplies them by a weight and squares the error: nearly all of the time is the
 table's. Both sides run element-wise Adagrad and take turns on the same Zipf ids; so does torch's EmbeddingBag with
-sparse gradients and Adagrad, in a process of its own, where `.peers/recbole` has a torch (`make peers`). A turn is
-a few steps one after the other, as in training, of which the first is not counted: it finds caches and threads as the other
-side left them. `ratio` is a dense step's time over ours, the median of the ratios within a turn, at 1M x 64 and 8,192
-ids. Our plan is made on the host, in the input workers, and is told apart; the comparison with torch counts it, because
+sparse gradients and Adagrad, in a process of its own, where `.peers/recbole` has a torch (`make peers`). A turn is some
+steps one after the other, as in training; the first is not counted, as it finds caches and threads as the other side
+left them. `ratio` is a dense step's time over ours, the median of the ratios within a turn, at 1M x 64 and 8,192 ids.
+Our plan is made on the host, in the input workers, and is told apart; the comparison with torch counts it, because
 torch sorts in its step.
 
     python benchmarks/sparse_tables.py [--turns 13] [--quick]
