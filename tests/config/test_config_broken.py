@@ -1,6 +1,7 @@
 """Broken configurations: all problems at once, each with its place, its value and what would be right."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ NUMBER = 3
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in os.environ if name.startswith("TO")]:  # messages offer what is near
+        monkeypatch.delenv(name)
     monkeypatch.setenv("TOY_BUCKET", "lake")
     package = tmp_path / "toybad"
     package.mkdir()
