@@ -1,8 +1,8 @@
 """Rows to the devices that read them, and their gradients back to those that hold them: two all_to_alls each way.
 
-All of it runs inside `shard_map` over the batch axes, on what one device holds. What a shard reads is cut into passes
-by row, not by place, so that an owner sees all gradients of a row in one pass and applies its optimizer once. There is
-one pass unless a plan says that its rows do not fit the capacity.
+All of it runs inside `shard_map` over the batch axes, of which there are several shards, on what one device holds. What
+a shard reads is cut into passes by row, not by place, so that an owner sees all gradients of a row in one pass and
+applies its optimizer once. There is one pass unless a plan says that its rows do not fit the capacity.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def gather(
     table: Float[Array, "size dim"], stored: Int[Array, " ids"], passes: Int[Array, ""], axes: Axes, capacity: int
 ) -> Float[Array, "ids dim"]:
     """The rows that this shard reads, zeros where `stored` is -1."""
-    owners, size = _count(axes), table.shape[0]
+    owners, size = jax.lax.axis_size(axes), table.shape[0]
 
     def one(at: Array, found: Array) -> Array:
         order, start, mine = _sorted_out(stored, at, passes, size, owners)
@@ -41,7 +41,6 @@ def scatter(
     stored: Int[Array, " ids"],
     passes: Int[Array, ""],
     grads: Float[Array, "ids dim"],
-    keep: Bool[Array, ""],
     update: Update,
     axes: Axes,
     capacity: int,
@@ -50,16 +49,14 @@ def scatter(
 
     `size` is how many rows this device holds; rows that `update` is given beyond it are padding.
     """
-    owners = _count(axes)
+    owners = jax.lax.axis_size(axes)
 
     def one(at: Array, state: Any) -> Any:
         order, start, _ = _sorted_out(stored, at, passes, size, owners)
         asked = _asked(stored, order, start, size, capacity)
         sent = grads[_places(order, start, capacity)[0]]  # of padding: something, that nobody will use
-        rows, got = _swap(asked, axes), _swap(sent, axes)
-        if owners > 1:
-            rows, got = _summed(rows, got)
-        return update(state, beyond(jnp.where(keep, rows, -1), size), got)
+        rows, got = _summed(_swap(asked, axes), _swap(sent, axes))
+        return update(state, beyond(rows, size), got)
 
     return _repeat(passes, one, state)
 
@@ -107,13 +104,9 @@ def beyond(rows: Int[Array, " n"], size: int) -> Int[Array, " n"]:
 
 def _swap(x: Array, axes: Axes) -> Array:
     """[owners * capacity, ...]: part k goes to owner k, and comes from shard k."""
-    return jax.lax.all_to_all(x, axes, 0, 0, tiled=True) if axes else x
+    return jax.lax.all_to_all(x, axes, 0, 0, tiled=True)
 
 
 def _repeat(passes: Int[Array, ""], one: Callable[[Array, Any], Any], start: Any) -> Any:
     """`one` of every pass; the first is not part of the loop, which mostly has nothing to do."""
     return jax.lax.fori_loop(1, passes, one, one(jnp.int32(0), start))
-
-
-def _count(axes: Axes) -> int:
-    return jax.lax.axis_size(axes) if axes else 1

@@ -52,7 +52,7 @@ class Planner:
             for feature, place in zip(spec.features, np.split(places, ends, axis=1), strict=True):
                 slots[feature] = place.reshape(batch[feature].shape)
             passes = np.ones(shards, np.int32)
-            if spec.placed == "row":
+            if spec.placed == "row" and self._shards > 1:
                 size = spec.stored_rows // self._shards
                 passes = np.array([passes_needed(one, size, self._shards, self._capacities[name]) for one in rows])
             rows = np.ascontiguousarray(rows[:, : self._width(name, rows)])
@@ -75,25 +75,22 @@ class Planner:
 
 
 def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[shards, n] rows to the distinct ones of each shard, sorted and padded with -1, and each one's place there."""
+    """[shards, n] rows to the distinct ones of each shard, sorted and padded with -1, and each one's place there.
+
+    As `np.unique` with its inverse, by hashing: only the distinct rows are sorted, and ids repeat.
+    """
     stored = np.full(rows.shape, -1, np.int32)
     places = np.empty(rows.shape, np.int32)
     for shard, asked in enumerate(rows):
-        found, place = _unique(asked)
-        missing = int(len(found) > 0 and found[0] < 0)
-        stored[shard, : len(found) - missing] = found[missing:]
-        places[shard] = place - missing
+        encoded = pa.array(asked).dictionary_encode()
+        found = encoded.dictionary.to_numpy()
+        order = np.argsort(found)
+        missing = np.count_nonzero(found < 0)  # -1 comes first, and its place is -1
+        stored[shard, : len(found) - missing] = found[order[missing:]]
+        rank = np.empty(len(found), np.int32)
+        rank[order] = np.arange(-missing, len(found) - missing, dtype=np.int32)
+        rank.take(encoded.indices.to_numpy(), out=places[shard], mode="clip")
     return stored, places
-
-
-def _unique(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`np.unique` with its inverse, by hashing: only the distinct rows are sorted, and ids repeat."""
-    encoded = pa.array(rows).dictionary_encode()
-    found = encoded.dictionary.to_numpy()
-    order = np.argsort(found)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return found[order], rank[encoded.indices.to_numpy()]
 
 
 def most_distinct(stored: np.ndarray) -> int:

@@ -141,10 +141,10 @@ class EmbeddingTables:
         spec = self.specs[name]
 
         def local(rows: Array, stored: Array, passes: Array) -> Array:
-            if spec.placed == "replicated":
+            if spec.placed == "replicated" or self.shards == 1:
                 found = rows.at[exchange.beyond(stored[0], rows.shape[0])].get(mode="fill", fill_value=0)
             else:
-                most = jax.lax.pmax(passes[0], self.axes) if self.axes else passes[0]
+                most = jax.lax.pmax(passes[0], self.axes)
                 found = exchange.gather(rows, stored[0], most, self.axes, self.capacities[name])
             return found.astype(wide_dtype(found.dtype))
 
@@ -191,22 +191,22 @@ class EmbeddingTables:
         ) -> Any:
             def update(arrays: dict[str, Array], rows: Array, grads: Array) -> dict[str, Array]:
                 read = {slot: x.at[rows].get(mode="fill", fill_value=0) for slot, x in arrays.items()}
-                old = read.pop("rows")
-                average = {slot: read.pop(slot) for slot in (AVERAGE, SINCE) if slot in read}
-                new, slots = rule.update(old.astype(grads.dtype), read, clip_rows(grads, rule.clip), count)
+                old, slots = read["rows"], {slot: read[slot] for slot in rule.slots(spec.dim)}
+                new, slots = rule.update(old.astype(grads.dtype), slots, clip_rows(grads, rule.clip), count)
                 put = {"rows": new.astype(old.dtype), **slots}
                 if spec.ema:
-                    wide = moved(average[AVERAGE], average[SINCE], old.astype(grads.dtype), new, count, spec.ema)
-                    put |= {AVERAGE: wide, SINCE: jnp.broadcast_to(count, average[SINCE].shape)}
+                    wide = moved(read[AVERAGE], read[SINCE], old.astype(grads.dtype), new, count, spec.ema)
+                    put |= {AVERAGE: wide, SINCE: jnp.broadcast_to(count, read[SINCE].shape)}
+                put = {slot: jnp.where(keep, x, read[slot]) for slot, x in put.items()}
                 return {slot: x.at[rows].set(put[slot], mode="drop", unique_indices=True) for slot, x in arrays.items()}
 
             size = arrays["rows"].shape[0]
+            if self.shards == 1:  # a plan has each row once: there is nothing to exchange or to add up
+                return update(arrays, exchange.beyond(stored[0], size), grads)
             if spec.placed == "replicated":
-                return self._whole(arrays, size, stored[0], grads, keep, update)
-            most = jax.lax.pmax(passes[0], self.axes) if self.axes else passes[0]
-            return exchange.scatter(
-                arrays, size, stored[0], most, grads, keep, update, self.axes, self.capacities[name]
-            )
+                return self._whole(arrays, size, stored[0], grads, update)
+            most = jax.lax.pmax(passes[0], self.axes)
+            return exchange.scatter(arrays, size, stored[0], most, grads, update, self.axes, self.capacities[name])
 
         shards, lies = P(self.axes), self.sharding(name).spec
         where = dict.fromkeys(arrays, lies)
@@ -215,14 +215,13 @@ class EmbeddingTables:
         )
         return {**written, "count": count}
 
-    def _whole(self, arrays: Any, size: int, stored: Array, grads: Array, keep: Array, update: Any) -> Any:
+    def _whole(self, arrays: Any, size: int, stored: Array, grads: Array, update: exchange.Update) -> Any:
         """A small table, which every device holds: gradients are summed as large as it is."""
         rows = exchange.beyond(stored, size)
         total = jnp.zeros((size, grads.shape[1]), grads.dtype).at[rows].set(grads, mode="drop", unique_indices=True)
         touched = jnp.zeros(size, jnp.int32).at[rows].set(1, mode="drop", unique_indices=True)
-        if self.axes:
-            total, touched = jax.lax.psum((total, touched), self.axes)
-        at = jnp.where((touched > 0) & keep, jnp.arange(size, dtype=jnp.int32), -1)
+        total, touched = jax.lax.psum((total, touched), self.axes)
+        at = jnp.where(touched > 0, jnp.arange(size, dtype=jnp.int32), -1)
         return update(arrays, exchange.beyond(at, size), total)
 
     def _map(self, local: Callable[..., Any], ins: Any, out: Any) -> Callable[..., Any]:

@@ -203,6 +203,15 @@ def test_what_does_not_fit_the_capacity_goes_in_more_passes(optimizer):
     assert_close(tight.logical("sum"), roomy.logical("sum"), 1e-6)
 
 
+def test_one_device_exchanges_nothing_whatever_the_capacity():
+    alone, eight = Trainer(Adagrad(lr=0.1), {"data": 1}, capacity=3), Trainer(Adagrad(lr=0.1), {"data": 8})
+    for seed in range(3):
+        sums = alone.sums(batch_of(seed))
+        assert float(sums["tables/item/passes"].maximum) == 1
+        eight(batch_of(seed))
+    assert_close(alone.logical(), eight.logical(), 1e-6)
+
+
 @pytest.mark.parametrize(
     "optimizer, dtype",
     [
