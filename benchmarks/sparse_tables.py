@@ -2,9 +2,10 @@
 
 The model sums bags of looked-up rows, multiplies them by a weight and squares the error: nearly all of the time is the
 table's. Both sides run element-wise Adagrad and take turns on the same Zipf ids; so does torch's EmbeddingBag with
-sparse gradients and Adagrad, in a process of its own, where `.peers/recbole` has a torch (`make peers`). A turn is some
-steps one after the other, as in training; the first is not counted, as it finds caches and threads as the other side
-left them. `ratio` is a dense step's time over ours, the median of the ratios within a turn, at 1M x 64 and 8,192 ids.
+sparse gradients and Adagrad, in a process of its own, where `.peers/recbole` has a torch (`make peers`). A turn is a
+rest, until the other side's threads have stopped spinning, and then steps one after the other, as in training; the
+first ones are not counted, as they find caches and clocks as the rest left them. `ratio` is a dense step's time over
+ours, the median of the ratios within a turn, at 1M x 64 and 8,192 ids.
 Our plan is made on the host, in the input workers, and is told apart; the comparison with torch counts it, because
 torch sorts in its step.
 
@@ -37,8 +38,8 @@ from jaxops.tables.spec import TableSpec
 from jaxops.tables.tables import EmbeddingTables
 
 LENGTH, ZIPF = 8, 1.2
-STEPS = 5
-"""Steps of a turn."""
+REST, STEPS, WARM = 0.3, 25, 5
+"""A turn: seconds of rest, steps, and how many of these are not counted."""
 TORCH = Path(".peers/recbole/bin/python")
 RULES: list[Any] = [(".*", ())]
 
@@ -87,6 +88,7 @@ class Side:
 
         tx = optax.sgd(0.05) if tables else optax.adagrad(0.05)
         self.mesh, self.tables = mesh, tables
+        self.sums: Any = None  # of the steps before, as in a window of the loop
         self.plan: Callable[[Any], Any] = tables.plan if tables else lambda batch: batch
         with jax.set_mesh(mesh):
             self.state = init_state(init, jax.random.key(0), tx, mesh, RULES, tables=tables)
@@ -100,10 +102,11 @@ class Side:
         planned = self.plan(batch)
         between = time.perf_counter()
         with jax.set_mesh(self.mesh):
-            self.state, sums = jax.block_until_ready(self.step(self.state, planned))
-        if float(sums["nonfinite"].total):
+            self.state, self.sums = jax.block_until_ready(self.step(self.state, planned, self.sums))
+        took = between - began, time.perf_counter() - between
+        if float(self.sums["nonfinite"].total):
             raise SystemExit("error: a step was not finite")
-        return between - began, time.perf_counter() - between
+        return took
 
 
 class Torch:
@@ -136,8 +139,9 @@ class Torch:
 
 
 def turn(side: Callable[[Any], Any], made: list[dict[str, np.ndarray]]) -> tuple[float, float]:
-    """Median seconds of a step, without and with its plan, of all but the first."""
-    took = [side(batch) for batch in made][1:]
+    """Median seconds of a step, without and with its plan, once it is warm."""
+    time.sleep(REST)
+    took = [side(batch) for batch in made][WARM:]
     pairs = [one if isinstance(one, tuple) else (0.0, one) for one in took]
     return statistics.median(step for _, step in pairs), statistics.median(sum(pair) for pair in pairs)
 
@@ -220,6 +224,8 @@ def main() -> None:
                 "sizes": found,
                 "turns": args.turns,
                 "steps_of_a_turn": STEPS,
+                "warm_up_of_a_turn": WARM,
+                "rest_seconds": REST,
                 "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
                 "versions": {"jax": jax.__version__, "jaxops": jaxops.__version__, "optax": optax.__version__},
             }
