@@ -101,15 +101,20 @@ def read_raw(config: ClickDataConfig) -> Raw:
 def read_own(config: ClickDataConfig, path: str | os.PathLike[str]) -> Own:
     """Rows to be predicted: as the training data's, without labels, weights and splits.
 
+    Whose they are need not be told, unless a feature is a column of users or items.
+
     Raises:
       UserError: what reading raises.
     """
     if isinstance(config, MovieLensClicks):
         return _film_columns(side.read_columns(os.fspath(path), ("user", "item", "time")))
-    file = as_file(config)
-    wanted = [*file.categorical, *file.bags, *file.weights.values(), *file.numeric, *_who(file).values()]
-    table = side.read_columns(os.fspath(path), list(dict.fromkeys(wanted)), file.format, file.header, _numbers(file))
-    return _own(file, table)
+    file, has = as_file(config), layout(config)
+    path = os.fspath(path)
+    there = side.columns_of(path, file.format, file.header)
+    who = {kind: name for kind, name in _who(file).items() if name in there or kind in has.sides.values()}
+    wanted = [*file.categorical, *file.bags, *file.weights.values(), *file.numeric, *who.values()]
+    table = side.read_columns(path, list(dict.fromkeys(wanted)), file.format, file.header, _numbers(file))
+    return _own(file, table, who)
 
 
 def as_file(config: ClicksFile | Criteo) -> ClicksFile:
@@ -142,13 +147,13 @@ def _numbers(config: ClicksFile) -> set[str]:
     return plain - {*config.categorical, *_who(config).values()}
 
 
-def _own(config: ClicksFile, table: pa.Table) -> Own:
+def _own(config: ClicksFile, table: pa.Table, who: Mapping[str, str]) -> Own:
     categorical = {name: side.column(table, name) for name in config.categorical}
     categorical |= side.bags(table, config.bags, config.weights, config.separator, "data")
     return Own(
         categorical,
         {name: numbers(side.column(table, name), f"data.numeric: {name}") for name in config.numeric},
-        {kind: side.column(table, name) for kind, name in _who(config).items()},
+        {kind: side.column(table, name) for kind, name in who.items()},
     )
 
 
@@ -162,7 +167,7 @@ def _file(config: ClicksFile) -> Raw:
     named = [name for name in (columns.time, columns.weight) if name is not None]
     wanted = [*_who(config).values(), *named, *labels, *features, *config.weights.values()]
     table = side.read_columns(config.path, list(dict.fromkeys(wanted)), config.format, config.header, _numbers(config))
-    own = _own(config, table)
+    own = _own(config, table, _who(config))
     files: dict[str, SideFile | None] = {"user": config.user_features, "item": config.item_features}
     values: dict[str, pa.Array | np.ndarray] = {}
     ids, of = {}, {}

@@ -51,10 +51,26 @@ def batches(
             yield batch.slice(start, ROWS)
 
 
+def columns(file: DataFile, header: Sequence[str] | None = None) -> list[str]:
+    """The columns that `batches` can give, those of the hive partition last.
+
+    Raises:
+      UserError: a file that is not of its format.
+    """
+    names: list[str] = []
+    if file.format == "parquet":
+        with _open_parquet(file) as parquet:
+            names = parquet.schema_arrow.names
+    elif file.size and file.format == "jsonl":
+        names = list(_json_types(file, (), ()))
+    elif file.size:
+        names = _names(file, header)
+    return list(dict.fromkeys([*names, *file.partition]))
+
+
 def _text(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     """CSV and TSV: all is read as strings, so no value's type depends on where a block happens to end."""
-    delimiter = "\t" if file.format == "tsv" else ","
-    names = list(header) if header is not None else _header(file, delimiter)
+    names = _names(file, header)
     if not names:
         return
     inside = _check_columns(file, wanted, names)
@@ -64,16 +80,22 @@ def _text(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -
         strings_can_be_null=True,
         null_values=[""],
     )
-    parse = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    parse = pacsv.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True)
     # One thread, so that a broken row is told by its number.
     read = pacsv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=header)
     with file.stream() as stream, pacsv.open_csv(stream, read, parse, convert) as reader:
         yield from reader
 
 
-def _header(file: DataFile, delimiter: str) -> list[str]:
+def _names(file: DataFile, header: Sequence[str] | None) -> list[str]:
+    if header is not None:
+        return list(header)
     with file.stream() as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace") as text:
-        return next(csv.reader([text.readline()], delimiter=delimiter), [])
+        return next(csv.reader([text.readline()], delimiter=_delimiter(file)), [])
+
+
+def _delimiter(file: DataFile) -> str:
+    return "\t" if file.format == "tsv" else ","
 
 
 def _jsonl(
@@ -96,7 +118,10 @@ def _jsonl(
 
 
 def _json_types(file: DataFile, wanted: Sequence[str], floats: Collection[str]) -> dict[str, pa.DataType]:
-    """Column -> type by the first line that has a value for it; columns that are not wanted only by name."""
+    """Column -> type by the first line that has a value for it; columns that are not wanted only by name.
+
+    Reads on, within bounds, until there is a type for all that is wanted; with nothing wanted, to the bound.
+    """
     types: dict[str, pa.DataType] = {}
     with file.stream() as stream, io.TextIOWrapper(stream, encoding="utf-8", errors="replace") as text:
         for number, line in enumerate(itertools.islice(text, 1000), 1):
@@ -111,7 +136,7 @@ def _json_types(file: DataFile, wanted: Sequence[str], floats: Collection[str]) 
                         raise UserError(
                             f"{file.name}:{number}: column {name!r} is {shown}, expected a number or a string"
                         )
-            if all(types.get(name, pa.null()) != pa.null() for name in wanted):
+            if wanted and all(types.get(name, pa.null()) != pa.null() for name in wanted):
                 break
     return types
 
@@ -167,13 +192,16 @@ def _broken_line(file: DataFile, schema: pa.Schema) -> str:
 
 
 def _parquet(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-    try:
-        parquet = pq.ParquetFile(file.random())
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file.name}: not a Parquet file ({error})") from error
-    with parquet:
+    with _open_parquet(file) as parquet:
         inside = _check_columns(file, wanted, parquet.schema_arrow.names)
         yield from parquet.iter_batches(batch_size=ROWS, columns=inside)
+
+
+def _open_parquet(file: DataFile) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file.random())
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file.name}: not a Parquet file ({error})") from error
 
 
 def _check_columns(file: DataFile, wanted: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -41,6 +41,16 @@ def read_columns(
     return pa.concat_tables([pa.Table.from_batches([part]) for part in parts], promote_options="permissive")
 
 
+def columns_of(path: str | Sequence[str], format: Format = "auto", header: Sequence[str] | None = None) -> list[str]:
+    """The columns that every one of the files has, in order of the first.
+
+    Raises:
+      UserError: what `files.expand` raises; a file that is not of its format.
+    """
+    first, *others = [formats.columns(file, header) for file in expand(path, format)]
+    return [name for name in first if all(name in names for names in others)]
+
+
 def whole(table: pa.Table, name: str) -> pa.Array:
     """A column in one piece, of the type that it has."""
     values = table[name].combine_chunks()

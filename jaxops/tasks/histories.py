@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,7 @@ def read_histories(path: str | os.PathLike[str], data: Any, item_ids: Ids, conte
       UserError: the file cannot be read, or has no user column, or lacks one of `context`.
     """
     columns = data.columns if isinstance(data, InteractionsFile) else Columns()
-    names = _dataset(path).schema.names
+    names = side.columns_of(str(path))
     if columns.user not in names:
         raise UserError(
             f"{path}: no column {columns.user!r}{nearest(columns.user, names)} (columns: {', '.join(names)})"
@@ -153,17 +152,3 @@ class HistoryBatches:
         seen = np.where(wide < count[:, None], take(first[:, None] + wide), 0)
         found = {"id": index, "items": items, "seen": seen, "user": self._users[index]}
         return {name: values.astype(np.int32) for name, values in found.items()}
-
-
-def _dataset(path: str | os.PathLike[str]) -> Any:
-    """A Parquet, CSV or JSONL file (or a folder of Parquet) as an Arrow dataset."""
-    import pyarrow.dataset as ds
-
-    suffix = Path(path).suffix.lower()
-    kind = {".csv": "csv", ".jsonl": "json", ".json": "json"}.get(suffix, "parquet")
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file")
-    try:
-        return ds.dataset(str(path), format=kind)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: cannot be read as {kind}: {str(error).splitlines()[0]}") from None

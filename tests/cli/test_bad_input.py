@@ -447,7 +447,7 @@ ROWS = [
     Bad(
         "predict for no file",
         ["predict", "runs/tiny", "u.csv", "--out", "o"],
-        ["u.csv: no such file"],
+        ["no data file u.csv"],
         {},
         True,
     ),

@@ -151,6 +151,27 @@ def test_new_rows_are_read_as_the_examples_were(folder, file):
     assert found["numeric"][0, 0] == 0 and found["numeric"][1, 0] != 0
 
 
+def test_whose_new_rows_are_is_told_where_a_feature_asks_for_it(folder):
+    alone = dataclasses.replace(CONFIG, categorical=("device",), user_features=None)
+    maps = {name: (Vocabulary(), None) for name in ("device", "tags")}
+    data = open_clicks(alone, maps, {name: (name,) for name in maps})
+    rows = pq.read_table("clicks.pq").drop_columns(["stars", "bought", "at"])
+    pq.write_table(rows.drop_columns(["who"]), "nobody.pq")
+
+    def read(config, path, names):
+        return new_rows(config, path, dict.fromkeys(names, Vocabulary()), {name: (name,) for name in names}, arrays)
+
+    arrays = data.transform.__getitem__
+    (told, with_who), (not_told, without) = (read(alone, path, maps) for path in ("clicks.pq", "nobody.pq"))
+    assert with_who.who["user"].to_pylist() == rows["who"].to_pylist() and without.who == {}
+    every = np.arange(ROWS)
+    for name, values in told.batch(every, every).items():
+        np.testing.assert_array_equal(values, not_told.batch(every, every)[name], err_msg=name)
+    arrays = opened().transform.__getitem__
+    with pytest.raises(UserError, match=r"nobody\.pq: no column 'who'"):
+        read(dataclasses.replace(CONFIG, categorical=("device",)), "nobody.pq", ("device", "tags", "age"))
+
+
 def test_a_batch_is_a_function_of_the_cursor_and_an_epoch_has_every_example_once(folder):
     source = opened().source(seed=3)
     assert source.examples == 160
