@@ -4,7 +4,7 @@ rule.
 Plain numpy and scipy.sparse on the host: no mesh, no training, and never a dense items x items matrix.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import scipy.sparse as sp
@@ -31,9 +31,10 @@ def evaluate_baseline(
     metrics: Sequence[str],
     *,
     n_items: int,
+    slices: Mapping[str, Bool[np.ndarray, " queries"]] | None = None,
 ) -> dict[str, float]:
     """The mean of each metric over the queries (of coverage, the share of the catalogue) for `most_popular` or
-    `item_knn`: whole catalogue, unseen items.
+    `item_knn`: whole catalogue, unseen items; `ndcg@10[NAME]` over those of a slice alone, NaN where it has none.
 
     User u's events are `items[offsets[u]:offsets[u + 1]]`, of which the first `train_end[u]` may be learnt
     from; a query asks where `target` ranks after the first `history` events of `user`. Items are 1..n_items.
@@ -49,14 +50,18 @@ def evaluate_baseline(
     seen = prefixes(items, offsets, user, history, n_items=n_items)
     score = BASELINES[name](train, seen)
     ranks = ranks_of(score, seen, target, n_items=n_items)
-    out = {}
+    parts = {"": np.ones(len(ranks), bool)} | {f"[{name}]": mask for name, mask in (slices or {}).items()}
+    masks = np.stack(list(parts.values()))
+    sizes = masks.sum(1)
+    out: dict[str, float] = {}
     for metric in parsed:
-        if not len(ranks):
-            out[metric.name] = float("nan")
-        elif metric.kind == COVERAGE:
-            out[metric.name] = coverage(score, seen, metric.k, n_items=n_items)
+        if metric.kind == COVERAGE:
+            found = coverage(score, seen, metric.k, masks, n_items=n_items)
         else:
-            out[metric.name] = float(np.mean(metric.gain(ranks), dtype=np.float64))
+            gains = metric.gain(ranks).astype(np.float64)
+            found = masks @ gains / np.maximum(sizes, 1)
+        values = np.where(sizes > 0, found, np.nan)
+        out |= {f"{metric.name}{part}": float(value) for part, value in zip(parts, values, strict=True)}
     return out
 
 
@@ -140,10 +145,13 @@ def ranks_of(
     return ranks
 
 
-def coverage(score: Scorer, seen: sp.csr_array, k: int, *, n_items: int) -> float:
-    """`ranking.coverage_sums` on the host: the share of the catalogue among anybody's `k` best unseen items."""
+def coverage(
+    score: Scorer, seen: sp.csr_array, k: int, masks: Bool[np.ndarray, "parts queries"], *, n_items: int
+) -> Float[np.ndarray, " parts"]:
+    """`ranking.coverage_sums` on the host: the share of the catalogue among the `k` best unseen items of any query of
+    each part."""
     size = max(1, BLOCK_CELLS // (n_items + 1))
-    found = np.zeros(n_items + 1, bool)
+    found = np.zeros((len(masks), n_items + 1), bool)
     k = min(k, n_items)
     for start in range(0, seen.shape[0], size):
         block = slice(start, min(start + size, seen.shape[0]))
@@ -152,8 +160,10 @@ def coverage(score: Scorer, seen: sp.csr_array, k: int, *, n_items: int) -> floa
         least = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
         better, level = scores > least, (scores == least) & np.isfinite(scores)
         room = k - better.sum(1, keepdims=True)  # equal ones by index, as ranks have it
-        found |= (better | (level & (np.cumsum(level, axis=1) <= room))).any(0)
-    return float(found.sum() / n_items)
+        best = better | (level & (np.cumsum(level, axis=1) <= room))
+        for part, mask in enumerate(masks[:, block]):
+            found[part] |= best[mask].any(0)
+    return found.sum(1) / n_items
 
 
 def _hide(scores: Float[np.ndarray, "block vocab"], seen: sp.csr_array) -> None:

@@ -61,7 +61,7 @@ class Gain:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One split: a row for the model, for each baseline and for each slice (the model's), a column for each metric."""
+    """One split: a row for the model and each baseline, of everything and of each slice, a column for each metric."""
 
     title: str
     columns: list[str]
@@ -218,19 +218,26 @@ def _table(run: RunFolder, split: str) -> Table:
     if shown:
         compared = [name for name in names if any(_baseline(run, b, split, name) is not None for b in shown)]
         names = compared or names
-    values = [(model_name(run), [run.number(f"{split}/{name}") for name in names])]
-    values += [(display(b), [_baseline(run, b, split, name) for name in names]) for b in shown]
-    best = [_best(name, [row[i] for _, row in values]) if shown else None for i, name in enumerate(names)]
-    rows = [
-        Row(label, place == 0, [cell(value, top) for value, top in zip(row, best, strict=True)])
-        for place, (label, row) in enumerate(values)
-    ]
-    rows += [
-        Row(f"of {part}", False, [cell(run.number(f"{split}/{name}[{part}]"), None) for name in names])
-        for part in slices(run, split)
-    ]
+    rows = _rows(run, split, names, "", model_name(run))
+    for part in slices(run, split):
+        rows += _rows(run, split, [f"{name}[{part}]" for name in names], f"of {part}: ", f"of {part}")
     gains = [_gain(run, split, name) for name in names]
     return Table(TITLES[split], [metric_label(n) for n in names], rows, gains, _certainty(run, split, names))
+
+
+def _rows(run: RunFolder, split: str, names: list[str], prefix: str, label: str) -> list[Row]:
+    """The model and the baselines that have any of these, the best of each column marked where there is a choice."""
+    values = [(label, [run.number(f"{split}/{name}") for name in names])]
+    for baseline in baselines(run):
+        found = [_baseline(run, baseline, split, name) for name in names]
+        if not prefix or any(value is not None for value in found):
+            values.append((f"{prefix}{display(baseline)}", found))
+    choice = len(values) > 1
+    best = [_best(name, [row[i] for _, row in values]) if choice else None for i, name in enumerate(names)]
+    return [
+        Row(label, place == 0 and not prefix, [cell(value, top) for value, top in zip(row, best, strict=True)])
+        for place, (label, row) in enumerate(values)
+    ]
 
 
 def _best(metric: str, values: list[float | None]) -> float | None:

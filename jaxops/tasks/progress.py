@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jaxops.evaluate.clicks import CLICK_METRICS
@@ -77,35 +78,45 @@ class Progress:
 
 
 def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...]) -> Table:
-    """Rows: the model, each baseline and each slice; columns: the metrics on validation and test.
+    """Rows: the model and each baseline, of everything and then of each slice; columns: the metrics on validation and
+    test.
 
-    More than six of those become the rows, since 80 columns would cut them.
+    More than six of those become the rows, since 80 columns would cut them, and the models the columns.
     """
     how = "" if set(metrics) & set(CLICK_METRICS) else ": ranked over the whole catalogue, seen items removed"
-    table = Table(title=f"{summary.get('name', '')}{how}")
+    table = Table(title=escape(f"{summary.get('name', '')}{how}"))
     parts = [part for part in ("valid", "test") if any(key.startswith(part + "/") for key in summary)]
     values = [(part, metric) for part in parts for metric in metrics]
     names = sorted({key.split("/")[1] for key in summary if key.startswith("baseline/")}, reverse=True)
+    models = [("model", ""), *((name.replace("_", " "), f"baseline/{name}/") for name in names)]
     slices = dict.fromkeys(key.partition("[")[2].removesuffix("]") for key in summary if "[" in key)
-    models = [("model", "", ""), *((name.replace("_", " "), f"baseline/{name}/", "") for name in names)]
-    models += [(name, "", f"[{name}]") for name in slices]
+    groups = [("", ""), *((name, f"[{name}]") for name in slices)]
 
-    def cell(prefix: str, part: str, metric: str, suffix: str) -> str:
-        value = summary.get(f"{prefix}{part}/{metric}{suffix}")
-        return "" if value is None else f"{value:.4f}"
+    def cells(prefix: str, suffix: str) -> list[str]:
+        found = [summary.get(f"{prefix}{part}/{metric}{suffix}") for part, metric in values]
+        return ["" if value is None else f"{value:.4f}" for value in found]
 
     table.add_column("")
     if len(values) <= 6:
         for part, metric in values:
             table.add_column(f"{part}\n{metric}", justify="right")
-        for label, prefix, suffix in models:
-            cells = [cell(prefix, part, metric, suffix) for part, metric in values]
-            table.add_row(label, *cells, style="bold" if label == "model" else None)
+        for name, suffix in groups:
+            table.add_section()
+            for label, prefix in models:
+                row = cells(prefix, suffix)
+                if not name or any(row):
+                    shown = label if not name else name if label == "model" else f"  {label}"
+                    table.add_row(escape(shown), *row, style="bold" if label == "model" else None)
         return table
-    for label, _, _ in models:
+    for label, _ in models:
         table.add_column(label, justify="right", style="bold" if label == "model" else None)
-    for part, metric in values:
-        table.add_row(f"{part} {metric}", *(cell(prefix, part, metric, suffix) for _, prefix, suffix in models))
+    for _, suffix in groups:
+        table.add_section()
+        columns = [cells(prefix, suffix) for _, prefix in models]
+        for (part, metric), *row in zip(values, *columns, strict=True):
+            if suffix and not any(row):
+                continue
+            table.add_row(escape(f"{part} {metric}{suffix}"), *row)
     return table
 
 

@@ -24,12 +24,12 @@ from jaxops.models.sasrec import SASRec, SASRecConfig
 from jaxops.models.two_tower import TwoTowerConfig
 from jaxops.objectives import ranking
 from jaxops.tasks.clicks import build_clicks
-from jaxops.tasks.config import CLICK_MODELS, Bce, Gbce, RecConfig, SampledSoftmax, Softmax
+from jaxops.tasks.config import CLICK_MODELS, Bce, Evaluate, Gbce, RecConfig, SampledSoftmax, Softmax
 from jaxops.tasks.own_source import Opened, open_own
 from jaxops.tasks.retrieval import build_retrieval
 from jaxops.tasks.sasrec_tables import build_sasrec, objective_on_tables, on_tables
 from jaxops.tasks.seams import require_callable
-from jaxops.tasks.slices import slice_columns, with_slice_columns
+from jaxops.tasks.slices import slice_columns, slice_masks, with_slice_columns
 from jaxops.tasks.task import EvalBatches, Task
 
 BASELINES = ("most_popular", "item_knn")
@@ -110,7 +110,7 @@ def _retrieval(config: RecConfig, resolved: dict[str, Any], objective: Callable[
     if isinstance(config.data, ByPath):
         raise UserError(f"data: {config.data.fn}: two_tower needs users and items with features: a file or a data set")
     data = open_data(config.data, sides=True)
-    baselines = (lambda: _baselines(data, config.evaluate.metrics)) if config.evaluate.baselines else None
+    baselines = functools.partial(_baselines, data, config.evaluate) if config.evaluate.baselines else None
     return build_retrieval(config, data, inspect(data), baselines, resolved, objective)
 
 
@@ -131,7 +131,7 @@ def _open(config: RecConfig, data: RecData) -> Opened:
         evaluations=evaluations,
         inspection=inspect(data),
         item_ids=np.asarray(inter.item_ids.values),
-        baselines=(lambda: _baselines(data, config.evaluate.metrics)) if config.evaluate.baselines else None,
+        baselines=functools.partial(_baselines, data, config.evaluate) if config.evaluate.baselines else None,
     )
 
 
@@ -144,8 +144,9 @@ def _metrics(config: RecConfig, model: SASRec) -> Callable[[Params, Mapping[str,
     return metrics
 
 
-def _baselines(data: RecData, metrics: tuple[str, ...]) -> dict[str, dict[str, float]]:
+def _baselines(data: RecData, evaluate: Evaluate) -> dict[str, dict[str, float]]:
     inter, split = data.inter, data.split
+    slices = slice_columns(evaluate.slices, data)
     out: dict[str, dict[str, float]] = {}
     for name in BASELINES:
         out[name] = {}
@@ -160,8 +161,9 @@ def _baselines(data: RecData, metrics: tuple[str, ...]) -> dict[str, dict[str, f
                 queries.user,
                 queries.history,
                 queries.target,
-                metrics,
+                evaluate.metrics,
                 n_items=inter.n_items,
+                slices=slice_masks(slices, inter, queries),
             )
             out[name] |= {f"{part}/{metric}": value for metric, value in values.items()}
     return out

@@ -1,14 +1,18 @@
 """Slices of a ranking evaluation: by the target item, its event's context, or the user, of each query."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow as pa
 
 from jaxops.data.config import RecData
-from jaxops.data.events import ColumnBatches
+from jaxops.data.events import ColumnBatches, with_columns
+from jaxops.data.heldout import Queries
+from jaxops.data.interactions import Interactions
 from jaxops.data.slices import SLICE, by_value, chosen, warm_and_cold
 from jaxops.tasks.task import EvalBatches
+
+Columns = Mapping[str, tuple[str, np.ndarray]]
 
 
 def slice_columns(names: tuple[str, ...], data: RecData) -> dict[str, tuple[str, np.ndarray]]:
@@ -44,8 +48,13 @@ def slice_columns(names: tuple[str, ...], data: RecData) -> dict[str, tuple[str,
     }
 
 
-def with_slice_columns(
-    batches: Callable[[int], EvalBatches], columns: dict[str, tuple[str, np.ndarray]]
-) -> Callable[[int], EvalBatches]:
+def with_slice_columns(batches: Callable[[int], EvalBatches], columns: Columns) -> Callable[[int], EvalBatches]:
     """Evaluation batches that carry these slices."""
     return (lambda size: ColumnBatches(batches(size), columns)) if columns else batches
+
+
+def slice_masks(columns: Columns, inter: Interactions, queries: Queries) -> dict[str, np.ndarray]:
+    """By the slice's name, which queries belong to it: what the batches of `with_slice_columns` say, all at once."""
+    asked = {"user": queries.user, "target": queries.target, "event": inter.offsets[queries.user] + queries.history}
+    found = with_columns(asked, columns)
+    return {name.removeprefix(SLICE): found[name] for name in columns}

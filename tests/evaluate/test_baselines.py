@@ -162,9 +162,15 @@ def test_coverage_equals_that_of_the_model(levels, k, monkeypatch):
     seen = prefixes(past.reshape(-1), np.arange(8) * 3, np.arange(7), np.full(7, 3), n_items=n_items)
     ones = np.ones(7, np.float32)
     name = f"coverage@{k}"
-    given = (jax.numpy.asarray(part) for part in (scores.astype(np.float32), past, ones))
-    wanted = finalize(coverage_sums(*given, [name], n_items=n_items))[name]
-    assert coverage(lambda block: scores[block].copy(), seen, k, n_items=n_items) == pytest.approx(wanted)
+    some = np.array([1, 0, 0, 1, 1, 0, 1], bool)
+
+    def of(keep):
+        given = (jax.numpy.asarray(part[keep]) for part in (scores.astype(np.float32), past, ones))
+        return finalize(coverage_sums(*given, [name], n_items=n_items))[name]
+
+    masks = np.stack([np.ones(7, bool), some, np.zeros(7, bool)])
+    found = coverage(lambda block: scores[block].copy(), seen, k, masks, n_items=n_items)
+    assert found == pytest.approx([of(slice(None)), of(some), 0])
 
 
 def test_a_baseline_has_its_coverage(data):
@@ -182,3 +188,16 @@ def test_a_baseline_has_its_coverage(data):
         n_items=N_ITEMS,
     )
     assert 0 < found["coverage@3"] < 0.5 and 0 <= found["hr@3"] <= 1
+
+
+def test_a_slice_is_what_its_queries_alone_give(data):
+    items, offsets, train_end = data
+    user, history, target = queries(items, offsets, train_end)
+    metrics, some = [*METRICS, "coverage@3"], target % 3 == 0
+    of = lambda keep, slices=None: evaluate_baseline(
+        "item_knn", *data, user[keep], history[keep], target[keep], metrics, n_items=N_ITEMS, slices=slices
+    )
+    found = of(slice(None), {"third": some, "nobody": np.zeros(len(user), bool)})
+    assert {name: found[name] for name in metrics} == pytest.approx(of(slice(None)))
+    assert {name: found[f"{name}[third]"] for name in metrics} == pytest.approx(of(some))
+    assert 0 < some.sum() < len(some) and all(np.isnan(found[f"{name}[nobody]"]) for name in metrics)

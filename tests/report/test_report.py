@@ -161,6 +161,15 @@ def test_best_is_bold_even_where_it_is_a_baseline(bare_dir):
     assert re.findall(r'class="(good|bad)">', test_table) == ["good", "good", "bad"]
 
 
+def test_a_slice_has_rows_of_its_own_with_the_baselines_that_have_it(bare_dir):
+    cold = {"test/hr@10[new]": 0.05, "baseline/item_knn/test/hr@10[new]": 0.07, "test/hr@10[late]": 0.06}
+    edit_summary(bare_dir, **cold)
+    page = page_of(bare_dir)
+    assert "of new 0.0500 \u2013 \u2013 of new: Item-kNN 0.0700 \u2013 \u2013 of late 0.0600" in page
+    assert "of new: Most popular" not in page and "of late: Item-kNN" not in page
+    assert '<td class="best">0.0700' in (bare_dir / "report.html").read_text()
+
+
 def test_the_page_loads_nothing_and_its_pictures_suit_light_and_dark(run_dir):
     text = write_report(run_dir).read_text()
     assert_loads_nothing(text)

@@ -33,6 +33,19 @@ def test_every_number_and_name_is_in_the_table_in_80_columns(metrics):
     assert shown.index("model") < shown.index("most popular") < shown.index("item knn")
 
 
+@pytest.mark.parametrize("metrics", [METRICS[:2], METRICS])
+def test_slices_follow_with_their_baselines(metrics):
+    values = summary(metrics)
+    sliced = {f"{name}[cold_item]": value + 0.005 for name, value in values.items() if "/" in name}
+    del values["name"]
+    text = io.StringIO()
+    Console(file=text, width=80).print(results_table(values | sliced | {"test/hr@10[other]": 0.7777}, metrics))
+    shown = text.getvalue()
+    assert all(f"{value:.4f}" in shown for value in sliced.values())
+    assert shown.index(f"{values['test/hr@10']:.4f}") < shown.index("cold_item") < shown.index("0.7777")
+    assert shown.count("item knn") == (2 if len(metrics) == 2 else 1), "a slice without baselines has no rows of them"
+
+
 def test_what_is_not_known_is_an_empty_cell():
     values = summary(METRICS[:3])
     del values["baseline/item_knn/test/hr@10"]
