@@ -64,6 +64,25 @@ def test_two_then_one_then_four_processes_are_the_run_of_one(folder):
     moved(12, 2, 1, 4)
 
 
+TOWERS = [
+    "model={kind: two_tower, user: [user, history], item: [item], dim: 8, user_hidden: [8], item_hidden: [8]}",
+    "tables.user={dim: 8, placement: row, optimizer: {kind: adagrad, lr: 0.01}}",
+    "tables.item={dim: 8, placement: row, features: [item, history], optimizer: {kind: rowwise_adagrad, lr: 0.01}}",
+    "objective={kind: in_batch_softmax, block: 4}",
+    "batch={global: 64, microbatch: 32}",
+]
+"""Two towers on tables that are divided over the devices, in two microbatches."""
+
+
+def test_tables_of_two_processes_go_on_in_one(folder):
+    assert train("whole", *TOWERS, "run.steps=8") == (0, mock.ANY)
+    with Job("moved", *TOWERS, "run.steps=4", sleep=0) as job:
+        assert job.end() == [0, 0], [job.said(0), job.said(1)]
+    status, said = train("moved", *TOWERS, "run.steps=8")
+    assert status == 0 and "resumed from step 4" in said
+    assert_same_curve("moved", curve("whole"))
+
+
 @pytest.mark.parametrize(
     ("number", "rank"),
     [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)],
