@@ -18,6 +18,7 @@ REPLICATED_ROWS = 20_000
 """Up to so many rows a table is cheaper to hold everywhere and to update whole (facts: others put this at 21,000)."""
 
 Placement = Literal["auto", "replicated", "row"]
+Init = Literal["normal", "uniform"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,8 @@ class TableSpec:
     Attributes:
       features: entries of the batch with ids, int32 of any shape [batch, ...]; -1 means none, and reads zeros. An id
         outside of the table reads row `unknown`.
-      scale: standard deviation of the normal that rows begin with; 0 begins with zeros.
+      init: rows begin as draws of `normal` with standard deviation `scale`, or `uniform` between -scale and scale.
+      scale: 0 begins with zeros.
       placement: `row` divides the rows over the batch axes, `replicated` holds all of them on every device.
       ema: decay of a moving average of the rows, which evaluation and serving read; it takes as much room again.
       capacity: rows that a device asks of another in one exchange; None: from a first batch, with room to spare.
@@ -54,6 +56,7 @@ class TableSpec:
     dim: int
     features: tuple[str, ...]
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    init: Init = "normal"
     scale: float = 0.01
     optimizer: Optimizer = RowwiseAdagrad()
     placement: Placement = "auto"
@@ -113,16 +116,16 @@ class TableSpec:
 
 
 def stack(specs: Mapping[str, TableSpec]) -> dict[str, TableSpec]:
-    """Tables of one width, dtype, optimizer, placement, average and first scale as one each, exchanged together.
+    """Tables of one width, dtype, optimizer, placement, average and first rows as one each, exchanged together.
 
     A table that is alone of its sort, or has a capacity of its own, stays as it is.
     """
     sorts: dict[Any, list[str]] = {}
     for name, spec in specs.items():
         alone = name if spec.capacity is not None else None
-        sorts.setdefault((spec.dim, spec.dtype, spec.optimizer, spec.placed, spec.scale, spec.ema, alone), []).append(
-            name
-        )
+        begin = (spec.init, spec.scale)
+        sort = (spec.dim, spec.dtype, spec.optimizer, spec.placed, begin, spec.ema, alone)
+        sorts.setdefault(sort, []).append(name)
     return dict(_stacked(specs, names) for names in sorts.values())
 
 

@@ -5,6 +5,7 @@ Held by tests/tables/: one device, replicated and divided tables agree with a de
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -111,13 +112,15 @@ class EmbeddingTables:
         spec, wide = self.specs[name], wide_dtype(jnp.dtype(self.specs[name].dtype))
         groups, each = (GROUPS, self.shards) if spec.placed == "row" else (1, 1)
         size = spec.stored_rows // groups
+        centred = functools.partial(jax.random.uniform, minval=-1, maxval=1)
+        draw: Callable[..., Array] = jax.random.normal if spec.init == "normal" else centred
 
         def local(key: Array) -> dict[str, Array]:
             # Group by group: random bits and what becomes of them would take several times a whole table.
             first = jax.lax.axis_index(self.axes) * (groups // each) if each > 1 else 0
 
             def rows(group: Array) -> Array:
-                drawn = jax.random.normal(jax.random.fold_in(key, group), (size, spec.dim), wide)
+                drawn = draw(jax.random.fold_in(key, group), (size, spec.dim), wide)
                 return (drawn * jnp.asarray(spec.scale, wide)).astype(spec.dtype)
 
             made = jax.lax.map(rows, first + jnp.arange(groups // each, dtype=jnp.int32))

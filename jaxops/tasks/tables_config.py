@@ -9,7 +9,7 @@ from pydantic import Field
 from jaxops.core.failures import UserError, nearest
 from jaxops.data.idmaps import Hashed, IdMap, Range, Vocabulary
 from jaxops.tables.optimizers import Optimizer, RowwiseAdagrad
-from jaxops.tables.spec import Placement, TableSpec
+from jaxops.tables.spec import Init, Placement, TableSpec
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -19,8 +19,9 @@ class TableConfig:
     """An embedding table for the features named (default: the one of the table's own name); row 0 is for unknown ids.
 
     `rows: auto` is as many as the vocabulary needs; hashing and ranges must be told. `ema` is the decay of a moving
-    average of the rows, which is evaluated and served, as `optimizer.ema` is of the parameters. `pool`: what becomes of
-    the rows of a bag.
+    average of the rows, which is evaluated and served, as `optimizer.ema` is of the parameters. Rows begin as draws of
+    `init`: a normal with standard deviation `scale`, or uniform between -scale and scale. `pool`: what becomes of the
+    rows of a bag.
     """
 
     dim: Positive
@@ -28,6 +29,7 @@ class TableConfig:
     features: tuple[str, ...] = ()
     ids: IdMap = Vocabulary()
     dtype: Literal["float32", "bfloat16"] = "float32"
+    init: Init = "normal"
     scale: Annotated[float, Field(ge=0)] = 0.01
     optimizer: Optimizer = RowwiseAdagrad()
     pool: Literal["mean", "sum"] = "mean"
@@ -53,6 +55,7 @@ class TableConfig:
             dim=self.dim,
             features=features,
             dtype=self.dtype,
+            init=self.init,
             scale=self.scale,
             optimizer=self.optimizer,
             placement=self.placement,

@@ -15,7 +15,7 @@ from jaxops.core.step import abstract_state, build_step, init_state
 from jaxops.core.sums import Sum
 from jaxops.tables.optimizers import Adagrad, LazyAdam, RowwiseAdagrad, Sgd, SparseAdam
 from jaxops.tables.planner import Planner
-from jaxops.tables.spec import TableSpec
+from jaxops.tables.spec import TableSpec, stack
 from jaxops.tables.tables import EmbeddingTables
 
 ROWS, DIM, BATCH, LENGTH = 3000, 8, 64, 5
@@ -262,6 +262,22 @@ def test_fresh_rows_are_the_same_on_every_mesh_and_no_two_alike():
     for name, rows in wide.items():
         assert np.array_equal(rows, alone[name])
         assert len(np.unique(rows[:, 0])) > 0.99 * len(rows) and np.std(rows) == pytest.approx(0.3, rel=0.1)
+
+
+def test_rows_begin_as_the_spec_says():
+    mesh = make_mesh(data=8)
+    specs = {
+        name: TableSpec(rows=40_000, dim=4, features=(name,), init=init, scale=scale)
+        for name, init, scale in [("a", "normal", 0.5), ("b", "uniform", 0.5), ("c", "uniform", 0.0)]
+    }
+    assert len(stack(specs)) == 3, "tables that begin differently are no stack"
+    batch = {name: np.zeros(8, np.int32) for name in specs}
+    with jax.set_mesh(mesh):
+        made = EmbeddingTables(specs, mesh, batch).init(jax.random.key(0))
+    normal, uniform, zero = (np.asarray(made[name]["rows"]) for name in specs)
+    assert normal.std() == pytest.approx(0.5, rel=0.02) and np.abs(normal).max() > 1.5
+    assert uniform.std() == pytest.approx(0.5 / 3**0.5, rel=0.02) and 0.49 < np.abs(uniform).max() <= 0.5
+    assert abs(uniform.mean()) < 0.01 and not zero.any()
 
 
 def test_a_skipped_step_writes_nothing():
