@@ -132,70 +132,24 @@ def build_gradients(
     the dtype of what they belong to, accumulated in `wide_dtype` of it.
     """
     weights = weights or {}
-    axes = batch_axes(mesh)
 
     def evaluate(params: PyTree, frozen: PyTree, rows: PyTree, batch: Batch, key: Array) -> Sums:
         sums = objective((params, frozen), batch if rows is None else {**batch, "rows": rows}, key)
         check_sums(sums, weights)
         return sums
 
-    def local(run: Callable[..., Sums], reduce_counts: Callable[[Any], Any]) -> Gradients:
-        def gradients(
-            params: PyTree, frozen: PyTree, rows: PyTree, batch: Batch, key: Array
-        ) -> tuple[Sums, PyTree, PyTree]:
-            def loss(params: PyTree, rows: PyTree, micro: Batch, counts: Any) -> tuple[Array, Sums]:
-                sums = run(params, frozen, rows, micro, key)
-                return weighted_loss(sums, loss_counts(sums) if counts is None else counts, weights), sums
-
-            differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-            if accumulation == 1:
-                (_, sums), (grads, row_grads) = differentiate(params, rows, batch, None)
-                return sums, grads, row_grads
-
-            micro = microbatches(batch, accumulation, block)
-
-            def count(total: Any, part: Batch) -> tuple[Any, None]:
-                counts = loss_counts(run(params, frozen, rows, part, key))
-                return jax.tree.map(jnp.add, total, counts), None
-
-            first = jax.tree.map(lambda x: x[0], micro)
-            shapes = jax.eval_shape(run, params, frozen, rows, first, key)
-            empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), loss_counts_shape(shapes))
-            counts, _ = jax.lax.scan(count, empty, micro)
-            counts = reduce_counts(counts)
-
-            def add(carry: Any, part: Batch) -> tuple[Any, None]:
-                sums, grads = carry
-                (_, more), step = differentiate(params, rows, part, counts)
-                grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, step)
-                return (merge(sums, more), grads), None
-
-            wide = jax.tree.map(lambda x: jnp.zeros_like(x, wide_dtype(x.dtype)), (params, rows))
-            (sums, grads), _ = jax.lax.scan(add, (zeros_like_sums(shapes), wide), micro)
-            grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, (params, rows))
-            return sums, *grads
-
-        return gradients
-
     if reduction == "plain":
-        return local(jax.sharding.auto_axes(evaluate, out_sharding=P()), lambda counts: counts)
-
-    def summed(tree: Any) -> Any:
-        return jax.lax.psum(tree, axes)
-
-    def reduce_sums(sums: Sums) -> Sums:
-        return {
-            name: Sum(summed(s.total), summed(s.count), s.finalize)
-            if isinstance(s, Sum)
-            else Max(jax.lax.pmax(s.maximum, axes), s.finalize)
-            for name, s in sums.items()
-        }
+        run = jax.sharding.auto_axes(evaluate, out_sharding=P())
+        return _accumulated(run, lambda counts: counts, accumulation, block, weights)
+    axes = batch_axes(mesh)
+    summed = lambda tree: jax.lax.psum(tree, axes)
+    local = _accumulated(evaluate, summed, accumulation, block, weights)
 
     def after_loop(
         params: PyTree, frozen: PyTree, rows: PyTree, batch: Batch, key: Array
     ) -> tuple[Sums, PyTree, PyTree]:
-        sums, grads, row_grads = local(evaluate, summed)(params, frozen, rows, batch, key)
-        return reduce_sums(sums), summed(grads), row_grads
+        sums, grads, row_grads = local(params, frozen, rows, batch, key)
+        return _over_devices(sums, axes), summed(grads), summed(row_grads)
 
     # check_vma=False: the user's scans start from constants, which the varying-axes check would refuse; nothing is
     # differentiated through the psums, so gradients stay local until the one reduction.
@@ -206,6 +160,61 @@ def build_gradients(
         out_specs=(P(), P(), P()),
         check_vma=False,
     )
+
+
+def _accumulated(
+    run: Callable[..., Sums],
+    reduce_counts: Callable[[Any], Any],
+    accumulation: int,
+    block: int,
+    weights: Mapping[str, float],
+) -> Gradients:
+    """Gradients of `run`, microbatch by microbatch; `reduce_counts` makes counts those of the global batch."""
+
+    def gradients(
+        params: PyTree, frozen: PyTree, rows: PyTree, batch: Batch, key: Array
+    ) -> tuple[Sums, PyTree, PyTree]:
+        def loss(params: PyTree, rows: PyTree, micro: Batch, counts: Any) -> tuple[Array, Sums]:
+            sums = run(params, frozen, rows, micro, key)
+            return weighted_loss(sums, loss_counts(sums) if counts is None else counts, weights), sums
+
+        differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        if accumulation == 1:
+            (_, sums), (grads, row_grads) = differentiate(params, rows, batch, None)
+            return sums, grads, row_grads
+
+        micro = microbatches(batch, accumulation, block)
+
+        def count(total: Any, part: Batch) -> tuple[Any, None]:
+            counts = loss_counts(run(params, frozen, rows, part, key))
+            return jax.tree.map(jnp.add, total, counts), None
+
+        def add(carry: Any, part: Batch) -> tuple[Any, None]:
+            sums, grads = carry
+            (_, more), step = differentiate(params, rows, part, counts)
+            grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, step)
+            return (merge(sums, more), grads), None
+
+        first = jax.tree.map(lambda x: x[0], micro)
+        shapes = jax.eval_shape(run, params, frozen, rows, first, key)
+        empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), loss_counts_shape(shapes))
+        counts = reduce_counts(jax.lax.scan(count, empty, micro)[0])
+        wide = jax.tree.map(lambda x: jnp.zeros_like(x, wide_dtype(x.dtype)), (params, rows))
+        (sums, grads), _ = jax.lax.scan(add, (zeros_like_sums(shapes), wide), micro)
+        grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, (params, rows))
+        return sums, *grads
+
+    return gradients
+
+
+def _over_devices(sums: Sums, axes: tuple[str, ...]) -> Sums:
+    """Inside a `shard_map`: the sums of all devices."""
+    return {
+        name: Sum(jax.lax.psum(s.total, axes), jax.lax.psum(s.count, axes), s.finalize)
+        if isinstance(s, Sum)
+        else Max(jax.lax.pmax(s.maximum, axes), s.finalize)
+        for name, s in sums.items()
+    }
 
 
 def loss_counts_shape(shapes: Sums) -> dict[str, Any]:

@@ -236,56 +236,86 @@ def build_step(
 
     def update(state: State, batch: Batch) -> tuple[State, Sums]:
         batch = jax.tree.map(lambda x: jax.sharding.reshard(x, P(batch_axes(mesh))), batch)
+        batch = _with_extras(batch, state.extra, extras, mesh)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        for name, extra in extras.items():
-            if extra.read is not None:
-                read = jax.sharding.auto_axes(extra.read, out_sharding=P(batch_axes(mesh)))
-                batch = {**batch, **read(state.extra[name], batch)}
         rows = tables.lookup(state.tables, batch) if tables else None
         examples = {name: x for name, x in batch.items() if name != "plan"}
         sums, grads, row_grads = gradients(state.params, state.frozen, rows, examples, key)
-        norm = global_norm(grads)
-        if clip is not None:
-            scale = clip / jnp.maximum(norm, clip)
-            grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(global_norm(row_grads))
-        for name, entry in sums.items():
-            if name.startswith(LOSS) and isinstance(entry, Sum):
-                finite &= jnp.isfinite(entry.total)
-
-        def transform(*args: PyTree) -> PyTree:
-            with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
-                updates, opt_state = tx.update(*args)
-                return optax.apply_updates(args[2], updates), opt_state
-
-        out = specs_of((state.params, state.opt_state))
-        params, opt_state = jax.sharding.auto_axes(transform, out_sharding=out)(grads, state.opt_state, state.params)
-        remembered = {
-            name: jax.sharding.auto_axes(extras[name].update, out_sharding=specs_of(value))(
-                value, params, sums, state.step, batch
-            )
-            for name, value in state.extra.items()
-        }
+        grads, norm = _clipped(grads, clip)
+        finite = _finite(sums, norm, row_grads)
 
         def keep(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
+        params, opt_state = _transformed(tx, grads, state)
         new = State(
             keep(params, state.params),
             state.frozen,
             tables.apply(state.tables, batch, row_grads, finite) if tables else state.tables,
             keep(opt_state, state.opt_state),
-            keep(remembered, state.extra),
+            keep(_remembered(extras, state, params, sums, batch), state.extra),
             state.step + 1,
         )
         sums = {**sums, "grad_norm": Sum.of(norm), "grad_norm_max": Max(norm)}
-        sums = keep(sums, zeros_like_sums(sums))
-        bad = jnp.where(finite, 0.0, 1.0).astype(jnp.float32)
-        one = jnp.ones((), jnp.float32)
-        sums["nonfinite"] = Sum(bad, one)
-        if tables:
-            sums |= tables.metrics(batch)
-        sums["nonfinite_first"] = Max(jnp.where(finite, -jnp.inf, -state.step.astype(jnp.float32)))
-        return new, sums
+        sums = keep(sums, zeros_like_sums(sums)) | _counted(finite, state.step)
+        return new, sums | (tables.metrics(batch) if tables else {})
 
     return TrainStep(update, mesh, reduction)
+
+
+def _with_extras(batch: Batch, values: Mapping[str, PyTree], extras: Mapping[str, Extra], mesh: Mesh) -> Batch:
+    """The batch with what extras give the objective to read."""
+    for name, extra in extras.items():
+        if extra.read is not None:
+            read = jax.sharding.auto_axes(extra.read, out_sharding=P(batch_axes(mesh)))
+            batch = {**batch, **read(values[name], batch)}
+    return batch
+
+
+def _clipped(grads: PyTree, clip: float | None) -> tuple[PyTree, Float[Array, ""]]:
+    """Gradients of a global norm of `clip` at the most, and the norm that they had."""
+    norm = global_norm(grads)
+    if clip is None:
+        return grads, norm
+    scale = clip / jnp.maximum(norm, clip)
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), norm
+
+
+def _finite(sums: Sums, norm: Float[Array, ""], row_grads: PyTree) -> Bool[Array, ""]:
+    """Whether all gradients and all terms of the loss are."""
+    finite = jnp.isfinite(norm) & jnp.isfinite(global_norm(row_grads))
+    for name, entry in sums.items():
+        if name.startswith(LOSS) and isinstance(entry, Sum):
+            finite &= jnp.isfinite(entry.total)
+    return finite
+
+
+def _transformed(tx: optax.GradientTransformation, grads: PyTree, state: State) -> tuple[Params, PyTree]:
+    """Parameters and optimizer state after the update; where they lie stays."""
+
+    def transform(grads: PyTree, opt_state: PyTree, params: Params) -> tuple[Params, PyTree]:
+        with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+    out = specs_of((state.params, state.opt_state))
+    return jax.sharding.auto_axes(transform, out_sharding=out)(grads, state.opt_state, state.params)
+
+
+def _remembered(
+    extras: Mapping[str, Extra], state: State, params: Params, sums: Sums, batch: Batch
+) -> dict[str, PyTree]:
+    """The extras after the update that led to `params`."""
+    return {
+        name: jax.sharding.auto_axes(extras[name].update, out_sharding=specs_of(value))(
+            value, params, sums, state.step, batch
+        )
+        for name, value in state.extra.items()
+    }
+
+
+def _counted(finite: Bool[Array, ""], step: Array) -> Sums:
+    """What a step says of itself where it was skipped: how many were, and (negated) the first."""
+    bad = jnp.where(finite, 0.0, 1.0).astype(jnp.float32)
+    first = jnp.where(finite, -jnp.inf, -step.astype(jnp.float32))
+    return {"nonfinite": Sum(bad, jnp.ones((), jnp.float32)), "nonfinite_first": Max(first)}

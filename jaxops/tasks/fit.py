@@ -17,8 +17,9 @@ from jaxops.core.loop import Hook
 from jaxops.core.mesh import make_mesh
 from jaxops.core.step import Step
 from jaxops.tasks.progress import Progress
-from jaxops.tasks.run import FinishedRun, Run
+from jaxops.tasks.run import Run
 from jaxops.tasks.run_folder import RunFolder
+from jaxops.tasks.summary import FinishedRun
 from jaxops.tasks.task import Task
 from jaxops.tasks.training import accumulation_of, build_training
 from jaxops.tasks.validation import stopped

@@ -5,10 +5,8 @@ batches. Held by tests/tasks/test_resume.py (bitwise on the same mesh) and tests
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,23 +38,11 @@ from jaxops.tasks.progress import Progress
 from jaxops.tasks.recording import open_writers, own_loggers
 from jaxops.tasks.run_folder import RunFolder
 from jaxops.tasks.saving import Position, Saving
-from jaxops.tasks.summary import write_failure, write_summary
+from jaxops.tasks.summary import FinishedRun, write_failure, write_summary
 from jaxops.tasks.task import Task
 from jaxops.tasks.training import Training, abstract, abstract_batch
 from jaxops.tasks.validation import Validation
 from jaxops.tasks.warm_start import warm_start
-
-
-@dataclasses.dataclass(frozen=True)
-class FinishedRun:
-    """What `fit` returns: the folder, the final numbers, and how it ended.
-
-    `finished`, `interrupted` (Ctrl-C) or `preempted` (SIGTERM); after the last two the same call goes on.
-    """
-
-    dir: Path | str
-    summary: dict[str, Any]
-    state: str
 
 
 class Run:

@@ -1,5 +1,6 @@
 """How a run ends on disk: `summary.json` and the report, also where it failed."""
 
+import dataclasses
 import importlib.metadata
 import sys
 import time
@@ -12,6 +13,18 @@ from jaxops.tasks.run_folder import SUMMARY_VERSION, RunFolder
 
 VERSIONS = ("jaxops", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 """Packages whose versions a summary holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """What `fit` returns: the folder, the final numbers, and how it ended.
+
+    `finished`, `interrupted` (Ctrl-C) or `preempted` (SIGTERM); after the last two the same call goes on.
+    """
+
+    dir: Path | str
+    summary: dict[str, Any]
+    state: str
 
 
 def write_summary(place: RunFolder, state: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -22,10 +22,11 @@ from jaxops.core.mesh import make_mesh
 from jaxops.core.sharding import named_leaves
 from jaxops.core.writers import read_metrics
 from jaxops.tasks.build import build_task, load_config
-from jaxops.tasks.fit import FinishedRun, fit
+from jaxops.tasks.fit import fit
 from jaxops.tasks.lease import Lease
 from jaxops.tasks.log_parts import parts_of
 from jaxops.tasks.mirror import Mirror, pulled
+from jaxops.tasks.summary import FinishedRun
 from jaxops.tasks.trained import load
 from jaxops.tasks.training import build_training
 
