@@ -43,6 +43,10 @@ __all__ = [
 ]
 
 
+PEOPLE = ("age", "gender", "occupation")
+"""What MovieLens-100K knows of its users."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RecData:
     """Events, their split, and where they came from (`info`: plain values, for the run folder).
@@ -79,12 +83,20 @@ def open_data(config: RecDataConfig, progress: arrange.Progress = arrange.silent
     )
 
 
+def user_columns(config: object) -> tuple[str, ...]:
+    """The columns of users that there are by the config alone, bags among them."""
+    if isinstance(config, MovieLens100K):
+        return PEOPLE
+    file = config.user_features if isinstance(config, InteractionsFile) else None
+    return (*file.columns, *file.bags) if file else ()
+
+
 def _side(config: RecDataConfig) -> tuple[SideFile | None, SideFile | None]:
     match config:
         case MovieLens100K():
             people, films = (str(sources.get(f"movielens_100k_{name}")) for name in ("people", "films"))
             return (
-                SideFile(path=people, key="user", columns=("age", "gender", "occupation")),
+                SideFile(path=people, key="user", columns=PEOPLE),
                 SideFile(path=films, key="item", columns=("year",), bags=("genres",)),
             )
         case InteractionsFile():

@@ -55,6 +55,11 @@ class Interactions:
     def n_events(self) -> int:
         return len(self.item)
 
+    def places(self, events: Int64[np.ndarray, "..."]) -> dict[str, np.ndarray]:
+        """For batches of sequences: "events", these rows of events, and "users", whose they are; int32, -1 for none."""
+        users = np.where(events < 0, -1, self.user.take(events, mode="clip"))
+        return {"events": events.astype(np.int32), "users": users.astype(np.int32)}
+
     @property
     def lengths(self) -> Int64[np.ndarray, " users"]:
         """Events of each user."""

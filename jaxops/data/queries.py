@@ -20,17 +20,25 @@ class QueryBatches:
 
     Each is {"id" [B] int32 query, "items" [B, L] int32 latest history padded with 0 on the left, "target" [B]
     int32, "seen" [B, S] int32 all items of the history (0 where none), "weight" [B] float32, "user" [B]
-    int32, "event" [B] int32 the target's row of all events}. S is `seen` (default: `seen_width` of these
-    queries); padding rows are zero in every entry.
+    int32, "event" [B] int32 the target's row of all events}; with `places` also `Interactions.places` of the
+    items, [B, L]. S is `seen` (default: `seen_width` of these queries); padding rows are zero in every entry (-1 in
+    places).
 
     Raises:
       ValueError: a history longer than `seen`.
     """
 
     def __init__(
-        self, inter: Interactions, queries: Queries, length: int, size: int, *, seen: int | None = None
+        self,
+        inter: Interactions,
+        queries: Queries,
+        length: int,
+        size: int,
+        *,
+        seen: int | None = None,
+        places: bool = False,
     ) -> None:
-        self.size, self.length = size, length
+        self.size, self.length, self._places = size, length, places
         self.seen = seen_width(queries) if seen is None else seen
         if len(queries) and int(queries.history.max()) > self.seen:
             raise ValueError(f"the longest history has {queries.history.max()} events, seen={self.seen}")
@@ -58,7 +66,8 @@ class QueryBatches:
         latest = np.minimum(history, self.length)
         columns = np.arange(self.length)
         at = (first + history - self.length)[:, None] + columns
-        items = np.where(columns >= (self.length - latest)[:, None], self._take(at), 0)
+        there = columns >= (self.length - latest)[:, None]
+        items = np.where(there, self._take(at), 0)
         width = np.arange(self.seen)
         seen = np.where(width < history[:, None], self._take(first[:, None] + width), 0)
         return {
@@ -69,6 +78,7 @@ class QueryBatches:
             "weight": real.astype(np.float32),
             "user": np.where(real, user, 0).astype(np.int32),
             "event": np.where(real, first + history, 0).astype(np.int32),
+            **(self._inter.places(np.where(there, at, -1)) if self._places else {}),
         }
 
     def _take(self, at: Int64[np.ndarray, "rows columns"]) -> np.ndarray:

@@ -27,7 +27,8 @@ class SequenceSource:
     than two training events have none.
 
     Batches: {"id" [B] int32 window, "items" [B, L] int32 padded with 0 on the left, "targets" [B, L] int32
-    (0: none), "weight" [B, L] float32 (1 where there is a target)}.
+    (0: none), "weight" [B, L] float32 (1 where there is a target)}; with `places` also `Interactions.places` of the
+    items, [B, L].
 
     Raises:
       UserError: nobody has two training events.
@@ -42,6 +43,7 @@ class SequenceSource:
         seed: int,
         stride: int | None = None,
         shift: bool = True,
+        places: bool = False,
     ) -> None:
         stride = length if stride is None else stride
         if not 1 <= stride <= length or seed < 0:
@@ -50,7 +52,7 @@ class SequenceSource:
         if not len(users):
             raise UserError("nobody has two training events, so there is no next item to learn from")
         self.length, self.seed, self.stride, self.shift = length, seed, stride, shift
-        self._items = inter.item
+        self._inter, self._items, self._places = inter, inter.item, places
         self._begin = inter.offsets[users]
         self._transitions = split.train_end[users] - 1
         windows = np.maximum(-(-(self._transitions - length) // stride), 0) + 1
@@ -70,7 +72,8 @@ class SequenceSource:
             raise ValueError(f"need cursor >= 0 and size >= 1: {cursor=}, {size=}")
         ids, ends, widths = (np.concatenate(part) for part in zip(*self._spans(cursor, size), strict=True))
         # Column c holds the event at ends - length + c; the one after the last input is the last target.
-        events = self._items.take((ends - self.length)[:, None] + np.arange(self.length + 1), mode="wrap")
+        at = (ends - self.length)[:, None] + np.arange(self.length + 1)
+        events = self._items.take(at, mode="wrap")
         real = self._columns >= (self.length - widths).astype(np.int32)[:, None]
         mask = real.astype(np.int32)
         return {
@@ -78,6 +81,7 @@ class SequenceSource:
             "items": events[:, :-1] * mask,
             "targets": events[:, 1:] * mask,
             "weight": real.astype(np.float32),
+            **(self._inter.places(np.where(real, at[:, :-1], -1)) if self._places else {}),
         }
 
     def _spans(self, cursor: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

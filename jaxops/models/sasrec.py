@@ -26,8 +26,8 @@ PAD_ROWS = 128
 class SASRecConfig:
     """The model's shape: `dim` wide, `length` most recent items, `norm` before or after each sublayer.
 
-    `inputs` name the tables whose rows are added up at each place of the history, the first being the items'; without
-    any the item matrix is a parameter.
+    `inputs` name the features whose tables' rows are added up at each place of the history: first `item`, then columns
+    of items, of the user and of the events; without any the item matrix is a parameter.
     """
 
     kind: Literal["sasrec"] = "sasrec"

@@ -16,8 +16,8 @@ from jaxops.tables.spec import TableSpec
 from jaxops.tasks.tables_config import TableConfig, features_of
 
 RESERVED = frozenset(
-    ("id", "event", "user", "item", "items", "seen", "target", "targets", "negatives", "target_item", "negative_item",
-     "history", "weight", "log_q", "rows", "plan", "slots")
+    ("id", "event", "events", "user", "users", "item", "items", "seen", "target", "targets", "negatives", "target_item",
+     "negative_item", "history", "segment", "position", "weight", "log_q", "rows", "plan", "slots")
 )  # fmt: skip
 """What else a batch of interactions has by name."""
 
@@ -57,11 +57,23 @@ class Encoded:
         weights = {f"{name}{WEIGHT}": (entries[name], found) for name, found in self.weights.items() if name in entries}
         return out | weights
 
+    def with_nobody(self, features: Collection[str]) -> None:
+        """Adds row -1 to these: of a user whom training never saw, or of no event; unknown, or an empty bag."""
+        for name in features:
+            self.codes[name] = _with_nobody(self.codes[name])
+            if name in self.weights:
+                self.weights[name] = np.pad(self.weights[name], ((0, 1), (0, 0)))
+
     def frozen(self, features: Collection[str]) -> dict[str, np.ndarray]:
         """Named arrays for the run folder: what serving needs of these features, which it never encodes again."""
         rows = {f"table.{name}.rows": np.array([spec.rows]) for name, spec in self.specs.items()}
         weights = {f"weights.{feature}": self.weights[feature] for feature in features if feature in self.weights}
         return self.maps | rows | weights | {f"codes.{feature}": self.codes[feature] for feature in features}
+
+
+def _with_nobody(codes: np.ndarray) -> np.ndarray:
+    nobody = np.full((1, *codes.shape[1:]), 0 if codes.ndim == 1 else -1, codes.dtype)
+    return np.concatenate([codes, nobody])
 
 
 def restore(
@@ -86,12 +98,13 @@ def restore(
 def query_codes(
     tables: Mapping[str, TableConfig], values: Mapping[str, pa.Array], read: Callable[[str], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Table rows of what queries bring along, by feature, through the frozen id maps that `read` gives."""
+    """Table rows of what queries bring along, by feature, through the frozen id maps that `read` gives; row -1 of
+    nobody."""
     owner, codes = features_of(tables), {}
     for feature, found in values.items():
         table = owner[feature]
         fitted = restore_map(tables[table].ids, functools.partial(_named, read, table))
-        codes[feature] = fitted.encode(found, feature)
+        codes[feature] = _with_nobody(fitted.encode(found, feature))
     return codes
 
 

@@ -25,7 +25,7 @@ class Histories:
     """Whose next items are asked for: original user ids and their item rows, oldest first, as CSR.
 
     `unknown_users` have no event that the model knows and are left out, `unknown_items` counts events left out.
-    `context`, by name of the column: the circumstances that each user is asked for in.
+    `context`, by name of the column: the circumstances that each user is asked for in; `along`: those of each event.
     """
 
     users: np.ndarray
@@ -34,9 +34,16 @@ class Histories:
     unknown_users: int = 0
     unknown_items: int = 0
     context: Mapping[str, pa.Array] = dataclasses.field(default_factory=dict)
+    along: Mapping[str, pa.Array] = dataclasses.field(default_factory=dict)
 
 
-def read_histories(path: str | os.PathLike[str], data: Any, item_ids: Ids, context: Sequence[str] = ()) -> Histories:
+def read_histories(
+    path: str | os.PathLike[str],
+    data: Any,
+    item_ids: Ids,
+    context: Sequence[str] = (),
+    along: Sequence[str] = (),
+) -> Histories:
     """Events (user, item, time) or, without an item column, users of the run's own data.
 
     A user's context is that of the file's last row of them without an item (a query: nothing was chosen yet), else
@@ -45,10 +52,11 @@ def read_histories(path: str | os.PathLike[str], data: Any, item_ids: Ids, conte
     Args:
       data: the run's data section, which says how the columns are called.
       item_ids: the items that the model knows.
-      context: the context columns that the model reads.
+      context: the context columns in which the model is asked.
+      along: the context columns of the history's events that the model reads.
 
     Raises:
-      UserError: the file cannot be read, or has no user column, or lacks one of `context`.
+      UserError: the file cannot be read, or has no user column, or lacks one of `context` or `along`.
     """
     columns = data.columns if isinstance(data, InteractionsFile) else Columns()
     names = side.columns_of(str(path))
@@ -57,9 +65,11 @@ def read_histories(path: str | os.PathLike[str], data: Any, item_ids: Ids, conte
             f"{path}: no column {columns.user!r}{nearest(columns.user, names)} (columns: {', '.join(names)})"
         )
     if columns.item not in names:
-        return _known(path, data, item_ids, columns.user, [name for name in context if name in names], context)
+        given = [name for name in context if name in names]
+        return _known(path, data, item_ids, columns.user, given, context, along)
     time = columns.time if columns.time in names else None
-    inter = read_interactions(str(path), dataclasses.replace(columns, time=time, weight=None, context=tuple(context)))
+    read = (*context, *along)
+    inter = read_interactions(str(path), dataclasses.replace(columns, time=time, weight=None, context=read))
     rows = item_ids.rows(inter.item_ids.originals(np.arange(1, inter.n_items + 1)))[inter.item - 1]
     keep = rows > 0
     counts = np.bincount(inter.user[keep], minlength=inter.n_users)
@@ -74,7 +84,8 @@ def read_histories(path: str | os.PathLike[str], data: Any, item_ids: Ids, conte
         at[inter.user_ids.places(side.column(queries, columns.user))] = np.arange(len(queries))
         at = at[known]  # of who is not known, -1, the last place was
         brought = {name: _either(side.column(queries, name), at, values) for name, values in brought.items()}
-    return Histories(users, rows[keep], offsets, inter.n_users - len(known), int((~keep).sum()), brought)
+    events = {name: inter.context_of(name, np.flatnonzero(keep)) for name in along}
+    return Histories(users, rows[keep], offsets, inter.n_users - len(known), int((~keep).sum()), brought, events)
 
 
 def _latest(inter: Interactions, users: Int64[np.ndarray, " users"], context: Iterable[str]) -> dict[str, pa.Array]:
@@ -88,7 +99,13 @@ def _either(first: pa.Array, at: Int64[np.ndarray, " n"], other: pa.Array) -> pa
 
 
 def _known(
-    path: str | os.PathLike[str], data: Any, item_ids: Ids, column: str, given: Sequence[str], context: Sequence[str]
+    path: str | os.PathLike[str],
+    data: Any,
+    item_ids: Ids,
+    column: str,
+    given: Sequence[str],
+    context: Sequence[str],
+    along: Sequence[str],
 ) -> Histories:
     """Users of the run's data; the file has the `given` columns of `context`: all, or none."""
     if isinstance(data, ByPath):
@@ -107,7 +124,8 @@ def _known(
     offsets = np.concatenate([[0], np.cumsum(counts)])
     events = np.repeat(inter.offsets[known] - offsets[:-1], counts) + np.arange(offsets[-1])
     users, unknown = inter.user_ids.originals(known), int((rows < 0).sum())
-    return Histories(users, inter.item[events], offsets, unknown_users=unknown, context=brought)
+    held = {name: inter.context_of(name, events) for name in along}
+    return Histories(users, inter.item[events], offsets, unknown_users=unknown, context=brought, along=held)
 
 
 def same_items(known: Ids, values: np.ndarray) -> None:
@@ -125,7 +143,8 @@ def same_items(known: Ids, values: np.ndarray) -> None:
 
 class HistoryBatches:
     """Batches of `size` histories: {"id" [B], "items" [B, length] latest last, 0 on the left, "seen" [B, S] all of
-    them, "user" [B]: `users` (the model's row of each, -1: nobody it knows)}, int32; the last one padded.
+    them, "user" [B]: `users` (the model's row of each, -1: nobody it knows)}, int32; the last one padded. And of the
+    items, [B, length], "users" and "events", rows of the histories' events, -1 where there is none.
 
     S is as wide as the longest of all, so that there is one shape.
     """
@@ -148,7 +167,10 @@ class HistoryBatches:
         column, wide = np.arange(self._length), np.arange(self._seen)
         take = lambda at: self._given.items.take(at, mode="clip")
         latest = column >= (self._length - np.minimum(count, self._length))[:, None]
-        items = np.where(latest, take((first + count - self._length)[:, None] + column), 0)
+        at = (first + count - self._length)[:, None] + column
+        items = np.where(latest, take(at), 0)
         seen = np.where(wide < count[:, None], take(first[:, None] + wide), 0)
-        found = {"id": index, "items": items, "seen": seen, "user": self._users[index]}
+        user = self._users[index]
+        places = {"events": np.where(latest, at, -1), "users": np.where(latest, user[:, None], -1)}
+        found = {"id": index, "items": items, "seen": seen, "user": user, **places}
         return {name: values.astype(np.int32) for name, values in found.items()}

@@ -27,7 +27,7 @@ from jaxops.tasks.clicks import build_clicks
 from jaxops.tasks.config import CLICK_MODELS, Bce, Evaluate, Gbce, RecConfig, SampledSoftmax, Softmax
 from jaxops.tasks.own_source import Opened, open_own
 from jaxops.tasks.retrieval import build_retrieval
-from jaxops.tasks.sasrec_tables import build_sasrec, objective_on_tables, on_tables
+from jaxops.tasks.sasrec_tables import build_sasrec, entries_of, objective_on_tables, on_tables
 from jaxops.tasks.seams import require_callable
 from jaxops.tasks.slices import slice_columns, slice_masks, with_slice_columns
 from jaxops.tasks.task import EvalBatches, Task
@@ -118,16 +118,17 @@ def _open(config: RecConfig, data: RecData) -> Opened:
     assert isinstance(config.model, SASRecConfig)
     inter, split, length = data.inter, data.split, config.model.length
     windows = PackedSource if config.batch.pack else SequenceSource
+    places = any(entry != "items" for entry in entries_of(config).values())
     seen = seen_width(split.valid, split.test)
     slices = slice_columns(config.evaluate.slices, data)
     evaluations: dict[str, Callable[[int], EvalBatches]] = {
-        name: with_slice_columns(functools.partial(QueryBatches, inter, part, length, seen=seen), slices)
+        name: with_slice_columns(functools.partial(QueryBatches, inter, part, length, seen=seen, places=places), slices)
         for name, part in (("valid", split.valid), ("test", split.test))
         if len(part)
     }
     return Opened(
         n_items=inter.n_items,
-        source=windows(inter, split, length, config.run.seed),
+        source=windows(inter, split, length, config.run.seed, places=places),
         evaluations=evaluations,
         inspection=inspect(data),
         item_ids=np.asarray(inter.item_ids.values),

@@ -95,7 +95,7 @@ def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Rank
         config.model, *(_inputs(names, config, encoded) for names in (config.model.user, config.model.item))
     )
     entries = {**dict.fromkeys(config.model.user, "user"), **dict.fromkeys(config.model.item, "item"), HISTORY: "items"}
-    entries |= dict.fromkeys(context_of(config), "event")
+    entries |= dict.fromkeys(query_context(config), "event")
     columns = encoded.columns(entries)
     of_items = {name: column for name, column in columns.items() if column[0] == "item"}
     towers = lambda params: {name: value for name, value in params.items() if name != "catalogue"}
@@ -106,6 +106,7 @@ def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Rank
         queries=lambda params, batch: model.users(towers(params), batch, None),
         items=lambda params: params["catalogue"],
         columns=columns,
+        context=dict.fromkeys(query_context(config), "id"),
         tables=encoded.specs,
         catalogue=Catalogue(
             n_items + 1,
@@ -115,7 +116,7 @@ def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Rank
     )
 
 
-def context_of(config: RecConfig) -> tuple[str, ...]:
+def query_context(config: RecConfig) -> tuple[str, ...]:
     """The context columns that the user's tower reads: a query brings them along."""
     assert isinstance(config.model, TwoTowerConfig)
     known = config.data.columns.context if isinstance(config.data, InteractionsFile) else ()
@@ -146,18 +147,13 @@ def _encoded(config: RecConfig, data: RecData) -> Encoded:
         codes = encoded.codes[HISTORY].copy()
         codes[0] = -1  # fewer items than fit the bag
         encoded.codes[HISTORY] = codes
-    for name in set(model.user) - {HISTORY, *context}:
-        codes = encoded.codes[name]
-        nobody = np.full((1, *codes.shape[1:]), 0 if codes.ndim == 1 else -1, codes.dtype)
-        encoded.codes[name] = np.concatenate([codes, nobody])  # row -1: a user whom training never saw
-        if name in encoded.weights:
-            encoded.weights[name] = np.pad(encoded.weights[name], ((0, 1), (0, 0)))
+    encoded.with_nobody([name for name in model.user if name not in (HISTORY, *context)])
     return encoded
 
 
 def _inputs(names: tuple[str, ...], config: RecConfig, encoded: Encoded) -> list[Input]:
     table = {name: config.tables[owner] for name, owner in features_of(config.tables).items()}
-    context = context_of(config)
+    context = query_context(config)
     bag = {name: name == HISTORY or (name not in context and encoded.codes[name].ndim == 2) for name in names}
     return [Input(name=name, dim=table[name].dim, bag=bag[name], pool=table[name].pool) for name in names]
 

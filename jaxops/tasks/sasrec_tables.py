@@ -5,19 +5,38 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from jaxops.core.accumulate import Objective
 from jaxops.core.failures import UserError
-from jaxops.data.config import RecData
+from jaxops.data.config import RecData, user_columns
 from jaxops.data.events import ColumnBatches, EntityBatches, WithColumns, WithNegatives
+from jaxops.data.spec import InteractionsFile
 from jaxops.models.sasrec import SASRec, SASRecConfig
 from jaxops.objectives.ranking import sampled_softmax_on_tables
 from jaxops.tasks.config import RecConfig, SampledSoftmax
-from jaxops.tasks.entities import Encoded, encode, entity_columns
+from jaxops.tasks.entities import Encoded, context_columns, encode, entity_columns
 from jaxops.tasks.tables_config import features_of, match
 from jaxops.tasks.task import Catalogue, EvalBatches, Ranking, Task
 
 ITEM, TARGET, NEGATIVE = "item", "target_item", "negative_item"
 """Features of the items' table: what was seen, what comes next, and what did not."""
+
+
+def entries_of(config: RecConfig) -> dict[str, str]:
+    """By input, the entry of a batch whose rows tell its own at each place of a sequence: of the items, of the `users`
+    whose places they are, or of their `events`."""
+    assert isinstance(config.model, SASRecConfig)
+    users, context = {"user", *user_columns(config.data)}, event_context(config)
+    where = lambda name: "events" if name in context else "users" if name in users else "items"
+    return {name: where(name) for name in config.model.inputs}
+
+
+def event_context(config: RecConfig) -> tuple[str, ...]:
+    """The inputs that are context columns of the history's events."""
+    assert isinstance(config.model, SASRecConfig)
+    known = config.data.columns.context if isinstance(config.data, InteractionsFile) else ()
+    return tuple(name for name in config.model.inputs if name in known)
 
 
 def on_tables(task: Task, config: RecConfig, data: RecData) -> Task:
@@ -32,23 +51,29 @@ def on_tables(task: Task, config: RecConfig, data: RecData) -> Task:
     if inputs[0] != ITEM:
         raise UserError(f"model.inputs: expected {ITEM!r}, whose table is scored, to come first; got {inputs[0]!r}")
     inter = data.inter
-    found = entity_columns(inter, {}, data.item_features)
-    del found["user"]
+    found = entity_columns(inter, data.user_features, data.item_features) | context_columns(data)
     owner = match(config.tables, dict.fromkeys(inputs, "model.inputs"), dict.fromkeys(found, "a column"))
-    source, entries = task.source, dict.fromkeys(inputs, "items")
+    source, entries = task.source, entries_of(config)
+    of_places = [name for name, entry in entries.items() if entry != "items"]
     if isinstance(config.objective, SampledSoftmax):
         source = WithNegatives(source, inter.n_items, config.objective.negatives, config.run.seed)
         owner |= dict.fromkeys((TARGET, NEGATIVE), owner[ITEM])
         found |= dict.fromkeys((TARGET, NEGATIVE), found[ITEM])
         entries |= {TARGET: "targets", NEGATIVE: "negatives"}
     encoded = encode(config.tables, owner, found)
+    encoded.with_nobody(of_places)
     columns = encoded.columns(entries)
+    whose = {"user_ids": np.asarray(inter.user_ids.values)} if "users" in entries.values() else {}
     return dataclasses.replace(
         task,
         source=WithColumns(source, columns),
         evaluations={name: functools.partial(_columns, part, columns) for name, part in task.evaluations.items()},
         tables=encoded.specs,
-        transform={**task.transform, **encoded.frozen(inputs)},
+        transform={
+            **task.transform,
+            **whose,
+            **encoded.frozen([name for name in inputs if name not in event_context(config)]),
+        },
         catalogue=sasrec_ranking(config, inter.n_items, encoded).catalogue,
     )
 
@@ -70,14 +95,15 @@ def sasrec_ranking(config: RecConfig, n_items: int, encoded: Encoded | None = No
     asked = Ranking(model, n_items, config.model.length, queries, model.item_vectors)
     if encoded is None:
         return asked
-    columns = encoded.columns(dict.fromkeys(config.model.inputs, "items"))
+    columns = encoded.columns(entries_of(config))
     of_items = {ITEM: columns[ITEM]}
     catalogue = Catalogue(
         n_items + 1,
         lambda size: ColumnBatches(EntityBatches("items", n_items + 1, size), of_items),
         lambda params, batch: batch["rows"][ITEM],
     )
-    return dataclasses.replace(asked, columns=columns, tables=encoded.specs, catalogue=catalogue)
+    context = dict.fromkeys(event_context(config), "events")
+    return dataclasses.replace(asked, columns=columns, context=context, tables=encoded.specs, catalogue=catalogue)
 
 
 def _columns(part: Callable[[int], EvalBatches], columns: Any, size: int) -> EvalBatches:

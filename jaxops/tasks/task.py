@@ -52,6 +52,8 @@ class Ranking:
       queries: (params, batch) -> [batch, dim].
       items: params -> [rows, dim]; row i is item i, 1 <= i <= n_items.
       columns: features of a batch: the entry whose rows they are read by, and their codes by row.
+      context: columns of events that a query brings along, by name the entry whose rows they are read by: `id`, the
+        circumstances that are asked in, or `events`, those of each event of the history.
     """
 
     model: Any
@@ -60,6 +62,7 @@ class Ranking:
     queries: Callable[[Params, Mapping[str, Any]], Array]
     items: Callable[[Params], Array]
     columns: Mapping[str, tuple[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    context: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tables: Mapping[str, TableSpec] = dataclasses.field(default_factory=dict)
     catalogue: Catalogue | None = None
 

@@ -31,9 +31,9 @@ from jaxops.tasks.config import CLICK_MODELS, SCHEMAS
 from jaxops.tasks.entities import Encoded, query_codes, restore
 from jaxops.tasks.histories import Histories, HistoryBatches, read_histories, same_items
 from jaxops.tasks.passes import ROWS, Passes, Weights
-from jaxops.tasks.retrieval import context_of, two_tower_ranking
+from jaxops.tasks.retrieval import query_context, two_tower_ranking
 from jaxops.tasks.run_folder import RunFolder
-from jaxops.tasks.sasrec_tables import sasrec_ranking
+from jaxops.tasks.sasrec_tables import event_context, sasrec_ranking
 from jaxops.tasks.tables_config import features_of
 from jaxops.tasks.task import Ranking
 from jaxops.tasks.validation import Measure
@@ -69,8 +69,7 @@ class Trained:
         Raises:
           UserError: the file cannot be read, or has no user column.
         """
-        self._ranking()
-        return read_histories(path, self.config.data, self.item_ids, self._context)
+        return read_histories(path, self.config.data, self.item_ids, self._context("id"), self._context("events"))
 
     def predict(
         self, source: str | os.PathLike[str] | Histories, k: int = 10, *, batch: int = 512, method: str = "auto"
@@ -145,10 +144,9 @@ class Trained:
         clicks = {label: pa.array(found[:, at]) for at, label in enumerate(model.labels)}
         return pa.table({kind: ids for kind, ids in own.who.items() if kind not in clicks} | clicks)
 
-    @property
-    def _context(self) -> tuple[str, ...]:
-        """What a query brings along."""
-        return context_of(self.config) if isinstance(self.config.model, TwoTowerConfig) else ()
+    def _context(self, entry: str) -> list[str]:
+        """The columns that a query brings along, by the entry of its batch that tells their rows."""
+        return [name for name, found in self._ranking().context.items() if found == entry]
 
     def _ranking(self) -> Ranking:
         if isinstance(self.asks, ClickModel):
@@ -208,9 +206,9 @@ class Trained:
         passes = self._passes(size)
         users = np.full(len(given.users), -1) if self.user_ids is None else self.user_ids.rows(given.users)
         assert self.transform is not None
-        asked_in = {name: given.context[name] for name in self._context}
-        brought = query_codes(self.config.tables, asked_in, self.transform)
-        columns = {**ranking.columns, **{name: ("id", codes) for name, codes in brought.items()}}
+        values = {**given.context, **given.along}
+        brought = query_codes(self.config.tables, {name: values[name] for name in ranking.context}, self.transform)
+        columns = {**ranking.columns, **{name: (ranking.context[name], codes) for name, codes in brought.items()}}
         batches = ColumnBatches(HistoryBatches(given, users, ranking.length, passes.size), columns)
         asked = lambda params, batch: (ranking.queries(params, batch), batch["seen"])
         with jax.set_mesh(self._mesh):
@@ -290,6 +288,8 @@ def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Trained:
         else:
             names = config.model.inputs
             asks = sasrec_ranking(config, len(items), _features(config, names, read) if names else None)
+            if any(entry == "users" for entry, _ in asks.columns.values()):
+                users = Ids.of(read("user_ids"), first=0)
     return Trained(config, asks, whole, items, step, resolved, tables, users, read)
 
 
@@ -297,5 +297,5 @@ def _features(config: Any, names: tuple[str, ...], read: Callable[[str], np.ndar
     owner = features_of(config.tables)
     sides = (getattr(config.data, "user_features", None), getattr(config.data, "item_features", None))
     weighted = {name for file in sides if file is not None for name in file.weights}
-    asked = context_of(config) if isinstance(config.model, TwoTowerConfig) else ()
+    asked = (query_context if isinstance(config.model, TwoTowerConfig) else event_context)(config)
     return restore(config.tables, {name: owner[name] for name in names}, weighted, read, asked)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from jaxops.core.failures import UserError
 from jaxops.data.interactions import from_arrays
-from jaxops.data.splits import Queries, Split
+from jaxops.data.packing import PackedSource
+from jaxops.data.splits import Queries, Split, leave_one_out
 from jaxops.data.windows import SequenceSource
 
 
@@ -47,6 +48,24 @@ def test_every_transition_is_a_target_exactly_once_an_epoch(train, length, seed,
     assert np.all(batch["weight"].sum(1) >= 1)  # no empty window
     # the fewest windows that can hold them
     assert windows.examples == sum(-(-(n - 1) // length) for n in train if n >= 2)
+
+
+@pytest.mark.parametrize("kind", [SequenceSource, PackedSource])
+def test_places_say_which_events_the_items_are_and_whose(kind):
+    inter, _ = source([9, 1, 4, 17], 6)
+    split = leave_one_out(inter)
+    plain, placed = kind(inter, split, 6, 3), kind(inter, split, 6, 3, places=True)
+    for cursor in (0, placed.examples):
+        batch = placed.batch(cursor, placed.examples)
+        real = batch["items"] > 0
+        assert real.any() and not real.all()
+        for name in ("events", "users"):
+            assert batch[name].dtype == np.int32 and np.all(batch[name][~real] == -1)
+        np.testing.assert_array_equal(inter.item[batch["events"][real]], batch["items"][real])
+        np.testing.assert_array_equal(inter.user[batch["events"][real]], batch["users"][real])
+        alone = plain.batch(cursor, placed.examples)
+        assert set(batch) - set(alone) == {"events", "users"}
+        assert all(np.array_equal(values, batch[name]) for name, values in alone.items())
 
 
 @settings(max_examples=80, deadline=None)
