@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from jaxops.core.failures import UserError, nearest
 from jaxops.tables.spec import TableSpec
@@ -77,19 +76,20 @@ class Planner:
 def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[shards, n] rows to the distinct ones of each shard, sorted and padded with -1, and each one's place there.
 
-    As `np.unique` with its inverse, by hashing: only the distinct rows are sorted, and ids repeat.
+    As `np.unique` with its inverse, but of one sort of numbers that hold row and place at once: numpy sorts those with
+    vector instructions, and indices by a key ten times as slowly.
     """
-    stored = np.full(rows.shape, -1, np.int32)
-    places = np.empty(rows.shape, np.int32)
+    stored, places = np.full(rows.shape, -1, np.int32), np.empty(rows.shape, np.int32)
+    order = np.arange(rows.shape[1])
     for shard, asked in enumerate(rows):
-        encoded = pa.array(asked).dictionary_encode()
-        found = encoded.dictionary.to_numpy()
-        order = np.argsort(found)
-        missing = np.count_nonzero(found < 0)  # -1 comes first, and its place is -1
-        stored[shard, : len(found) - missing] = found[order[missing:]]
-        rank = np.empty(len(found), np.int32)
-        rank[order] = np.arange(-missing, len(found) - missing, dtype=np.int32)
-        rank.take(encoded.indices.to_numpy(), out=places[shard], mode="clip")
+        key = (asked << 32) | order
+        key.sort()
+        row = key >> 32
+        first = np.diff(row, prepend=-2) != 0
+        found = row[first]
+        missing = np.count_nonzero(found < 0)  # -1 is no row, and its place is -1
+        places[shard, key & 0xFFFFFFFF] = np.cumsum(first, dtype=np.int32) - np.int32(1 + missing)
+        stored[shard, : len(found) - missing] = found[missing:]
     return stored, places
 
 
