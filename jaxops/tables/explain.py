@@ -73,10 +73,11 @@ def _bytes(spec: TableSpec, shards: int) -> int:
 
 
 def _exchanged(spec: TableSpec, shards: int, capacity: int) -> int:
-    """Rows out and gradients back with their ids (each way to the other shards); or an all-reduce of gradients."""
+    """To the other shards: what is asked for (look-up and update share that), rows and gradients; or an all-reduce of
+    gradients."""
     if spec.placed == "replicated":
         return 2 * (shards - 1) * spec.rows * (spec.dim + 1) * WIDE // shards
-    return (shards - 1) * capacity * (2 * spec.dim + 2) * WIDE
+    return (shards - 1) * capacity * (2 * spec.dim + 1) * WIDE
 
 
 def require_room(tables: EmbeddingTables, limit: int | None, what: str) -> None:

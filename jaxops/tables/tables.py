@@ -164,7 +164,8 @@ class EmbeddingTables:
             return rows.at[place].get(mode="fill", fill_value=0)
 
         shards = P(self.axes)
-        take = self._map(local, (shards, shards), shards)
+        # Checked, so that the transpose knows that nothing varies over the other axes: else it would add up over them.
+        take = jax.shard_map(local, in_specs=(shards, shards), out_specs=shards, check_vma=True)
         return {
             feature: take(rows[name], batch[SLOTS][feature])
             for name, spec in self.specs.items()
