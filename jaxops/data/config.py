@@ -84,11 +84,15 @@ def open_data(config: RecDataConfig, progress: arrange.Progress = arrange.silent
 
 
 def user_columns(config: object) -> tuple[str, ...]:
-    """The columns of users that there are by the config alone, bags among them."""
+    """The columns of users that there are by the config alone, bags among them; what items have too is theirs."""
     if isinstance(config, MovieLens100K):
         return PEOPLE
-    file = config.user_features if isinstance(config, InteractionsFile) else None
-    return (*file.columns, *file.bags) if file else ()
+    if not isinstance(config, InteractionsFile):
+        return ()
+    users, items = (
+        (*file.columns, *file.bags) if file else () for file in (config.user_features, config.item_features)
+    )
+    return tuple(name for name in users if name not in items)
 
 
 def _side(config: RecDataConfig) -> tuple[SideFile | None, SideFile | None]:

@@ -17,6 +17,15 @@ from jaxops.data.protocol import Source
 from jaxops.data.windows import mixed
 
 
+def require_small_rows(inter: Interactions) -> None:
+    """
+    Raises:
+      UserError: there are more events than the int32 rows of a batch can tell apart.
+    """
+    if inter.n_events > np.iinfo(np.int32).max:
+        raise UserError(f"{inter.n_events:,} events are more than 32-bit numbers can tell apart")
+
+
 class EventSource:
     """A `Source` of training events, reshuffled every epoch.
 
@@ -33,8 +42,7 @@ class EventSource:
         self._events = np.flatnonzero(position < split.train_end.repeat(inter.lengths))
         if not len(self._events):
             raise UserError("there is no training event")
-        if inter.n_events > np.iinfo(np.int32).max:
-            raise UserError(f"{inter.n_events:,} events are more than 32-bit numbers can tell apart")
+        require_small_rows(inter)
         self._inter, self._history = inter, history
         self.examples = len(self._events)
         self._epochs = Epochs(self.examples, seed)
@@ -82,7 +90,7 @@ class WithNegatives:
 
 
 class WithColumns:
-    """A source whose batches also have columns of their items and users: `columns[name] = (entry, codes by row)`.
+    """A source whose batches also have columns of items, users and events: `columns[name] = (entry, codes by row)`.
 
     Codes are [rows] or, of bags, [rows, width].
     """

@@ -1,6 +1,7 @@
 """Columns as they are in a file, and side files joined to users or items by their original ids."""
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.compute as pc
 from jaxops.core.failures import UserError, nearest
 from jaxops.data import formats
 from jaxops.data.bags import WEIGHT, parallel
-from jaxops.data.files import expand, summary
+from jaxops.data.files import DataFile, expand, summary
 from jaxops.data.idmaps import plain
 from jaxops.data.ids import Ids
 from jaxops.data.numeric import numbers as as_numbers
@@ -31,24 +32,34 @@ def read_columns(
     files = expand(path, format)
     parts: list[pa.RecordBatch] = []
     for file in files:
-        try:
+        with _told(file):
             found = formats.batches(file, list(wanted), header, numbers)
             parts += [batch.select(list(wanted)) for batch in found]
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file.name}: cannot be read as {file.format}: {error}") from error
     if not any(len(part) for part in parts):
         raise UserError(f"no rows in {summary(files)}")
     return pa.concat_tables([pa.Table.from_batches([part]) for part in parts], promote_options="permissive")
 
 
+@contextlib.contextmanager
+def _told(file: DataFile) -> Iterator[None]:
+    """An error of reading as one of the user's, with the file's name."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file.name}: cannot be read as {file.format}: {error}") from error
+
+
 def columns_of(path: str | Sequence[str], format: Format = "auto", header: Sequence[str] | None = None) -> list[str]:
-    """The columns that every one of the files has, in order of the first.
+    """The columns that any of the files has: reading one of them says which file lacks it.
 
     Raises:
-      UserError: what `files.expand` raises; a file that is not of its format.
+      UserError: what `files.expand` raises; a file that cannot be read, or is not of its format.
     """
-    first, *others = [formats.columns(file, header) for file in expand(path, format)]
-    return [name for name in first if all(name in names for names in others)]
+    found: dict[str, None] = {}
+    for file in expand(path, format):
+        with _told(file):
+            found |= dict.fromkeys(formats.columns(file, header))
+    return list(found)
 
 
 def whole(table: pa.Table, name: str) -> pa.Array:

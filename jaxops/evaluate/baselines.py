@@ -60,8 +60,8 @@ def evaluate_baseline(
         else:
             gains = metric.gain(ranks).astype(np.float64)
             found = masks @ gains / np.maximum(sizes, 1)
-        values = np.where(sizes > 0, found, np.nan)
-        out |= {f"{metric.name}{part}": float(value) for part, value in zip(parts, values, strict=True)}
+            found = np.where(sizes > 0, found, np.nan)
+        out |= {f"{metric.name}{part}": float(value) for part, value in zip(parts, found, strict=True)}
     return out
 
 

@@ -148,7 +148,7 @@ class SASRec:
         return self._pure.bind(params)(items, segment, position, keys, self._looked_up(batch))
 
     def _looked_up(self, batch: Mapping[str, Any]) -> Float[Array, "batch length dim"] | None:
-        """The sum of what the history's items have in each input's table; bags pooled."""
+        """The sum of what each place of the history has in the inputs' tables; bags pooled."""
         if not self.config.inputs:
             return None
         total = None

@@ -11,13 +11,12 @@ from jaxops.core.failures import UserError
 from jaxops.data.bags import WEIGHT, flat, joined, padded, padded_weights
 from jaxops.data.config import RecData
 from jaxops.data.idmaps import Vocabulary, fit_map, restore_map
-from jaxops.data.interactions import Interactions
 from jaxops.tables.spec import TableSpec
 from jaxops.tasks.tables_config import TableConfig, features_of
 
 RESERVED = frozenset(
-    ("id", "event", "events", "user", "users", "item", "items", "seen", "target", "targets", "negatives", "target_item",
-     "negative_item", "history", "segment", "position", "weight", "log_q", "rows", "plan", "slots")
+    ("id", "event", "user", "item", "items", "seen", "target", "targets", "negatives", "target_item", "negative_item",
+     "history", "weight", "log_q", "rows", "plan", "slots")
 )  # fmt: skip
 """What else a batch of interactions has by name."""
 
@@ -57,10 +56,11 @@ class Encoded:
         weights = {f"{name}{WEIGHT}": (entries[name], found) for name, found in self.weights.items() if name in entries}
         return out | weights
 
-    def with_nobody(self, features: Collection[str]) -> None:
-        """Adds row -1 to these: of a user whom training never saw, or of no event; unknown, or an empty bag."""
+    def add_nobody(self, features: Collection[str]) -> None:
+        """Adds row -1 to these: of a user whom training never saw, or of no event. Unknown; of `user` itself nothing,
+        as no training example has an unknown one."""
         for name in features:
-            self.codes[name] = _with_nobody(self.codes[name])
+            self.codes[name] = _with_nobody(self.codes[name], name == "user")
             if name in self.weights:
                 self.weights[name] = np.pad(self.weights[name], ((0, 1), (0, 0)))
 
@@ -71,8 +71,9 @@ class Encoded:
         return self.maps | rows | weights | {f"codes.{feature}": self.codes[feature] for feature in features}
 
 
-def _with_nobody(codes: np.ndarray) -> np.ndarray:
-    nobody = np.full((1, *codes.shape[1:]), 0 if codes.ndim == 1 else -1, codes.dtype)
+def _with_nobody(codes: np.ndarray, nothing: bool = False) -> np.ndarray:
+    """With a row for unknown values, or (as an empty bag is) for nothing."""
+    nobody = np.full((1, *codes.shape[1:]), -1 if nothing or codes.ndim > 1 else 0, codes.dtype)
     return np.concatenate([codes, nobody])
 
 
@@ -112,15 +113,26 @@ def _named(read: Callable[[str], np.ndarray], table: str, part: str) -> np.ndarr
     return read(f"map.{table}.{part}")
 
 
-def entity_columns(
-    inter: Interactions, users: Mapping[str, pa.Array], items: Mapping[str, pa.Array]
-) -> dict[str, EntityColumn]:
-    """`user`, `item` and the columns of both, by row; item row 0 is padding, and null in every column.
+def feature_names(data: RecData) -> list[str]:
+    """What a model could read: users and items themselves, and the columns of users, items and events."""
+    sides = [name for name in (*data.user_features, *data.item_features) if not name.endswith(WEIGHT)]
+    return list(dict.fromkeys(["user", "item", *sides, *data.inter.contexts]))
+
+
+def feature_columns(data: RecData, names: Collection[str], reserved: Collection[str] = ()) -> dict[str, EntityColumn]:
+    """Those of these features that there are, by row of their entity; item row 0 is padding, and null in every column.
+
+    Vocabularies of events' columns are of the training events alone. `reserved`: further names of batch entries.
 
     Raises:
-      UserError: a column named like an entry of batches, or like one of the other side.
+      UserError: a feature named like an entry of batches, or that is a column of two of users, items and events.
     """
-    _check_names([("data.user_features", users), ("data.item_features", items)])
+    inter = data.inter
+    asked = lambda columns: {name: values for name, values in columns.items() if name.removesuffix(WEIGHT) in names}
+    users, items = asked(data.user_features), asked(data.item_features)
+    contexts = [name for name in inter.contexts if name in names]
+    named = [("data.user_features", users), ("data.item_features", items), ("data.columns.context", contexts)]
+    _check_names(named, {*RESERVED, *reserved})
     shifted = lambda values: pa.concat_arrays([pa.nulls(1, values.type), values])
     out = {
         "user": EntityColumn(inter.user_ids.table, own=True),
@@ -130,31 +142,20 @@ def entity_columns(
         for name in (name for name in columns if not name.endswith(WEIGHT)):
             weights = columns.get(f"{name}{WEIGHT}")
             out[name] = EntityColumn(placed(columns[name]), weights=None if weights is None else placed(weights))
+    if contexts:
+        position = np.arange(inter.n_events) - inter.offsets[:-1].repeat(inter.lengths)
+        training = np.flatnonzero(position < data.split.train_end.repeat(inter.lengths))
+        for name in contexts:
+            out[name] = EntityColumn(inter.context_of(name), seen=inter.context_of(name, training))
     return out
 
 
-def context_columns(data: RecData) -> dict[str, EntityColumn]:
-    """The columns of events by row of the event; id maps are made of the training events' alone.
-
-    Raises:
-      UserError: a column named like an entry of batches, or like a column of users or items.
-    """
-    inter = data.inter
-    sides = [("data.user_features", data.user_features), ("data.item_features", data.item_features)]
-    _check_names([*sides, ("data.columns.context", inter.contexts)])
-    position = np.arange(inter.n_events) - inter.offsets[:-1].repeat(inter.lengths)
-    training = np.flatnonzero(position < data.split.train_end.repeat(inter.lengths))
-    return {
-        name: EntityColumn(inter.context_of(name), seen=inter.context_of(name, training)) for name in inter.contexts
-    }
-
-
-def _check_names(named: Sequence[tuple[str, Iterable[str]]]) -> None:
+def _check_names(named: Sequence[tuple[str, Iterable[str]]], reserved: Collection[str]) -> None:
     """Every feature has a name of its own: batches are by name, and a later one would take an earlier one's place."""
     owner: dict[str, str] = {}
     for path, names in named:
         for name in names:
-            if name in RESERVED:
+            if name in reserved:
                 raise UserError(
                     f"{path}: a feature cannot be called {name!r}, as another entry of batches is; rename the column"
                 )

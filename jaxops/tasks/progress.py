@@ -1,5 +1,6 @@
 """What a run says while it runs: one line a window, compiles with their seconds, and the final table."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -94,7 +95,7 @@ def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...]) -> Table
 
     def cells(prefix: str, suffix: str) -> list[str]:
         found = [summary.get(f"{prefix}{part}/{metric}{suffix}") for part, metric in values]
-        return ["" if value is None else f"{value:.4f}" for value in found]
+        return ["" if value is None or math.isnan(value) else f"{value:.4f}" for value in found]
 
     table.add_column("")
     if len(values) <= 6:

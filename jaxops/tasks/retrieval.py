@@ -24,7 +24,7 @@ from jaxops.models.inputs import Input
 from jaxops.models.two_tower import TwoTower, TwoTowerConfig
 from jaxops.objectives.retrieval import count_items, in_batch_softmax, log_frequency, no_frequencies
 from jaxops.tasks.config import InBatchSoftmax, RecConfig
-from jaxops.tasks.entities import Encoded, context_columns, encode, entity_columns
+from jaxops.tasks.entities import Encoded, encode, feature_columns, feature_names
 from jaxops.tasks.seams import require_callable
 from jaxops.tasks.slices import slice_columns
 from jaxops.tasks.tables_config import features_of, match
@@ -127,9 +127,9 @@ def _encoded(config: RecConfig, data: RecData) -> Encoded:
     """Codes and specs of the features that both towers read."""
     model = config.model
     assert isinstance(model, TwoTowerConfig)
-    context = context_columns(data)
-    found = entity_columns(data.inter, data.user_features, data.item_features) | context
-    known = {**dict.fromkeys(found, "a column"), HISTORY: "items"}
+    context = data.inter.contexts
+    found = feature_columns(data, (*model.user, *model.item))
+    known = {**dict.fromkeys(feature_names(data), "a column"), HISTORY: "items"}
     wanted = dict.fromkeys(model.user, "model.user") | dict.fromkeys(model.item, "model.item")
     owner = match(config.tables, wanted, known)
     of_users = {"user", HISTORY, *data.user_features, *context}
@@ -147,7 +147,7 @@ def _encoded(config: RecConfig, data: RecData) -> Encoded:
         codes = encoded.codes[HISTORY].copy()
         codes[0] = -1  # fewer items than fit the bag
         encoded.codes[HISTORY] = codes
-    encoded.with_nobody([name for name in model.user if name not in (HISTORY, *context)])
+    encoded.add_nobody([name for name in model.user if name not in (HISTORY, *context)])
     return encoded
 
 

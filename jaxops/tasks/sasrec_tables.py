@@ -1,4 +1,7 @@
-"""SASRec whose items, and what is known of them, lie in tables; evaluation makes the whole catalogue, no step does."""
+"""SASRec on tables: of its items, and of what is known of them, of the user and of the events of the history.
+
+Evaluation makes the vectors of the whole catalogue, no step does.
+"""
 
 import dataclasses
 import functools
@@ -10,17 +13,19 @@ import numpy as np
 from jaxops.core.accumulate import Objective
 from jaxops.core.failures import UserError
 from jaxops.data.config import RecData, user_columns
-from jaxops.data.events import ColumnBatches, EntityBatches, WithColumns, WithNegatives
+from jaxops.data.events import ColumnBatches, EntityBatches, WithColumns, WithNegatives, require_small_rows
 from jaxops.data.spec import InteractionsFile
 from jaxops.models.sasrec import SASRec, SASRecConfig
 from jaxops.objectives.ranking import sampled_softmax_on_tables
 from jaxops.tasks.config import RecConfig, SampledSoftmax
-from jaxops.tasks.entities import Encoded, context_columns, encode, entity_columns
+from jaxops.tasks.entities import Encoded, encode, feature_columns, feature_names
 from jaxops.tasks.tables_config import features_of, match
 from jaxops.tasks.task import Catalogue, EvalBatches, Ranking, Task
 
 ITEM, TARGET, NEGATIVE = "item", "target_item", "negative_item"
 """Features of the items' table: what was seen, what comes next, and what did not."""
+PLACES = ("events", "users", "segment", "position")
+"""Entries that batches of sequences have beside those of all interactions."""
 
 
 def entries_of(config: RecConfig) -> dict[str, str]:
@@ -51,17 +56,20 @@ def on_tables(task: Task, config: RecConfig, data: RecData) -> Task:
     if inputs[0] != ITEM:
         raise UserError(f"model.inputs: expected {ITEM!r}, whose table is scored, to come first; got {inputs[0]!r}")
     inter = data.inter
-    found = entity_columns(inter, data.user_features, data.item_features) | context_columns(data)
-    owner = match(config.tables, dict.fromkeys(inputs, "model.inputs"), dict.fromkeys(found, "a column"))
+    found = feature_columns(data, inputs, PLACES)
+    known = dict.fromkeys(feature_names(data), "a column")
+    owner = match(config.tables, dict.fromkeys(inputs, "model.inputs"), known)
     source, entries = task.source, entries_of(config)
     of_places = [name for name, entry in entries.items() if entry != "items"]
+    if of_places:
+        require_small_rows(inter)
     if isinstance(config.objective, SampledSoftmax):
         source = WithNegatives(source, inter.n_items, config.objective.negatives, config.run.seed)
         owner |= dict.fromkeys((TARGET, NEGATIVE), owner[ITEM])
         found |= dict.fromkeys((TARGET, NEGATIVE), found[ITEM])
         entries |= {TARGET: "targets", NEGATIVE: "negatives"}
     encoded = encode(config.tables, owner, found)
-    encoded.with_nobody(of_places)
+    encoded.add_nobody(of_places)
     columns = encoded.columns(entries)
     whose = {"user_ids": np.asarray(inter.user_ids.values)} if "users" in entries.values() else {}
     return dataclasses.replace(

@@ -207,6 +207,10 @@ class Trained:
         users = np.full(len(given.users), -1) if self.user_ids is None else self.user_ids.rows(given.users)
         assert self.transform is not None
         values = {**given.context, **given.along}
+        missing = [name for name in ranking.context if name not in values]
+        if missing:
+            field = "context" if ranking.context[missing[0]] == "id" else "along"
+            raise UserError(f"predict: the model reads {missing[0]!r}, which Histories.{field} lacks")
         brought = query_codes(self.config.tables, {name: values[name] for name in ranking.context}, self.transform)
         columns = {**ranking.columns, **{name: (ranking.context[name], codes) for name, codes in brought.items()}}
         batches = ColumnBatches(HistoryBatches(given, users, ranking.length, passes.size), columns)
@@ -227,6 +231,7 @@ class Trained:
         task = build_rec(self.config, self.resolved, lambda model: _no_objective)
         if "item_ids" in task.transform:
             same_items(self.item_ids, task.transform["item_ids"])
+        self._same_rows(task.transform)
         out: dict[str, float] = {}
         with jax.set_mesh(self._mesh):
             measure = Measure(task, self._mesh)
@@ -234,6 +239,27 @@ class Trained:
             for part in (part for part in parts if part in task.evaluations):
                 out |= {f"{part}/{name}": value for name, value in measure(weights, part).values.items()}
         return out
+
+    def _same_rows(self, transform: Mapping[str, np.ndarray]) -> None:
+        """
+        Raises:
+          UserError: values of the data that was opened again lie in other rows than those that training gave them.
+        """
+        assert self.transform is not None
+        for name in (name for name in transform if name.startswith(("map.", "table.", "numeric."))):
+            if not np.array_equal(_text(transform[name]), _text(self.transform(name))):
+                raise UserError(
+                    f"the run's data has changed since: {name} of its transform is another now than the model was"
+                    " trained with; evaluate on the data as it was, or train again (init_from takes rows over by their"
+                    " ids)"
+                )
+
+
+def _text(values: np.ndarray) -> np.ndarray:
+    """As it compares with what was written and read again: bytes as text."""
+    if values.dtype.kind == "S":
+        return np.char.decode(values, "utf-8")
+    return values.astype(str) if values.dtype.kind == "O" else values
 
 
 def _no_objective(params: Params, batch: Mapping[str, Any], key: Any) -> Sums:

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxops.core.failures import UserError
-from jaxops.data.side import columns_of
+from jaxops.data.side import columns_of, read_columns
 
 
 @pytest.fixture
@@ -29,11 +29,19 @@ def test_of_json_lines_also_what_the_first_line_lacks(folder):
     assert columns_of("a.jsonl") == ["user", "time", "item"]
 
 
-def test_of_several_files_what_all_have_and_their_partitions(folder):
+def test_of_several_files_what_any_has_and_their_partitions(folder):
     for day, columns in [("1", ["user", "item", "time"]), ("2", ["item", "user"])]:
         (folder / f"day={day}").mkdir()
         pq.write_table(pa.table({name: [1] for name in columns}), folder / f"day={day}" / "a.parquet")
-    assert columns_of("day=*/*.parquet") == ["user", "item", "day"]
+    assert columns_of("day=*/*.parquet") == ["user", "item", "time", "day"]
+    with pytest.raises(UserError, match=r"day=2/a\.parquet: no column 'time'"):
+        read_columns("day=*/*.parquet", ["user", "time"])
     (folder / "day=2" / "a.parquet").write_bytes(b"no")
     with pytest.raises(UserError, match=r"a\.parquet: not a Parquet file"):
         columns_of("day=*/*.parquet")
+
+
+def test_a_file_that_cannot_be_read_is_told(folder):
+    (folder / "a.csv.gz").write_text("user,item\n1,2\n")
+    with pytest.raises(UserError, match=r"a\.csv\.gz: cannot be read as csv: zlib inflate failed"):
+        columns_of("a.csv.gz")

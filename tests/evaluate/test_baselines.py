@@ -200,4 +200,5 @@ def test_a_slice_is_what_its_queries_alone_give(data):
     found = of(slice(None), {"third": some, "nobody": np.zeros(len(user), bool)})
     assert {name: found[name] for name in metrics} == pytest.approx(of(slice(None)))
     assert {name: found[f"{name}[third]"] for name in metrics} == pytest.approx(of(some))
-    assert 0 < some.sum() < len(some) and all(np.isnan(found[f"{name}[nobody]"]) for name in metrics)
+    assert 0 < some.sum() < len(some) and all(np.isnan(found[f"{name}[nobody]"]) for name in METRICS)
+    assert found["coverage@3[nobody]"] == 0

@@ -1,5 +1,6 @@
 """Families on tables, whole: layouts agree, a run that was cut short goes on, and what is loaded evaluates alike."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -286,6 +287,57 @@ def test_what_sasrec_learns_from_is_each_event_s_own(folder):
     for name in ("device", "country"):
         assert np.all(batch[name][batch["events"] < 0] == 0)
     assert np.all(batch["likes"][batch["events"] < 0] == -1)
+
+
+def test_names_clash_only_where_a_model_reads_them(folder):
+    """`segment` is an entry of packed sequences, but a column of users like others where SASRec does not read it."""
+    people = {"who": range(35), "segment": ["a"] * 35, "country": ["x"] * 35, "likes": ["l1"] * 35, "year": ["1"] * 35}
+    pq.write_table(pa.table(people), "parts.parquet")
+    users = "data.user_features={path: parts.parquet, key: who, columns: [segment, country, year], bags: [likes]}"
+    few = "data.user_features={path: parts.parquet, key: who, columns: [segment]}"
+    towers = task("two_tower", few, "model.user=[user, history, device, segment]", "tables.segment={dim: 4}")
+    assert "segment" in towers.source.batch(0, 8)
+    films = "data.item_features={path: films.parquet, key: film, columns: [year], bags: [tags]}"
+    made = task("sasrec", users, films, "evaluate.slices=[segment]")  # `year`, which both sides have, is not read
+    assert "slice/segment=a" in next(iter(made.evaluations["test"](8)))
+    with pytest.raises(UserError, match=r"data\.user_features: a feature cannot be called 'segment'"):
+        task("sasrec", users, "model.inputs=[item, tags, device, country, likes, segment]", "tables.segment={dim: 8}")
+    with pytest.raises(UserError, match=r"data\.item_features: 'year' is named by data\.user_features already"):
+        task("sasrec", users, films, "model.inputs=[item, tags, device, country, likes, year]", "tables.year={dim: 8}")
+
+
+def test_values_that_moved_since_training_are_not_evaluated(whole):
+    """A new country sorts first and moves the rows of all others."""
+    model, people, before = jx.load(whole("sasrec").dir), pq.read_table("people.parquet"), Path("people.parquet")
+    assert model.evaluate(("test",))["test/hr@10"] == pytest.approx(whole("sasrec").summary["test/hr@10"], abs=1e-6)
+    held = before.read_bytes()
+    try:
+        country = pa.array(["AT", *people["country"].to_pylist()[1:]])
+        pq.write_table(people.set_column(1, "country", country), "people.parquet")
+        with pytest.raises(UserError, match=r"data has changed since: map\.country\."):
+            model.evaluate(("test",))
+    finally:
+        before.write_bytes(held)
+
+
+def test_a_history_without_what_the_model_reads_is_told(whole):
+    for name, field in (("sasrec", "along"), ("two_tower", "context")):
+        model = jx.load(whole(name).dir)
+        given = model.histories("plays.parquet")
+        assert getattr(given, field)
+        with pytest.raises(UserError, match=f"the model reads 'device', which Histories.{field} lacks"):
+            model.predict(dataclasses.replace(given, along={}, context={}))
+
+
+def test_a_file_among_several_that_lacks_a_column_is_told(whole):
+    """It is neither taken for a list of users nor read without its times."""
+    events = pq.read_table("plays.parquet").slice(0, 24)
+    for column in ("item", "time"):
+        Path(f"parts_{column}").mkdir()
+        pq.write_table(events, f"parts_{column}/a.parquet")
+        pq.write_table(events.drop_columns([column]), f"parts_{column}/b.parquet")
+        with pytest.raises(UserError, match=rf"parts_{column}/b.parquet: no column '{column}'"):
+            jx.load(whole("sasrec").dir).histories(f"parts_{column}")
 
 
 def test_a_vocabulary_of_context_is_of_training_alone(whole):

@@ -49,6 +49,7 @@ def test_slices_follow_with_their_baselines(metrics):
 def test_what_is_not_known_is_an_empty_cell():
     values = summary(METRICS[:3])
     del values["baseline/item_knn/test/hr@10"]
+    values |= {"test/hr@10[cold]": float("nan"), "baseline/item_knn/test/hr@10[cold]": float("nan")}
     text = io.StringIO()
     Console(file=text, width=80).print(results_table(values, METRICS[:3]))
     assert "None" not in text.getvalue() and "nan" not in text.getvalue()
