@@ -18,9 +18,10 @@ from jaxops.data.windows import mixed
 
 
 def require_small_rows(inter: Interactions) -> None:
-    """
+    """Refuses what rows of batches, which are int32, cannot tell apart.
+
     Raises:
-      UserError: there are more events than the int32 rows of a batch can tell apart.
+      UserError: there are more events than that.
     """
     if inter.n_events > np.iinfo(np.int32).max:
         raise UserError(f"{inter.n_events:,} events are more than 32-bit numbers can tell apart")

@@ -241,9 +241,10 @@ class Trained:
         return out
 
     def _same_rows(self, transform: Mapping[str, np.ndarray]) -> None:
-        """
+        """Refuses data, opened again, whose values lie in other rows than training gave them.
+
         Raises:
-          UserError: values of the data that was opened again lie in other rows than those that training gave them.
+          UserError: they do.
         """
         assert self.transform is not None
         for name in (name for name in transform if name.startswith(("map.", "table.", "numeric."))):
