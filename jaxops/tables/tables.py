@@ -52,6 +52,16 @@ def reading(specs: Mapping[str, TableSpec], mesh: Mesh, first: Batch) -> "Embedd
     return EmbeddingTables({name: spec for name, spec in present.items() if spec.features}, mesh, first)
 
 
+def _width(spec: TableSpec, first: np.ndarray, several: bool) -> int:
+    """How wide plans begin: as `first` needs, with room to spare, as most ids repeat and the rest would be padding.
+
+    A process on its own widens its plans where a batch needs it, in few steps, each of which compiles once more. For
+    `several`, which would have to agree, it is what no batch can exceed: as many as ids, or as rows of the table.
+    """
+    most = min(first.shape[1], spec.stored_rows)
+    return most if several else min(wider(most_distinct(first)), most)
+
+
 class EmbeddingTables:
     """The tables of a model on a mesh.
 
@@ -82,10 +92,8 @@ class EmbeddingTables:
         whole = Planner(specs, self.shards, examples, dict.fromkeys(specs, 2**31))(first)
         self._first = {name: whole[PLAN][name]["stored"] for name in specs}
         self.capacities = {name: self.specs[name].capacity or self.needed(name) for name in divided}
-        # Most ids repeat: as many rows as ids would be padding for the larger part. A process on its own may widen its
-        # plans as they need it, in few steps, each of which compiles once more; several would have to agree.
-        alone = len({device.process_index for device in mesh.devices.flat}) == 1
-        widths = {name: wider(most_distinct(stored)) for name, stored in self._first.items()} if alone else {}
+        several = len({device.process_index for device in mesh.devices.flat}) > 1
+        widths = {name: _width(spec, self._first[name], several) for name, spec in self.specs.items()}
         self.plan = Planner(self.specs, self.shards, examples, self.capacities, widths)
 
     def needed(self, name: str) -> int:

@@ -12,7 +12,7 @@ from jaxops.data.loader import Loader
 from jaxops.tables.optimizers import LazyAdam, SparseAdam, clip_rows
 from jaxops.tables.planner import Planner, passes_needed, wider
 from jaxops.tables.spec import GROUPS, TableSpec
-from jaxops.tables.tables import EmbeddingTables
+from jaxops.tables.tables import EmbeddingTables, _width
 
 SPEC = TableSpec(rows=5000, dim=4, features=("a", "b"), placement="row")
 
@@ -56,6 +56,21 @@ def test_ids_that_repeat_make_a_narrow_plan():
     batch = {"a": np.zeros((16, 50), np.int32), "b": np.ones(16, np.int32)}
     tables = EmbeddingTables({"t": SPEC}, make_mesh(data=8), batch)
     assert tables.plan(batch)["plan"]["t"]["stored"].shape == (8, wider(2))
+
+
+@pytest.mark.parametrize("rows, ids, several, wanted", [
+    (5000, 400, False, wider(2)),  # as the first batch needs
+    (5000, 400, True, 400),  # whatever a batch may need
+    (50, 400, True, 50),
+    (50, 400, False, wider(2)),
+    (3, 400, False, 3),
+    (5000, 8, False, 8),
+])  # fmt: skip
+def test_plans_begin_as_wide_as_they_are_known_to_need(rows, ids, several, wanted):
+    spec = TableSpec(rows=rows, dim=4, features=("a",), placement="replicated")
+    first = np.full((2, ids), -1, np.int32)
+    first[:, :2] = [0, 1]
+    assert _width(spec, first, several) == wanted
 
 
 def test_a_part_of_the_shards_is_planned_as_in_the_whole():
