@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -67,6 +67,7 @@ class Table:
     columns: list[str]
     rows: list[Row]
     gains: list[Gain | None]
+    slices: list[Row]
     note: str
 
 
@@ -219,10 +220,12 @@ def _table(run: RunFolder, split: str) -> Table:
         compared = [name for name in names if any(_baseline(run, b, split, name) is not None for b in shown)]
         names = compared or names
     rows = _rows(run, split, names, "", model_name(run))
-    for part in slices(run, split):
-        rows += _rows(run, split, [f"{name}[{part}]" for name in names], f"of {part}: ", f"of {part}")
     gains = [_gain(run, split, name) for name in names]
-    return Table(TITLES[split], [metric_label(n) for n in names], rows, gains, _certainty(run, split, names))
+    parts: list[Row] = []
+    for part in slices(run, split):
+        parts += _rows(run, split, [f"{name}[{part}]" for name in names], f"of {part}: ", f"of {part}")
+    note = _certainty(run, split, names)
+    return Table(TITLES[split], [metric_label(n) for n in names], rows, gains, parts, note)
 
 
 def _rows(run: RunFolder, split: str, names: list[str], prefix: str, label: str) -> list[Row]:
@@ -232,15 +235,18 @@ def _rows(run: RunFolder, split: str, names: list[str], prefix: str, label: str)
         found = [_baseline(run, baseline, split, name) for name in names]
         if not prefix or any(value is not None for value in found):
             values.append((f"{prefix}{display(baseline)}", found))
-    choice = len(values) > 1
-    best = [_best(name, [row[i] for _, row in values]) if choice else None for i, name in enumerate(names)]
+    columns = list(zip(*(row for _, row in values), strict=True))
+    best = [
+        _best(name, column) if len({*column} - {None}) > 1 else None
+        for name, column in zip(names, columns, strict=True)
+    ]
     return [
         Row(label, place == 0 and not prefix, [cell(value, top) for value, top in zip(row, best, strict=True)])
         for place, (label, row) in enumerate(values)
     ]
 
 
-def _best(metric: str, values: list[float | None]) -> float | None:
+def _best(metric: str, values: Sequence[float | None]) -> float | None:
     pick = min if lower_is_better(metric) else max
     return pick((value for value in values if value is not None), default=None)
 

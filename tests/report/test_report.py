@@ -163,11 +163,14 @@ def test_best_is_bold_even_where_it_is_a_baseline(bare_dir):
 
 def test_a_slice_has_rows_of_its_own_with_the_baselines_that_have_it(bare_dir):
     cold = {"test/hr@10[new]": 0.05, "baseline/item_knn/test/hr@10[new]": 0.07, "test/hr@10[late]": 0.06}
+    cold |= {"test/hr@10[none]": 0.0, "baseline/item_knn/test/hr@10[none]": 0.0}
     edit_summary(bare_dir, **cold)
     page = page_of(bare_dir)
     assert "of new 0.0500 \u2013 \u2013 of new: Item-kNN 0.0700 \u2013 \u2013 of late 0.0600" in page
     assert "of new: Most popular" not in page and "of late: Item-kNN" not in page
-    assert '<td class="best">0.0700' in (bare_dir / "report.html").read_text()
+    text = (bare_dir / "report.html").read_text()
+    assert '<td class="best">0.0700' in text and 'best">0.0000' not in text  # nobody is best of equals
+    assert text.index("vs best baseline") < text.index("of new")
 
 
 def test_the_page_loads_nothing_and_its_pictures_suit_light_and_dark(run_dir):
