@@ -44,11 +44,12 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The numbers of the model (`ours`) or of a baseline."""
+    """The numbers of the model (`ours`) or of a baseline; `within`: of a baseline on the slice of the row above."""
 
     label: str
     ours: bool
     cells: list[Cell]
+    within: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,29 +220,34 @@ def _table(run: RunFolder, split: str) -> Table:
     if shown:
         compared = [name for name in names if any(_baseline(run, b, split, name) is not None for b in shown)]
         names = compared or names
-    rows = _rows(run, split, names, "", model_name(run))
+    rows = _rows(run, split, names, model_name(run))
     gains = [_gain(run, split, name) for name in names]
     parts: list[Row] = []
     for part in slices(run, split):
-        parts += _rows(run, split, [f"{name}[{part}]" for name in names], f"of {part}: ", f"of {part}")
+        parts += _rows(run, split, [f"{name}[{part}]" for name in names], f"of {part}", within=True)
     note = _certainty(run, split, names)
     return Table(TITLES[split], [metric_label(n) for n in names], rows, gains, parts, note)
 
 
-def _rows(run: RunFolder, split: str, names: list[str], prefix: str, label: str) -> list[Row]:
-    """The model and the baselines that have any of these, the best of each column marked where there is a choice."""
+def _rows(run: RunFolder, split: str, names: list[str], label: str, within: bool = False) -> list[Row]:
+    """The model and the baselines (of a slice, those that have it), the best of a column marked if there is one."""
     values = [(label, [run.number(f"{split}/{name}") for name in names])]
     for baseline in baselines(run):
         found = [_baseline(run, baseline, split, name) for name in names]
-        if not prefix or any(value is not None for value in found):
-            values.append((f"{prefix}{display(baseline)}", found))
-    columns = list(zip(*(row for _, row in values), strict=True))
+        if not within or any(value is not None for value in found):
+            values.append((display(baseline), found))
+    columns = zip(*(row for _, row in values), strict=True)
     best = [
         _best(name, column) if len({*column} - {None}) > 1 else None
         for name, column in zip(names, columns, strict=True)
     ]
     return [
-        Row(label, place == 0 and not prefix, [cell(value, top) for value, top in zip(row, best, strict=True)])
+        Row(
+            label=label,
+            ours=place == 0 and not within,
+            cells=[cell(value, top) for value, top in zip(row, best, strict=True)],
+            within=place > 0 and within,
+        )
         for place, (label, row) in enumerate(values)
     ]
 
