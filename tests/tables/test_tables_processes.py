@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from test_tables import BATCH, Trainer, batch_of
 from jaxops.core.rows import global_arrays, local_rows
 from jaxops.tables.optimizers import Adagrad
-ours = Trainer(Adagrad(lr=0.1), {"data": 8}, accumulation=2)
+ours = Trainer(Adagrad(lr=0.1), {"data": 8}, accumulation=4)
 (start, stop), = local_rows(ours.mesh, BATCH)
 place, losses = global_arrays(ours.mesh, BATCH), []
 with jax.set_mesh(ours.mesh):
@@ -64,8 +64,8 @@ def test_two_processes_are_one(tmp_path):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], said
-    alone = Trainer(Adagrad(lr=0.1), {"data": 8}, accumulation=2)
-    assert BATCH % 16 == 0
+    alone = Trainer(Adagrad(lr=0.1), {"data": 8}, accumulation=4)
+    assert BATCH % 32 == 0
     assert json.loads(said[0][0].splitlines()[-1]) == pytest.approx(
         [alone(batch_of(seed)) for seed in range(10)], rel=1e-5
     )
