@@ -189,7 +189,7 @@ class MovieLensClicks:
     """
 
     kind: Literal["movielens_100k_clicks"] = "movielens_100k_clicks"
-    at_least: float = 4
+    at_least: float = 4.0
     split: Fractions = Fractions(by="user_time")
 
 

@@ -34,7 +34,8 @@ def evaluate_baseline(
     slices: Mapping[str, Bool[np.ndarray, " queries"]] | None = None,
 ) -> dict[str, float]:
     """The mean of each metric over the queries (of coverage, the share of the catalogue) for `most_popular` or
-    `item_knn`: whole catalogue, unseen items; `ndcg@10[NAME]` over those of a slice alone, NaN where it has none.
+    `item_knn`: whole catalogue, unseen items; `ndcg@10[NAME]` over those of a slice alone. Without a query a
+    mean is NaN, and coverage 0.
 
     User u's events are `items[offsets[u]:offsets[u + 1]]`, of which the first `train_end[u]` may be learnt
     from; a query asks where `target` ranks after the first `history` events of `user`. Items are 1..n_items.

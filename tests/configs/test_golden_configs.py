@@ -61,7 +61,8 @@ def test_no_golden_is_left_of_a_config_that_is_gone():
 def test_a_shipped_config_loads_again_from_its_own_dump(name, tmp_path):
     (tmp_path / "again.yaml").write_text(resolved(name))
     loaded = load_config("again.yaml")
-    assert loaded.resolved == load_config(f"configs/{name}.yaml", COMPLETED_BY.get(name, [])).resolved
+    # what a resumed run compares: 4 and 4.0 are two values to it
+    assert diff(loaded.resolved, load_config(f"configs/{name}.yaml", COMPLETED_BY.get(name, [])).resolved) == []
     assert type(loaded.config) is SCHEMAS[loaded.config.task]
 
 
