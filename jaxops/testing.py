@@ -14,8 +14,8 @@ from jaxtyping import PyTree
 from jaxops.core.mesh import make_mesh, use_cpu_devices
 from jaxops.core.sharding import named_leaves
 from jaxops.core.step import build_step, init_state
-from jaxops.tasks.task import Task
-from jaxops.tasks.training import tables_on
+from jaxops.run.task import Task
+from jaxops.run.training import tables_on
 
 LAYOUTS: tuple[dict[str, int], ...] = (
     {"data": 1},

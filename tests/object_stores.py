@@ -18,7 +18,7 @@ import pytest
 
 from jaxops.core import stores
 from jaxops.core.stores import Location, Store
-from jaxops.tasks import lease, mirror
+from jaxops.run.folder import lease, mirror
 
 needs_moto = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("moto", "flask_cors", "obstore")),

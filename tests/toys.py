@@ -13,11 +13,11 @@ from jaxops.core.mesh import make_mesh
 from jaxops.core.state import State
 from jaxops.core.step import TrainStep, build_step, init_state
 from jaxops.core.sums import Max, Sum
-from jaxops.data.interactions import from_arrays
-from jaxops.data.splits import leave_one_out
-from jaxops.data.windows import SequenceSource
+from jaxops.data.interactions.interactions import from_arrays
+from jaxops.data.interactions.splits import leave_one_out
+from jaxops.data.interactions.windows import SequenceSource
 from jaxops.models.sasrec import SASRec, SASRecConfig
-from jaxops.tasks.task import Task
+from jaxops.run.task import Task
 
 RULES = [(r"up/kernel$", ("fsdp", "tensor")), (r"down/kernel$", ("tensor", "fsdp")), (r"bias$", ())]
 

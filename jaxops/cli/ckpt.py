@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jaxops.cli.printing import cell, console, grid, print_json, say, size, when
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK
 from jaxops.report.results import duration
-from jaxops.tasks.saved import Contents, Saved, Verdict, list_saved, show_saved, verify_saved
+from jaxops.run.folder.saved import Contents, Saved, Verdict, list_saved, show_saved, verify_saved
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,13 +14,13 @@ from jaxops.config.dump import diff as differences
 from jaxops.config.load import explain, from_dict
 from jaxops.config.shapes import ABSENT
 from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_OK, UserError
-from jaxops.tasks.build import build_task, load_config
+from jaxops.run.build import build_task, load_config
 
 
 def train(args: argparse.Namespace) -> int:
     """`jaxops train CONFIG [a.b=VALUE ...] [--smoke]`."""
     from jaxops.core import distributed
-    from jaxops.tasks.fit import fit
+    from jaxops.run.fit import fit
 
     if args.smoke:
         return _smoke(args)
@@ -33,8 +33,8 @@ def train(args: argparse.Namespace) -> int:
 def _smoke(args: argparse.Namespace) -> int:
     """Two steps, evaluation and a save; then a third step from what was restored. Nothing is left behind."""
     from jaxops.core import distributed
-    from jaxops.tasks.fit import fit
-    from jaxops.tasks.trained import load
+    from jaxops.run.fit import fit
+    from jaxops.run.trained import load
 
     with contextlib.ExitStack() as stack:
         make = lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxops-smoke-"))
@@ -63,8 +63,8 @@ def _smoke(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """`jaxops evaluate RUN`."""
-    from jaxops.tasks.progress import results_table
-    from jaxops.tasks.trained import load
+    from jaxops.run.progress import results_table
+    from jaxops.run.trained import load
 
     model = load(args.run, args.step)
     values = model.evaluate()
@@ -78,7 +78,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def predict(args: argparse.Namespace) -> int:
     """`jaxops predict RUN USERS --top K --out OUT`."""
-    from jaxops.tasks.trained import load
+    from jaxops.run.trained import load
 
     top, method = 10 if args.top is None else args.top, args.index or "auto"
     if top < 1:
@@ -111,7 +111,7 @@ def predict(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """`jaxops export RUN OUT`."""
-    from jaxops.tasks.trained import load
+    from jaxops.run.trained import load
 
     target = _target(args.out)
     table = load(args.run, args.step).item_vectors()
@@ -167,7 +167,7 @@ def config(args: argparse.Namespace) -> int:
 
 def _resolved(name: str) -> dict[str, Any]:
     """The resolved config of a file, a shipped name or a run folder."""
-    from jaxops.tasks.run_folder import RunFolder
+    from jaxops.run.folder.run_folder import RunFolder
 
     return RunFolder(name).config() if "://" in name or Path(name).is_dir() else load_config(name).resolved
 
@@ -179,8 +179,8 @@ def shardings(args: argparse.Namespace) -> int:
 
     from jaxops.core.mesh import describe_devices, make_mesh
     from jaxops.core.sharding import place
+    from jaxops.run.training import tables_on
     from jaxops.tables.explain import costs
-    from jaxops.tasks.training import tables_on
 
     task = build_task(load_config(args.config, args.overrides))
     mesh = make_mesh(**dataclasses.asdict(task.config.mesh))
@@ -278,7 +278,7 @@ def _data_config(args: argparse.Namespace) -> Any:
     from jaxops.data import sources
 
     if args.config in {source.name for source in sources.list_sources()}:
-        from jaxops.tasks.config import SCHEMAS
+        from jaxops.families.rec.config import SCHEMAS
 
         values = {"task": "rec", "data": {"kind": args.config}, "run": {"steps": 1}}
         return from_dict(SCHEMAS, values, args.overrides, source="data inspect").config.data
@@ -289,8 +289,8 @@ def _data_config(args: argparse.Namespace) -> Any:
 
 
 def _data_build(args: argparse.Namespace) -> int:
-    from jaxops.data.cache import ensure
-    from jaxops.data.spec import InteractionsFile
+    from jaxops.data.interactions.cache import ensure
+    from jaxops.data.interactions.spec import InteractionsFile
 
     found = _data_config(args)
     if not isinstance(found, InteractionsFile):
@@ -306,10 +306,14 @@ def _data_build(args: argparse.Namespace) -> int:
 
 
 def _data_inspect(args: argparse.Namespace) -> int:
-    from jaxops.data.config import open_data
-    from jaxops.data.inspect import describe, inspect
+    from jaxops.data.interactions.inspect import describe, inspect
+    from jaxops.data.interactions.open import open_data
+    from jaxops.data.interactions.spec import InteractionsConfig
 
-    info = inspect(open_data(_data_config(args)))
+    found = _data_config(args)
+    if not isinstance(found, InteractionsConfig):
+        raise UserError(f"data: {found.kind} is for click models; there are no interactions to open")
+    info = inspect(open_data(found))
     if args.json:
         print_json(info)
     else:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from jaxops.report.compare import Comparison, Score
-    from jaxops.tasks.runs import Listed
+    from jaxops.run.folder.listing import Listed
 
 COMMANDS = ("runs", "compare", "ckpt")
 _COLOURS = {"finished": "green", "running": "blue", "failed": "red"}
@@ -54,7 +54,7 @@ def add_commands(sub: Any) -> None:
 def runs(args: argparse.Namespace) -> int:
     """`jaxops runs [DIR]`."""
     from jaxops.cli.printing import console, print_json, say
-    from jaxops.tasks.runs import list_runs
+    from jaxops.run.folder.listing import list_runs
 
     if args.dir == "runs" and not os.path.exists(args.dir):
         raise UserError("there is no folder runs here; name the one that run.dir says: jaxops runs DIR")
@@ -96,7 +96,7 @@ def _runs_table(found: Sequence["Listed"]) -> "Table":
 def compare(args: argparse.Namespace) -> int:
     """`jaxops compare RUN RUN ... [--out compare.html]`."""
     from jaxops.cli.printing import console, print_json, say
-    from jaxops.tasks.runs import compare_runs
+    from jaxops.run.folder.listing import compare_runs
 
     page = _page(args)
     found = compare_runs(args.runs)

@@ -110,7 +110,7 @@ class SASRec:
     """SASRec over a catalogue of `n_items`; parameters are plain dicts, every method is pure.
 
     Padding on the left: position `length - 1` is always the most recent item. `batch` needs "items" [batch, length]
-    and "id" [batch]; packed rows (data/packing.py) also carry "segment" and "position" [batch, length]. With
+    and "id" [batch]; packed rows (interactions/packing.py) also carry "segment" and "position" [batch, length]. With
     `config.inputs` the rows of those features are in batch["rows"] [batch, length(, bag), dim], and the item matrix is
     what evaluation puts into params["catalogue"]; bags are pooled by `pools` (mean where it says nothing).
     """

@@ -187,7 +187,7 @@ def _rates(values: np.ndarray) -> bool:
 
 def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     """As `jaxops data inspect` says it; the bare values where the inspection has another form."""
-    from jaxops.data.inspect import describe
+    from jaxops.data.interactions.inspect import describe
 
     if not data:
         return []

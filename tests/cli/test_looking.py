@@ -11,7 +11,7 @@ import pytest
 from jaxops.cli.main import main
 from jaxops.core.mesh import make_mesh
 from jaxops.data import sources
-from jaxops.tasks.build import build_task, load_config
+from jaxops.run.build import build_task, load_config
 
 
 def said(capsys, *argv: str) -> str:
@@ -85,7 +85,7 @@ def test_shardings_has_every_parameter_and_its_bytes(folder, capsys):
     total = sum(row["bytes_per_device"] for row in found["parameters"])
     assert rows["total"][1] == f"{total:,}"
     # and it is so: the arrays that training makes hold that many bytes on a device
-    from jaxops.tasks.training import build_training
+    from jaxops.run.training import build_training
 
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):

@@ -8,7 +8,7 @@ import pytest
 
 from jaxops.cli.main import main
 from jaxops.core.writers import read_metrics
-from jaxops.tasks.trained import load
+from jaxops.run.trained import load
 
 pytestmark = pytest.mark.usefixtures("no_report")
 METRICS = ("hr@10", "ndcg@10", "mrr@10")
@@ -111,7 +111,7 @@ def test_smoke_leaves_nothing(folder, capsys):
 
 
 def test_a_second_process_is_told_who_holds_the_run(finished, capsys):
-    from jaxops.tasks.run_folder import RunFolder
+    from jaxops.run.folder.run_folder import RunFolder
 
     with RunFolder(finished).locked():
         assert main(["train", "my.yaml", "run.steps=30"]) == 2

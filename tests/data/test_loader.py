@@ -3,10 +3,10 @@ import threading
 import numpy as np
 import pytest
 
-from jaxops.data.interactions import from_arrays
+from jaxops.data.interactions.interactions import from_arrays
+from jaxops.data.interactions.splits import leave_one_out
+from jaxops.data.interactions.windows import SequenceSource
 from jaxops.data.loader import Loader, build
-from jaxops.data.splits import leave_one_out
-from jaxops.data.windows import SequenceSource
 
 pytestmark = pytest.mark.latest
 

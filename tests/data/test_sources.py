@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from jaxops.core.failures import UserError
-from jaxops.data import config, inspect, sources
+from jaxops.data import sources
+from jaxops.data.interactions import inspect
+from jaxops.data.interactions import open as config
+from jaxops.data.interactions.spec import Columns, MovieLens100K
 from jaxops.data.sources import NamedSource, Package, Url
-from jaxops.data.spec import Columns, MovieLens100K
 
 CONTENT = b"1\t10\t5\t100\n1\t11\t4\t100\n2\t10\t3\t50\n"
 

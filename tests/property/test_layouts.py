@@ -12,11 +12,11 @@ import pytest
 from toys import Ragged, interactions, rec_task, rows, tiny_sasrec
 
 from jaxops.core.accumulate import microbatches
-from jaxops.data.packing import PackedSource
-from jaxops.data.splits import leave_one_out
-from jaxops.data.windows import SequenceSource
-from jaxops.tasks.config import Bce, Gbce, RecObjective, SampledSoftmax, Softmax
-from jaxops.tasks.rec import build_objective
+from jaxops.data.interactions.packing import PackedSource
+from jaxops.data.interactions.splits import leave_one_out
+from jaxops.data.interactions.windows import SequenceSource
+from jaxops.families.rec.config import Bce, Gbce, RecObjective, SampledSoftmax, Softmax
+from jaxops.families.rec.ranking import build_objective
 from jaxops.testing import LAYOUTS, compare
 
 SHIPPED = {
@@ -42,7 +42,7 @@ def task_of(name, **options):
 
 def test_every_shipped_objective_is_here():
     kinds = {choice.kind for choice in typing.get_args(RecObjective) if hasattr(choice, "kind")}
-    assert kinds == set(SHIPPED) | {"clicks", "in_batch_softmax"}  # whose features lie in tables: tests/tasks
+    assert kinds == set(SHIPPED) | {"clicks", "in_batch_softmax"}  # whose features lie in tables: tests/run
 
 
 def test_the_batches_are_as_ragged_as_they_say():

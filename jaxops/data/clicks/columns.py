@@ -1,0 +1,262 @@
+"""Columns of click data as they lie in files: of training data, and of new rows that are to be predicted."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, Float64
+
+from jaxops.core.failures import UserError
+from jaxops.data import side, sources
+from jaxops.data.clicks.spec import ClickDataConfig, ClicksFile, Criteo, Label, MovieLensClicks
+from jaxops.data.ids import Ids, sortable
+from jaxops.data.numeric import numbers, times, weights
+from jaxops.data.spec import SideFile
+
+INTEGERS = tuple(f"i{at}" for at in range(1, 14))
+CATEGORIES = tuple(f"c{at}" for at in range(1, 27))
+RESERVED = ("id", "weight", "label", "numeric", "rows", "plan", "slots")
+"""What else a batch has by name."""
+KINDS = ("user", "item")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """What click data has by its config alone.
+
+    Attributes:
+      features: by name, whether it is a bag, in the order in which models read them.
+      sides: by feature or number that is a column of users or items, `user` or `item`.
+      weighted: bags whose values have weights.
+      log: whether numbers are compressed, sign(x) log(1 + |x|), before they are standardised.
+    """
+
+    features: Mapping[str, bool]
+    numeric: tuple[str, ...]
+    sides: Mapping[str, str]
+    labels: tuple[str, ...]
+    log: bool
+    weighted: frozenset[str] = frozenset()
+
+
+def layout(config: ClickDataConfig) -> Layout:
+    """Of this data."""
+    if isinstance(config, MovieLensClicks):
+        own = dict.fromkeys(("user", "item", "age", "gender", "occupation"), False)
+        features = {**own, "genre": True, "hour": False, "weekday": False}
+        sides = {**dict.fromkeys(("age", "gender", "occupation"), "user"), "genre": "item", "year": "item"}
+        return Layout(features, ("year",), sides, ("like",), False)
+    config = as_file(config)
+    features = {**dict.fromkeys(config.categorical, False), **dict.fromkeys(config.bags, True)}
+    sides, weighted, numeric = {}, {*config.weights}, [*config.numeric]
+    for kind, file in zip(KINDS, (config.user_features, config.item_features), strict=True):
+        if file is not None:
+            features |= {**dict.fromkeys(file.columns, False), **dict.fromkeys(file.bags, True)}
+            sides |= dict.fromkeys((*file.columns, *file.bags, *file.numeric), kind)
+            weighted |= {*file.weights}
+            numeric += file.numeric
+    return Layout(features, tuple(numeric), sides, tuple(config.labels), config.log, frozenset(weighted))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Own:
+    """Columns of the examples themselves, and whose they are: original ids by `user` and `item`, where that is told.
+
+    Weights of a bag are `NAME/weight` of `categorical`.
+    """
+
+    categorical: dict[str, pa.Array]
+    numeric: dict[str, Float64[np.ndarray, " rows"]]
+    who: dict[str, pa.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Raw:
+    """Training data as it was read.
+
+    Attributes:
+      values: columns of users and items by their row in `ids`; a bag has a list a row, numbers are float64.
+      of: by `user` and `item`, the row of each example in `ids`, int64, -1 for nobody.
+    """
+
+    own: Own
+    values: dict[str, pa.Array | np.ndarray]
+    ids: dict[str, Ids]
+    of: dict[str, np.ndarray]
+    labels: Float32[np.ndarray, "examples tasks"]
+    weight: Float32[np.ndarray, " examples"]
+    time: np.ndarray | None
+
+
+def read_raw(config: ClickDataConfig) -> Raw:
+    """All of it.
+
+    Raises:
+      UserError: what reading raises; names that clash; labels, weights or times that are none.
+    """
+    return _movielens(config) if isinstance(config, MovieLensClicks) else _file(as_file(config))
+
+
+def read_own(config: ClickDataConfig, path: str | os.PathLike[str]) -> Own:
+    """Rows to be predicted: as the training data's, without labels, weights and splits.
+
+    Whose they are need not be told, unless a feature is a column of users or items.
+
+    Raises:
+      UserError: what reading raises.
+    """
+    if isinstance(config, MovieLensClicks):
+        return _film_columns(side.read_columns(os.fspath(path), ("user", "item", "time")))
+    file, has = as_file(config), layout(config)
+    path = os.fspath(path)
+    there = side.columns_of(path, file.format, file.header)
+    who = {kind: name for kind, name in _who(file).items() if name in there or kind in has.sides.values()}
+    wanted = [*file.categorical, *file.bags, *file.weights.values(), *file.numeric, *who.values()]
+    table = side.read_columns(path, list(dict.fromkeys(wanted)), file.format, file.header, _numbers(file))
+    return _own(file, table, who)
+
+
+def as_file(config: ClicksFile | Criteo) -> ClicksFile:
+    """Criteo's form as what it is: a file with columns."""
+    if isinstance(config, ClicksFile):
+        return config
+    return ClicksFile(
+        path=config.path,
+        labels={"click": Label(column="label")},
+        categorical=CATEGORIES,
+        numeric=INTEGERS,
+        log=True,
+        split=config.split,
+        format="tsv",
+        header=("label", *INTEGERS, *CATEGORIES),
+    )
+
+
+def _who(config: ClicksFile) -> dict[str, str]:
+    """By `user` and `item`, the column that says which."""
+    found = {"user": config.columns.user, "item": config.columns.item}
+    return {kind: name for kind, name in found.items() if name is not None}
+
+
+def _numbers(config: ClicksFile) -> set[str]:
+    """Columns that are read as numbers and as nothing else."""
+    columns = config.columns
+    labels = [label.column for label in config.labels.values()]
+    plain = {*labels, *config.numeric, *(name for name in (columns.time, columns.weight) if name is not None)}
+    return plain - {*config.categorical, *_who(config).values()}
+
+
+def _own(config: ClicksFile, table: pa.Table, who: Mapping[str, str]) -> Own:
+    categorical = {name: side.column(table, name) for name in config.categorical}
+    categorical |= side.bags(table, config.bags, config.weights, config.separator, "data")
+    return Own(
+        categorical,
+        {name: numbers(side.column(table, name), f"data.numeric: {name}") for name in config.numeric},
+        {kind: side.column(table, name) for kind, name in who.items()},
+    )
+
+
+def _file(config: ClicksFile) -> Raw:
+    columns = config.columns
+    labels = [label.column for label in config.labels.values()]
+    features = [*config.categorical, *config.bags, *config.numeric]
+    if not config.labels or not features:
+        raise UserError("data: name at least one label and one column of `categorical`, `bags` or `numeric`")
+    _check_names(config)
+    named = [name for name in (columns.time, columns.weight) if name is not None]
+    wanted = [*_who(config).values(), *named, *labels, *features, *config.weights.values()]
+    table = side.read_columns(config.path, list(dict.fromkeys(wanted)), config.format, config.header, _numbers(config))
+    own = _own(config, table, _who(config))
+    files: dict[str, SideFile | None] = {"user": config.user_features, "item": config.item_features}
+    values: dict[str, pa.Array | np.ndarray] = {}
+    ids, of = {}, {}
+    for kind, file in files.items():
+        if kind in own.who:
+            ids[kind], of[kind] = _by_id(own.who[kind], kind)
+        elif file is not None:
+            raise UserError(f"data.{kind}_features: say which column is the {kind}, data.columns.{kind}")
+        if file is not None:
+            values |= side.read_side(file, ids[kind], f"data.{kind}_features")
+    time, weight = None, np.ones(len(table), np.float32)
+    if columns.time is not None and config.split.by in ("time", "user_time"):
+        time = times(side.whole(table, columns.time), "data.columns.time")
+    if columns.weight is not None:
+        weight = weights(side.column(table, columns.weight), "data.columns.weight")
+    given = [_label(side.column(table, label.column), label, name) for name, label in config.labels.items()]
+    return Raw(own, values, ids, of, np.stack(given, axis=1), weight, time)
+
+
+def _check_names(config: ClicksFile) -> None:
+    """Every feature has one name of its own: batches are by name, and a later one would take an earlier one's place."""
+    owner = _named([("data.categorical", config.categorical), ("data.bags", config.bags)], {})
+    sides = []
+    for path, file in (("data.user_features", config.user_features), ("data.item_features", config.item_features)):
+        if file is not None:
+            sides += [(f"{path}.columns", file.columns), (f"{path}.bags", file.bags), (f"{path}.numeric", file.numeric)]
+    _named(sides, dict.fromkeys(config.numeric, "data.numeric") | owner)
+
+
+def _named(named: Sequence[tuple[str, Sequence[str]]], owner: Mapping[str, str]) -> dict[str, str]:
+    """`owner` (name to path of the config) and these; raises UserError where a name has one already."""
+    out = dict(owner)
+    for path, names in named:
+        for name in names:
+            if name in RESERVED:
+                raise UserError(
+                    f"{path}: a feature cannot be called {name!r}, as another entry of batches is; rename the column"
+                )
+            if name in out:
+                raise UserError(f"{path}: {name!r} is named by {out[name]} already; one of them must be renamed")
+            out[name] = path
+    return out
+
+
+def _by_id(values: pa.Array, what: str) -> tuple[Ids, np.ndarray]:
+    """The distinct ids in sorted order, and the row there of each of `values`, int64 (-1: null)."""
+    encoded = values.dictionary_encode()
+    known = sortable(encoded.dictionary.to_pylist(), False, what)
+    order = np.argsort(known, kind="stable")
+    place = np.empty(len(order) + 1, np.int64)
+    place[order], place[-1] = np.arange(len(order)), -1
+    return Ids(known[order], first=0), place[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+
+
+def _film_columns(table: pa.Table) -> Own:
+    who = {kind: side.column(table, kind) for kind in KINDS}
+    time = numbers(side.column(table, "time"), "time")
+    hour, day = ((time // seconds % cycle).astype(np.int64) for seconds, cycle in ((3600, 24), (86400, 7)))
+    return Own({**who, "hour": pa.array(hour), "weekday": pa.array(day)}, {}, who)
+
+
+def _movielens(config: MovieLensClicks) -> Raw:
+    header = ("user", "item", "rating", "time")
+    table = side.read_columns(str(sources.get("movielens_100k")), header, "tsv", header)
+    people = side.read_columns(str(sources.get("movielens_100k_people")), ["user", "age", "gender", "occupation"])
+    films = side.read_columns(str(sources.get("movielens_100k_films")), ["item", "year", "genres"])
+    own = _film_columns(table)
+    ids, of, lies = {}, {}, {}
+    for kind, known in zip(KINDS, (people, films), strict=True):
+        ids[kind], place = _by_id(side.column(known, kind), kind)
+        lies[kind] = pa.array(np.argsort(place))
+        of[kind] = ids[kind].places(own.who[kind])
+    values = {name: side.column(people, name).take(lies["user"]) for name in ("age", "gender", "occupation")}
+    values["genre"] = side.column(films, "genres", "|").take(lies["item"])
+    year = numbers(side.column(films, "year"), "year")[np.asarray(lies["item"])]
+    label = _label(side.column(table, "rating"), Label(column="rating", at_least=config.at_least), "like")
+    time = numbers(side.column(table, "time"), "time")
+    return Raw(own, {**values, "year": year}, ids, of, label[:, None], np.ones(len(table), np.float32), time)
+
+
+def _label(values: pa.Array, label: Label, name: str) -> np.ndarray:
+    found = numbers(values, f"data.labels.{name}: column {label.column!r}")
+    if label.at_least is not None:
+        return np.where(np.isnan(found), np.nan, found >= label.at_least).astype(np.float32)
+    wrong = np.flatnonzero(~np.isnan(found) & (found != 0) & (found != 1))
+    if len(wrong):
+        raise UserError(
+            f"data.labels.{name}: row {wrong[0] + 1} of column {label.column!r} is {found[wrong[0]]:g}, expected 0 or 1"
+            f" (or `at_least`: from where on a number counts as a click)"
+        )
+    return found.astype(np.float32)

@@ -1,0 +1,92 @@
+"""How clicks are written down in a config: frozen dataclasses and nothing else (`clicks.py` opens them)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jaxops.data.spec import Format, SideFile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClickColumns:
+    """Which columns say whose an example is, of what, when, and how much it counts; null: there is none."""
+
+    user: str | None = None
+    item: str | None = None
+    time: str | None = None
+    weight: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Label:
+    """What is predicted: a column of 0 and 1, or whether a number is `at_least` so much."""
+
+    column: str
+    at_least: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fractions:
+    """The last `valid` + `test` of the examples are held out, the very last for test.
+
+    Last `by`: `order` of the rows; `time`; `user_time`, each user's own last; or `random`, by a hash of the row.
+    """
+
+    kind: Literal["fractions"] = "fractions"
+    valid: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    by: Literal["order", "time", "user_time", "random"] = "order"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClicksFile:
+    """Examples of clicks: a row each, in files of any format that interactions may have.
+
+    `labels` by name of the task; `bags` are text apart by `separator` (or lists, in Parquet) and `weights`, by bag, the
+    column that says how much each of its values counts, in the same form. `numeric` columns are standardised by the
+    training examples, after sign(x) log(1 + |x|) where `log`. `columns` say who and what, for splits, GAUC and cold
+    users and items; they are features where `categorical` names them too.
+    """
+
+    path: str | tuple[str, ...]
+    kind: Literal["clicks"] = "clicks"
+    labels: Mapping[str, Label] = dataclasses.field(default_factory=lambda: {"click": Label(column="label")})
+    columns: ClickColumns = ClickColumns()
+    categorical: tuple[str, ...] = ()
+    bags: tuple[str, ...] = ()
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    separator: str = "|"
+    numeric: tuple[str, ...] = ()
+    log: bool = False
+    user_features: SideFile | None = None
+    item_features: SideFile | None = None
+    split: Fractions = Fractions()
+    format: Format = "auto"
+    header: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Criteo:
+    """Click logs in Criteo's form: label, integers i1..i13, categories c1..c26, apart by tabs, no header."""
+
+    path: str | tuple[str, ...]
+    kind: Literal["criteo"] = "criteo"
+    split: Fractions = Fractions()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MovieLensClicks:
+    """MovieLens-100K as clicks: would a person rate this film `at_least` so high?
+
+    Features: user, item, age, gender, occupation, hour, weekday, the film's genre (a bag) and year (a number).
+    """
+
+    kind: Literal["movielens_100k_clicks"] = "movielens_100k_clicks"
+    at_least: float = 4.0
+    split: Fractions = Fractions(by="user_time")
+
+
+ClickDataConfig = ClicksFile | Criteo | MovieLensClicks

@@ -1,0 +1,104 @@
+"""What to know of a data set before training on it: plain values for `data.json`, rows for people."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxops.data.interactions.arrange import user_ranges
+from jaxops.data.interactions.interactions import Interactions
+from jaxops.data.interactions.open import RecData
+from jaxops.data.moments import iso
+
+CHUNK = 1 << 22
+"""Events that are looked at at once."""
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+def inspect(data: RecData) -> dict[str, Any]:
+    """Counts, times, lengths, popularity, ties, what was dropped and why, and the split with its SHA-256.
+
+    Everything in it is JSON. `lengths.histogram` counts users with `edges[i]` to `edges[i + 1] - 1` events.
+    `ties` is the share of events that have their user and time in common with another (null without times).
+    """
+    inter, split = data.inter, data.split
+    per_item, tied = _scan(inter)
+    boundaries = split.boundaries
+    return {
+        "version": 1,
+        "source": data.info,
+        "events": inter.n_events,
+        "users": inter.n_users,
+        "items": inter.n_items,
+        "density": inter.n_events / (inter.n_users * inter.n_items),
+        "ids": {"user": inter.user_ids.kind, "item": inter.item_ids.kind},
+        "time": {"from": iso(float(inter.time.min())), "to": iso(float(inter.time.max()))} if inter.timed else None,
+        "ties": tied / inter.n_events if inter.timed else None,
+        "lengths": {**_quantiles(inter.lengths), "histogram": _histogram(inter.lengths)},
+        "events_per_item": _quantiles(per_item[1:]),
+        "dropped": inter.dropped,
+        "split": {
+            "kind": split.kind,
+            "sha256": split.sha256,
+            "boundaries": None if boundaries is None else [iso(at) for at in boundaries],
+            **split.counts,
+        },
+    }
+
+
+def describe(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """`inspect`'s answer as (what, how much) rows for a table."""
+    split, time, source = info["split"], info["time"], info["source"]
+    rows = [(name, str(source[name])) for name in ("title", "licence", "path", "cache") if name in source]
+    rows += [
+        ("events", f"{info['events']:,}"),
+        ("users", f"{info['users']:,} ({info['ids']['user']} ids)"),
+        ("items", f"{info['items']:,} ({info['ids']['item']} ids)"),
+        ("density", f"{info['density']:.3%}"),
+        ("time", f"{time['from']} to {time['to']}" if time else "none, the order is the file's"),
+    ]
+    if info["ties"] is not None:
+        rows.append(("ties", f"{info['ties']:.1%} of events share user and time with another (row order decides)"))
+    rows += [
+        ("events a user", _span(info["lengths"])),
+        ("events an item", _span(info["events_per_item"])),
+        ("dropped", ", ".join(f"{n:,} {why}" for why, n in info["dropped"].items()) or "nothing"),
+        ("split", split["kind"] + (" at " + ", ".join(split["boundaries"]) if split["boundaries"] else "")),
+        ("training", f"{split['train_events']:,} events of {split['train_users']:,} users"),
+    ]
+    rows += [(title, _part(split, name)) for name, title in (("valid", "validation"), ("test", "test"))]
+    return [*rows, ("split SHA-256", split["sha256"])]
+
+
+def _part(split: dict[str, Any], name: str) -> str:
+    cold = f"{split[f'{name}_cold_user']:,} with a cold user, {split[f'{name}_cold_item']:,} with a cold item"
+    left_out = split.get(f"{name}_no_history", 0)
+    return f"{split[name]:,} queries ({cold})" + (f"; {left_out:,} users without a history" if left_out else "")
+
+
+def _scan(inter: Interactions) -> tuple[np.ndarray, int]:
+    """Events of each item row, and how many events are tied."""
+    per_item, tied = np.zeros(inter.n_items + 1, np.int64), 0
+    for start, stop in user_ranges(inter.offsets, CHUNK):
+        at = slice(int(inter.offsets[start]), int(inter.offsets[stop]))
+        per_item += np.bincount(inter.item[at], minlength=len(per_item))
+        same = (np.diff(inter.time[at]) == 0) & (np.diff(inter.user[at]) == 0)
+        tied += int(np.count_nonzero(np.append(same, False) | np.insert(same, 0, False)))
+    return per_item, tied
+
+
+def _quantiles(counts: np.ndarray) -> dict[str, float]:
+    values = np.quantile(counts, QUANTILES)
+    named = {f"q{round(100 * q)}": float(value) for q, value in zip(QUANTILES, values, strict=True)}
+    return {"mean": float(counts.mean()), **named}
+
+
+def _histogram(lengths: np.ndarray) -> dict[str, list[int]]:
+    """Bins that double: 1, 2-3, 4-7, ..."""
+    edges = 2 ** np.arange(int(lengths.max()).bit_length() + 1)
+    counts = np.bincount(np.digitize(lengths, edges) - 1, minlength=len(edges) - 1)
+    return {"edges": edges.tolist(), "counts": counts[: len(edges) - 1].tolist()}
+
+
+def _span(counts: dict[str, float]) -> str:
+    low, middle, high = (counts[name] for name in ("q0", "q50", "q100"))
+    return f"{low:,.0f} to {high:,.0f}, median {middle:,.0f}, mean {counts['mean']:,.1f}"

@@ -1,0 +1,220 @@
+"""Files to batches of events: user, item, time, weight, checked, each mistake told with its file and row.
+
+Streams: one batch of rows is in memory at a time. Events come in original row order (files in order, rows in
+order).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float32, Float64
+
+from jaxops.core.failures import UserError
+from jaxops.data import formats
+from jaxops.data.files import DataFile
+from jaxops.data.interactions.spec import Columns
+from jaxops.data.moments import iso_seconds, unix_seconds
+from jaxops.data.spec import TimeUnit
+
+UNITS: dict[TimeUnit, float] = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+FAR_FUTURE = 32_503_680_000.0
+"""The year 3000 in unix seconds: a time beyond it is in another unit than was said."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Events:
+    """A batch of events; `time` and `weight` are None where the data has no such column. Only `context` has nulls.
+
+    `null_ids` counts the rows that were left out because they name no user or no item; `where` is the file.
+    """
+
+    user: pa.Array
+    item: pa.Array
+    time: Float64[np.ndarray, " rows"] | None
+    weight: Float32[np.ndarray, " rows"] | None
+    null_ids: int
+    where: str
+    context: tuple[pa.Array, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a batch is from: rows are counted from 1, after the header."""
+
+    file: str
+    first_row: int
+    column: str
+
+    def row(self, index: int) -> str:
+        return f"{self.file}: row {self.first_row + index}, column {self.column!r}"
+
+
+def is_text(files: Sequence[DataFile]) -> bool:
+    """Whether the format cannot tell an integer from a string."""
+    return files[0].format in ("csv", "tsv")
+
+
+def read_events(files: Sequence[DataFile], columns: Columns, header: Sequence[str] | None = None) -> Iterator[Events]:
+    """All events of `files`, in order.
+
+    Raises:
+      UserError: a file that is not what it should be, a missing column, an id column of floats, a time or
+      weight
+        that is null, not a number or no date: with its file, row and value.
+    """
+    numbers = [name for name in (columns.time, columns.weight) if name is not None]
+    wanted = [columns.user, columns.item, *numbers, *columns.context]
+    for file in files:
+        try:
+            yield from convert_batches(formats.batches(file, wanted, header, numbers), columns, file.name)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file.name}: cannot be read as {file.format}: {error}") from error
+
+
+def convert_batches(batches: Iterator[pa.RecordBatch], columns: Columns, where: str) -> Iterator[Events]:
+    """Record batches as events, checked; `where` names them in errors, which count rows from 1."""
+    row = 1
+    for batch in batches:
+        place = lambda column, first=row: _Place(where, first, column)
+        _refuse_missing(batch, batches, columns, place)
+        context = tuple(_context_column(batch.column(name), place(name)) for name in columns.context)
+        user = _id_column(batch.column(columns.user), place(columns.user))
+        item = _id_column(batch.column(columns.item), place(columns.item))
+        time, weight = None, None
+        if columns.time is not None:
+            time = _times(batch.column(columns.time), columns.time_unit, place(columns.time))
+        if columns.weight is not None:
+            weight = _numbers(batch.column(columns.weight), place(columns.weight)).astype(np.float32)
+        known = pc.and_(pc.is_valid(user), pc.is_valid(item))
+        null_ids = len(batch) - known.true_count
+        if null_ids:
+            keep = known.to_numpy(zero_copy_only=False)
+            user, item = user.filter(known), item.filter(known)
+            time = None if time is None else time[keep]
+            weight = None if weight is None else weight[keep]
+            context = tuple(values.filter(known) for values in context)
+        yield Events(user, item, time, weight, null_ids, where, context)
+        row += len(batch)
+
+
+def _refuse_missing(
+    batch: pa.RecordBatch,
+    rest: Iterator[pa.RecordBatch],
+    columns: Columns,
+    place: Callable[[str], _Place],
+) -> None:
+    """A null or NaN time or weight is an error, told with how many more there are in the file."""
+    for name in (columns.time, columns.weight):
+        if name is None:
+            continue
+        missing = _missing(batch.column(name))
+        first = pc.index(missing, True).as_py()
+        if first >= 0:
+            count = sum(pc.sum(_missing(b.column(name))).as_py() or 0 for b in itertools.chain([batch], rest))
+            raise UserError(
+                f"{place(name).row(first)} has no value (null or NaN); {count} such row(s) in this file. "
+                "Drop or fill them: an event needs its time and weight"
+            )
+
+
+def _missing(column: pa.Array) -> pa.Array:
+    column = _plain(column)
+    if pa.types.is_string(column.type):
+        blank = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(column)), pa.array(["", "nan", "null", "none", "na"]))
+        return pc.or_(pc.is_null(column), pc.fill_null(blank, False))
+    return pc.is_null(column, nan_is_null=True)
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """Dictionaries decoded, every string type as `string`."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    other = pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_binary(kind)
+    return pc.cast(column, pa.string()) if other or pa.types.is_large_binary(kind) else column
+
+
+def _id_column(column: pa.Array, place: _Place) -> pa.Array:
+    """int64 or string, nulls kept."""
+    column = _plain(column)
+    if pa.types.is_string(column.type):
+        return column
+    if pa.types.is_integer(column.type):
+        return _converted(column, lambda c: pc.cast(c, pa.int64()), place, "an id that fits 64 bits")
+    if pa.types.is_null(column.type):
+        return pc.cast(column, pa.string())
+    hint = ""
+    if pa.types.is_floating(column.type):
+        hint = "; floats often come from a table with missing values: write the ids as integers or strings"
+    raise UserError(f"{place.file}: the id column {place.column!r} holds {column.type}{hint}")
+
+
+def _context_column(column: pa.Array, place: _Place) -> pa.Array:
+    """As `_id_column`; true and false as text."""
+    return pc.cast(column, pa.string()) if pa.types.is_boolean(column.type) else _id_column(column, place)
+
+
+def _numbers(column: pa.Array, place: _Place, expected: str = "a number") -> Float64[np.ndarray, " rows"]:
+    column = _plain(column)
+    kind = column.type
+    numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    if not (numeric or pa.types.is_string(kind) or pa.types.is_boolean(kind)):
+        raise UserError(f"{place.file}: column {place.column!r} holds {kind}, expected numbers")
+    if pa.types.is_boolean(kind):
+        column = pc.cast(column, pa.int8())
+    if pa.types.is_string(kind):
+        column = pc.utf8_trim_whitespace(column)
+    cast = lambda c: pc.cast(c, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    values = _converted(column, cast, place, expected)
+    if not np.all(np.isfinite(values)):
+        raise UserError(f"{place.row(int(np.flatnonzero(~np.isfinite(values))[0]))} is infinite")
+    return values
+
+
+def _times(column: pa.Array, unit: TimeUnit, place: _Place) -> Float64[np.ndarray, " rows"]:
+    """Unix seconds, float64 (microseconds stay apart until 2255); strings are read as the first one is."""
+    column = _plain(column)
+    kind = column.type
+    if not len(column):
+        return np.empty(0)
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return unix_seconds(column)
+    if pa.types.is_string(kind) and not _reads_as_number(column[0].as_py()):
+        return _converted(column, iso_seconds, place, "unix time or an ISO date or time (2026-11-15T08:30:00)")
+    seconds = _numbers(column, place, "a unix time as in the rows before") / UNITS[unit]
+    far = np.flatnonzero(np.abs(seconds) >= FAR_FUTURE)
+    if len(far):
+        raise UserError(
+            f"{place.row(int(far[0]))} is {column[int(far[0])].as_py()}, which is past the year 3000 in "
+            f"{unit!r}; set `columns.time_unit` (s, ms, us, ns)"
+        )
+    return seconds
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _converted(column: pa.Array, convert: Callable[[pa.Array], Any], place: _Place, expected: str) -> Any:
+    """`convert(column)`; when it fails, bisect for the first value that it cannot take."""
+    try:
+        return convert(column)
+    except pa.ArrowInvalid:
+        good, bad = 0, len(column)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            try:
+                convert(column.slice(good, middle - good))
+                good = middle
+            except pa.ArrowInvalid:
+                bad = middle
+        raise UserError(f"{place.row(good)} is {column[good].as_py()!r}, expected {expected}") from None

@@ -1,0 +1,199 @@
+"""Columns of users, items and events as table rows: encoded once for each, looked up by row in every batch."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from jaxops.core.failures import UserError
+from jaxops.data.bags import WEIGHT, flat, joined, padded, padded_weights
+from jaxops.data.idmaps import Vocabulary, fit_map, restore_map
+from jaxops.data.interactions.open import RecData
+from jaxops.families.rec.tables_config import TableConfig, features_of
+from jaxops.tables.spec import TableSpec
+
+RESERVED = frozenset(
+    ("id", "event", "user", "item", "items", "seen", "target", "targets", "negatives", "target_item", "negative_item",
+     "history", "weight", "log_q", "rows", "plan", "slots")
+)  # fmt: skip
+"""What else a batch of interactions has by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EntityColumn:
+    """Values by row of their entity; a bag has a list a row and may have weights. `own`: the entity's own ids.
+
+    `seen`: the values that training has, of which alone an id map is made (default: all).
+    """
+
+    values: pa.Array
+    own: bool = False
+    weights: pa.Array | None = None
+    seen: pa.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What features of users, items and events came to.
+
+    Attributes:
+      codes: by feature, the table rows by row of its entity, int32 [rows] or, of a bag, [rows, width] (-1: nothing).
+      specs: by table.
+      maps: id maps of values that are no ids of users or items, as named arrays.
+      weights: by bag that has them, float32 [rows, width].
+    """
+
+    codes: dict[str, np.ndarray]
+    specs: dict[str, TableSpec]
+    maps: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def columns(self, entries: Mapping[str, str]) -> dict[str, tuple[str, np.ndarray]]:
+        """Columns of a batch (interactions/events.py): of each feature its codes and weights, by rows of its entry."""
+        out = {name: (entry, self.codes[name]) for name, entry in entries.items() if name in self.codes}
+        weights = {f"{name}{WEIGHT}": (entries[name], found) for name, found in self.weights.items() if name in entries}
+        return out | weights
+
+    def add_nobody(self, features: Collection[str]) -> None:
+        """Adds row -1 to these: of a user whom training never saw, or of no event. Unknown; of `user` itself nothing,
+        as no training example has an unknown one."""
+        for name in features:
+            self.codes[name] = _with_nobody(self.codes[name], name == "user")
+            if name in self.weights:
+                self.weights[name] = np.pad(self.weights[name], ((0, 1), (0, 0)))
+
+    def frozen(self, features: Collection[str]) -> dict[str, np.ndarray]:
+        """Named arrays for the run folder: what serving needs of these features, which it never encodes again."""
+        rows = {f"table.{name}.rows": np.array([spec.rows]) for name, spec in self.specs.items()}
+        weights = {f"weights.{feature}": self.weights[feature] for feature in features if feature in self.weights}
+        return self.maps | rows | weights | {f"codes.{feature}": self.codes[feature] for feature in features}
+
+
+def _with_nobody(codes: np.ndarray, nothing: bool = False) -> np.ndarray:
+    """With a row for unknown values, or (as an empty bag is) for nothing."""
+    nobody = np.full((1, *codes.shape[1:]), -1 if nothing or codes.ndim > 1 else 0, codes.dtype)
+    return np.concatenate([codes, nobody])
+
+
+def restore(
+    tables: Mapping[str, TableConfig],
+    owner: Mapping[str, str],
+    weighted: Collection[str],
+    read: Callable[[str], np.ndarray],
+    asked: Collection[str] = (),
+) -> Encoded:
+    """What `Encoded.frozen` was taken of; `owner`: its features, some `weighted`; `read` gives arrays by name.
+
+    Features that are `asked` come with each query and have no codes here: `query_codes` makes them.
+    """
+    specs = {}
+    for name, table in tables.items():  # in the order of training, which is that of the rows in a stack
+        features = tuple(feature for feature in owner if owner[feature] == name)
+        specs[name] = table.spec(int(read(f"table.{name}.rows")[0]), features)
+    codes = {feature: read(f"codes.{feature}") for feature in owner if feature not in asked}
+    return Encoded(codes, specs, weights={name: read(f"weights.{name}") for name in owner if name in weighted})
+
+
+def query_codes(
+    tables: Mapping[str, TableConfig], values: Mapping[str, pa.Array], read: Callable[[str], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Table rows of what queries bring along, by feature, through the frozen id maps that `read` gives; row -1 of
+    nobody."""
+    owner, codes = features_of(tables), {}
+    for feature, found in values.items():
+        table = owner[feature]
+        fitted = restore_map(tables[table].ids, functools.partial(_named, read, table))
+        codes[feature] = _with_nobody(fitted.encode(found, feature))
+    return codes
+
+
+def _named(read: Callable[[str], np.ndarray], table: str, part: str) -> np.ndarray:
+    return read(f"map.{table}.{part}")
+
+
+def feature_names(data: RecData) -> list[str]:
+    """What a model could read: users and items themselves, and the columns of users, items and events."""
+    sides = [name for name in (*data.user_features, *data.item_features) if not name.endswith(WEIGHT)]
+    return list(dict.fromkeys(["user", "item", *sides, *data.inter.contexts]))
+
+
+def feature_columns(data: RecData, names: Collection[str], reserved: Collection[str] = ()) -> dict[str, EntityColumn]:
+    """Those of these features that there are, by row of their entity; item row 0 is padding, and null in every column.
+
+    Vocabularies of events' columns are of the training events alone. `reserved`: further names of batch entries.
+
+    Raises:
+      UserError: a feature named like an entry of batches, or that is a column of two of users, items and events.
+    """
+    inter = data.inter
+    asked = lambda columns: {name: values for name, values in columns.items() if name.removesuffix(WEIGHT) in names}
+    users, items = asked(data.user_features), asked(data.item_features)
+    contexts = [name for name in inter.contexts if name in names]
+    named = [("data.user_features", users), ("data.item_features", items), ("data.columns.context", contexts)]
+    _check_names(named, {*RESERVED, *reserved})
+    shifted = lambda values: pa.concat_arrays([pa.nulls(1, values.type), values])
+    out = {
+        "user": EntityColumn(inter.user_ids.table, own=True),
+        "item": EntityColumn(shifted(inter.item_ids.table), own=True),
+    }
+    for columns, placed in ((users, lambda values: values), (items, shifted)):
+        for name in (name for name in columns if not name.endswith(WEIGHT)):
+            weights = columns.get(f"{name}{WEIGHT}")
+            out[name] = EntityColumn(placed(columns[name]), weights=None if weights is None else placed(weights))
+    if contexts:
+        position = np.arange(inter.n_events) - inter.offsets[:-1].repeat(inter.lengths)
+        training = np.flatnonzero(position < data.split.train_end.repeat(inter.lengths))
+        for name in contexts:
+            out[name] = EntityColumn(inter.context_of(name), seen=inter.context_of(name, training))
+    return out
+
+
+def _check_names(named: Sequence[tuple[str, Iterable[str]]], reserved: Collection[str]) -> None:
+    """Every feature has a name of its own: batches are by name, and a later one would take an earlier one's place."""
+    owner: dict[str, str] = {}
+    for path, names in named:
+        for name in names:
+            if name in reserved:
+                raise UserError(
+                    f"{path}: a feature cannot be called {name!r}, as another entry of batches is; rename the column"
+                )
+            if name in owner:
+                raise UserError(f"{path}: {name!r} is named by {owner[name]} already; one of them must be renamed")
+            owner[name] = path
+
+
+def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns: Mapping[str, EntityColumn]) -> Encoded:
+    """Codes and specs of the features of `owner` (feature to table); features of one table share its id map.
+
+    Vocabularies of users, items and their columns are of all that the data keeps, as item rows themselves are.
+    """
+    codes: dict[str, np.ndarray] = {}
+    specs: dict[str, TableSpec] = {}
+    maps: dict[str, np.ndarray] = {}
+    for name, table in tables.items():
+        features = tuple(feature for feature in owner if owner[feature] == name)
+        mine = {feature: columns[feature] for feature in features}
+        rows = None if table.rows == "auto" else table.rows
+        whole = [column for column in mine.values() if column.own]
+        seen = {id(one.values): flat(one.values if one.seen is None else one.seen) for one in mine.values()}
+        if rows is None and isinstance(table.ids, Vocabulary) and len(whole) == len(mine) and len(seen) == 1:
+            values = whole[0].values
+            first = int(values.null_count == 0)  # users: row 0 is left for unknown ones
+            codes |= dict.fromkeys(mine, np.arange(first, first + len(values), dtype=np.int32))
+            specs[name] = table.spec(len(values) + first, features)
+            maps[f"map.{name}.ids"] = values.drop_null().to_numpy(zero_copy_only=False)
+            continue
+        fitted = fit_map(table.ids, name, joined(list(seen.values())), rows)
+        called: dict[int, str] = {}
+        for feature, column in mine.items():
+            # Features of one column (`item` and `history`) are one to a map that keeps features apart.
+            same = called.setdefault(id(column.values), feature)
+            codes[feature] = padded(column.values, fitted.encode(flat(column.values), same))
+        specs[name] = table.spec(fitted.rows, features)
+        maps |= {f"map.{name}.{part}": values for part, values in fitted.arrays().items()}
+    weights = {name: columns[name].weights for name in owner}
+    return Encoded(
+        codes, specs, maps, {name: padded_weights(found) for name, found in weights.items() if found is not None}
+    )

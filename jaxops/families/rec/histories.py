@@ -1,0 +1,176 @@
+"""Whose next items are asked for: histories read from a file, and as batches that a trained ranker reads."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int32, Int64
+
+from jaxops.config.types import ByPath
+from jaxops.core.failures import UserError, nearest
+from jaxops.data import side
+from jaxops.data.bags import joined
+from jaxops.data.ids import Ids
+from jaxops.data.interactions.interactions import Interactions, read_interactions
+from jaxops.data.interactions.open import open_data
+from jaxops.data.interactions.spec import Columns, InteractionsFile
+
+
+@dataclasses.dataclass(frozen=True)
+class Histories:
+    """Whose next items are asked for: original user ids and their item rows, oldest first, as CSR.
+
+    `unknown_users` have no event that the model knows and are left out, `unknown_items` counts events left out.
+    `context`, by name of the column: the circumstances that each user is asked for in; `along`: those of each event.
+    """
+
+    users: np.ndarray
+    items: Int32[np.ndarray, " events"]
+    offsets: Int64[np.ndarray, " users_and_one"]
+    unknown_users: int = 0
+    unknown_items: int = 0
+    context: Mapping[str, pa.Array] = dataclasses.field(default_factory=dict)
+    along: Mapping[str, pa.Array] = dataclasses.field(default_factory=dict)
+
+
+def read_histories(
+    path: str | os.PathLike[str],
+    data: Any,
+    item_ids: Ids,
+    context: Sequence[str] = (),
+    along: Sequence[str] = (),
+) -> Histories:
+    """Events (user, item, time) or, without an item column, users of the run's own data.
+
+    A user's context is that of the file's last row of them without an item (a query: nothing was chosen yet), else
+    that of their latest event.
+
+    Args:
+      data: the run's data section, which says how the columns are called.
+      item_ids: the items that the model knows.
+      context: the context columns in which the model is asked.
+      along: the context columns of the history's events that the model reads.
+
+    Raises:
+      UserError: the file cannot be read, or has no user column, or lacks one of `context` or `along`.
+    """
+    columns = data.columns if isinstance(data, InteractionsFile) else Columns()
+    names = side.columns_of(str(path))
+    if columns.user not in names:
+        raise UserError(
+            f"{path}: no column {columns.user!r}{nearest(columns.user, names)} (columns: {', '.join(names)})"
+        )
+    if columns.item not in names:
+        given = [name for name in context if name in names]
+        return _known(path, data, item_ids, columns.user, given, context, along)
+    time = columns.time if columns.time in names else None
+    read = (*context, *along)
+    inter = read_interactions(str(path), dataclasses.replace(columns, time=time, weight=None, context=read))
+    rows = item_ids.rows(inter.item_ids.originals(np.arange(1, inter.n_items + 1)))[inter.item - 1]
+    keep = rows > 0
+    counts = np.bincount(inter.user[keep], minlength=inter.n_users)
+    known = np.flatnonzero(counts)
+    offsets = np.concatenate([[0], np.cumsum(counts[known])])
+    users = inter.user_ids.originals(known)
+    brought = _latest(inter, known, context)
+    if context:
+        given = side.read_columns(str(path), list(dict.fromkeys((columns.user, columns.item, *context))))
+        queries = given.filter(pc.is_null(side.column(given, columns.item)))
+        at = np.full(inter.n_users + 1, -1)
+        at[inter.user_ids.places(side.column(queries, columns.user))] = np.arange(len(queries))
+        at = at[known]  # of who is not known, -1, the last place was
+        brought = {name: _either(side.column(queries, name), at, values) for name, values in brought.items()}
+    events = {name: inter.context_of(name, np.flatnonzero(keep)) for name in along}
+    return Histories(users, rows[keep], offsets, inter.n_users - len(known), int((~keep).sum()), brought, events)
+
+
+def _latest(inter: Interactions, users: Int64[np.ndarray, " users"], context: Iterable[str]) -> dict[str, pa.Array]:
+    return {name: inter.context_of(name, inter.offsets[users + 1] - 1) for name in context}
+
+
+def _either(first: pa.Array, at: Int64[np.ndarray, " n"], other: pa.Array) -> pa.Array:
+    """`first[at]`, or where that is -1 the other."""
+    first, other = joined([first, other]).slice(0, len(first)), joined([other, first]).slice(0, len(other))
+    return pc.if_else(pa.array(at >= 0), first.take(pa.array(at, mask=at < 0)), other)
+
+
+def _known(
+    path: str | os.PathLike[str],
+    data: Any,
+    item_ids: Ids,
+    column: str,
+    given: Sequence[str],
+    context: Sequence[str],
+    along: Sequence[str],
+) -> Histories:
+    """Users of the run's data; the file has the `given` columns of `context`: all, or none."""
+    if isinstance(data, ByPath):
+        raise UserError(f"{path} has no item column, and the run's data is a function: give events (user, item)")
+    inter = open_data(data).inter
+    same_items(item_ids, np.asarray(inter.item_ids.values))
+    table = side.read_columns(str(path), [column, *(context if given else ())])
+    asked = side.column(table, column)
+    rows = inter.user_ids.places(asked)
+    known = rows[rows >= 0]
+    if given:
+        brought = {name: side.column(table, name).filter(pa.array(rows >= 0)) for name in context}
+    else:
+        brought = _latest(inter, known, context)
+    counts = inter.lengths[known]
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    events = np.repeat(inter.offsets[known] - offsets[:-1], counts) + np.arange(offsets[-1])
+    users, unknown = inter.user_ids.originals(known), int((rows < 0).sum())
+    held = {name: inter.context_of(name, events) for name in along}
+    return Histories(users, inter.item[events], offsets, unknown_users=unknown, context=brought, along=held)
+
+
+def same_items(known: Ids, values: np.ndarray) -> None:
+    """Whether data that was opened again has the items that a model was trained on.
+
+    Raises:
+      UserError: it has others.
+    """
+    if not np.array_equal(values, known.values):
+        raise UserError(
+            f"the run's data has changed since: {len(values):,} items there now, not the {len(known):,}"
+            " that the model was trained on"
+        )
+
+
+class HistoryBatches:
+    """Batches of `size` histories: {"id" [B], "items" [B, length] latest last, 0 on the left, "seen" [B, S] all of
+    them, "user" [B]: `users` (the model's row of each, -1: nobody it knows)}, int32; the last one padded. And of the
+    items, [B, length], "users" and "events", rows of the histories' events, -1 where there is none.
+
+    S is as wide as the longest of all, so that there is one shape.
+    """
+
+    def __init__(self, given: Histories, users: Int32[np.ndarray, " users"], length: int, size: int) -> None:
+        self._given, self._users, self._length, self._size = given, users, length, size
+        self._counts = np.diff(given.offsets)
+        self._seen = -(-max(int(self._counts.max(initial=1)), 1) // 8) * 8
+
+    def __len__(self) -> int:
+        return -(-len(self._users) // self._size)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self.rows(k, 0, self._size) for k in range(len(self)))
+
+    def rows(self, k: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows `[start, stop)` of batch k alone."""
+        index = np.minimum(np.arange(k * self._size + start, k * self._size + stop), len(self._users) - 1)
+        first, count = self._given.offsets[:-1][index], self._counts[index]
+        column, wide = np.arange(self._length), np.arange(self._seen)
+        take = lambda at: self._given.items.take(at, mode="clip")
+        latest = column >= (self._length - np.minimum(count, self._length))[:, None]
+        at = (first + count - self._length)[:, None] + column
+        items = np.where(latest, take(at), 0)
+        seen = np.where(wide < count[:, None], take(first[:, None] + wide), 0)
+        user = self._users[index]
+        places = {"events": np.where(latest, at, -1), "users": np.where(latest, user[:, None], -1)}
+        found = {"id": index, "items": items, "seen": seen, "user": user, **places}
+        return {name: values.astype(np.int32) for name, values in found.items()}

@@ -1,0 +1,48 @@
+"""What a step costs: parameters, microbatches, exact FLOPs, and the share of the chip's peak that was used."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxops.core.flops import count_flops, mfu
+from jaxops.core.loop import Window
+from jaxops.core.step import Step
+from jaxops.run.task import Task
+
+
+class Accounting:
+    """Counts the FLOPs of a step once, then turns windows into rates."""
+
+    def __init__(self, task: Task, mesh: Mesh, accumulation: int):
+        self._task, self._mesh, self._accumulation = task, mesh, accumulation
+        self.flops: float | None = None
+        self.programs: list[str] = []
+
+    def describe(self, step: Step) -> str:
+        """One line for people: parameters, examples, batch and where gradients are reduced."""
+        size = self._task.config.batch.global_
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._task.model.shapes))
+        parts = [f"{count:,} parameters", f"{self._task.source.examples:,} examples an epoch", f"batch {size}"]
+        if self._accumulation > 1:
+            parts.append(f"in {self._accumulation} microbatches ({getattr(step, 'reason', '')})")
+        return ", ".join(parts)
+
+    def measure(self, step: Step, state: Any, batch: Any) -> None:
+        """Counts the FLOPs of one step, over all its programs (arguments may be abstract)."""
+        programs = step.programs(state, batch)
+        self.programs = [program.name for program in programs]
+        self.flops = float(sum(count_flops(program.fn, *program.args).total for program in programs))
+
+    def rates(self, window: Window) -> dict[str, float]:
+        """TFLOP/s over all devices, and MFU where the chip's peak is known."""
+        if self.flops is None:
+            return {}
+        seconds = window.seconds / window.timed
+        out = {"tflops_per_s": self.flops / seconds / 1e12}
+        devices = list(self._mesh.devices.flat)
+        used = mfu(self.flops, seconds, devices, self._task.config.precision.compute)
+        if used is not None:
+            out["mfu"] = used
+        return out

@@ -1,0 +1,306 @@
+"""Which runs lie in a folder and how each stands, whatever state it left its folder in.
+
+Reads the small files alone and loads no jax. No folder, however broken, stops the listing.
+Held by tests/run/folder/test_runs_listing.py.
+"""
+
+import dataclasses
+import datetime as dt
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jaxops.core import stores
+from jaxops.core.failures import UserError, nearest
+from jaxops.core.writers import read_metrics
+from jaxops.report import results
+from jaxops.report.compare import MAX_RUNS, Comparison, Side, compare
+from jaxops.report.folder import RunFolder, finite, moment, read_run
+from jaxops.run.folder import lease, mirror
+from jaxops.run.folder.log_parts import parts_of
+
+MARKS = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints")
+"""A folder that holds one of these is a run, or what is left of one."""
+DEPTH = 3
+"""Runs are looked for this many folders down: a sweep keeps its runs in a folder of its own."""
+_LATE = dt.timedelta(seconds=2)
+"""The last line of the log may be written this much after the summary is dated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """The state, why, and the last step known.
+
+    `running`, `finished`, `interrupted`, `preempted`, `failed`, `stopped` (killed), `unknown`, ...
+    """
+
+    state: str
+    reason: str
+    step: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """One run of a listing; what is not known is None.
+
+    Attributes:
+      path: the folder (or URL), as one would give it to another command; `name` is the same below the folder listed.
+      steps: the length of the run.
+      metric: what the run is chosen by; `best` is its best value on validation, at `best_step`.
+      wall_s: seconds of training; what the log spans, pauses left out, while there is no summary.
+      problems: files that could not be read, and why.
+    """
+
+    name: str
+    path: Path | str
+    state: str
+    reason: str
+    step: int | None
+    steps: int | None
+    metric: str | None
+    best: float | None
+    best_step: int | None
+    wall_s: float | None
+    last_activity: dt.datetime | None
+    problems: list[str]
+
+
+def list_runs(directory: str | os.PathLike[str]) -> list[Listed]:
+    """Every run in a folder (or the one that the folder is), the one with the latest activity first.
+
+    Of runs in an object store the small files are fetched, into the jaxops cache.
+
+    Raises:
+      UserError: there is no such folder, or an object store cannot be read.
+    """
+    if stores.is_url(directory):
+        found = _list_stored(stores.parse(directory))
+    else:
+        top = existing_folder(directory)
+        found = [_listed(path, top) for path in _find(top, DEPTH)]
+    never = dt.datetime.min.replace(tzinfo=dt.UTC)
+    return sorted(found, key=lambda run: (run.last_activity or never, run.name), reverse=True)
+
+
+def standing(run: RunFolder) -> Standing:
+    """How a run stands: by its lock, then its summary unless the log goes on after that; else it was killed."""
+    held = is_held(run.path)
+    ended = run.number("step")
+    current = "state" in run.summary and not _goes_on(run)
+    known = [step for step in (run.step, ended if current else None) if step is not None]
+    step = int(max(known)) if known else None
+    if held:
+        return Standing("running", "", step)
+    if current:
+        state, reason = str(run.summary["state"]), str(run.summary.get("reason") or "")
+        return Standing(state, "" if reason == state else reason, step)
+    if held is None:
+        return Standing("unknown", "its .lock cannot be read: it may be running", step)
+    unreadable = [problem for problem in run.problems if problem.startswith("summary.json")]
+    if unreadable:
+        return Standing("unknown", unreadable[0], step)
+    return Standing("stopped", "ended without a word (killed?); the command that began it resumes it", step)
+
+
+def is_held(path: Path) -> bool | None:
+    """Whether a live process trains in this folder; None where that cannot be found out."""
+    held = lease.held_here(path)
+    if held:
+        return True
+    try:  # one of another machine, where the folder stands in for one in an object store
+        return lease.is_fresh((path / lease.NAME).read_bytes()) or held
+    except OSError:
+        return held
+
+
+def compare_runs(paths: Sequence[str | os.PathLike[str]]) -> Comparison:
+    """Two to MAX_RUNS runs beside each other.
+
+    Raises:
+      UserError: too few or too many, one of them twice, no such folder, or a folder that is no run.
+    """
+    if not 2 <= len(paths) <= MAX_RUNS:
+        raise UserError(f"compare: give 2 to {MAX_RUNS} runs (more cannot be told apart), got {len(paths)}")
+    folders = [existing_folder(path) for path in paths]
+    for place, folder in enumerate(folders):
+        if folder.resolve() in {other.resolve() for other in folders[:place]}:
+            raise UserError(f"compare: {folder} is given twice")
+        if not _is_run(folder):
+            raise UserError(f"{folder} is not a run: it holds none of {', '.join(MARKS[:3])}")
+    runs = [read_run(folder) for folder in folders]
+    sides = []
+    for run, label in zip(runs, _labels(runs), strict=True):
+        stands = standing(run)
+        steps = _steps(run, stands)
+        sides.append(Side(run, label, stands.state, stands.reason, stands.step, steps, _wall_s(run)))
+    return compare(sides)
+
+
+def existing_folder(path: str | os.PathLike[str]) -> Path:
+    """The path, if a folder is there; for the URL of a run the local folder that stands in for it, brought up to date.
+
+    Raises:
+      UserError: there is none, or an object store cannot be read.
+    """
+    if stores.is_url(path):
+        run = mirror.Mirror(os.fspath(path))
+        run.pull()
+        if not run.names:
+            raise UserError(f"there is nothing at {run.place}")
+        return run.local
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder} is a file, not a folder")
+    try:
+        beside = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        beside = []
+    raise UserError(f"there is no folder {folder}{nearest(folder.name, beside)}")
+
+
+def _find(folder: Path, depth: int) -> Iterator[Path]:
+    if _is_run(folder):
+        yield folder
+    elif depth:
+        try:
+            below = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+        except OSError:
+            return
+        for entry in below:
+            if not entry.name.startswith("."):
+                yield from _find(entry, depth - 1)
+
+
+def _list_stored(top: stores.Location) -> list[Listed]:
+    """As `list_runs`, in an object store: one listing a folder, several at once, then the runs' small files."""
+    try:
+        store = stores.open_store(top, patient=False)
+        runs: list[str] = []
+        level = [top.key]
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(DEPTH + 1):
+                below: list[str] = []
+                for key, (folders, entries) in zip(level, pool.map(store.children, level), strict=True):
+                    names = {*folders, *(entry.key.rpartition("/")[2] for entry in entries)}
+                    if not names.isdisjoint(MARKS) or "metrics.jsonl" in parts_of(names):
+                        runs.append(key)
+                    else:
+                        below += [f"{key}/{name}".lstrip("/") for name in folders if not name.startswith(".")]
+                level = below
+            places = [dataclasses.replace(top, key=key) for key in runs]
+            folders_here = list(pool.map(mirror.pulled, map(str, places)))
+    except OSError as error:
+        raise UserError(f"{top}: {stores.advice(top, error)}") from None
+    if not places and not level:
+        existing_folder(str(top))  # says so where nothing is there at all
+    base = mirror.stand_in(top)
+    listed = [_listed(path, base) for path in folders_here]
+    return [dataclasses.replace(run, path=str(place)) for run, place in zip(listed, places, strict=True)]
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return any((folder / name).exists() for name in MARKS)
+    except OSError:  # one that may not be looked into is listed, with the reason
+        return True
+
+
+def _listed(path: Path, top: Path) -> Listed:
+    run = read_run(path)
+    stands = standing(run)
+    metric = _metric(run)
+    best = None if metric is None else _best(run, metric)
+    return Listed(
+        name=path.name if path == top else str(path.relative_to(top)),
+        path=path,
+        state=stands.state,
+        reason=stands.reason,
+        step=stands.step,
+        steps=_steps(run, stands),
+        metric=metric,
+        best=None if best is None else best[1],
+        best_step=None if best is None or best[0] is None else int(best[0]),
+        wall_s=_wall_s(run),
+        last_activity=_last_activity(run),
+        problems=run.problems,
+    )
+
+
+def _goes_on(run: RunFolder) -> bool:
+    """Whether something was logged after the summary was written.
+
+    By the clock: a failed run's summary has the step of its last checkpoint, which the log has passed.
+    """
+    try:
+        written = moment((run.path / "summary.json").stat().st_mtime)
+    except OSError:
+        written = None
+    written = moment(run.summary.get("finished")) or written
+    if written is not None and run.last_time is not None:
+        return run.last_time > written + _LATE
+    return False
+
+
+def _metric(run: RunFolder) -> str | None:
+    """What the run is chosen by: checkpoint.best, else evaluate.stop.metric, else the first metric."""
+    metrics = run.setting("evaluate", "metrics")
+    first = metrics[0] if isinstance(metrics, list) and metrics else None
+    wanted = (run.setting("checkpoint", "best"), run.setting("evaluate", "stop", "metric"), first)
+    name = next((name for name in wanted if isinstance(name, str)), None)
+    return name or results.headline(run)
+
+
+def _best(run: RunFolder, metric: str) -> tuple[float | None, float] | None:
+    """(step, value) on validation, from the log, else from the summary."""
+    logged = results.best_step(run, metric)
+    if logged is not None:
+        return logged
+    value = run.number(f"valid/{metric}")
+    return None if value is None else (run.number("best_step", "step"), value)
+
+
+def _steps(run: RunFolder, stands: Standing) -> int | None:
+    """The length of the run; None where it went on past all that is written of it (run.steps was raised)."""
+    steps = run.number("steps") or finite(run.setting("run", "steps"))
+    return None if steps is None or steps < (stands.step or 0) else int(steps)
+
+
+def _wall_s(run: RunFolder) -> float | None:
+    """As the summary has it, else what the log spans without the pauses before each `resumed`."""
+    measured = None if _goes_on(run) else run.number("wall_s")
+    if measured is not None or run.first_time is None or run.last_time is None:
+        return measured
+    pauses, before = 0.0, run.first_time
+    for line in read_metrics(run.path / "metrics.jsonl") if run.events else ():
+        now = moment(line.get("time")) or before
+        if line.get("event") == "resumed":
+            pauses += (now - before).total_seconds()
+        before = now
+    return max((run.last_time - run.first_time).total_seconds() - pauses, 0.0)
+
+
+def _last_activity(run: RunFolder) -> dt.datetime | None:
+    """The last thing that the run wrote of itself, else when its files were changed last."""
+    said = [time for time in (run.last_time, moment(run.summary.get("finished"))) if time is not None]
+    if said:
+        return max(said)
+    changed = []
+    for name in MARKS:
+        try:
+            changed.append((run.path / name).stat().st_mtime)
+        except OSError:
+            continue
+    return moment(max(changed, default=None))
+
+
+def _labels(runs: Sequence[RunFolder]) -> list[str]:
+    """The names, or as much of the paths as tells the runs apart."""
+    found = [run.name for run in runs]
+    parts = [run.path.resolve().parts for run in runs]
+    length = 1
+    while len(set(found)) < len(runs):
+        found, length = ["/".join(path[-length:]) for path in parts], length + 1
+    return found

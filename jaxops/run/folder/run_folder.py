@@ -1,0 +1,305 @@
+"""The folder that a run leaves, and whether this config may go on in it.
+
+One in an object store (s3://, gs://) has a local stand-in, in which all of this happens; see mirror.py.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from jaxops.config.dump import diff, dump_yaml
+from jaxops.config.errors import ConfigError
+from jaxops.config.load import from_dict
+from jaxops.config.shapes import ABSENT
+from jaxops.core import stores
+from jaxops.core.failures import UserError
+from jaxops.core.writers import written
+from jaxops.families.rec.config import MAY_CHANGE_ON_RESUME, SCHEMAS
+from jaxops.run.folder.mirror import KEPT, Mirror
+
+SUMMARY_VERSION = 1
+LOCK = ".lock"
+BEGUN = {LOCK, "transform", "data.json", ".data.json.tmp", ".config.yaml.tmp"}
+"""What a run that was killed while it made its folder leaves: the next one makes it again."""
+
+
+class RunFolder:
+    """Paths and small files of one run; nothing is written before `create`.
+
+    Attributes:
+      where: the folder as one would name it: a path, or the URL of one in an object store.
+      path: the folder, or the local one that stands in for it; `metrics` lies in it.
+      checkpoints: where checkpoints go, as `Checkpoints` takes it: in the store itself.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._mirror: Mirror | None = None
+        self.where = str(self.path)
+        self.checkpoints: Path | str = self.path / "checkpoints"
+        if stores.is_url(path):
+            self._mirror = Mirror(os.fspath(path))
+            self.path, self.where = self._mirror.local, str(self._mirror.place)
+            self.checkpoints = f"{self.where}/checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self._fresh = self._mirror is None
+
+    @property
+    def dir(self) -> Path | str:
+        """The folder to give to other commands: a path, or a URL."""
+        return self.path if self._mirror is None else self.where
+
+    def shown(self, name: str) -> str:
+        """The path or URL of a file of the run."""
+        return f"{self.where}/{name}" if self._mirror else str(self.path / name)
+
+    def poll(self) -> None:
+        """Raises what went wrong with the uploads of a run in an object store; costs nothing.
+
+        Raises:
+          RunFailed: they have failed for long, or another process has taken the run over.
+        """
+        if self._mirror is not None:
+            self._mirror.poll()
+
+    def push(self) -> None:
+        """Brings an object store up to what is written so far; a checkpoint must not be ahead of its logs.
+
+        Raises:
+          RunFailed: the store does not take it.
+        """
+        if self._mirror is not None:
+            self._mirror.push()
+
+    def beside(self) -> contextlib.AbstractContextManager[None]:
+        """Held by the processes that do not hold the run: what they write in `processes/` goes to an object store."""
+        return contextlib.nullcontext() if self._mirror is None else self._mirror.beside()
+
+    def leave(self, seconds: float = 10.0) -> None:
+        """Before the process ends without unwinding: an object store gets what can be brought there in that time."""
+        if self._mirror is not None:
+            self._mirror.leave(seconds)
+
+    def _refresh(self) -> None:
+        """Before the first look: the stand-in as the store has it."""
+        if self._mirror is not None and not self._fresh:
+            self._mirror.pull()
+            self._fresh = True
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        self._refresh()
+        return (self.path / "config.yaml").is_file()
+
+    def check(self, resolved: Mapping[str, Any], inspection: Mapping[str, Any] | None = None) -> bool:
+        """Whether a run is here that this config may resume (False: nothing is here yet).
+
+        Raises:
+          UserError: something else is here, the config differs in what may not change, the data (by the SHA-256 of
+            its split) is no longer what the run began with, the folder cannot be written, or an object store cannot
+            be used (no package, bucket, credentials, permission or answer).
+        """
+        if self._mirror is not None and not self._fresh:
+            stores.check(self.where)
+        parent = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        if not parent.is_dir():
+            raise UserError(f"run folder {self.path}: {parent} is a file")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"run folder {self.path}: {parent} cannot be written to; set {self._set}")
+        if not self.exists:
+            found = sorted(self._names())
+            if not BEGUN.issuperset(found):
+                raise UserError(
+                    f"run folder {self.where} is not empty and holds no config.yaml ({', '.join(found[:5])}): not a"
+                    " run; set run.name or run.dir"
+                )
+            return False
+        changed = [
+            f"  {path}: {show(old)} there, {show(new)} here"
+            for path, old, new in diff(self._complete_config(), resolved)
+            if not any(path == free or path.startswith(free + ".") for free in MAY_CHANGE_ON_RESUME)
+        ]
+        if changed:
+            raise UserError(
+                f"run folder {self.where} belongs to another config:\n" + "\n".join(changed) + "\nA resumed run may"
+                f" change only {', '.join(MAY_CHANGE_ON_RESUME)}. Set run.name to begin"
+                f" another run, and init_from.run={self.where} to begin it with these parameters."
+            )
+        self._check_data(inspection or {})
+        return True
+
+    def _check_data(self, inspection: Mapping[str, Any]) -> None:
+        here = inspection.get("split", {}).get("sha256")
+        there = self._json("data.json").get("split", {}).get("sha256")
+        if here and there and here != there:
+            raise UserError(
+                f"run folder {self.where}: the data is no longer what the run began with (SHA-256 of the split {there}"
+                f" there, {here} here). Set run.name to begin another run."
+            )
+
+    def _complete_config(self) -> dict[str, Any]:
+        """The run's config with the defaults of fields that are younger than the run."""
+        try:
+            return from_dict(SCHEMAS, self.config(), check_imports=False).resolved
+        except ConfigError:
+            return self.config()
+
+    def config(self) -> dict[str, Any]:
+        """The resolved config of the run.
+
+        Raises:
+          UserError: there is no run, or its config cannot be read.
+        """
+        self._refresh()
+        try:
+            values = yaml.safe_load((self.path / "config.yaml").read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.where} is not a run folder: it has no config.yaml") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{self.shown('config.yaml')} cannot be read: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{self.shown('config.yaml')} holds no config")
+        return values
+
+    def create(self, resolved: Mapping[str, Any], transform: Mapping[str, np.ndarray], inspection: Any) -> None:
+        """Makes the folder: config, what serving needs (`transform/`), what the data is."""
+        with written(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            folder = self.path / "transform"
+            folder.mkdir(exist_ok=True)
+            for name, values in transform.items():
+                pq.write_table(pa.table({name: _arrow(values)}), folder / f"{quote(name, safe='')}.parquet")
+        self.write_json("data.json", inspection)
+        self.write_text("config.yaml", dump_yaml(resolved))
+
+    def transform(self, name: str) -> np.ndarray:
+        """One array of the frozen transform.
+
+        Raises:
+          UserError: the file is missing or broken.
+        """
+        self._refresh()
+        file = self.path / "transform" / f"{quote(name, safe='')}.parquet"
+        try:
+            values = pq.read_table(file)[name].combine_chunks()
+            if pa.types.is_fixed_size_list(values.type):
+                return values.flatten().to_numpy().reshape(len(values), values.type.list_size)
+            return values.to_numpy(zero_copy_only=False)
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a small file whole or not at all.
+
+        Raises:
+          RunFailed: it cannot be written.
+        """
+        file = self.path / name
+        scratch = file.with_name(f".{name}.tmp")
+        with written(file):
+            scratch.write_text(text)
+            os.replace(scratch, file)
+
+    def write_json(self, name: str, values: Any) -> None:
+        """As `write_text`; numbers that JSON has no word for become null."""
+        self.write_text(name, json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        """`summary.json`, empty where there is none yet."""
+        return self._json("summary.json")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        self._refresh()
+        try:
+            found = json.loads((self.path / name).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _names(self) -> set[str]:
+        """What lies in the folder."""
+        if self._mirror is not None:
+            return self._mirror.names
+        return {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+
+    @property
+    def _set(self) -> str:
+        return (
+            "run.dir" if self._mirror is None else "JAXOPS_CACHE: what goes to an object store is written there first"
+        )
+
+    @contextlib.contextmanager
+    def locked(self, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> Iterator[None]:
+        """Holds the run for this process; folders made for it that are still empty afterwards are removed again.
+
+        One in an object store is kept up to date there meanwhile, and is so when this ends. Where a process that
+        is gone seems to hold it, this waits a minute and says so.
+
+        Raises:
+          UserError: another process holds it.
+          RunFailed: the last of what was written did not reach the object store.
+        """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / LOCK, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise UserError(
+                    f"run {self.where} is being trained by another process ({file.read().strip() or 'unknown'});"
+                    f" wait for it, or set run.name"
+                ) from None
+            file.seek(0)
+            file.truncate()
+            file.write(f"pid {os.getpid()}")
+            file.flush()
+            try:
+                with self._mirror.held(say) if self._mirror else contextlib.nullcontext():
+                    yield
+            finally:
+                file.truncate(0)
+                left = {entry.name for entry in self.path.iterdir()}
+                if left <= {LOCK, *KEPT}:
+                    for name in left:
+                        (self.path / name).unlink()
+                    with contextlib.suppress(OSError):  # another run may have begun beside this one
+                        for folder in made:
+                            folder.rmdir()
+
+
+def show(value: Any) -> str:
+    """A config value as one writes it."""
+    return "nothing" if value is ABSENT else json.dumps(value, default=str)
+
+
+def _plain(value: Any) -> Any:
+    """Plain values for JSON: arrays as lists, NaN and infinities as null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def _arrow(values: np.ndarray) -> pa.Array:
+    """Bytes as text; a matrix as lists of one length."""
+    if values.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    return pa.array(values if values.dtype.kind != "S" else np.char.decode(values, "utf-8"))

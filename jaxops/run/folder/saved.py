@@ -1,0 +1,252 @@
+"""What lies in a run's checkpoints, read without the mesh, the model or the devices that wrote it.
+
+No array is loaded and no device is touched. Held by tests/cli/test_runs_commands.py.
+"""
+
+import dataclasses
+import datetime as dt
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from jaxops.config.dump import digest
+from jaxops.core import manifest, store_paths, stores
+from jaxops.core.checkpoint_folder import CheckpointFolder, Retention
+from jaxops.core.failures import UserError
+from jaxops.core.manifest import Damaged, Leaf, Manifest
+from jaxops.run.folder.listing import existing_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """One checkpoint of a list; what its manifest would say is None where that cannot be read.
+
+    Attributes:
+      written: when its manifest was written (a copy's: when it was copied).
+      latest: whether it was saved last; best: whether it is kept as the best.
+      damage: files that are missing or of another size; contents are not looked at.
+    """
+
+    step: int
+    folder: str
+    written: dt.datetime | None
+    files: int | None
+    bytes: int | None
+    metrics: dict[str, float]
+    latest: bool
+    best: bool
+    damage: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """What a part of the state (`params`, `opt_state`, ...) amounts to."""
+
+    name: str
+    arrays: int
+    entries: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """All that a checkpoint holds but the values; `config` is the resolved one, `digest` its SHA-256."""
+
+    saved: Saved
+    cursor: int | None
+    seed: int | None
+    wall_s: float | None
+    config: dict[str, Any]
+    digest: str | None
+    arrays: list[Leaf]
+
+    @property
+    def groups(self) -> list[Group]:
+        """Totals by the first part of the paths, in their order."""
+        found: dict[str, list[Leaf]] = {}
+        for leaf in self.arrays:
+            found.setdefault(leaf.path.split("/")[0], []).append(leaf)
+        return [Group(name, len(leaves), *_totals(leaves)) for name, leaves in found.items()]
+
+    @property
+    def total(self) -> Group:
+        return Group("total", len(self.arrays), *_totals(self.arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What reading every byte of a checkpoint has shown: `damage` names files; without it all is as written.
+
+    `unchecked` counts files whose checksum was never written (a kill between save and check).
+    """
+
+    step: int
+    folder: str
+    serial: int
+    files: int
+    bytes: int
+    unchecked: int
+    damage: list[str]
+
+
+def list_saved(run: str | os.PathLike[str]) -> tuple[list[Saved], list[tuple[str, str]]]:
+    """The checkpoints of a run by step, and (name, what it is) of every other folder beside them.
+
+    One that a running run deletes meanwhile is left out.
+
+    Raises:
+      UserError: no such run, or its checkpoints cannot be listed.
+    """
+    place = open_saved(run)
+    folders, readable = place.steps(), place.readable()
+    found = [_saved(step, folders, readable) for step in sorted(folders)]
+    there = [one for one in found if not one.damage or (folders[one.step] / manifest.FILE).exists()]
+    return there, list(_others(place, folders))
+
+
+def show_saved(run: str | os.PathLike[str], step: int | None = None) -> Contents:
+    """What is in the checkpoint of `step`, by default the one saved last.
+
+    Raises:
+      UserError: no such run or step, or a manifest that cannot be read.
+    """
+    place = open_saved(run)
+    folders, readable = place.steps(), place.readable()
+    if step is None:
+        if not folders:
+            raise UserError(f"{run} has no checkpoint yet")
+        if not readable:
+            raise UserError(f"no checkpoint of {run} can be read; `jaxops ckpt verify {run}` says why")
+        step = _latest(readable)
+    assert step is not None
+    _, found = place.open(step)
+    meta = found.meta
+    config, history = meta.get("config"), meta.get("history")
+    config = config if isinstance(config, dict) else {}
+    return Contents(
+        saved=_saved(step, folders, {**readable, step: found}),
+        cursor=meta.get("cursor"),
+        seed=meta.get("seed"),
+        wall_s=history.get("wall_s") if isinstance(history, dict) else None,
+        config=config,
+        digest=digest(config) if config else None,
+        arrays=found.leaves(),
+    )
+
+
+def verify_saved(run: str | os.PathLike[str], step: int | None = None) -> Iterator[Verdict]:
+    """Reads every byte of the checkpoint of `step`, or of all; passes over what a running run deletes.
+
+    Raises:
+      UserError: no such run or step, or there is nothing to verify.
+    """
+    place = open_saved(run)
+    folders = place.steps()
+    if step is not None:
+        folders = {step: place.find(step)}
+    if not folders:
+        raise UserError(f"{run} has no checkpoint to verify")
+    for number in sorted(folders):
+        verdict = _verdict(number, folders[number])
+        if verdict is not None:
+            yield verdict
+
+
+def open_saved(run: str | os.PathLike[str]) -> CheckpointFolder:
+    """The checkpoints of a run folder; a folder of checkpoints may be named itself.
+
+    Raises:
+      UserError: there is no such folder, or an object store cannot be read.
+    """
+    if stores.is_url(run):
+        stores.check(run, write=False)
+        folder = store_paths.path(run)
+        if not folder.is_dir():
+            raise UserError(f"there is nothing at {folder}")
+    else:
+        folder = epath.Path(existing_folder(run))
+    inside = folder / "checkpoints"
+    if not inside.exists() and CheckpointFolder(folder).steps():
+        return CheckpointFolder(folder)
+    return CheckpointFolder(inside)
+
+
+def _saved(step: int, folders: dict[int, epath.Path], readable: dict[int, Manifest]) -> Saved:
+    folder, found = folders[step], readable.get(step)
+    if found is None:
+        try:
+            manifest.read(folder)
+            damage = []
+        except Damaged as error:
+            damage = [str(error)]
+    else:
+        damage = list(manifest.problems(folder, found, checksums=False))
+    return Saved(
+        step=step,
+        folder=os.fspath(folder),
+        written=_written(folder),
+        files=None if found is None else len(found.files),
+        bytes=None if found is None else sum(file.bytes for file in found.files.values()),
+        metrics={} if found is None else found.metrics,
+        latest=step == _latest(readable),
+        best=step == _best(readable),
+        damage=damage,
+    )
+
+
+def _latest(readable: dict[int, Manifest]) -> int | None:
+    return max(readable, key=lambda step: readable[step].serial, default=None)
+
+
+def _best(readable: dict[int, Manifest]) -> int | None:
+    """The step kept as the best, by the config of the checkpoint saved last."""
+    latest = _latest(readable)
+    config = {} if latest is None else readable[latest].meta.get("config")
+    keep = config.get("checkpoint") if isinstance(config, dict) else None
+    name = keep.get("best") if isinstance(keep, dict) else None
+    return Retention(best=f"valid/{name}").best_of(readable) if name else None
+
+
+def _written(folder: epath.Path) -> dt.datetime | None:
+    try:
+        return dt.datetime.fromtimestamp((folder / manifest.FILE).stat().mtime, dt.UTC)
+    except OSError:
+        return None
+
+
+def _others(place: CheckpointFolder, folders: dict[int, epath.Path]) -> Iterator[tuple[str, str]]:
+    try:
+        paths = sorted(place.path.iterdir(), key=lambda path: path.name)
+    except FileNotFoundError:
+        return
+    counted = {folder.name for folder in folders.values()}
+    for path in paths:
+        if path.name not in counted and path.is_dir():
+            whole = (path / manifest.FILE).exists()
+            yield (
+                path.name,
+                "an older save of a step" if whole else "unfinished: a save under way, or one cut short",
+            )
+
+
+def _verdict(step: int, folder: epath.Path) -> Verdict | None:
+    files, damage, serial = {}, [], -1
+    try:
+        found = manifest.read(folder)
+        files, serial = found.files, found.serial
+        damage = list(manifest.problems(folder, found, checksums=True))
+    except Damaged as error:
+        damage = [str(error)]
+    if damage and not (folder / manifest.FILE).exists():
+        return None
+    unchecked = sum(file.crc32 is None for file in files.values())
+    size = sum(file.bytes for file in files.values())
+    return Verdict(step, os.fspath(folder), serial, len(files), size, unchecked, damage)
+
+
+def _totals(leaves: list[Leaf]) -> tuple[int, int]:
+    """Entries and bytes."""
+    return sum(math.prod(leaf.shape) for leaf in leaves), sum(leaf.bytes for leaf in leaves)

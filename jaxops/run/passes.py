@@ -1,0 +1,101 @@
+"""Passes of a trained model over batches on a mesh, tables looked up: for evaluation and for serving."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jaxops.core.evaluation import evaluated_params, on_batches
+from jaxops.core.mesh import batch_sharding, batch_shards, serialise_dispatch
+from jaxops.core.rows import local_batches
+from jaxops.core.sharding import Axes
+from jaxops.core.state import Params, State
+from jaxops.run.task import Catalogue, EvalBatches
+from jaxops.tables.average import AVERAGE, SINCE
+from jaxops.tables.spec import TableSpec, stack
+from jaxops.tables.tables import EmbeddingTables, evaluated, reading, sharding
+
+ROWS = ("rows", AVERAGE, SINCE, "count")
+"""What of a table evaluation and serving need: never the optimizer's slots."""
+
+
+class Weights(NamedTuple):
+    """What is asked of a state: its parameters (the moving average where there is one), and of tables `ROWS`."""
+
+    params: Params
+    tables: dict[str, dict[str, Array]]
+
+    @staticmethod
+    def of(state: State) -> "Weights":
+        """Those of a state of training."""
+        tables = {name: {slot: x for slot, x in table.items() if slot in ROWS} for name, table in state.tables.items()}
+        return Weights(evaluated_params(state), tables)
+
+
+class Passes:
+    """Functions of (params, batch) over batches of `size` (made a multiple of the mesh's shards), one after another.
+
+    Batches of a kind have the same entries; a kind's function is compiled once. Call it inside `jax.set_mesh(mesh)`.
+    """
+
+    def __init__(self, specs: Mapping[str, TableSpec], mesh: Mesh, size: int, dtype: Any, logical: Mapping[str, Axes]):
+        shards = batch_shards(mesh)
+        self.mesh, self.size, self.dtype, self.logical = mesh, -(-size // shards) * shards, jnp.dtype(dtype), logical
+        self._specs = stack(specs)
+        self._readers: dict[str, EmbeddingTables] = {}
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    @staticmethod
+    def of(config: Any, specs: Mapping[str, TableSpec], mesh: Mesh, size: int) -> "Passes":
+        """With the precision and the logical axes of a config."""
+        return Passes(specs, mesh, size, config.precision.compute, config.sharding.logical)
+
+    def weights(self, params: Params, tables: Mapping[str, Mapping[str, Any]]) -> Weights:
+        """Parameters and rows from the host, placed on the mesh."""
+        everywhere = jax.sharding.NamedSharding(self.mesh, P())
+        lies = {name: sharding(spec, self.mesh) for name, spec in self._specs.items()}
+        rows = {
+            name: {slot: jax.device_put(x, everywhere if x.ndim == 0 else lies[name]) for slot, x in table.items()}
+            for name, table in tables.items()
+        }
+        return self.settled(Weights(jax.device_put(params, everywhere), rows))
+
+    def settled(self, weights: Weights) -> Weights:
+        """With the rows that are read, of tables that keep a moving average; the rest as it is."""
+        if not any(spec.ema for spec in self._specs.values()):
+            return weights
+        if "settled" not in self._compiled:
+            rows = lambda tables: {name: {"rows": evaluated(self._specs[name], x)} for name, x in tables.items()}
+            self._compiled["settled"] = jax.jit(rows)
+        found = self._compiled["settled"](weights.tables)
+        return Weights(weights.params, jax.block_until_ready(found) if serialise_dispatch(self.mesh) else found)
+
+    def planned(self, kind: str, batches: EvalBatches) -> tuple[Iterator[Mapping[str, Any]], EmbeddingTables | None]:
+        """The batches with plans, and the tables that can read them; one plan's shapes for all of a kind."""
+        if not self._specs:
+            return local_batches(batches, self.mesh, self.size), None
+        if kind not in self._readers:
+            self._readers[kind] = reading(self._specs, self.mesh, next(iter(batches)))
+        reader = self._readers[kind]
+        return local_batches(batches, self.mesh, self.size, reader.plan), reader
+
+    def over(
+        self, kind: str, function: Callable[[Params, Any], Any], weights: Weights, batches: EvalBatches
+    ) -> Iterator[Any]:
+        """What the function says of each batch, the same on every device."""
+        planned, reader = self.planned(kind, batches)
+        if kind not in self._compiled:
+            run = on_batches(function, self.mesh, P(), self.dtype, self.logical, reader)
+            self._compiled[kind] = jax.jit(run, in_shardings=(None, None, batch_sharding(self.mesh)))
+        for batch in planned:
+            found = self._compiled[kind](weights.params, weights.tables, batch)
+            yield jax.block_until_ready(found) if serialise_dispatch(self.mesh) else found
+
+    def catalogue(self, weights: Weights, catalogue: Catalogue) -> Float[Array, "rows dim"]:
+        """The vectors of all items."""
+        parts = self.over("catalogue", catalogue.vectors, weights, catalogue.batches(self.size))
+        return jnp.concatenate(list(parts))[: catalogue.rows]

@@ -1,0 +1,51 @@
+"""What a run puts on record: metrics of every window and events, to the writers of the config; by process 0 alone."""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from jaxops.config.types import ByPath
+from jaxops.core import distributed
+from jaxops.core.failures import UserError
+from jaxops.core.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer, Writers
+from jaxops.families.rec.config import RecConfig, TensorBoard, Wandb
+from jaxops.run.callables import require_callable
+from jaxops.run.folder.run_folder import RunFolder
+
+
+def open_writers(
+    config: RecConfig, resolved: Any, place: RunFolder, own: Sequence[Writer], step: int, resumed: bool
+) -> Writers:
+    """`metrics.jsonl` and the config's loggers, cut off after `step`; none on processes that do not write."""
+    if not distributed.first():
+        return Writers([])
+    resume = step if resumed else None
+    writers: list[Any] = [JsonlWriter(place.metrics, resume_step=step), *own]
+    try:
+        for logger in config.run.loggers:
+            if isinstance(logger, TensorBoard):
+                writers.append(TensorBoardWriter(place.path, resume_step=resume))
+            elif isinstance(logger, Wandb):
+                project, entity, name = logger.project, logger.entity, config.run.name
+                writers.append(WandbWriter(place.path, project=project, entity=entity, name=name, config=resolved))
+    except BaseException:
+        Writers(writers).close()
+        raise
+    return Writers(writers)
+
+
+def own_loggers(configs: Sequence[TensorBoard | Wandb | ByPath]) -> list[Writer]:
+    """The loggers that come by import path, made before anything is written.
+
+    Raises:
+      UserError: one has no `write(step, values)`; wandb is asked for and not installed.
+    """
+    if any(isinstance(config, Wandb) for config in configs) and importlib.util.find_spec("wandb") is None:
+        raise UserError("run.loggers: the wandb logger needs a package: pip install 'jaxops[wandb]'")
+    loggers = []
+    for config in (config for config in configs if isinstance(config, ByPath)):
+        logger = config.call()
+        what = f"run.loggers {config.fn}: write of what it returned ({type(logger).__name__})"
+        require_callable(what, getattr(logger, "write", None), "step", "values")
+        loggers.append(logger)
+    return loggers

@@ -1,0 +1,117 @@
+"""When a run saves, what it puts beside the state, and what it goes on from."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxops.core import distributed
+from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.rows import put
+from jaxops.core.state import State, join
+from jaxops.run.passes import Weights
+from jaxops.run.task import Task
+from jaxops.run.training import abstract
+
+FORMAT = 1
+"""Of the metadata in a checkpoint."""
+
+
+class Position(NamedTuple):
+    """Where a run goes on: the state, its step, and the cursor of the next example."""
+
+    state: State
+    step: int
+    cursor: int
+
+
+class Saving:
+    """The checkpoints of one run.
+
+    `history()` is what the rest of the run wants to find again; it is given back by `restore`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        mesh: Mesh,
+        checkpoints: Checkpoints,
+        fresh: Callable[[], State],
+        history: Callable[[], Mapping[str, Any]],
+    ):
+        self._task, self._config, self._mesh = task, task.config, mesh
+        self._checkpoints, self._fresh, self._history = checkpoints, fresh, history
+        self._at = time.monotonic()
+        self.last = -1
+        self._scored = False
+
+    @property
+    def every(self) -> int:
+        """Steps between two looks at whether a save is due."""
+        return self._config.checkpoint.every.steps or self._config.run.log_every
+
+    def due(self) -> bool:
+        """Whether enough steps or minutes have gone by; by process 0's clock."""
+        limit = self._config.checkpoint.every.seconds
+        if limit is None:
+            return True
+        return bool(distributed.on_first("save", lambda: time.monotonic() - self._at >= limit))
+
+    def save(
+        self, at: Position, metrics: Mapping[str, float] | None, *, wait: bool = False, again: bool = False
+    ) -> None:
+        """Saves unless this step is saved already; `metrics` are those of this very step.
+
+        What was saved before it was evaluated is saved again, so that the best can be told; `again` saves anyway.
+        """
+        self._at = time.monotonic()
+        scored = self._config.checkpoint.best is not None and metrics is not None and not self._scored
+        if at.step != self.last or scored or again:
+            meta = {
+                "format": FORMAT,
+                "cursor": at.cursor,
+                "seed": self._config.run.seed,
+                "config": self._task.resolved,
+                "history": dict(self._history()),
+            }
+            self._checkpoints.save(at.step, at.state, meta, metrics)
+            self.last, self._scored = at.step, metrics is not None
+        if wait:
+            self._checkpoints.wait()
+
+    def check(self) -> None:
+        """Raises the error of a save that failed; never waits."""
+        self._checkpoints.check()
+
+    def restore(self, warn: Callable[[str], None]) -> tuple[Position, Mapping[str, Any]] | None:
+        """The newest good checkpoint and the history in it; None where nothing was saved yet."""
+        latest = self._checkpoints.latest_good(warn)
+        if latest is None:
+            return None
+        meta = self._checkpoints.meta(latest)
+        state = self._checkpoints.restore(latest, abstract(self._fresh, self._mesh))
+        self.last, self._scored = latest, bool(self._checkpoints.metrics(latest))
+        return Position(state, latest, meta["cursor"]), meta["history"]
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What was known of a saved step."""
+        return self._checkpoints.metrics(step)
+
+    def best(self) -> int | None:
+        """The best step on validation, where the config keeps it."""
+        return self._checkpoints.best() if self._config.checkpoint.best else None
+
+    def weights_of(self, step: int, like: Weights) -> Weights:
+        """What is evaluated of a checkpoint, without the rest of its state, placed as `like` is."""
+        prefix = "extra/ema" if self._config.optimizer.ema else "params"
+        params = self._checkpoints.load_params(step, prefix)
+        if self._config.optimizer.frozen:
+            params = join(params, self._checkpoints.load_params(step, "frozen"))
+        tables = {
+            name: {slot: self._checkpoints.load_params(step, f"tables/{name}/{slot}") for slot in table}
+            for name, table in like.tables.items()
+        }
+        return jax.tree.map(lambda x, y: put(np.asarray(x), y), Weights(params, tables), like)

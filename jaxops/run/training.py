@@ -1,0 +1,137 @@
+"""The training step of a task on a mesh: config in, jitted step and fresh state out."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxops.core.failures import UserError
+from jaxops.core.memory import device_memory
+from jaxops.core.mesh import batch_shards
+from jaxops.core.optimizer import build_optimizer, ema
+from jaxops.core.state import State
+from jaxops.core.step import TrainStep, build_step, init_state
+from jaxops.run.task import Task
+from jaxops.tables.explain import require_room
+from jaxops.tables.spec import check_specs, stack
+from jaxops.tables.tables import EmbeddingTables
+
+
+class Training(NamedTuple):
+    """The jitted step of a task on a mesh, a function that makes its fresh state, and its tables there."""
+
+    step: TrainStep
+    fresh: Callable[[], State]
+    tables: EmbeddingTables | None
+
+
+def tables_on(task: Task, mesh: Mesh, size: int | None = None) -> EmbeddingTables | None:
+    """The tables of a task for batches of `size` (default: the config's); those of one sort lie together.
+
+    Raises:
+      UserError: a spec is wrong, or does not fit the mesh or the batches.
+    """
+    if not task.tables:
+        return None
+    check_specs(dict(task.tables))
+    first = task.source.batch(0, size or task.config.batch.global_)
+    tables = EmbeddingTables(stack(task.tables), mesh, first)
+    require_room(tables, *device_memory(mesh))
+    return tables
+
+
+def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> Training:
+    """What trains a task on this mesh.
+
+    Raises:
+      UserError: the batch does not divide over mesh and microbatches, or the config does not fit the model.
+    """
+    config = task.config
+    problems = config.mesh_problems(mesh.shape)
+    if problems:
+        raise UserError("\n".join(f"{path}: {what}" for path, what in problems))
+    shards = batch_shards(mesh)
+    # One microbatch is the batch as it is: its blocks may lie across devices.
+    parts = shards if accumulation == 1 else shards * accumulation * task.block
+    if config.batch.global_ % parts or config.batch.global_ % task.block:
+        blocks = f" x blocks of {task.block}" if task.block > 1 and accumulation > 1 else ""
+        raise UserError(
+            f"batch.global: {config.batch.global_} examples do not divide over {shards} batch shards of the mesh"
+            f" x {accumulation} microbatches{blocks}"
+        )
+    tx = build_optimizer(config.optimizer, task.steps)
+    extras = {**task.extras, **({"ema": ema(config.optimizer.ema)} if config.optimizer.ema else {})}
+    tables = tables_on(task, mesh)
+    step = build_step(
+        task.objective,
+        tx,
+        mesh,
+        seed=config.run.seed,
+        rules=task.rules,
+        accumulation=accumulation,
+        block=task.block,
+        loss_weights=task.loss_weights,
+        clip=config.optimizer.clip,
+        compute_dtype=jnp.dtype(config.precision.compute),
+        tables=tables,
+        extras=extras,
+        logical=task.logical,
+    )
+
+    def fresh() -> State:
+        return init_state(
+            task.model.init,
+            jax.random.fold_in(jax.random.key(config.run.seed), 2**30),
+            tx,
+            mesh,
+            task.rules,
+            frozen=config.optimizer.frozen,
+            tables=tables,
+            extras=extras,
+            dtype=jnp.dtype(config.precision.params),
+        )
+
+    return Training(step, fresh, tables)
+
+
+def abstract(fresh: Callable[[], State], mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of what `fresh` would make; computes nothing. Inside `jax.set_mesh(mesh)`."""
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, jax.eval_shape(fresh))
+
+
+def abstract_batch(task: Task, tables: EmbeddingTables | None = None) -> dict[str, Any]:
+    """Shapes and dtypes of a global batch, from its first row alone; with tables, of the first batch and its plan."""
+    size = task.config.batch.global_
+    if tables is not None:
+        planned = tables.plan(task.source.batch(0, size))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), planned)
+    return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in task.source.batch(0, 1).items()}
+
+
+def accumulation_of(task: Task, mesh: Mesh) -> int:
+    """Microbatches a step: what the config says; `auto` doubles them until the compiled step fits the device."""
+    batch = task.config.batch
+    if batch.microbatch != "auto":
+        return batch.global_ // batch.microbatch
+    device = mesh.devices.flat[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    count = 1
+    while limit and batch.global_ % (2 * count * batch_shards(mesh) * task.block) == 0:
+        step, fresh, tables = build_training(task, mesh, count)
+        program = step.programs(abstract(fresh, mesh), abstract_batch(task, tables))[0]
+        try:
+            memory = program.fn.lower(*program.args).compile().memory_analysis()
+            if memory.argument_size_in_bytes + memory.temp_size_in_bytes < 0.9 * limit:
+                break
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+        count *= 2
+    return count

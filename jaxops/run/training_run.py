@@ -1,0 +1,389 @@
+"""One run from its first step to its report: what the hooks of the loop share while it lasts.
+
+Resume is the default: the same task in the same folder goes on from the newest good checkpoint with the same global
+batches. Held by tests/run/test_resume.py (bitwise on the same mesh) and tests/recovery/.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxops.config.dump import dump_yaml
+from jaxops.core import distributed
+from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.compiles import Compiles
+from jaxops.core.evaluation import Interrupted
+from jaxops.core.failures import RunFailed
+from jaxops.core.interrupt import Interrupt
+from jaxops.core.loop import Ended, Hook, Snapshot, Window, check_finite, run_loop
+from jaxops.core.memory import explained
+from jaxops.core.mesh import describe_devices
+from jaxops.core.optimizer import build_schedule
+from jaxops.core.profiler import profiled
+from jaxops.core.recovery import GoBack, Spikes
+from jaxops.core.rows import global_arrays, local_rows
+from jaxops.core.sharding import place as placements
+from jaxops.core.step import Step
+from jaxops.core.watch import Watch
+from jaxops.data.loader import Loader
+from jaxops.run.accounting import Accounting
+from jaxops.run.folder.run_folder import RunFolder
+from jaxops.run.passes import Weights
+from jaxops.run.progress import Progress
+from jaxops.run.recording import open_writers, own_loggers
+from jaxops.run.saving import Position, Saving
+from jaxops.run.summary import FinishedRun, write_failure, write_summary
+from jaxops.run.task import Task
+from jaxops.run.training import Training, abstract, abstract_batch
+from jaxops.run.validation import Validation
+from jaxops.run.warm_start import warm_start
+
+
+class Run:
+    """One call of `fit`: what the hooks share. It lives as long as the call."""
+
+    def __init__(
+        self,
+        task: Task,
+        mesh: Mesh,
+        place: RunFolder,
+        progress: Progress,
+        step: Step,
+        training: Training,
+        accumulation: int,
+    ):
+        self.task, self.config, self.mesh, self.place, self.progress = task, task.config, mesh, place, progress
+        self.step, self.fresh, self.tables = step, training.fresh, training.tables
+        self.accounting = Accounting(task, mesh, accumulation)
+        self.interrupt = Interrupt(progress.say)
+        self.compiles = Compiles(on_compile=progress.compiled)
+        self.watch = Watch(place.path, progress.warn, self._ended)
+        self.validation = Validation(task, mesh, progress, self.watch.at)
+        # all at once: asking the device for one in the middle of a run would wait for every step before it
+        with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
+            rates = build_schedule(self.config.optimizer, task.steps)(jnp.arange(task.steps))
+        self.lr = np.broadcast_to(rates, task.steps)
+        self.began = time.time()
+        self.wall_before = 0.0
+        self.rollbacks: list[dict[str, Any]] = []
+        spike = self.config.rollback.spike
+        self.spikes = Spikes(spike.zscore, spike.windows) if spike else None
+        self.loggers = own_loggers(self.config.run.loggers)
+        self.warm = False
+        self.logged = 0
+
+    def measure(self) -> None:
+        """Traces the whole step: what is wrong with an objective or a rule is said before anything is written."""
+        self.accounting.measure(self.step, abstract(self.fresh, self.mesh), abstract_batch(self.task, self.tables))
+
+    def go(self, hooks: Sequence[Hook]) -> FinishedRun:
+        keep = self.config.checkpoint
+        best = f"valid/{keep.best}" if keep.best else None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.watch)
+            stack.enter_context(self._explained())
+            checkpoints = Checkpoints(
+                self.place.checkpoints,
+                keep=keep.keep,
+                keep_every=keep.keep_every,
+                best=best,
+                before_commit=self.place.push,
+            )
+            stack.enter_context(checkpoints)
+            self.saving = Saving(self.task, self.mesh, checkpoints, self.fresh, self._history)
+            at = self._begin()
+            distributed.on_first("write the run folder", self._write_folder)
+            self.watch.begin()
+            self._open_writers(at.step)
+            try:
+                stack.enter_context(self.interrupt.installed())
+                stack.enter_context(self.compiles.watching())
+                return self._train(at, hooks)
+            except BaseException as error:
+                self._failed(error)
+                raise
+            finally:
+                self.writers.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of the backend, in words: out of memory, or another process that is gone."""
+        try:
+            with explained(lambda: abstract(self.fresh, self.mesh)):
+                yield
+        except jax.errors.JaxRuntimeError as error:
+            told = distributed.explain_lost(error, self.watch.where())
+            if told is error:
+                raise
+            self._failed(told)
+            raise told from error
+
+    def _begin(self) -> Position:
+        """What to go on from: the newest good checkpoint, else a fresh state."""
+        self.progress.say(
+            f"{self.config.run.name}: {describe_devices(self.mesh)}, {self.accounting.describe(self.step)}"
+        )
+        for placement in placements(self.task.model.shapes, self.task.rules, self.mesh):
+            if placement.dropped:
+                self.progress.say(f"sharding of {placement.path} {placement.shape}: {'; '.join(placement.dropped)}")
+        self.watch.at("restore")
+        at = self._restored()
+        if at is not None:
+            self.progress.say(f"resumed from step {at.step} of {self.place.checkpoints}")
+            return at
+        state = self.fresh()
+        if self.config.init_from:
+            state, report = warm_start(state, self.task, self.tables.specs if self.tables else {})
+            self.progress.say(f"init_from {self.config.init_from.run}: {report}")
+        return Position(state, 0, 0)
+
+    def _restored(self) -> Position | None:
+        found = self.saving.restore(self.progress.warn)
+        if found is None:
+            return None
+        at, history = found
+        self.wall_before = history["wall_s"]
+        self.rollbacks = list(history.get("rollbacks", ()))
+        self.validation.history |= {name: history[name] for name in self.validation.history}
+        return at
+
+    def _history(self) -> dict[str, Any]:
+        return {**self.validation.history, "wall_s": self._wall(), "rollbacks": self.rollbacks}
+
+    def _write_folder(self) -> None:
+        if not self.place.exists:
+            self.place.create(self.task.resolved, self.task.transform, self.task.inspection)
+        self.place.write_text("config.yaml", dump_yaml(self.task.resolved))  # what a resumed run may change
+
+    def _open_writers(self, step: int) -> None:
+        resumed = self.place.metrics.exists()
+        self.writers = open_writers(self.config, self.task.resolved, self.place, self.loggers, step, resumed)
+
+    def _train(self, at: Position, hooks: Sequence[Hook]) -> FinishedRun:
+        if at.step:
+            self.writers.event(at.step, "resumed", f"on {describe_devices(self.mesh)}")
+        if self.validation.owed(at.step):
+            snapshot = Snapshot(at.step, at.cursor, at.state)
+            self._evaluate_hook(snapshot)
+            if snapshot.stop:
+                return self._conclude(Ended(*at, snapshot.stop))
+        if reason := self.validation.spent():  # decided before the run was interrupted
+            return self._conclude(Ended(*at, reason))
+        if at.step < self.task.steps and self.accounting.programs:
+            self.progress.compiling(self.accounting.programs[0])
+        with contextlib.ExitStack() as stack:
+            hooks = [*self._hooks(), *hooks]
+            if profile := self.config.run.profile:
+                folder = self.place.path / "profile"
+                hooks += stack.enter_context(profiled(folder, profile.start, profile.steps))
+            while True:
+                try:
+                    ended = self._loop(at, hooks)
+                    break
+                except GoBack as bad:
+                    at = self._go_back(bad, at)
+        return self._conclude(ended)
+
+    def _loop(self, at: Position, hooks: Sequence[Hook]) -> Ended:
+        size = self.config.batch.global_
+        self.watch.at("train")
+        rows, plan = local_rows(self.mesh, size), self.tables.plan if self.tables else None
+        with Loader(self.task.source, at.cursor, size, rows=rows, finish=plan) as loader:
+            return run_loop(
+                self.step,
+                at.state,
+                self._batches(loader, at.step),
+                self.mesh,
+                start=at.step,
+                cursor=at.cursor,
+                steps=self.task.steps,
+                batch_size=size,
+                window=self.config.run.log_every,
+                hooks=hooks,
+                on_window=self._on_window,
+                poll=self._poll,
+            )
+
+    def _batches(self, loader: Loader, step: int) -> Iterator[Mapping[str, Any]]:
+        place = global_arrays(self.mesh, self.config.batch.global_)
+        for self.watch.step, batch in enumerate(loader, start=step + 1):
+            yield place(batch)
+
+    def _go_back(self, bad: GoBack, began: Position) -> Position:
+        """The last good checkpoint (or the beginning), with the cursor past the bad batches, saved as such.
+
+        Raises:
+          RunFailed: it has happened as often as the config allows.
+        """
+        most = self.config.rollback.most
+        if len(self.rollbacks) >= most:
+            raise RunFailed(
+                f"{bad.why}; the run went back {most} times already (rollback.most). Look at the batches of"
+                f" {self.place.metrics}'s rollback events; lower optimizer.lr or set optimizer.clip"
+            )
+        size = self.config.batch.global_
+        past = began.cursor + (bad.last - began.step) * size
+        rollbacks = [*self.rollbacks, {"step": bad.first, "cursor": past, "why": bad.why}]
+        self.writers.close()
+        self.watch.at("roll back")
+        to = self._restored() or Position(self.fresh(), 0, 0)
+        self.rollbacks = rollbacks
+        self._open_writers(to.step)
+        text = (
+            f"{bad.why}: back to step {to.step}, without the examples before {past:,}"
+            f" ({len(rollbacks)} of {most} times)"
+        )
+        self.writers.event(to.step, "rollback", text)
+        self.progress.warn(text)
+        at = Position(to.state, to.step, past)
+        self.saving.save(at, self.saving.metrics(to.step) if to.step == self.saving.last else None, again=True)
+        return at
+
+    def _conclude(self, ended: Ended) -> FinishedRun:
+        """After the last step: the last save and, unless interrupted, the final evaluation."""
+        at = Position(ended.state, ended.step, ended.cursor)
+        if ended.reason == "interrupted":
+            self._save(at, wait=True)
+            self.writers.event(ended.step, self._stopped, f"{self.interrupt.signal}: saved at step {ended.step}")
+            self.progress.say(f"saved at step {ended.step}; the same command goes on from there")
+            return self._finish(ended.step, self._stopped, {})
+        values = self._final(at)
+        if self.interrupt.signal is not None:
+            return self._finish(ended.step, self._stopped, {})
+        if ended.reason != "finished":
+            self.writers.event(ended.step, "stopped", ended.reason)
+        return self._finish(ended.step, "finished", values, reason=ended.reason)
+
+    @property
+    def _stopped(self) -> str:
+        """The state of a run that was asked to stop: a scheduler sends SIGTERM, a person at a keyboard SIGINT."""
+        return "preempted" if self.interrupt.signal == "SIGTERM" else "interrupted"
+
+    def _poll(self) -> bool:
+        """Asked every step: raises the error of a save that failed, says whether someone asked to stop."""
+        self.saving.check()
+        self.place.poll()
+        if not self.warm and self.compiles.count:  # the first step is done
+            self.compiles.warm()
+            self.warm = True
+        return self.interrupt()
+
+    def _hooks(self) -> list[Hook]:
+        hooks = [Hook(self.config.evaluate.every, self._evaluate_hook)] if self.validation.on else []
+        return [*hooks, Hook(self.saving.every, self._save_if_due)]
+
+    def _on_window(self, window: Window) -> dict[str, Any]:
+        values = window.values(self.config.batch.global_, self.task.loss_weights)
+        check_finite(values, window, self.config.nonfinite)
+        if self.spikes and (score := self.spikes(values["loss"])) is not None:
+            why = f"the loss leapt to {values['loss']:.4g} in steps {window.first + 1} to {window.last} (z {score:.1f})"
+            raise GoBack(window.first + 1, window.last, why)
+        if values["skipped"]:
+            self.writers.event(window.last, "skipped", f"{values['skipped']} non-finite steps left out")
+        again = self.compiles.again([*self.accounting.programs, "evaluate_step"])
+        if again:
+            text = ", ".join(f"{name} ({n} times)" for name, n in again.items())
+            self.writers.event(window.last, "recompiled", f"after warm-up: {text}")
+            self.progress.say(f"step {window.last}: recompiled after warm-up: {text}; do batches change shape?")
+        self.compiles.warm()
+        values["lr"] = float(self.lr[window.last - 1])
+        values |= self.accounting.rates(window)
+        scalars = {f"train/{name}": value for name, value in values.items() if isinstance(value, float | int)}
+        self.writers.write(window.last, scalars)
+        self.logged = window.last
+        self.progress.step(window.last, self.task.steps, values)
+        return values
+
+    def _evaluate_hook(self, snapshot: Snapshot) -> None:
+        """Validation, early stopping, and a checkpoint where the best is kept."""
+        snapshot.flush()
+        try:
+            weights = Weights.of(snapshot.state)
+            values = self.validation.evaluate(weights, "valid", snapshot.step, self.interrupt)
+        except Interrupted:
+            return
+        self.writers.write(snapshot.step, values)
+        snapshot.stop = self.validation.count(snapshot.step, values)
+        if self.config.checkpoint.best:
+            self._save(Position(snapshot.state, snapshot.step, snapshot.cursor))
+
+    def _save_if_due(self, snapshot: Snapshot) -> None:
+        if self.saving.due():
+            snapshot.flush()
+            self._save(Position(snapshot.state, snapshot.step, snapshot.cursor))
+
+    def _save(self, at: Position, wait: bool = False) -> None:
+        before = self.watch.at("save")
+        self.saving.save(at, self.validation.values if self.validation.step == at.step else None, wait=wait)
+        self.watch.at(before)
+
+    def _wall(self) -> float:
+        return self.wall_before + time.time() - self.began
+
+    def _final(self, at: Position) -> dict[str, float]:
+        """The last save, and validation and test with the parameters that are kept: the best, else the last."""
+        try:
+            if self.validation.on and self.validation.step != at.step:
+                self._evaluate_hook(Snapshot(at.step, at.cursor, at.state))
+            self._save(at, wait=True)
+            best = self.saving.best()
+            weights, note = Weights.of(at.state), ""
+            if best is not None and best != at.step:
+                weights, note = self.saving.weights_of(best, weights), f"(best: step {best})"
+            out: dict[str, float] = {"best_step": at.step if best is None else best}
+            for part in ("valid", "test"):
+                if part == "valid" and self.validation.step == at.step and not note:
+                    out |= self.validation.values  # just evaluated, with these very parameters
+                elif part in self.task.evaluations:
+                    out |= self.validation.evaluate(weights, part, at.step, self.interrupt, note)
+            return out
+        except Interrupted:
+            self._save(at, wait=True)
+            return {}
+
+    def _finish(self, step: int, state: str, values: Mapping[str, float], reason: str = "") -> FinishedRun:
+        """Summary and report, with the baselines beside where the run is finished; by process 0."""
+        self.watch.at("summary")
+        found: dict[str, Any] = {
+            "name": self.config.run.name,
+            "reason": reason,
+            "step": step,
+            "steps": self.task.steps,
+            "wall_s": round(self._wall(), 2),
+            "device": describe_devices(self.mesh),
+            "seed": self.config.run.seed,
+            **({"rollbacks": len(self.rollbacks)} if self.rollbacks else {}),
+            **values,
+            **(self.validation.plots if values else {}),
+        }
+
+        def write() -> dict[str, Any]:
+            if state == "finished":
+                if values:
+                    self.writers.write(step, {k: v for k, v in values.items() if k.startswith("test/")})
+                for name, figures in (self.task.baselines() if self.task.baselines else {}).items():
+                    found.update({f"baseline/{name}/{key}": value for key, value in figures.items()})
+            summary, report = write_summary(self.place, state, found)
+            if state == "finished":
+                self.progress.table(summary, self.config.evaluate.metrics)
+            self.progress.say(f"report: {report}")
+            return self.place.summary()
+
+        return FinishedRun(self.place.dir, distributed.on_first("summary", write), state)
+
+    def _ended(self, why: str) -> None:
+        """Another process has failed, and this one is about to leave."""
+        self._failed(RunFailed(why))
+        self.place.leave()
+
+    def _failed(self, error: BaseException) -> None:
+        if distributed.first():
+            step = max(self.saving.last, self.logged)
+            values = {"name": self.config.run.name, "step": step, "device": describe_devices(self.mesh)}
+            write_failure(self.place, error, values)
