@@ -22,7 +22,7 @@ _NAMES = {
     "build_task": "jaxops.run.build",
     "load_config": "jaxops.run.build",
     "fit": "jaxops.run.fit",
-    "load": "jaxops.run.trained",
+    "load": "jaxops.run.load",
     "UserError": "jaxops.core.failures",
     "RunFailed": "jaxops.core.failures",
 }

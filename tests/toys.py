@@ -179,13 +179,7 @@ def regression_task(objective: Callable[..., Any] = regression, source: Any = No
         model=model,
         objective=objective,
         source=source or Rows(),
-        evaluations={},
-        metrics=lambda params, batch: {},
         rules=model.rules,
-        logical={},
-        loss_weights={},
-        inspection={},
-        transform={},
     )
     return dataclasses.replace(task, **changes)
 

@@ -2,16 +2,15 @@
 
 import argparse
 import contextlib
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from jaxops.cli.printing import console, print_json
-from jaxops.cli.text import aligned, count, flow
+from jaxops.cli.text import aligned, flow
 from jaxops.config.dump import diff as differences
-from jaxops.config.load import explain, from_dict
+from jaxops.config.load import explain
 from jaxops.config.shapes import ABSENT
 from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_OK, UserError
 from jaxops.run.build import build_task, load_config
@@ -34,7 +33,7 @@ def _smoke(args: argparse.Namespace) -> int:
     """Two steps, evaluation and a save; then a third step from what was restored. Nothing is left behind."""
     from jaxops.core import distributed
     from jaxops.run.fit import fit
-    from jaxops.run.trained import load
+    from jaxops.run.load import load
 
     with contextlib.ExitStack() as stack:
         make = lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxops-smoke-"))
@@ -63,83 +62,54 @@ def _smoke(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """`jaxops evaluate RUN`."""
+    from jaxops.run.load import load
     from jaxops.run.progress import results_table
-    from jaxops.run.trained import load
 
     model = load(args.run, args.step)
     values = model.evaluate()
     if args.json:
-        print_json({"step": model.step, **values})
+        print_json({"step": model.saved.step, **values})
     else:
-        title = f"{args.run}, step {model.step}"
-        console().print(results_table({"name": title, **values}, model.config.evaluate.metrics))
+        title = f"{args.run}, step {model.saved.step}"
+        console().print(results_table({"name": title, **values}, model.saved.config.evaluate.metrics, model.saved.note))
     return EXIT_OK
 
 
 def predict(args: argparse.Namespace) -> int:
-    """`jaxops predict RUN USERS --top K --out OUT`."""
-    from jaxops.run.trained import load
+    """`jaxops predict RUN SOURCE [--OPTION VALUE ...] --out OUT`; the options are those of the run's family."""
+    from jaxops.run.load import open_saved_run
+    from jaxops.run.outputs import parquet_target, write_parquet
 
-    top, method = 10 if args.top is None else args.top, args.index or "auto"
-    if top < 1:
-        raise UserError(f"--top: expected at least 1 item, got {top}")
-    target = _target(args.out)
-    model = load(args.run, args.step)
-    if not model.ranks:
-        for option, given in (("--top", args.top), ("--index", args.index)):
-            if given is not None:
-                raise UserError(
-                    f"{option}: {args.run} predicts clicks of rows; it searches no items, leave {option} out"
-                )
-        table = model.predict(args.users)
-        _write_parquet(table, target)
-        print(f"{count(len(table), 'row')} -> {target}")
-        return EXIT_OK
-    histories = model.histories(args.users)
-    table = model.predict(histories, top, method=method)
-    _write_parquet(table, target)
-    print(f"{count(len(histories.users), 'user')}, {count(len(table), 'row')} -> {target}")
-    if histories.unknown_users:
-        print(f"{count(histories.unknown_users, 'user')} left out: the model knows nothing of what they did")
-    if histories.unknown_items:
-        print(f"{count(histories.unknown_items, 'event')} left out: items that the model does not know")
-    if model.index(method).method != "exact":
-        found = model.recall(histories, top, method=method)
-        print(f"recall@{top} against the exact search, of the first 512 users: {found:.4f}")
+    parquet_target(args.out)
+    family, options = _family_options(args, "predict")
+    model = family.load(open_saved_run(args.run, args.step))
+    said: list[str] = []
+    print(write_parquet(args.out, lambda: model.predict(args.source, options, say=said.append), "row"))
+    print("\n".join(said), end="\n" if said else "")
     return EXIT_OK
 
 
 def export(args: argparse.Namespace) -> int:
-    """`jaxops export RUN OUT`."""
-    from jaxops.run.trained import load
+    """`jaxops export RUN OUT [--OPTION VALUE ...]`; the options are those of the run's family."""
+    from jaxops.run.load import open_saved_run
 
-    target = _target(args.out)
-    table = load(args.run, args.step).item_vectors()
-    _write_parquet(table, target)
-    print(f"{count(len(table), 'item vector')} -> {target}")
+    family, options = _family_options(args, "export")
+    print(family.load(open_saved_run(args.run, args.step)).export(Path(args.out), options))
     return EXIT_OK
 
 
-def _target(path: str) -> Path:
-    """The file to write: the path itself if it ends in .parquet, else part-00000.parquet in that folder."""
-    target = Path(path)
-    if target.suffix != ".parquet" or target.is_dir():
-        if target.is_file():
-            raise UserError(f"{target} is a file: give a folder, or a file that ends in .parquet")
-        target = target / "part-00000.parquet"
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{target} cannot be written: {parent} is not a folder that you may write to")
-    return target
+def _family_options(args: argparse.Namespace, command: str) -> tuple[Any, Any]:
+    """The family of a run and the options that were given for one of its commands, read as a config is.
 
+    Raises:
+      UserError: no run, or an option that its family does not have.
+    """
+    from jaxops.cli.options import read_options
+    from jaxops.run.family import family_of
+    from jaxops.run.folder.run_folder import RunFolder
 
-def _write_parquet(table: Any, target: Path) -> None:
-    import pyarrow.parquet as pq
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.tmp")
-    pq.write_table(table, scratch)
-    os.replace(scratch, target)
+    family = family_of(str(RunFolder(args.run).config().get("task")))
+    return family, read_options(getattr(family, command), args.options, f"jaxops {command} {args.run}")
 
 
 def config(args: argparse.Namespace) -> int:
@@ -244,7 +214,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def data(args: argparse.Namespace) -> int:
     """`jaxops data list | get NAME | build CONFIG | inspect CONFIG`."""
-    return {"list": _data_list, "get": _data_get, "build": _data_build, "inspect": _data_inspect}[args.action](args)
+    return {"list": _data_list, "get": _data_get}.get(args.action, _data_of_family)(args)
 
 
 def _data_list(args: argparse.Namespace) -> int:
@@ -273,49 +243,38 @@ def _data_get(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _data_config(args: argparse.Namespace) -> Any:
-    from jaxops.config.types import ByPath
+def _data_of_family(args: argparse.Namespace) -> int:
+    """`jaxops data ACTION CONFIG`, where the config's family knows the action; a named data set stands for a config."""
+    from jaxops.run.family import family_of
+
+    config = _named_data(args) or load_config(args.config, args.overrides).config
+    actions = family_of(config.task).data
+    if args.action not in actions:
+        raise UserError(
+            f"data {args.action}: task {config.task} has no such thing (it has: {', '.join(actions) or '-'})"
+        )
+    found = actions[args.action](config)
+    if args.json:
+        print_json(found.json)
+    else:
+        print("\n".join(aligned(found.rows)))
+    return EXIT_OK
+
+
+def _named_data(args: argparse.Namespace) -> Any:
+    """The smallest config of a named data set, of the first family that knows it; None for any other name."""
+    from jaxops.config.errors import ConfigError
     from jaxops.data import sources
+    from jaxops.run.build import config_from_dict
+    from jaxops.run.family import shipped
 
-    if args.config in {source.name for source in sources.list_sources()}:
-        from jaxops.families.rec.config import SCHEMAS
-
-        values = {"task": "rec", "data": {"kind": args.config}, "run": {"steps": 1}}
-        return from_dict(SCHEMAS, values, args.overrides, source="data inspect").config.data
-    found = load_config(args.config, args.overrides).config.data
-    if isinstance(found, ByPath):
-        raise UserError(f"data: {found.fn} is a function of your own; there is nothing to build or inspect")
-    return found
-
-
-def _data_build(args: argparse.Namespace) -> int:
-    from jaxops.data.interactions.cache import ensure
-    from jaxops.data.interactions.spec import InteractionsFile
-
-    found = _data_config(args)
-    if not isinstance(found, InteractionsFile):
-        raise UserError(f"data build: data.kind is {found.kind}; a cache is built of kind interactions only")
-    if not found.cache:
-        raise UserError("data build: data.cache is not set; give the folder to build in (data.cache=DIR)")
-    folder = ensure(found, found.cache)
-    if args.json:
-        print_json({"cache": str(folder)})
-    else:
-        print(f"built: {folder}")
-    return EXIT_OK
-
-
-def _data_inspect(args: argparse.Namespace) -> int:
-    from jaxops.data.interactions.inspect import describe, inspect
-    from jaxops.data.interactions.open import open_data
-    from jaxops.data.interactions.spec import InteractionsConfig
-
-    found = _data_config(args)
-    if not isinstance(found, InteractionsConfig):
-        raise UserError(f"data: {found.kind} is for click models; there are no interactions to open")
-    info = inspect(open_data(found))
-    if args.json:
-        print_json(info)
-    else:
-        print("\n".join(aligned(describe(info))))
-    return EXIT_OK
+    if args.config not in {source.name for source in sources.list_sources()}:
+        return None
+    problem = UserError(f"data {args.action}: no family reads {args.config} by its name alone")
+    for task in shipped():
+        values = {"task": task, "data": {"kind": args.config}, "run": {"steps": 1}}
+        try:
+            return config_from_dict(values, args.overrides, source=f"data {args.action}").config
+        except ConfigError as error:
+            problem = error
+    raise problem

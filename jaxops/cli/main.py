@@ -47,6 +47,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for action in ("command", "action"):
         if (name := getattr(args, action, None)) is not None:
             parser = _subparser(parser, name)
+    if hasattr(args, "options"):  # those of the run's family, known once the run is read
+        args.options, rest = rest, []
     flags = [arg.partition("=")[0] for arg in rest if arg.startswith("-")]
     if flags:
         known = [flag for action in parser._actions for flag in action.option_strings]
@@ -84,22 +86,16 @@ def _parser() -> Parser:
     train.add_argument("--smoke", action="store_true", help="two steps, evaluation, save, restore, in a scratch folder")
     evaluate = command("evaluate", "Evaluate a run's model on its validation and test data.", run=True, as_json=True)
     evaluate.add_argument("--step", type=int, help="the checkpoint of this step (default: the best, else the latest)")
-    predict = command(
-        "predict", "The best unseen items for users, or clicks for rows: original ids in and out.", run=True
-    )
-    predict.add_argument("users", help="events (user, item, time), users of the run's data, or rows for a click model")
-    predict.add_argument("--top", type=int, metavar="K", help="items a user (default 10)")
-    predict.add_argument(
-        "--index",
-        choices=["auto", "exact", "approx"],
-        help="how items are searched: approx finds nearly all and is faster on a TPU (auto: there alone)",
-    )
+    predict = command("predict", "A run's answers for a file: its best items for users, clicks for rows.", run=True)
+    predict.add_argument("source", help="what to predict for: a file with the columns of the run's data")
     predict.add_argument("--out", required=True, help="a .parquet file, or a folder")
     predict.add_argument("--step", type=int, help="the checkpoint of this step")
-    export = command("export", "Write a run's item vectors with their original ids.", run=True)
-    export.add_argument("out", help="a .parquet file, or a folder")
-    export.add_argument("--to", choices=["parquet"], default="parquet")
+    export = command("export", "Write a run's model in another form: item vectors with their original ids.", run=True)
+    export.add_argument("out", help="where to: a file or a folder")
     export.add_argument("--step", type=int, help="the checkpoint of this step")
+    for made in (predict, export):
+        made.set_defaults(options=[])
+        made.epilog = f"Further options, --NAME VALUE, are those of the run's family. {EPILOG}"
     config = command("config", "Print the resolved config and where each value comes from.", as_json=True)
     config.add_argument("config", nargs="?", help="a YAML file or the name of a shipped config")
     config.add_argument("overrides", nargs="*", metavar=OVERRIDE)

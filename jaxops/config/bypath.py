@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from jaxops.config.errors import unknown
+from jaxops.config.part import Part
 from jaxops.core.failures import UserError, nearest
 
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -32,7 +33,7 @@ class Factory:
 
 
 @dataclasses.dataclass(frozen=True)
-class ByPath:
+class ByPath(Part):
     """A callable of the user's own: `{fn: "pkg.mod:name", gamma: 2}`, or `pkg.mod:name` alone.
 
     `kwargs` holds Python names (`lambda_` for the key `lambda`) and must not be changed.
@@ -40,6 +41,11 @@ class ByPath:
 
     fn: str
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The import path, which stands in messages where a choice of ours has its kind."""
+        return self.fn
 
     def resolve(self) -> Any:
         """Imports what `fn` names; the current folder is searched first, as it is for `python -m`.

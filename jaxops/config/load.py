@@ -17,6 +17,7 @@ from jaxops.config.merge import merge_all, parse_overrides
 from jaxops.config.node import BROKEN, Node, node_of, plain
 from jaxops.config.schema import record_of
 from jaxops.config.validate import Validator, origin_of
+from jaxops.core.failures import UserError
 
 T = TypeVar("T")
 Variants = Mapping[str, type]
@@ -137,7 +138,10 @@ def _resolve(
     given, tag = parse_overrides(overrides), None
     if isinstance(schema, Mapping):
         tag = _tag(schema, [*trees, *given], by)
-        schema = schema[tag.value]
+        try:
+            schema = schema[tag.value]
+        except UserError as error:
+            raise ConfigError([Problem(by, tag.origin, tag.value, str(error))]) from None
     root = record_of(schema)
     problems: list[Problem] = []
     merged = merge_all(root, trees, given, problems)

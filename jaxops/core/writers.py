@@ -43,6 +43,11 @@ class Writers:
         for method in self._optional("event"):
             method(step, event, text)
 
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Hands what a model wrote to every writer that takes it."""
+        for method in self._optional("samples"):
+            method(step, samples)
+
     def close(self) -> None:
         """Closes every one, then raises the first error met."""
         errors = []
@@ -89,6 +94,10 @@ class JsonlWriter:
             raise ValueError(f"metric names kept for the format itself: {sorted(taken)}")
         self._append(step, {name: _finite(float(value)) for name, value in values.items()})
 
+    def record(self, step: int, fields: Mapping[str, Any]) -> None:
+        """Records plain values of any kind (text, lists) under their names."""
+        self._append(step, fields)
+
     def event(self, step: int, event: str, text: str) -> None:
         """Records that something happened: `resumed`, `skipped`, `recompiled`, ..."""
         self._append(step, {"event": event, "text": text})
@@ -102,6 +111,41 @@ class JsonlWriter:
         with written(self.path):
             while data:
                 data = data[self._file.write(data) :]
+
+
+class SamplesWriter:
+    """Appends what a model wrote in an evaluation to `samples.jsonl`, one JSON object a sample.
+
+    The file is made by the first sample. On resume the samples of steps after `resume_step` are cut off.
+
+    Raises:
+      RunFailed: the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
+        self._path = Path(path)
+        self._lines = JsonlWriter(path, resume_step=resume_step) if self._path.exists() else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Scalars go elsewhere."""
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Records samples of a step: mappings of plain values.
+
+        Raises:
+          RunFailed: a line could not be written whole.
+          ValueError: a name that the format keeps for itself.
+        """
+        for sample in samples:
+            if taken := _RESERVED & sample.keys():
+                raise ValueError(f"names of a sample kept for the format itself: {sorted(taken)}")
+            if self._lines is None:
+                self._lines = JsonlWriter(self._path)
+            self._lines.record(step, sample)
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

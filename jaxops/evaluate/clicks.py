@@ -10,24 +10,31 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxops.core.failures import UserError, nearest
+from jaxops.core.metric import Better, Metric
 from jaxops.core.sums import Sum, Sums
 
 AUC_BINS, AUC_REACH = 1 << 14, 16.0
 """Scores are told apart at 32 / 16,384 = 0.002 of a logit, between -16 and 16; closer ones are ties, half right."""
 RELIABILITY_BINS = 20
-CLICK_METRICS = ("auc", "gauc", "log_loss", "ne", "calibration", "ece")
-NOT_BY_SIZE = ("log_loss", "ne", "ece", "calibration")
-"""The names to report, and those of which the larger is not the better: they cannot choose a checkpoint."""
+CLICK_METRICS: dict[str, Better] = {
+    "auc": "higher",
+    "gauc": "higher",
+    "log_loss": "lower",
+    "ne": "lower",
+    "calibration": "neither",
+    "ece": "lower",
+}
+"""The names to report and which way each is better; calibration is best at one, so it is better neither way."""
 
 
-def parse_click_metric(name: str) -> str:
-    """The name, if it is one of `CLICK_METRICS`.
+def click_metric(name: str) -> Metric:
+    """The click metric of this name.
 
     Raises:
-      UserError: another name; it tells the nearest right one.
+      UserError: another name; the message names the nearest right one.
     """
     if name in CLICK_METRICS:
-        return name
+        return Metric(name, CLICK_METRICS[name])
     known = ", ".join(CLICK_METRICS)
     raise UserError(f"unknown metric {name!r}{nearest(name.lower(), CLICK_METRICS)}; clicks are judged by {known}")
 

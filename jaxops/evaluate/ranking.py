@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from jaxops.core.failures import UserError, nearest
+from jaxops.core.metric import Metric, label_of
 from jaxops.core.sums import Sum, Sums
 
 A = TypeVar("A", Array, np.ndarray)
@@ -33,7 +34,7 @@ SAMPLED_SEED = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Metric:
+class RankMetric:
     """One parsed name: `ndcg@10`, or `sampled_ndcg@10` for the rank among 100 random negatives."""
 
     name: str
@@ -55,7 +56,7 @@ class Metric:
         return xp.where(ranks < self.k, gains.get(self.kind, gains["hr"]), xp.zeros_like(place))
 
 
-def parse_metric(name: str) -> Metric:
+def parse_metric(name: str) -> RankMetric:
     """Reads `hr@K`, `recall@K`, `ndcg@K`, `mrr@K`, each also with `sampled_` in front, and `coverage@K`.
 
     Raises:
@@ -63,7 +64,7 @@ def parse_metric(name: str) -> Metric:
     """
     match = _NAME.fullmatch(name)
     if match:
-        return Metric(name, match[2] or match[3], int(match[4]), match[1] is not None)
+        return RankMetric(name, match[2] or match[3], int(match[4]), match[1] is not None)
     digits = re.search(r"[1-9][0-9]*", name)
     k = digits[0] if digits else "10"
     known = [f"{prefix}{kind}@{k}" for prefix in ("", SAMPLED) for kind in KINDS] + [f"{COVERAGE}@{k}"]
@@ -73,6 +74,22 @@ def parse_metric(name: str) -> Metric:
         f"which rank among {SAMPLED_NEGATIVES} random items only, and {COVERAGE}@K, the share of the catalogue "
         "that anyone is recommended"
     )
+
+
+def ranking_metric(name: str) -> Metric:
+    """The ranking metric of this name; all are better when they are higher.
+
+    Raises:
+      UserError: what `parse_metric` raises.
+    """
+    parsed = parse_metric(name)
+    sampled = " (sampled)" if parsed.sampled else ""
+    return Metric(name, "higher", label_of(name.removeprefix(SAMPLED)) + sampled)
+
+
+def is_sampled(name: str) -> bool:
+    """True of a metric that ranks among sampled items alone."""
+    return name.startswith(SAMPLED)
 
 
 def target_ranks(

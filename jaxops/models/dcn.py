@@ -2,24 +2,28 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from jaxops.config.part import Part
 from jaxops.core.failures import UserError
 from jaxops.core.random import example_keys
 from jaxops.core.sharding import Rule
 from jaxops.models.functional import Functional, Params
 from jaxops.models.heads import Heads
-from jaxops.models.inputs import Input, gathered
+from jaxops.models.inputs import ExampleFeatures, Input, gathered
 from jaxops.models.mlp import MLP_RULES, Mlp, width_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DCNv2Config:
+class DCNv2Config(Part):
     """`cross_layers` of x0 * (W x + b) + x, with W of low `rank` (null: full), and a `deep` tower beside or above."""
+
+    sort: ClassVar[str] = "click"
+    label: ClassVar[str] = "DCNv2"
 
     kind: Literal["dcnv2"] = "dcnv2"
     cross_layers: int = 3
@@ -37,6 +41,14 @@ class DCNv2Config:
         if self.rank is not None and self.rank < 1:
             found.append(("rank", "expected a positive number, or null for full matrices"))
         return found + ([] if 0 <= self.dropout < 1 else [("dropout", "expected a rate in [0, 1)")])
+
+    def build(self, data: ExampleFeatures) -> "DCNv2":
+        """The model of this shape over the features of the data.
+
+        Raises:
+          UserError: the features do not suit it.
+        """
+        return DCNv2(self, data.inputs, data.numeric, data.outputs)
 
 
 class _Cross(nnx.Module):

@@ -2,24 +2,28 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from jaxops.config.part import Part
 from jaxops.core.failures import UserError
 from jaxops.core.random import example_keys
 from jaxops.models.functional import Functional, Params
 from jaxops.models.heads import Heads
-from jaxops.models.inputs import Input, pooled
+from jaxops.models.inputs import ExampleFeatures, Input, pooled
 from jaxops.models.mlp import MLP_RULES, Mlp, width_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DLRMConfig:
+class DLRMConfig(Part):
     """Hidden layers of the `bottom` tower (which ends as wide as the tables) and of the `top`; `heads` of each task."""
+
+    sort: ClassVar[str] = "click"
+    label: ClassVar[str] = "DLRM"
 
     kind: Literal["dlrm"] = "dlrm"
     bottom: tuple[int, ...] = (64,)
@@ -31,6 +35,14 @@ class DLRMConfig:
         """What no value of another section could make right (dotted path, message)."""
         found = width_problems(bottom=self.bottom, top=self.top, heads=self.heads)
         return found + ([] if 0 <= self.dropout < 1 else [("dropout", "expected a rate in [0, 1)")])
+
+    def build(self, data: ExampleFeatures) -> "DLRM":
+        """The model of this shape over the features of the data.
+
+        Raises:
+          UserError: the features do not suit it.
+        """
+        return DLRM(self, data.inputs, data.numeric, data.outputs)
 
 
 class _DLRM(nnx.Module):

@@ -21,6 +21,34 @@ class Input:
     pool: Literal["sum", "mean"] = "mean"
 
 
+@dataclasses.dataclass(frozen=True)
+class ItemSequences:
+    """The data of a sequence model, which its config or a user's own factory is built for.
+
+    Items are 1..n_items and 0 is padding. `pools` says by name of a table's feature how its bags are pooled.
+    """
+
+    n_items: int
+    pools: Mapping[str, Literal["sum", "mean"]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleFeatures:
+    """The data of a click model: its features on tables, how many numeric columns and how many labels there are."""
+
+    inputs: tuple[Input, ...]
+    numeric: int = 0
+    outputs: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerFeatures:
+    """The data of a two-tower model: the features of users and those of items."""
+
+    user: tuple[Input, ...]
+    item: tuple[Input, ...]
+
+
 def pooled(batch: Mapping[str, Any], feature: Input) -> Float[Array, "batch ... dim"]:
     """One vector an example (or an event of it), from batch["rows"]; zeros of an empty bag."""
     rows = batch["rows"][feature.name]

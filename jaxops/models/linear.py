@@ -2,27 +2,39 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxops.config.part import Part
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import Rule
 from jaxops.models.functional import Params
-from jaxops.models.inputs import Input, pooled
+from jaxops.models.inputs import ExampleFeatures, Input, pooled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearConfig:
+class LinearConfig(Part):
     """It has nothing to choose."""
+
+    sort: ClassVar[str] = "click"
+    label: ClassVar[str] = "Logistic regression"
 
     kind: Literal["linear"] = "linear"
 
     def problems(self) -> list[tuple[str, str]]:
         """None."""
         return []
+
+    def build(self, data: ExampleFeatures) -> "Linear":
+        """The model of this shape over the features of the data.
+
+        Raises:
+          UserError: the features do not suit it.
+        """
+        return Linear(self, data.inputs, data.numeric, data.outputs)
 
 
 class Linear:

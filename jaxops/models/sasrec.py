@@ -6,29 +6,34 @@ multiple of 128 rows, whatever the mesh, so that any mesh can divide it and any 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxops.config.bypath import ByPath
+from jaxops.config.part import Part
 from jaxops.core.random import dropout, example_keys
 from jaxops.core.sharding import Rule, constrain
 from jaxops.models.functional import Functional, Params
-from jaxops.models.inputs import Input, pooled
+from jaxops.models.inputs import Input, ItemSequences, pooled
 from jaxops.models.transformer import BLOCK_RULES, Block, LayerNorm
 
 PAD_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SASRecConfig:
+class SASRecConfig(Part):
     """The model's shape: `dim` wide, `length` most recent items, `norm` before or after each sublayer.
 
     `inputs` name the features whose tables' rows are added up at each place of the history: first `item`, then columns
     of items, of the user and of the events; without any the item matrix is a parameter.
     """
+
+    sort: ClassVar[str] = "sequence"
+    label: ClassVar[str] = "SASRec"
 
     kind: Literal["sasrec"] = "sasrec"
     dim: int = 64
@@ -55,6 +60,37 @@ class SASRecConfig:
         if not found and self.dim % self.heads:
             found.append(("heads", f"must divide dim {self.dim}"))
         return found
+
+    def problems_in(self, run: Any) -> list[tuple[str, str]]:
+        """Everything of the whole `run` config that does not go with this model (dotted path, message)."""
+        if not self.inputs:
+            unread = "sasrec reads no table unless model.inputs names them (the items' first)"
+            return [("tables", unread)] if run.tables else []
+        found = []
+        if not isinstance(run.objective, ByPath) and run.objective.kind != "sampled_softmax":
+            found.append(
+                ("objective", f"sasrec on tables: expected {{kind: sampled_softmax}}, got {run.objective.kind}")
+            )
+        for name in self.inputs:
+            for table, one in run.tables.items():
+                if name not in (one.features or (table,)):
+                    continue
+                if one.pool != "mean":
+                    found.append((f"tables.{table}.pool", "sasrec takes the mean of a bag: sum is for other models"))
+                if one.dim != self.dim:
+                    wanted = f"model.inputs are added up, so all are model.dim {self.dim}"
+                    found.append((f"tables.{table}.dim", f"{one.dim}: {wanted}"))
+        return found
+
+    def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+        """Everything that does not go on a mesh of these sizes."""
+        if sizes["tensor"] > 1 and self.heads % sizes["tensor"]:
+            return [("mesh.tensor", f"{sizes['tensor']} does not divide model.heads {self.heads}")]
+        return []
+
+    def build(self, data: ItemSequences) -> "SASRec":
+        """The model of this shape over the items of the data."""
+        return SASRec(self, data.n_items, data.pools)
 
 
 class _SASRec(nnx.Module):
@@ -117,7 +153,7 @@ class SASRec:
 
     def __init__(self, config: SASRecConfig, n_items: int, pools: Mapping[str, Literal["sum", "mean"]] | None = None):
         self.config, self.n_items, self._pools = config, n_items, pools or {}
-        on_tables = bool(config.inputs)
+        self.on_tables = on_tables = bool(config.inputs)
         self.rows = n_items + 1 if on_tables else -(-(n_items + 1) // PAD_ROWS) * PAD_ROWS
         self._pure = Functional(lambda rngs: _SASRec(config, self.rows, rngs))
         self.rules: list[Rule] = [

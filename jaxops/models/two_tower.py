@@ -2,23 +2,27 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from jaxops.config.part import Part
 from jaxops.core.random import example_keys
 from jaxops.core.sharding import Rule
 from jaxops.models.functional import Functional, Params
-from jaxops.models.inputs import Input, gathered
+from jaxops.models.inputs import Input, TowerFeatures, gathered
 from jaxops.models.mlp import MLP_RULES, Mlp, width_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TwoTowerConfig:
+class TwoTowerConfig(Part):
     """Features and hidden layers of both towers; `history`: how many latest items the feature of that name holds."""
+
+    sort: ClassVar[str] = "retrieval"
+    label: ClassVar[str] = "Two towers"
 
     kind: Literal["two_tower"] = "two_tower"
     user: tuple[str, ...] = ("user",)
@@ -39,6 +43,10 @@ class TwoTowerConfig:
         if "item" not in self.item:
             found.append(("item", "the item tower reads at least the feature `item`"))
         return found + ([] if 0 <= self.dropout < 1 else [("dropout", "expected a rate in [0, 1)")])
+
+    def build(self, data: TowerFeatures) -> "TwoTower":
+        """The model of this shape over the features of the data."""
+        return TwoTower(self, data.user, data.item)
 
 
 class _Towers(nnx.Module):

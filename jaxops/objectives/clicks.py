@@ -1,16 +1,31 @@
 """Binary cross-entropy of clicks: one label, or several with a term each (`loss_weights` weighs them)."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxops.config.part import Part
 from jaxops.core.sums import Sum, Sums
 
 Batch = Mapping[str, Any]
 Objective = Callable[[PyTree, Batch, Key[Array, ""] | None], Sums]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clicks(Part):
+    """Binary cross-entropy of each label that the data has; several are weighted by `loss_weights`."""
+
+    sort: ClassVar[str] = "click"
+
+    kind: Literal["clicks"] = "clicks"
+
+    def build(self, model: "ClickModel", labels: Sequence[str]) -> "Objective":
+        """The objective for this model, with a term for each label."""
+        return bce(model) if len(labels) == 1 else multi_task(model, labels)
 
 
 @runtime_checkable

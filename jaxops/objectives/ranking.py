@@ -4,14 +4,17 @@ A batch has "items", "targets" and "weight", all [batch, length], and "id" [batc
 a target is zero. Shared negatives depend on the step's key alone, so every microbatch and device draws the same.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
+from pydantic import Field
 
+from jaxops.config.part import Part
 from jaxops.core.random import example_keys
 from jaxops.core.sharding import constrain
 from jaxops.core.sums import Sum, Sums
@@ -21,6 +24,66 @@ Objective = Callable[[PyTree, Batch, Key[Array, ""] | None], Sums]
 
 _NEGATIVES = 2**31 - 1
 """Folded into a key to draw negatives, far from the sites of dropout."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Softmax(Part):
+    """Cross-entropy over the whole catalogue."""
+
+    sort: ClassVar[str] = "sequence"
+
+    kind: Literal["softmax"] = "softmax"
+
+    def build(self, model: "Ranker") -> "Objective":
+        """The objective for this model."""
+        return softmax(model)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledSoftmax(Part):
+    """Softmax against uniform negatives that the step shares, with sampling correction.
+
+    A model that reads its items from a table has negatives of each example's own, which the host draws.
+    """
+
+    sort: ClassVar[str] = "sequence"
+
+    kind: Literal["sampled_softmax"] = "sampled_softmax"
+    negatives: Annotated[int, Field(ge=1)] = 256
+
+    def build(self, model: "Ranker") -> "Objective":
+        """The objective for this model."""
+        on_tables = getattr(model, "on_tables", False)
+        return sampled_softmax_on_tables(model) if on_tables else sampled_softmax(model, self.negatives)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bce(Part):
+    """Binary cross-entropy with negatives drawn per position (SASRec as published)."""
+
+    sort: ClassVar[str] = "sequence"
+
+    kind: Literal["bce"] = "bce"
+    negatives: Annotated[int, Field(ge=1)] = 1
+
+    def build(self, model: "Ranker") -> "Objective":
+        """The objective for this model."""
+        return bce(model, self.negatives)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gbce(Part):
+    """Generalised BCE (gSASRec), calibrated by `t` in [0, 1]."""
+
+    sort: ClassVar[str] = "sequence"
+
+    kind: Literal["gbce"] = "gbce"
+    negatives: Annotated[int, Field(ge=1)] = 256
+    t: Annotated[float, Field(ge=0, le=1)] = 0.75
+
+    def build(self, model: "Ranker") -> "Objective":
+        """The objective for this model."""
+        return gbce_loss(model, self.negatives, self.t)
 
 
 @runtime_checkable

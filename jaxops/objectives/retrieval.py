@@ -4,16 +4,46 @@ Examples are coupled inside blocks of neighbours only, which microbatching never
 tests/objectives/test_retrieval.py.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
+from pydantic import Field
 
+from jaxops.config.part import Part
 from jaxops.core.sums import Sum, Sums
 
 Batch = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InBatchSoftmax(Part):
+    """Two-tower retrieval: each example's item against those of its `block` of neighbours.
+
+    `block: null` is the whole batch, over all devices; it cannot be cut into microbatches. `logq` takes off the log of
+    how often an item comes up, estimated on the way with counts that fade by `decay` a step.
+    """
+
+    sort: ClassVar[str] = "retrieval"
+
+    kind: Literal["in_batch_softmax"] = "in_batch_softmax"
+    temperature: Annotated[float, Field(gt=0)] = 0.05
+    logq: bool = True
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    block: Annotated[int, Field(ge=2)] | None = None
+
+    def problems_in(self, run: Any) -> list[tuple[str, str]]:
+        """Everything of the whole `run` config that does not go with this objective (dotted path, message)."""
+        if self.block and run.batch.global_ % self.block:
+            return [("objective.block", f"{self.block} does not divide batch.global {run.batch.global_}")]
+        return []
+
+    def build(self, model: "Towers", batch_size: int) -> Callable[..., Sums]:
+        """The objective for this model and batches of this size."""
+        return in_batch_softmax(model, self.block or batch_size, temperature=self.temperature)
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ import yaml
 
 from jaxops.config.dump import flatten
 from jaxops.config.yaml_text import Dumper
+from jaxops.core.metric import Metric, label_of
 from jaxops.report import results
 from jaxops.report.folder import EVALUATED, RunFolder, finite
 
@@ -130,8 +131,22 @@ def _results(sides: Sequence[Side], split: str) -> Results:
     for name in metrics if len(set(_splits(sides).values())) < 2 else ():
         values = [row.values[name] for row in rows if name in row.values]
         if len(set(values)) > 1:
-            best[name] = min(values) if results.lower_is_better(name) else max(values)
+            top = metric_of(sides, name).best(values)
+            if top is not None:
+                best[name] = top
     return Results(split, metrics, rows, best, _chance(sides, rows, split, metrics))
+
+
+def metric_of(sides: Sequence[Side], name: str) -> Metric:
+    """A metric as the first run describes it whose family wrote it down, else as the first run has it."""
+    runs = [side.run for side in sides]
+    return next((run for run in runs if run.describes(name)), runs[0]).metric(name)
+
+
+def label_in(sides: Sequence[Side], name: str) -> str:
+    """The name of a baseline for people, of the first run that has one for it."""
+    labels = (side.run.label(name) for side in sides)
+    return next((label for label in labels if label != label_of(name)), label_of(name))
 
 
 def _score(place: int, side: Side, split: str) -> Score:
@@ -171,7 +186,7 @@ def _baselines(sides: Sequence[Side], split: str, metrics: Sequence[str]) -> Ite
                 group[1].append(side.label)
         for values, labels in groups:
             note = f"of {', '.join(labels)}" if several or len(groups) > 1 else ""
-            yield Score(results.display(name), None, values, note)
+            yield Score(label_in(sides, name), None, values, note)
 
 
 def _baseline(side: Side, name: str, split: str, metrics: Sequence[str]) -> dict[str, float]:
@@ -217,7 +232,7 @@ def _chance(sides: Sequence[Side], rows: Sequence[Score], split: str, metrics: S
     if not inside:
         return f"{n:,.0f} queries"
     margin = 1.96 * math.sqrt(max(value * (1 - value) for value in inside) / n)
-    return f"{n:,.0f} queries: each {results.metric_label(rate)} is known to \u00b1 {margin:.3f} (95% interval)"
+    return f"{n:,.0f} queries: each {metric_of(sides, rate).shown} is known to \u00b1 {margin:.3f} (95% interval)"
 
 
 def _split(run: RunFolder) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from jaxops.report import figures, results
-from jaxops.report.compare import Comparison, Difference, Results, Score, Side, speed, written
+from jaxops.report.compare import Comparison, Difference, Results, Score, Side, metric_of, speed, written
 from jaxops.report.figures import LINES, Plot
 from jaxops.report.folder import Series
 from jaxops.report.html import fill, write_page
@@ -77,7 +77,7 @@ def render(comparison: Comparison) -> str:
         facts=list(_facts(sides)),
         runs=[_run(side, len(_devices(sides)) > 1) for side in sides],
         columns=["Steps", "Best step", "Training loss", "Examples/s", "Wall time"],
-        tables=[_table(found) for found in comparison.results],
+        tables=[_table(sides, found) for found in comparison.results],
         two=len(comparison.results) > 1 and all(len(found.metrics) <= 3 for found in comparison.results),
         bold=any(found.best for found in comparison.results),
         sampled=any(name.startswith("sampled_") for found in comparison.results for name in found.metrics),
@@ -89,20 +89,21 @@ def render(comparison: Comparison) -> str:
 
 def _cards(comparison: Comparison) -> list[results.Card]:
     """Who is ahead, by the metric that it is about, and by how much; none where nothing is called best."""
-    ahead = [card for found in comparison.results if (card := _ahead(found, comparison.headline))]
+    ahead = [card for found in comparison.results if (card := _ahead(comparison.sides, found, comparison.headline))]
     changed = str(len(comparison.differences))
     return [*ahead, results.Card("Config differences", changed, "name and folder left out")] if ahead else []
 
 
-def _ahead(found: Results, metric: str | None) -> results.Card | None:
+def _ahead(sides: Sequence[Side], found: Results, metric: str | None) -> results.Card | None:
     ranked = [row for row in found.rows if row.side is not None and metric in row.values]
     if metric is None or metric not in found.best or len(ranked) < 2:
         return None
-    ranked.sort(key=lambda row: row.values[metric], reverse=not results.lower_is_better(metric))
+    described = metric_of(sides, metric)
+    ranked.sort(key=lambda row: row.values[metric], reverse=described.better == "higher")
     first, second = (row.values[metric] for row in ranked[:2])
     gain = f", {(first - second) / abs(second):+.1%} over the next".replace("-", "\u2212") if second else ""
     note = f"{ranked[0].label}{gain}" if first != second else "the same for the first two"
-    label = f"Best {results.TITLES[found.split].lower()} {results.metric_label(metric)}"
+    label = f"Best {results.TITLES[found.split].lower()} {described.shown}"
     return results.Card(label, results.score(first), note)
 
 
@@ -139,10 +140,10 @@ def _run(side: Side, several_devices: bool) -> dict[str, Any]:
     }
 
 
-def _table(found: Results) -> dict[str, Any]:
+def _table(sides: Sequence[Side], found: Results) -> dict[str, Any]:
     return {
         "title": results.TITLES[found.split],
-        "columns": [results.metric_label(name) for name in found.metrics],
+        "columns": [metric_of(sides, name).shown for name in found.metrics],
         "rows": [(row, _cells(row, found)) for row in found.rows],
         "note": found.note,
     }
@@ -167,14 +168,14 @@ def _plots(comparison: Comparison) -> Iterator[Plot]:
     yield from _overlay(comparison, "train/loss", "Training loss", caption=caption, smooth=True)
     metric = comparison.headline
     if metric is not None:
-        yield from _overlay(comparison, f"valid/{metric}", f"Validation {results.metric_label(metric)}")
+        yield from _overlay(comparison, f"valid/{metric}", f"Validation {metric_of(comparison.sides, metric).shown}")
 
 
 def _more(comparison: Comparison) -> Iterator[Plot]:
     """The other validation metrics, and what explains a training that went wrong."""
     names = dict.fromkeys(n for side in comparison.sides for n in results.metrics(side.run, "valid"))
     for name in [name for name in names if name != comparison.headline][:8]:
-        yield from _overlay(comparison, f"valid/{name}", f"Validation {results.metric_label(name)}")
+        yield from _overlay(comparison, f"valid/{name}", f"Validation {metric_of(comparison.sides, name).shown}")
     for name, (title, smooth) in _MORE.items():
         yield from _overlay(comparison, name, title, smooth=smooth)
 

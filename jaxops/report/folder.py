@@ -4,6 +4,7 @@ import dataclasses
 import datetime as dt
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import yaml
 from jaxtyping import Float
 
 from jaxops.core.failures import UserError
+from jaxops.core.metric import Better, Metric, label_of
 from jaxops.core.writers import read_metrics
 
 _HUGE = 1e39
+_LOWER_IN_OLDER_FOLDERS = re.compile(r"loss|nll|perplexity|rmse|mae|error|\bne\b|\bkl\b|\bece\b")
 _NOT_METRICS = frozenset({"v", "step", "time", "event", "text"})
 EVALUATED = ("test", "valid")
 """Splits that results are reported on, the more telling one first."""
@@ -50,6 +53,7 @@ class RunFolder:
     path: Path
     summary: dict[str, Any]
     data: dict[str, Any]
+    about: dict[str, Any]
     config: dict[str, Any]
     config_text: str
     series: dict[str, Series]
@@ -92,6 +96,24 @@ class RunFolder:
         """A metric's series, empty where it was never logged."""
         return self.series.get(name, Series(np.zeros(0), np.zeros(0)))
 
+    def metric(self, name: str) -> Metric:
+        """A metric as the run's family describes it; in folders of older versions its name decides."""
+        known = self.about.get("metrics")
+        found = known.get(name.partition("[")[0]) if isinstance(known, Mapping) else None
+        if isinstance(found, Mapping) and found.get("better") in ("higher", "lower", "neither"):
+            return Metric(name, found["better"], str(found.get("label") or ""))
+        return Metric(name, _better_by_name(name))
+
+    def describes(self, name: str) -> bool:
+        """True where the run's family wrote down which way the metric is better."""
+        known = self.about.get("metrics")
+        return isinstance(known, Mapping) and name.partition("[")[0] in known
+
+    def label(self, name: str) -> str:
+        """The name of a model or baseline for people."""
+        known = self.about.get("labels")
+        return str(known[name]) if isinstance(known, Mapping) and name in known else label_of(name)
+
     def number(self, *names: str) -> float | None:
         """The first of these that the summary holds as a finite number."""
         return next((v for name in names if (v := finite(self.summary.get(name))) is not None), None)
@@ -114,6 +136,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
         path=path,
         summary=_json(path / "summary.json", problems),
         data=_json(path / "data.json", problems),
+        about=_json(path / "about.json", problems),
         config=_config(config_text, problems),
         config_text=config_text,
         series=_series(lines),
@@ -123,6 +146,13 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
         last_time=max(times, default=None),
         problems=problems,
     )
+
+
+def _better_by_name(name: str) -> Better:
+    """Which way a metric is better, for run folders from before this was written down."""
+    if name.startswith("calibration"):
+        return "neither"
+    return "lower" if _LOWER_IN_OLDER_FOLDERS.search(name) else "higher"
 
 
 def finite(value: Any) -> float | None:

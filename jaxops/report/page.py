@@ -68,14 +68,13 @@ def render(run: RunFolder) -> str:
         problems=run.problems,
         cards=results.cards(run),
         tables=results.tables(run),
-        full_ranking=any(name.startswith(("hr@", "ndcg@", "mrr@", "recall@")) for name in _results(run)),
         kept=run.number("best_step"),
-        sampled=any(name.startswith("sampled_") for name in _results(run)),
+        notes=_notes(run),
         plots=list(_main_plots(run)),
         small_plots=list(_small_plots(run)),
         reliability_plots=list(_reliability_plots(run)),
-        data_rows=_data_rows(run.data),
-        data_plot=_lengths(run.data),
+        data_rows=_data_rows(run),
+        data_plot=_lengths(run),
         events=[(event.step, _time(event.time), event.kind, event.text) for event in shown],
         events_hidden=len(run.events) - len(shown),
         config=_highlighted(run.config_text),
@@ -83,8 +82,10 @@ def render(run: RunFolder) -> str:
     )
 
 
-def _results(run: RunFolder) -> list[str]:
-    return [name for split in EVALUATED for name in results.metrics(run, split)]
+def _notes(run: RunFolder) -> list[str]:
+    """Sentences of the run's family on how its figures were made."""
+    found = run.about.get("notes")
+    return [str(note) for note in found] if isinstance(found, list) else []
 
 
 def _facts(run: RunFolder) -> Iterator[str]:
@@ -95,7 +96,7 @@ def _facts(run: RunFolder) -> Iterator[str]:
     if finished is not None:
         yield _time(finished)
     kinds = [run.setting(part, "kind") for part in ("model", "objective")]
-    yield from (results.display(str(kind)) for kind in kinds if kind)
+    yield from (results.display(run, str(kind)) for kind in kinds if kind)
 
 
 def _time(time: dt.datetime | None) -> str:
@@ -123,7 +124,7 @@ def _main_plots(run: RunFolder) -> Iterator[Plot]:
     present = {name: curve for name, curve in curves.items() if len(curve)}
     if metric in present:
         yield _headline_plot(run, metric, present.pop(metric))
-    others = {results.metric_label(name): curve for name, curve in list(present.items())[:4]}
+    others = {results.metric_label(run, name): curve for name, curve in list(present.items())[:4]}
     if others:
         yield figures.curves(others, title="Other validation metrics")
     speed = run.curve("train/examples_per_s")
@@ -138,13 +139,13 @@ def _main_plots(run: RunFolder) -> Iterator[Plot]:
 
 
 def _headline_plot(run: RunFolder, metric: str, curve: Series) -> Plot:
-    label = results.metric_label(metric)
+    label = results.metric_label(run, metric)
     best = results.best_step(run, metric)
     levels = {}
     for name in results.baselines(run):
         value = run.number(f"baseline/{name}/valid/{metric}")
         if value is not None:
-            levels[results.display(name)] = value
+            levels[results.display(run, name)] = value
     return figures.curves(
         {results.model_name(run): curve},
         title=f"Validation {label}",
@@ -185,16 +186,12 @@ def _rates(values: np.ndarray) -> bool:
     return bool(known.size and ((known >= 0) & (known <= 1.001)).all())
 
 
-def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
-    """As `jaxops data inspect` says it; the bare values where the inspection has another form."""
-    from jaxops.data.interactions.inspect import describe
-
-    if not data:
-        return []
-    try:
-        return describe(data)
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return [(path, text) for path, text in _flat(data) if path != "version"]
+def _data_rows(run: RunFolder) -> list[tuple[str, str]]:
+    """The rows that the run's family wrote about its data; the bare values where it wrote none."""
+    rows = run.about.get("data")
+    if isinstance(rows, list) and rows and all(isinstance(row, list) and len(row) == 2 for row in rows):
+        return [(str(what), str(value)) for what, value in rows]
+    return [(path, text) for path, text in _flat(run.data) if path != "version"]
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -207,11 +204,12 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _lengths(data: dict[str, Any]) -> Plot | None:
-    lengths = data.get("lengths")
-    found = lengths.get("histogram") if isinstance(lengths, dict) else None
+def _lengths(run: RunFolder) -> Plot | None:
+    """The histogram that the run's family gave, if it gave one."""
+    found = run.about.get("histogram") or _older_histogram(run.data)
     try:
-        edges, counts = (np.array(found[key], np.float64) for key in ("edges", "counts"))  # type: ignore[index]
+        edges, counts = (np.array(found[key], np.float64) for key in ("edges", "counts"))
+        title, label = str(found["title"]), str(found["label"])
     except (TypeError, KeyError, ValueError):
         return None
     if counts.ndim != 1 or len(counts) < 1 or edges.shape != (len(counts) + 1,):
@@ -221,7 +219,14 @@ def _lengths(data: dict[str, Any]) -> Plot | None:
         return None
     first, last = full[0], full[-1] + 1
     edges, counts = edges[first : last + 1], counts[first:last]
-    return figures.histogram(edges, counts, title="Users by number of events", label="events of a user")
+    return figures.histogram(edges, counts, title=title, label=label)
+
+
+def _older_histogram(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The lengths in `data.json`, where there is no `about.json` yet."""
+    lengths = data.get("lengths")
+    found = lengths.get("histogram") if isinstance(lengths, Mapping) else None
+    return {"title": "Lengths", "label": "length", **found} if isinstance(found, Mapping) else {}
 
 
 def _highlighted(text: str) -> Markup:

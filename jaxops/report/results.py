@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,28 +9,6 @@ import numpy as np
 from jaxops.report.folder import EVALUATED, RunFolder, finite
 
 TITLES = {"test": "Test", "valid": "Validation"}
-_NAMES = {
-    "sasrec": "SASRec",
-    "most_popular": "Most popular",
-    "item_knn": "Item-kNN",
-    "hr": "HR",
-    "recall": "Recall",
-    "ndcg": "NDCG",
-    "mrr": "MRR",
-    "auc": "AUC",
-    "gauc": "GAUC",
-    "ne": "NE",
-    "ece": "ECE",
-    "log_loss": "Log loss",
-    "calibration": "Calibration",
-    "coverage": "Coverage",
-    "dlrm": "DLRM",
-    "dcnv2": "DCNv2",
-    "linear": "Logistic regression",
-    "two_tower": "Two towers",
-}
-_LOWER_IS_BETTER = re.compile(r"loss|nll|perplexity|rmse|mae|error|\bne\b|\bkl\b|\bece\b")
-_SAMPLED = "sampled_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,27 +58,20 @@ class Card:
     note: str = ""
 
 
-def metric_label(name: str) -> str:
-    """`NDCG@10` for `ndcg@10`; a sampled metric says so."""
-    plain = name.removeprefix(_SAMPLED)
-    kind, at, k = plain.partition("@")
-    label = _NAMES.get(kind, kind) + at + k
-    return label if plain == name else f"{label} (sampled)"
+def metric_label(run: RunFolder, name: str) -> str:
+    """A metric's name for people: `NDCG@10` for `ndcg@10`."""
+    return run.metric(name).shown
 
 
-def display(name: str) -> str:
-    """A model's or baseline's name for people."""
-    return _NAMES.get(name, name)
+def display(run: RunFolder, name: str) -> str:
+    """A baseline's name for people."""
+    return run.label(name)
 
 
 def model_name(run: RunFolder) -> str:
-    """The model for people: its kind, or the import path that stands for one."""
-    return display(str(run.setting("model", "kind") or run.setting("model", "fn") or "Model"))
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric, by its name, is an error or a loss: the least is best."""
-    return _LOWER_IS_BETTER.search(metric) is not None
+    """The model for people: as the run's family calls it, else its kind or the import path that stands for one."""
+    known = run.about.get("model")
+    return str(known or run.label(str(run.setting("model", "kind") or run.setting("model", "fn") or "model")))
 
 
 def baselines(run: RunFolder) -> list[str]:
@@ -139,7 +109,9 @@ def best_step(run: RunFolder, metric: str) -> tuple[float, float] | None:
     curve = run.curve(f"valid/{metric}")
     if not len(curve):
         return None
-    best = curve.values.min() if lower_is_better(metric) else curve.values.max()
+    best = run.metric(metric).best(curve.values.tolist())
+    if best is None:
+        return None
     steps = curve.steps[curve.values == best]
     kept = run.number("best_step")
     step = kept if kept is not None and kept in steps else steps[0]
@@ -167,10 +139,10 @@ def _result_cards(run: RunFolder) -> Iterator[Card]:
         against = _best_baseline(run, "test", name)[0].replace("-", "\u2011")
         if value is not None:
             note = f"{gain.text} vs {against}" if gain else ""
-            yield Card(f"Test {metric_label(name)}", score(value), note)
+            yield Card(f"Test {metric_label(run, name)}", score(value), note)
     best = best_step(run, metric)
     if best is not None:
-        yield Card(f"Validation {metric_label(metric)}", score(best[1]), f"best, at step {best[0]:,.0f}")
+        yield Card(f"Validation {metric_label(run, metric)}", score(best[1]), f"best, at step {best[0]:,.0f}")
 
 
 def _training_cards(run: RunFolder) -> Iterator[Card]:
@@ -226,7 +198,7 @@ def _table(run: RunFolder, split: str) -> Table:
     for part in slices(run, split):
         parts += _rows(run, split, [f"{name}[{part}]" for name in names], f"of {part}", within=True)
     note = _certainty(run, split, names)
-    return Table(TITLES[split], [metric_label(n) for n in names], rows, gains, parts, note)
+    return Table(TITLES[split], [metric_label(run, n) for n in names], rows, gains, parts, note)
 
 
 def _rows(run: RunFolder, split: str, names: list[str], label: str, within: bool = False) -> list[Row]:
@@ -235,10 +207,10 @@ def _rows(run: RunFolder, split: str, names: list[str], label: str, within: bool
     for baseline in baselines(run):
         found = [_baseline(run, baseline, split, name) for name in names]
         if not within or any(value is not None for value in found):
-            values.append((display(baseline), found))
+            values.append((display(run, baseline), found))
     columns = zip(*(row for _, row in values), strict=True)
     best = [
-        _best(name, column) if len({*column} - {None}) > 1 else None
+        _best(run, name, column) if len({*column} - {None}) > 1 else None
         for name, column in zip(names, columns, strict=True)
     ]
     return [
@@ -252,9 +224,8 @@ def _rows(run: RunFolder, split: str, names: list[str], label: str, within: bool
     ]
 
 
-def _best(metric: str, values: Sequence[float | None]) -> float | None:
-    pick = min if lower_is_better(metric) else max
-    return pick((value for value in values if value is not None), default=None)
+def _best(run: RunFolder, metric: str, values: Sequence[float | None]) -> float | None:
+    return run.metric(metric).best([value for value in values if value is not None])
 
 
 def _baseline(run: RunFolder, baseline: str, split: str, metric: str) -> float | None:
@@ -263,19 +234,19 @@ def _baseline(run: RunFolder, baseline: str, split: str, metric: str) -> float |
 
 def _best_baseline(run: RunFolder, split: str, metric: str) -> tuple[str, float | None]:
     values = {name: _baseline(run, name, split, metric) for name in baselines(run)}
-    best = _best(metric, list(values.values()))
+    best = _best(run, metric, list(values.values()))
     name = next((name for name, value in values.items() if value == best), "")
-    return display(name), best
+    return (display(run, name) if name else ""), best
 
 
 def _gain(run: RunFolder, split: str, metric: str) -> Gain | None:
-    """None without both numbers, or over a baseline of zero."""
+    """None without both numbers, over a baseline of zero, or where neither number is better."""
     ours, (_, best) = run.number(f"{split}/{metric}"), _best_baseline(run, split, metric)
     if ours is None or not best:
         return None
     gain = (ours - best) / abs(best)
     text = f"{gain:+.1%}".replace("-", "\u2212")
-    return Gain(text, (gain < 0) if lower_is_better(metric) else (gain > 0))
+    return Gain(text, run.metric(metric).improves(ours, best))
 
 
 def _certainty(run: RunFolder, split: str, names: list[str]) -> str:
@@ -290,7 +261,7 @@ def _certainty(run: RunFolder, split: str, names: list[str]) -> str:
     if rate is None or value is None or not 0 <= value <= 1:
         return note
     margin = 1.96 * math.sqrt(value * (1 - value) / n)
-    return f"{note}; {metric_label(rate)} of the model is {value:.3f} \u00b1 {margin:.3f} (95% interval)"
+    return f"{note}; {metric_label(run, rate)} of the model is {value:.3f} \u00b1 {margin:.3f} (95% interval)"
 
 
 def _progress(run: RunFolder) -> Card:

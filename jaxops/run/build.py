@@ -1,12 +1,15 @@
-"""From files to a task: `load_config` reads and checks, `build_task` opens the data and puts the family together."""
+"""From files to a task: `load_config` reads and checks, `build_task` opens the data and has the family build."""
 
+import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxops.config.load import Loaded, load
-from jaxops.families.rec.config import SCHEMAS
+from jaxops.config.errors import ConfigError
+from jaxops.config.load import Loaded, from_dict, load
+from jaxops.run.config import common_sections
+from jaxops.run.family import SCHEMAS, Given, family_of
 from jaxops.run.task import Task
 
 Scalar = bool | int | float | str | None
@@ -20,29 +23,67 @@ def load_config(
     Raises:
       ConfigError: everything that is wrong at once, each with its dotted path, origin and the nearest right name.
     """
-    return load(SCHEMAS, paths, overrides, by="task")
+    return _ordered(load(SCHEMAS, paths, overrides, by="task"))
 
 
-def build_task(loaded: Loaded[Any], *, objective: Callable[[Any], Any] | None = None) -> Task:
-    """The task of a config; `objective`, a factory called with the model, replaces the config's.
+def config_from_dict(
+    values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "given", check_imports: bool = True
+) -> Loaded[Any]:
+    """Reads a config from plain values (a run folder's, a sweep's point); `source` names them in errors.
+
+    With `check_imports` false nothing that the config names by import path is imported.
+
+    Raises:
+      ConfigError: as `load_config`.
+    """
+    return _ordered(from_dict(SCHEMAS, values, overrides, source=source, check_imports=check_imports))
+
+
+def completed(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The resolved config of an older run, with the defaults of fields that are younger than the run."""
+    try:
+        return config_from_dict(resolved, check_imports=False).resolved
+    except ConfigError:
+        return resolved
+
+
+def _ordered(loaded: Loaded[Any]) -> Loaded[Any]:
+    """The same with the family's own sections written before the common ones."""
+    common = [name for name in common_sections() if name in loaded.resolved]
+    names = ["task", *(name for name in loaded.resolved if name not in ("task", *common)), *common]
+    return dataclasses.replace(loaded, resolved={name: loaded.resolved[name] for name in names})
+
+
+def build_task(
+    loaded: Loaded[Any],
+    *,
+    objective: Callable[..., Any] | None = None,
+    model: Callable[..., Any] | None = None,
+    data: Callable[..., Any] | None = None,
+) -> Task:
+    """The task of a config; what Python hands in replaces what the config says.
+
+    Args:
+      loaded: a config of `load_config`.
+      objective: a factory, called with the model.
+      model: a factory, called with a description of the data.
+      data: a factory, called without arguments, of a source.
 
     Raises:
       UserError: the data cannot be opened or does not fit.
     """
-    from jaxops.families.rec.ranking import build_rec
-
+    given = Given(objective, model, data)
     resolved = dict(loaded.resolved)
-    if objective is not None:
-        resolved["objective"] = _named(objective)
-    return build_rec(loaded.config, resolved, objective)
+    for field in dataclasses.fields(Given):
+        if (factory := getattr(given, field.name)) is not None:
+            resolved[field.name] = written(factory)
+    return family_of(loaded.config.task).build(dataclasses.replace(loaded, resolved=resolved), given)
 
 
-def _named(objective: Callable[..., Any]) -> dict[str, Any]:
-    """How a factory given in Python is written down: as the config would name it."""
-    if isinstance(objective, functools.partial):
-        values = {
-            name: value if isinstance(value, Scalar) else repr(value) for name, value in objective.keywords.items()
-        }
-        return {**_named(objective.func), **values}
-    named = objective if hasattr(objective, "__qualname__") else type(objective)
+def written(factory: Callable[..., Any]) -> dict[str, Any]:
+    """A factory given in Python as the config would name it."""
+    if isinstance(factory, functools.partial):
+        values = {name: value if isinstance(value, Scalar) else repr(value) for name, value in factory.keywords.items()}
+        return {**written(factory.func), **values}
+    named = factory if hasattr(factory, "__qualname__") else type(factory)
     return {"fn": f"{named.__module__}:{named.__qualname__}"}

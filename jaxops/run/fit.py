@@ -1,9 +1,9 @@
-"""`fit`: from a task to a finished run. Mesh, run folder and lock are seen to here; what runs is run.py."""
+"""`fit`: from a task to a finished run. Mesh, run folder and lock are seen to here; what runs is training_run.py."""
 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from jaxops.core.failures import UserError
 from jaxops.core.loop import Hook
 from jaxops.core.mesh import make_mesh
 from jaxops.core.step import Step
+from jaxops.run.build import completed
 from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.progress import Progress
 from jaxops.run.summary import FinishedRun
-from jaxops.run.task import Task
+from jaxops.run.task import StepParts, Task
 from jaxops.run.training import accumulation_of, build_training
-from jaxops.run.training_run import Run
-from jaxops.run.validation import stopped
+from jaxops.run.training_run import TrainingRun
+from jaxops.run.validation import stop_reason
 
 
 def fit(
@@ -32,16 +33,19 @@ def fit(
     *,
     quiet: bool = False,
     folder: str | Path | None = None,
-    step: Step | None = None,
+    step: Callable[[StepParts], Step] | None = None,
 ) -> FinishedRun:
     """Trains a task to its end, or on from where it stopped; Ctrl-C and SIGTERM save first.
 
     Compiled programs are kept in the jaxops cache between processes, unless jax has a cache folder already.
 
     Args:
+      task: of `build_task`.
       mesh: by default the config's, over all devices.
       hooks: made by `jaxops.every`.
+      quiet: says nothing but warnings.
       folder: the run folder, by default `run.dir/run.name`.
+      step: makes the step that the loop drives from the built update; by default the task's own.
 
     Raises:
       UserError: the config does not fit the machine or the folder.
@@ -50,58 +54,60 @@ def fit(
     config = task.config
     enable_compilation_cache()
     mesh = mesh or make_mesh(**dataclasses.asdict(config.mesh))
-    place = RunFolder(folder or os.path.join(config.run.dir, config.run.name))
+    path = folder or os.path.join(config.run.dir, config.run.name)
+    where = RunFolder(path, config.may_change_on_resume, completed)
     progress = Progress(quiet or not distributed.first())
     distributed.announce_phase("open the run folder")
-    if (finished := distributed.on_first("open the run folder", lambda: _finished(task, place, progress))) is not None:
-        return FinishedRun(place.dir, finished, "finished")
+    if (finished := distributed.on_first("open the run folder", lambda: _finished(task, where, progress))) is not None:
+        return FinishedRun(where.dir, finished, "finished")
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         accumulation = accumulation_of(task, mesh)
         training = build_training(task, mesh, accumulation)
-        run = Run(task, mesh, place, progress, step or training.step, training, accumulation)
+        parts = StepParts(training.update, training.fresh, mesh, where)
+        run = TrainingRun(task, mesh, where, progress, (step or task.step)(parts), training, accumulation)
         run.measure()
 
         def lock() -> None:
-            stack.enter_context(place.locked(progress.say))
-            place.check(task.resolved, task.inspection)  # again: now nobody else can begin it
+            stack.enter_context(where.locked(progress.say))
+            where.check(task.resolved, task.inspection)  # again: now nobody else can begin it
 
         distributed.on_first("lock the run folder", lock)
         if not distributed.first():
-            stack.enter_context(place.beside())
-        _require_shared(place)
+            stack.enter_context(where.beside())
+        _require_shared(where)
         return run.go(hooks)
 
 
-def _finished(task: Task, place: RunFolder, progress: Progress) -> dict[str, Any] | None:
+def _finished(task: Task, folder: RunFolder, progress: Progress) -> dict[str, Any] | None:
     """The summary of a run that has its steps already, or was stopped early by the rule that still holds.
 
     Raises:
       UserError: the folder is not one that this task may go on in.
     """
-    if not place.check(task.resolved, task.inspection):
+    if not folder.check(task.resolved, task.inspection):
         return None
-    summary, stop = place.summary(), task.config.evaluate.stop
-    early = stop is not None and summary.get("reason") == stopped(stop)
+    summary, stop = folder.summary(), task.config.evaluate.stop
+    early = stop is not None and summary.get("reason") == stop_reason(stop)
     if summary.get("state") != "finished" or not (early or summary.get("step", 0) >= task.steps):
         return None
     why = f", {summary['reason']}" if early else ""
-    progress.say(f"{place.where} is finished (step {summary['step']}{why}); nothing to do")
-    progress.table(summary, task.config.evaluate.metrics)
-    progress.say(f"report: {place.shown('report.html')}")
+    progress.say(f"{folder.where} is finished (step {summary['step']}{why}); nothing to do")
+    progress.table(summary, task.config.evaluate.metrics, task.about.note)
+    progress.say(f"report: {folder.shown('report.html')}")
     return summary
 
 
-def _require_shared(place: RunFolder) -> None:
+def _require_shared(folder: RunFolder) -> None:
     """All processes must see the folder that process 0 has locked: each of them saves its part there.
 
     Raises:
       UserError: some do not, as on several machines with a folder that only one of them has.
     """
-    if distributed.several() and "://" not in str(place.checkpoints):
-        blind = distributed.gather("see the run folder", place.path.is_dir())
+    if distributed.several() and "://" not in str(folder.checkpoints):
+        blind = distributed.gather("see the run folder", folder.path.is_dir())
         if missing := [rank for rank, sees in enumerate(blind) if not sees]:
             raise UserError(
-                f"run folder {place.path}: process 0 has it, but {distributed.named(missing)} cannot see it: run.dir"
+                f"run folder {folder.path}: process 0 has it, but {distributed.named(missing)} cannot see it: run.dir"
                 " must be on a file system that all machines share, or in an object store (s3://, gs://)",
                 shared=True,
             )

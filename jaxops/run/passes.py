@@ -1,39 +1,24 @@
 """Passes of a trained model over batches on a mesh, tables looked up: for evaluation and for serving."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
 
-from jaxops.core.evaluation import evaluated_params, on_batches
+from jaxops.core.evaluation import on_batches
 from jaxops.core.mesh import batch_sharding, batch_shards, serialise_dispatch
 from jaxops.core.rows import local_batches
 from jaxops.core.sharding import Axes
-from jaxops.core.state import Params, State
-from jaxops.run.task import Catalogue, EvalBatches
-from jaxops.tables.average import AVERAGE, SINCE
+from jaxops.core.state import Params
+from jaxops.run.weights import Weights
+from jaxops.tables.average import AVERAGE
 from jaxops.tables.spec import TableSpec, stack
 from jaxops.tables.tables import EmbeddingTables, evaluated, reading, sharding
 
-ROWS = ("rows", AVERAGE, SINCE, "count")
-"""What of a table evaluation and serving need: never the optimizer's slots."""
-
-
-class Weights(NamedTuple):
-    """What is asked of a state: its parameters (the moving average where there is one), and of tables `ROWS`."""
-
-    params: Params
-    tables: dict[str, dict[str, Array]]
-
-    @staticmethod
-    def of(state: State) -> "Weights":
-        """Those of a state of training."""
-        tables = {name: {slot: x for slot, x in table.items() if slot in ROWS} for name, table in state.tables.items()}
-        return Weights(evaluated_params(state), tables)
+Batches = Iterable[Mapping[str, Any]]
 
 
 class Passes:
@@ -62,19 +47,20 @@ class Passes:
             name: {slot: jax.device_put(x, everywhere if x.ndim == 0 else lies[name]) for slot, x in table.items()}
             for name, table in tables.items()
         }
-        return self.settled(Weights(jax.device_put(params, everywhere), rows))
+        return self.with_averaged_rows(Weights(jax.device_put(params, everywhere), rows))
 
-    def settled(self, weights: Weights) -> Weights:
-        """With the rows that are read, of tables that keep a moving average; the rest as it is."""
-        if not any(spec.ema for spec in self._specs.values()):
+    def with_averaged_rows(self, weights: Weights) -> Weights:
+        """The weights with the averaged rows alone, of tables that keep a moving average; the rest as it is."""
+        averaged = any(AVERAGE in table for table in weights.tables.values())
+        if not averaged or not any(spec.ema for spec in self._specs.values()):
             return weights
-        if "settled" not in self._compiled:
+        if "averaged rows" not in self._compiled:
             rows = lambda tables: {name: {"rows": evaluated(self._specs[name], x)} for name, x in tables.items()}
-            self._compiled["settled"] = jax.jit(rows)
-        found = self._compiled["settled"](weights.tables)
+            self._compiled["averaged rows"] = jax.jit(rows)
+        found = self._compiled["averaged rows"](weights.tables)
         return Weights(weights.params, jax.block_until_ready(found) if serialise_dispatch(self.mesh) else found)
 
-    def planned(self, kind: str, batches: EvalBatches) -> tuple[Iterator[Mapping[str, Any]], EmbeddingTables | None]:
+    def planned(self, kind: str, batches: Batches) -> tuple[Iterator[Mapping[str, Any]], EmbeddingTables | None]:
         """The batches with plans, and the tables that can read them; one plan's shapes for all of a kind."""
         if not self._specs:
             return local_batches(batches, self.mesh, self.size), None
@@ -84,7 +70,7 @@ class Passes:
         return local_batches(batches, self.mesh, self.size, reader.plan), reader
 
     def over(
-        self, kind: str, function: Callable[[Params, Any], Any], weights: Weights, batches: EvalBatches
+        self, kind: str, function: Callable[[Params, Any], Any], weights: Weights, batches: Batches
     ) -> Iterator[Any]:
         """What the function says of each batch, the same on every device."""
         planned, reader = self.planned(kind, batches)
@@ -94,8 +80,3 @@ class Passes:
         for batch in planned:
             found = self._compiled[kind](weights.params, weights.tables, batch)
             yield jax.block_until_ready(found) if serialise_dispatch(self.mesh) else found
-
-    def catalogue(self, weights: Weights, catalogue: Catalogue) -> Float[Array, "rows dim"]:
-        """The vectors of all items."""
-        parts = self.over("catalogue", catalogue.vectors, weights, catalogue.batches(self.size))
-        return jnp.concatenate(list(parts))[: catalogue.rows]

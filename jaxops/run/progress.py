@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxops.evaluate.clicks import CLICK_METRICS
-
 QUIET_SECONDS = 2.0
 """Windows closer together than this share a line."""
 
@@ -71,21 +69,20 @@ class Progress:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.say(f"step {step:>6}  {part}: {shown}{'  ' + note if note else ''}")
 
-    def table(self, summary: Mapping[str, Any], metrics: tuple[str, ...]) -> None:
-        """The final numbers, model and baselines, on validation and test."""
+    def table(self, summary: Mapping[str, Any], metrics: tuple[str, ...], note: str = "") -> None:
+        """Prints the final numbers, model and baselines, on validation and test; `note` says how they were made."""
         if not self.quiet:
             self._break()
-            self.console.print(results_table(summary, metrics))
+            self.console.print(results_table(summary, metrics, note))
 
 
-def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...]) -> Table:
+def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...], note: str = "") -> Table:
     """Rows: the model and each baseline, of everything and then of each slice; columns: the metrics on validation and
     test.
 
     More than six of those become the rows, since 80 columns would cut them, and the models the columns.
     """
-    how = "" if set(metrics) & set(CLICK_METRICS) else ": ranked over the whole catalogue, seen items removed"
-    table = Table(title=escape(f"{summary.get('name', '')}{how}"))
+    table = Table(title=escape(f"{summary.get('name', '')}{': ' if note else ''}{note}"))
     parts = [part for part in ("valid", "test") if any(key.startswith(part + "/") for key in summary)]
     values = [(part, metric) for part in parts for metric in metrics]
     names = sorted({key.split("/")[1] for key in summary if key.startswith("baseline/")}, reverse=True)

@@ -7,27 +7,28 @@ from typing import Any
 from jaxops.config.types import ByPath
 from jaxops.core import distributed
 from jaxops.core.failures import UserError
-from jaxops.core.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer, Writers
-from jaxops.families.rec.config import RecConfig, TensorBoard, Wandb
+from jaxops.core.writers import JsonlWriter, SamplesWriter, TensorBoardWriter, WandbWriter, Writer, Writers
 from jaxops.run.callables import require_callable
+from jaxops.run.config import RunConfig, TensorBoard, Wandb
 from jaxops.run.folder.run_folder import RunFolder
 
 
 def open_writers(
-    config: RecConfig, resolved: Any, place: RunFolder, own: Sequence[Writer], step: int, resumed: bool
+    config: RunConfig, resolved: Any, folder: RunFolder, own: Sequence[Writer], step: int, resumed: bool
 ) -> Writers:
     """`metrics.jsonl` and the config's loggers, cut off after `step`; none on processes that do not write."""
     if not distributed.first():
         return Writers([])
     resume = step if resumed else None
-    writers: list[Any] = [JsonlWriter(place.metrics, resume_step=step), *own]
+    samples = SamplesWriter(folder.path / "samples.jsonl", resume_step=step)
+    writers: list[Any] = [JsonlWriter(folder.metrics, resume_step=step), samples, *own]
     try:
         for logger in config.run.loggers:
             if isinstance(logger, TensorBoard):
-                writers.append(TensorBoardWriter(place.path, resume_step=resume))
+                writers.append(TensorBoardWriter(folder.path, resume_step=resume))
             elif isinstance(logger, Wandb):
                 project, entity, name = logger.project, logger.entity, config.run.name
-                writers.append(WandbWriter(place.path, project=project, entity=entity, name=name, config=resolved))
+                writers.append(WandbWriter(folder.path, project=project, entity=entity, name=name, config=resolved))
     except BaseException:
         Writers(writers).close()
         raise

@@ -4,17 +4,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxops.core import distributed
 from jaxops.core.checkpoint import Checkpoints
-from jaxops.core.rows import put
-from jaxops.core.state import State, join
-from jaxops.run.passes import Weights
+from jaxops.core.state import State
 from jaxops.run.task import Task
 from jaxops.run.training import abstract
+from jaxops.run.weights import Weights, placed_like, read_weights
 
 FORMAT = 1
 """Of the metadata in a checkpoint."""
@@ -105,13 +102,5 @@ class Saving:
         return self._checkpoints.best() if self._config.checkpoint.best else None
 
     def weights_of(self, step: int, like: Weights) -> Weights:
-        """What is evaluated of a checkpoint, without the rest of its state, placed as `like` is."""
-        prefix = "extra/ema" if self._config.optimizer.ema else "params"
-        params = self._checkpoints.load_params(step, prefix)
-        if self._config.optimizer.frozen:
-            params = join(params, self._checkpoints.load_params(step, "frozen"))
-        tables = {
-            name: {slot: self._checkpoints.load_params(step, f"tables/{name}/{slot}") for slot in table}
-            for name, table in like.tables.items()
-        }
-        return jax.tree.map(lambda x, y: put(np.asarray(x), y), Weights(params, tables), like)
+        """The weights that are evaluated of a checkpoint, without the rest of its state, placed as `like` is."""
+        return placed_like(read_weights(self._checkpoints, step), like)

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxops.core.failures import RunFailed
 from jaxops.run.folder.run_folder import SUMMARY_VERSION, RunFolder
+from jaxops.run.task import Task
 
 VERSIONS = ("jaxops", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 """Packages whose versions a summary holds."""
@@ -27,7 +28,7 @@ class FinishedRun:
     state: str
 
 
-def write_summary(place: RunFolder, state: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def write_summary(folder: RunFolder, state: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Writes `summary.json` and `report.html`; what was written, and the report's path or URL."""
     from jaxops.report.page import write_report  # matplotlib takes a second to import
 
@@ -39,16 +40,22 @@ def write_summary(place: RunFolder, state: str, values: Mapping[str, Any]) -> tu
         "command": " ".join(["jaxops", *sys.argv[1:]]) if Path(sys.argv[0]).name == "jaxops" else "jaxops.fit",
         **values,
     }
-    place.write_json("summary.json", summary)
-    write_report(place.path)
-    return summary, place.shown("report.html")
+    folder.write_json("summary.json", summary)
+    write_report(folder.path)
+    return summary, folder.shown("report.html")
 
 
-def write_failure(place: RunFolder, error: BaseException, values: Mapping[str, Any]) -> None:
+def about_of(task: Task) -> dict[str, Any]:
+    """What reports and comparisons read of a task: names for people, and which way each metric is better."""
+    metrics = {name: {"better": metric.better, "label": metric.shown} for name, metric in task.metrics.items()}
+    return {"metrics": metrics, **dataclasses.asdict(task.about)}
+
+
+def write_failure(folder: RunFolder, error: BaseException, values: Mapping[str, Any]) -> None:
     """Leaves word of why a run ended. The error itself matters more: if even this cannot be written, nothing is."""
     reason = f"{type(error).__name__}: {error}".split("\n")[0]
     try:
-        place.write_json("summary.json", {"version": SUMMARY_VERSION, "state": "failed", "reason": reason, **values})
+        folder.write_json("summary.json", {"version": SUMMARY_VERSION, "state": "failed", "reason": reason, **values})
     except (OSError, RunFailed):
         return
 

@@ -1,70 +1,131 @@
-"""A task: what a family hands to the loop: data, model, objective and evaluation, as values without behaviour."""
+"""A task: data, model, objective and evaluation as values, which a family hands to the run."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from jaxops.core.accumulate import Objective
+from jaxops.core.metric import Metric
 from jaxops.core.sharding import Axes, Rule
-from jaxops.core.state import Params
-from jaxops.core.step import Extra
-from jaxops.core.sums import Sums
+from jaxops.core.state import Params, State
+from jaxops.core.step import Extra, Step, TrainStep
 from jaxops.data.protocol import Source
+from jaxops.run.config import RunConfig
+from jaxops.run.weights import Weights
 from jaxops.tables.spec import TableSpec
 
 EvalBatches = Iterable[Mapping[str, np.ndarray]]
+Poll = Callable[[], bool]
+"""Asked in the middle of long work; true means that the run is to stop."""
 
 
 class Model(Protocol):
-    """What a task needs of a model: fresh parameters, their shapes, and where they may lie."""
+    """Fresh parameters, their shapes, and where they may lie: all that a run needs of a model.
+
+    `padding` says by parameter which part of it is padding, for `jaxops shardings`.
+    """
 
     rules: list[Rule]
     shapes: PyTree
     padding: dict[str, str]
-    """By parameter: what of it is padding, for `jaxops shardings`."""
 
     def init(self, key: Array) -> Params: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Catalogue:
-    """Vectors of all items, made by a pass over them; who scores finds them as `params["catalogue"]` [rows, dim].
+class Measured:
+    """The outcome of one evaluation of one part.
 
     Attributes:
-      batches: given a size, the items' features by row 0, 1, ... (what is beyond `rows` in the last is dropped).
-      vectors: (params, batch) -> [batch, dim].
+      values: metrics by name; `ndcg@10[cold_item]` is that of a slice (or of another label).
+      plots: arrays by name, for the summary and the report.
+      samples: what the model wrote, one mapping of plain values each, for `samples.jsonl`.
     """
 
-    rows: int
-    batches: Callable[[int], EvalBatches]
-    vectors: Callable[[Params, Mapping[str, Any]], Array]
+    values: dict[str, float]
+    plots: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
+
+
+CarryRows = Callable[[PyTree, Mapping[str, TableSpec], Any, str], tuple[PyTree, dict[str, tuple[int, int]]]]
+"""Given the tables' state, its specs, a SavedRun and a pattern of `tables/NAME`: the state with the rows of that run
+that have an id here, and by table how many of how many those are."""
+Evaluate = Callable[[Weights, str, int, Poll], Measured]
+"""Evaluates the weights on a part (`valid` or `test`) at a step; raises `core.evaluation.Interrupted` when told to."""
+
+
+class Evaluation(Protocol):
+    """How a task is evaluated: on which parts, and by what once the mesh is known.
+
+    `run/batched.py` evaluates batches on the mesh. A family may bring its own, with host work and text.
+    """
+
+    @property
+    def parts(self) -> Collection[str]:
+        """The parts that there are, of `valid` and `test`."""
+        ...
+
+    def on(self, task: "Task", mesh: Mesh) -> Evaluate:
+        """The evaluation of the task on this mesh; it is called inside `jax.set_mesh(mesh)`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranking:
-    """A model whose scores are products of a user's vector with those of the items: what evaluation and serving ask.
+class NoEvaluation:
+    """The evaluation of a task that has none."""
+
+    parts: tuple[str, ...] = ()
+
+    def on(self, task: "Task", mesh: Mesh) -> Evaluate:
+        """Never called, as there are no parts."""
+        raise AssertionError("a task without evaluation was evaluated")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepParts:
+    """What a task's own step is made of.
 
     Attributes:
-      length: how many of the latest items a query holds, `items` [batch, length].
-      queries: (params, batch) -> [batch, dim].
-      items: params -> [rows, dim]; row i is item i, 1 <= i <= n_items.
-      columns: features of a batch: the entry whose rows they are read by, and their codes by row.
-      context: columns of events that a query brings along, by name the entry whose rows they are read by: `id`, the
-        circumstances that are asked in, or `events`, those of each event of the history.
+      update: the built TrainStep of the task's objective.
+      fresh: makes the fresh state.
+      mesh: the mesh that all of it lies on.
+      folder: the run folder, for a journal of what the host answered.
     """
 
-    model: Any
-    n_items: int
-    length: int
-    queries: Callable[[Params, Mapping[str, Any]], Array]
-    items: Callable[[Params], Array]
-    columns: Mapping[str, tuple[str, np.ndarray]] = dataclasses.field(default_factory=dict)
-    context: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    tables: Mapping[str, TableSpec] = dataclasses.field(default_factory=dict)
-    catalogue: Catalogue | None = None
+    update: TrainStep
+    fresh: Callable[[], State]
+    mesh: Mesh
+    folder: Any = None
+
+
+def supervised(parts: StepParts) -> Step:
+    """The step of supervised training: the built TrainStep itself."""
+    return parts.update
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What people read of a task, in the console and in reports; plain values, kept in the run folder.
+
+    Attributes:
+      labels: names for people, by the name of a model or baseline.
+      model: the model's name for people.
+      data: rows of (what, value) about the data.
+      histogram: {"title", "label", "edges", "counts"} of some lengths, or nothing.
+      note: how the figures were made, in a few words for a heading.
+      notes: the same in whole sentences, for the report.
+    """
+
+    model: str = "model"
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    data: Sequence[tuple[str, str]] = ()
+    histogram: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
+    notes: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +134,20 @@ class Task:
 
     Attributes:
       config: the family's frozen config; `resolved` is the same as plain values.
-      evaluations: for `valid` and `test`, given a batch size, the batches (all of that size).
-      metrics: (params, batch) -> Sums of one evaluation batch.
+      rules: sharding rules of the parameters, the config's before the model's.
+      logical: mesh axes of logical activation names, over the defaults.
+      evaluation: the parts that there are and how they are measured.
       block: examples that an objective couples and microbatching must not part.
-      tables: specs of the embedding tables that batches read from; `metrics` finds rows in its batch as well.
-      plots: metrics that are arrays, for the summary and the report.
+      tables: specs of the embedding tables that batches read from.
       extras: further entries of the state, beside the moving average.
+      carry_rows: takes rows of tables over from another run, for `init_from`.
+      step: makes the step that the loop drives from the built TrainStep (default: that itself).
+      update_batch: given a number of examples, a batch as the objective's update reads it, where that is not the
+        source's own (a policy's update reads rollouts, its source has prompts).
       baselines: {"most_popular": {"valid/hr@10": ...}}, computed when asked.
-      inspection: what the data is, for the report and `data.json`.
+      inspection: what the data is, for `data.json`; its `split.sha256` tells other data apart.
       transform: what serving needs that is not a parameter (original ids), as named arrays.
+      about: what people read of it.
     """
 
     config: Any
@@ -89,22 +155,40 @@ class Task:
     model: Model
     objective: Objective
     source: Source
-    evaluations: Mapping[str, Callable[[int], EvalBatches]]
-    metrics: Callable[[Params, Mapping[str, Any]], Sums]
     rules: list[Rule]
-    logical: Mapping[str, Axes]
-    loss_weights: Mapping[str, float]
-    inspection: dict[str, Any]
-    transform: Mapping[str, np.ndarray]
-    baselines: Callable[[], dict[str, dict[str, float]]] | None = None
+    logical: Mapping[str, Axes] = dataclasses.field(default_factory=dict)
+    loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    evaluation: Evaluation = NoEvaluation()
     block: int = 1
     tables: Mapping[str, TableSpec] = dataclasses.field(default_factory=dict)
     extras: Mapping[str, Extra] = dataclasses.field(default_factory=dict)
-    catalogue: Catalogue | None = None
-    plots: tuple[str, ...] = ()
+    carry_rows: CarryRows | None = None
+    step: Callable[[StepParts], Step] = supervised
+    update_batch: Callable[[int], Mapping[str, Any]] | None = None
+    baselines: Callable[[], dict[str, dict[str, float]]] | None = None
+    inspection: dict[str, Any] = dataclasses.field(default_factory=dict)
+    transform: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    about: About = About()
 
     @property
     def steps(self) -> int:
         """The length of the run in steps: `run.steps`, or what `run.epochs` amount to."""
         run, size = self.config.run, self.config.batch.global_
         return run.steps if run.steps is not None else -(-run.epochs * self.source.examples // size)
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics that the config asks for, by name."""
+        return self.config.metrics()
+
+
+def of_config(config: RunConfig, resolved: dict[str, Any], model: Model) -> dict[str, Any]:
+    """The fields of a Task that the common sections of a config say."""
+    return {
+        "config": config,
+        "resolved": resolved,
+        "model": model,
+        "rules": [(pattern, axes) for pattern, axes in config.sharding.rules] + model.rules,
+        "logical": config.sharding.logical,
+        "loss_weights": config.loss_weights,
+    }

@@ -20,9 +20,15 @@ from jaxops.tables.tables import EmbeddingTables
 
 
 class Training(NamedTuple):
-    """The jitted step of a task on a mesh, a function that makes its fresh state, and its tables there."""
+    """All that trains a task on a mesh.
 
-    step: TrainStep
+    Attributes:
+      update: the jitted update of the task's objective, whose `reason` says where gradients are reduced.
+      fresh: makes the fresh state.
+      tables: the embedding tables on the mesh, if there are any.
+    """
+
+    update: TrainStep
     fresh: Callable[[], State]
     tables: EmbeddingTables | None
 
@@ -55,16 +61,18 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> Training:
     shards = batch_shards(mesh)
     # One microbatch is the batch as it is: its blocks may lie across devices.
     parts = shards if accumulation == 1 else shards * accumulation * task.block
-    if config.batch.global_ % parts or config.batch.global_ % task.block:
+    rows = update_rows(task)
+    if rows % parts or rows % task.block:
         blocks = f" x blocks of {task.block}" if task.block > 1 and accumulation > 1 else ""
+        what = "batch.global" if task.update_batch is None else "the update's batch"
         raise UserError(
-            f"batch.global: {config.batch.global_} examples do not divide over {shards} batch shards of the mesh"
+            f"{what}: {rows} examples do not divide over {shards} batch shards of the mesh"
             f" x {accumulation} microbatches{blocks}"
         )
     tx = build_optimizer(config.optimizer, task.steps)
     extras = {**task.extras, **({"ema": ema(config.optimizer.ema)} if config.optimizer.ema else {})}
     tables = tables_on(task, mesh)
-    step = build_step(
+    update = build_step(
         task.objective,
         tx,
         mesh,
@@ -93,7 +101,7 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> Training:
             dtype=jnp.dtype(config.precision.params),
         )
 
-    return Training(step, fresh, tables)
+    return Training(update, fresh, tables)
 
 
 def abstract(fresh: Callable[[], State], mesh: Mesh) -> State:
@@ -106,6 +114,20 @@ def abstract(fresh: Callable[[], State], mesh: Mesh) -> State:
     return jax.tree.map(placed, jax.eval_shape(fresh))
 
 
+def update_rows(task: Task) -> int:
+    """Examples of one update: those of the global batch, unless the task's update has a batch of its own."""
+    size = task.config.batch.global_
+    return size if task.update_batch is None else len(task.update_batch(size)["id"])
+
+
+def abstract_update_batch(task: Task, tables: EmbeddingTables | None = None) -> dict[str, Any]:
+    """Shapes and dtypes of the batch that one update reads."""
+    if task.update_batch is None:
+        return abstract_batch(task, tables)
+    batch = dict(task.update_batch(task.config.batch.global_))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+
+
 def abstract_batch(task: Task, tables: EmbeddingTables | None = None) -> dict[str, Any]:
     """Shapes and dtypes of a global batch, from its first row alone; with tables, of the first batch and its plan."""
     size = task.config.batch.global_
@@ -116,16 +138,22 @@ def abstract_batch(task: Task, tables: EmbeddingTables | None = None) -> dict[st
 
 
 def accumulation_of(task: Task, mesh: Mesh) -> int:
-    """Microbatches a step: what the config says; `auto` doubles them until the compiled step fits the device."""
-    batch = task.config.batch
+    """Microbatches an update: what the config says; `auto` doubles them until the compiled update fits the device.
+
+    Raises:
+      UserError: batch.microbatch does not divide the update's batch.
+    """
+    batch, rows = task.config.batch, update_rows(task)
     if batch.microbatch != "auto":
-        return batch.global_ // batch.microbatch
+        if rows % batch.microbatch:
+            raise UserError(f"batch.microbatch: {batch.microbatch} does not divide the {rows} examples of an update")
+        return rows // batch.microbatch
     device = mesh.devices.flat[0]
     limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
     count = 1
-    while limit and batch.global_ % (2 * count * batch_shards(mesh) * task.block) == 0:
-        step, fresh, tables = build_training(task, mesh, count)
-        program = step.programs(abstract(fresh, mesh), abstract_batch(task, tables))[0]
+    while limit and rows % (2 * count * batch_shards(mesh) * task.block) == 0:
+        update, fresh, tables = build_training(task, mesh, count)
+        program = update.programs(abstract(fresh, mesh), abstract_update_batch(task, tables))[0]
         try:
             memory = program.fn.lower(*program.args).compile().memory_analysis()
             if memory.argument_size_in_bytes + memory.temp_size_in_bytes < 0.9 * limit:

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from jaxops.config.dump import dump_yaml
 from jaxops.core import distributed
-from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.compiles import Compiles
 from jaxops.core.evaluation import Interrupted
 from jaxops.core.failures import RunFailed
@@ -33,37 +32,38 @@ from jaxops.core.step import Step
 from jaxops.core.watch import Watch
 from jaxops.data.loader import Loader
 from jaxops.run.accounting import Accounting
+from jaxops.run.checkpoints import open_checkpoints
 from jaxops.run.folder.run_folder import RunFolder
-from jaxops.run.passes import Weights
 from jaxops.run.progress import Progress
 from jaxops.run.recording import open_writers, own_loggers
 from jaxops.run.saving import Position, Saving
-from jaxops.run.summary import FinishedRun, write_failure, write_summary
+from jaxops.run.summary import FinishedRun, about_of, write_failure, write_summary
 from jaxops.run.task import Task
 from jaxops.run.training import Training, abstract, abstract_batch
 from jaxops.run.validation import Validation
 from jaxops.run.warm_start import warm_start
+from jaxops.run.weights import served_weights
 
 
-class Run:
+class TrainingRun:
     """One call of `fit`: what the hooks share. It lives as long as the call."""
 
     def __init__(
         self,
         task: Task,
         mesh: Mesh,
-        place: RunFolder,
+        folder: RunFolder,
         progress: Progress,
         step: Step,
         training: Training,
         accumulation: int,
     ):
-        self.task, self.config, self.mesh, self.place, self.progress = task, task.config, mesh, place, progress
+        self.task, self.config, self.mesh, self.folder, self.progress = task, task.config, mesh, folder, progress
         self.step, self.fresh, self.tables = step, training.fresh, training.tables
         self.accounting = Accounting(task, mesh, accumulation)
         self.interrupt = Interrupt(progress.say)
         self.compiles = Compiles(on_compile=progress.compiled)
-        self.watch = Watch(place.path, progress.warn, self._ended)
+        self.watch = Watch(folder.path, progress.warn, self._ended)
         self.validation = Validation(task, mesh, progress, self.watch.at)
         # all at once: asking the device for one in the middle of a run would wait for every step before it
         with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
@@ -83,18 +83,10 @@ class Run:
         self.accounting.measure(self.step, abstract(self.fresh, self.mesh), abstract_batch(self.task, self.tables))
 
     def go(self, hooks: Sequence[Hook]) -> FinishedRun:
-        keep = self.config.checkpoint
-        best = f"valid/{keep.best}" if keep.best else None
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.watch)
             stack.enter_context(self._explained())
-            checkpoints = Checkpoints(
-                self.place.checkpoints,
-                keep=keep.keep,
-                keep_every=keep.keep_every,
-                best=best,
-                before_commit=self.place.push,
-            )
+            checkpoints = open_checkpoints(self.config, self.folder.checkpoints, self.folder.push)
             stack.enter_context(checkpoints)
             self.saving = Saving(self.task, self.mesh, checkpoints, self.fresh, self._history)
             at = self._begin()
@@ -135,7 +127,7 @@ class Run:
         self.watch.at("restore")
         at = self._restored()
         if at is not None:
-            self.progress.say(f"resumed from step {at.step} of {self.place.checkpoints}")
+            self.progress.say(f"resumed from step {at.step} of {self.folder.checkpoints}")
             return at
         state = self.fresh()
         if self.config.init_from:
@@ -157,30 +149,31 @@ class Run:
         return {**self.validation.history, "wall_s": self._wall(), "rollbacks": self.rollbacks}
 
     def _write_folder(self) -> None:
-        if not self.place.exists:
-            self.place.create(self.task.resolved, self.task.transform, self.task.inspection)
-        self.place.write_text("config.yaml", dump_yaml(self.task.resolved))  # what a resumed run may change
+        if not self.folder.exists:
+            self.folder.create(self.task.resolved, self.task.transform, self.task.inspection)
+        self.folder.write_about(about_of(self.task))  # what an older version did not write yet
+        self.folder.write_text("config.yaml", dump_yaml(self.task.resolved))  # what a resumed run may change
 
     def _open_writers(self, step: int) -> None:
-        resumed = self.place.metrics.exists()
-        self.writers = open_writers(self.config, self.task.resolved, self.place, self.loggers, step, resumed)
+        resumed = self.folder.metrics.exists()
+        self.writers = open_writers(self.config, self.task.resolved, self.folder, self.loggers, step, resumed)
 
     def _train(self, at: Position, hooks: Sequence[Hook]) -> FinishedRun:
         if at.step:
             self.writers.event(at.step, "resumed", f"on {describe_devices(self.mesh)}")
-        if self.validation.owed(at.step):
+        if self.validation.missed_evaluation(at.step):
             snapshot = Snapshot(at.step, at.cursor, at.state)
             self._evaluate_hook(snapshot)
             if snapshot.stop:
                 return self._conclude(Ended(*at, snapshot.stop))
-        if reason := self.validation.spent():  # decided before the run was interrupted
+        if reason := self.validation.stop_reason():  # decided before the run was interrupted
             return self._conclude(Ended(*at, reason))
         if at.step < self.task.steps and self.accounting.programs:
             self.progress.compiling(self.accounting.programs[0])
         with contextlib.ExitStack() as stack:
             hooks = [*self._hooks(), *hooks]
             if profile := self.config.run.profile:
-                folder = self.place.path / "profile"
+                folder = self.folder.path / "profile"
                 hooks += stack.enter_context(profiled(folder, profile.start, profile.steps))
             while True:
                 try:
@@ -225,7 +218,7 @@ class Run:
         if len(self.rollbacks) >= most:
             raise RunFailed(
                 f"{bad.why}; the run went back {most} times already (rollback.most). Look at the batches of"
-                f" {self.place.metrics}'s rollback events; lower optimizer.lr or set optimizer.clip"
+                f" {self.folder.metrics}'s rollback events; lower optimizer.lr or set optimizer.clip"
             )
         size = self.config.batch.global_
         past = began.cursor + (bad.last - began.step) * size
@@ -268,7 +261,7 @@ class Run:
     def _poll(self) -> bool:
         """Asked every step: raises the error of a save that failed, says whether someone asked to stop."""
         self.saving.check()
-        self.place.poll()
+        self.folder.poll()
         if not self.warm and self.compiles.count:  # the first step is done
             self.compiles.warm()
             self.warm = True
@@ -304,12 +297,13 @@ class Run:
         """Validation, early stopping, and a checkpoint where the best is kept."""
         snapshot.flush()
         try:
-            weights = Weights.of(snapshot.state)
+            weights = served_weights(snapshot.state)
             values = self.validation.evaluate(weights, "valid", snapshot.step, self.interrupt)
         except Interrupted:
             return
         self.writers.write(snapshot.step, values)
-        snapshot.stop = self.validation.count(snapshot.step, values)
+        self.writers.samples(snapshot.step, self.validation.samples)
+        snapshot.stop = self.validation.record(snapshot.step, values)
         if self.config.checkpoint.best:
             self._save(Position(snapshot.state, snapshot.step, snapshot.cursor))
 
@@ -333,15 +327,16 @@ class Run:
                 self._evaluate_hook(Snapshot(at.step, at.cursor, at.state))
             self._save(at, wait=True)
             best = self.saving.best()
-            weights, note = Weights.of(at.state), ""
+            weights, note = served_weights(at.state), ""
             if best is not None and best != at.step:
                 weights, note = self.saving.weights_of(best, weights), f"(best: step {best})"
             out: dict[str, float] = {"best_step": at.step if best is None else best}
             for part in ("valid", "test"):
                 if part == "valid" and self.validation.step == at.step and not note:
                     out |= self.validation.values  # just evaluated, with these very parameters
-                elif part in self.task.evaluations:
+                elif part in self.task.evaluation.parts:
                     out |= self.validation.evaluate(weights, part, at.step, self.interrupt, note)
+                    self.writers.samples(at.step, self.validation.samples)
             return out
         except Interrupted:
             self._save(at, wait=True)
@@ -369,21 +364,21 @@ class Run:
                     self.writers.write(step, {k: v for k, v in values.items() if k.startswith("test/")})
                 for name, figures in (self.task.baselines() if self.task.baselines else {}).items():
                     found.update({f"baseline/{name}/{key}": value for key, value in figures.items()})
-            summary, report = write_summary(self.place, state, found)
+            summary, report = write_summary(self.folder, state, found)
             if state == "finished":
-                self.progress.table(summary, self.config.evaluate.metrics)
+                self.progress.table(summary, self.config.evaluate.metrics, self.task.about.note)
             self.progress.say(f"report: {report}")
-            return self.place.summary()
+            return self.folder.summary()
 
-        return FinishedRun(self.place.dir, distributed.on_first("summary", write), state)
+        return FinishedRun(self.folder.dir, distributed.on_first("summary", write), state)
 
     def _ended(self, why: str) -> None:
         """Another process has failed, and this one is about to leave."""
         self._failed(RunFailed(why))
-        self.place.leave()
+        self.folder.leave()
 
     def _failed(self, error: BaseException) -> None:
         if distributed.first():
             step = max(self.saving.last, self.logged)
             values = {"name": self.config.run.name, "step": step, "device": describe_devices(self.mesh)}
-            write_failure(self.place, error, values)
+            write_failure(self.folder, error, values)

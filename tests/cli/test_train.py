@@ -8,7 +8,7 @@ import pytest
 
 from jaxops.cli.main import main
 from jaxops.core.writers import read_metrics
-from jaxops.run.trained import load
+from jaxops.run.load import load
 
 pytestmark = pytest.mark.usefixtures("no_report")
 METRICS = ("hr@10", "ndcg@10", "mrr@10")

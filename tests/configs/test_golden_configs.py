@@ -11,8 +11,8 @@ from jaxops.config.node import plain
 from jaxops.config.schema import children, record_of
 from jaxops.config.shapes import Record, Shape
 from jaxops.config.yaml_text import parse
-from jaxops.families.rec.config import SCHEMAS
 from jaxops.run.build import load_config
+from jaxops.run.family import SCHEMAS
 
 GOLDEN = Path(__file__).with_name("golden")
 WRITE = "JAXOPS_WRITE_GOLDEN"

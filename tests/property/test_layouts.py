@@ -15,8 +15,8 @@ from jaxops.core.accumulate import microbatches
 from jaxops.data.interactions.packing import PackedSource
 from jaxops.data.interactions.splits import leave_one_out
 from jaxops.data.interactions.windows import SequenceSource
-from jaxops.families.rec.config import Bce, Gbce, RecObjective, SampledSoftmax, Softmax
-from jaxops.families.rec.ranking import build_objective
+from jaxops.families.rec.config import RecObjective
+from jaxops.objectives.ranking import Bce, Gbce, SampledSoftmax, Softmax
 from jaxops.testing import LAYOUTS, compare
 
 SHIPPED = {
@@ -37,7 +37,7 @@ def agree(task, layouts, accumulations):
 
 
 def task_of(name, **options):
-    return rec_task(lambda model: build_objective(SHIPPED[name], model), **options)
+    return rec_task(lambda model: SHIPPED[name].build(model), **options)
 
 
 def test_every_shipped_objective_is_here():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jaxops.run.trained import load
 
 import jaxops as jx
 from jaxops.cli.main import main
@@ -13,7 +14,6 @@ from jaxops.core.writers import read_metrics
 from jaxops.objectives.ranking import softmax
 from jaxops.run.build import build_task, load_config
 from jaxops.run.fit import fit
-from jaxops.run.trained import load
 
 pytestmark = pytest.mark.usefixtures("no_report")
 QUICK = ["evaluate.baselines=false", "run.log_every=1"]

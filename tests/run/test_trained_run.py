@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from jaxops.run.trained import load
 
 from jaxops.cli.main import main
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import UserError
-from jaxops.run.trained import load
 
 pytestmark = pytest.mark.usefixtures("no_report")
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from jaxops.config.part import Part
 from jaxops.data.spec import Format, SideFile
 
 
@@ -42,7 +43,7 @@ class Fractions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClicksFile:
+class ClicksFile(Part):
     """Examples of clicks: a row each, in files of any format that interactions may have.
 
     `labels` by name of the task; `bags` are text apart by `separator` (or lists, in Parquet) and `weights`, by bag, the
@@ -50,6 +51,8 @@ class ClicksFile:
     training examples, after sign(x) log(1 + |x|) where `log`. `columns` say who and what, for splits, GAUC and cold
     users and items; they are features where `categorical` names them too.
     """
+
+    sort: ClassVar[str] = "clicks"
 
     path: str | tuple[str, ...]
     kind: Literal["clicks"] = "clicks"
@@ -69,8 +72,10 @@ class ClicksFile:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Criteo:
+class Criteo(Part):
     """Click logs in Criteo's form: label, integers i1..i13, categories c1..c26, apart by tabs, no header."""
+
+    sort: ClassVar[str] = "clicks"
 
     path: str | tuple[str, ...]
     kind: Literal["criteo"] = "criteo"
@@ -78,11 +83,13 @@ class Criteo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MovieLensClicks:
+class MovieLensClicks(Part):
     """MovieLens-100K as clicks: would a person rate this film `at_least` so high?
 
     Features: user, item, age, gender, occupation, hour, weekday, the film's genre (a bag) and year (a number).
     """
+
+    sort: ClassVar[str] = "clicks"
 
     kind: Literal["movielens_100k_clicks"] = "movielens_100k_clicks"
     at_least: float = 4.0

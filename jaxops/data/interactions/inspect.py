@@ -102,3 +102,9 @@ def _histogram(lengths: np.ndarray) -> dict[str, list[int]]:
 def _span(counts: dict[str, float]) -> str:
     low, middle, high = (counts[name] for name in ("q0", "q50", "q100"))
     return f"{low:,.0f} to {high:,.0f}, median {middle:,.0f}, mean {counts['mean']:,.1f}"
+
+
+def histogram_of(info: dict[str, Any]) -> dict[str, Any]:
+    """The lengths of `inspect`'s answer as a histogram with its words; nothing where there is none."""
+    found = info.get("lengths", {}).get("histogram")
+    return {"title": "Users by number of events", "label": "events of a user", **found} if found else {}

@@ -1,10 +1,11 @@
 """How interactions are written down in a config: frozen dataclasses and nothing else (`open.py` opens them)."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from jaxops.config.part import Part
 from jaxops.data.spec import Format, Moment, SideFile, TimeUnit
 
 
@@ -52,8 +53,10 @@ SplitConfig = LeaveOneOut | GlobalTime
 
 
 @dataclasses.dataclass(frozen=True)
-class MovieLens100K:
+class MovieLens100K(Part):
     """MovieLens-100K, fetched by `jaxops data get movielens_100k` or at first use."""
+
+    sort: ClassVar[str] = "interactions"
 
     kind: Literal["movielens_100k"] = "movielens_100k"
     min_count: MinCount = MinCount()
@@ -61,13 +64,15 @@ class MovieLens100K:
 
 
 @dataclasses.dataclass(frozen=True)
-class InteractionsFile:
+class InteractionsFile(Part):
     """One's own events: files, globs, folders (hive partitions too) of CSV, TSV, JSONL or Parquet.
 
     `header` names the columns of text files that have no header line. `cache` is a folder for the
     memory-mapped copy that is built once and rebuilt when the inputs change; without it the events are read
     into memory.
     """
+
+    sort: ClassVar[str] = "interactions"
 
     path: str | tuple[str, ...]
     kind: Literal["interactions"] = "interactions"
@@ -82,8 +87,10 @@ class InteractionsFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class SequencesFile:
+class SequencesFile(Part):
     """A text file with one user a line, `user item item ...` in time order."""
+
+    sort: ClassVar[str] = "interactions"
 
     path: str
     kind: Literal["sequences"] = "sequences"

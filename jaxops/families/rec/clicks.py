@@ -3,100 +3,196 @@
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Array
 
+from jaxops.config.load import Loaded
 from jaxops.config.types import ByPath
-from jaxops.core.accumulate import Objective
 from jaxops.core.failures import UserError
 from jaxops.core.state import Params
 from jaxops.core.sums import Sums
 from jaxops.data.clicks.clicks import ClickData, new_rows, open_clicks
 from jaxops.data.clicks.columns import Own, layout
-from jaxops.data.clicks.examples import Examples
-from jaxops.data.clicks.spec import ClicksFile, Criteo, MovieLensClicks
+from jaxops.data.clicks.examples import ExampleBatches, Examples
 from jaxops.evaluate.clicks import click_sums
 from jaxops.evaluate.grouped import GroupAuc, with_slices
+from jaxops.families.rec.carry_rows import carry_rows
 from jaxops.families.rec.config import RecConfig
+from jaxops.families.rec.options import Predict
+from jaxops.families.rec.own_model import require_parts
+from jaxops.families.rec.serving import same_transform
 from jaxops.families.rec.tables_config import features_of, match
-from jaxops.models.dcn import DCNv2, DCNv2Config
-from jaxops.models.dlrm import DLRM, DLRMConfig
-from jaxops.models.inputs import Input
-from jaxops.models.linear import Linear, LinearConfig
-from jaxops.objectives.clicks import bce, multi_task
-from jaxops.run.callables import require_callable
-from jaxops.run.task import Task
+from jaxops.models.inputs import ExampleFeatures, Input
+from jaxops.run.batched import BatchedEvaluation
+from jaxops.run.callables import objective_from
+from jaxops.run.family import Given
+from jaxops.run.given_table import as_file
+from jaxops.run.load import evaluate_saved
+from jaxops.run.saved_run import SavedRun
+from jaxops.run.task import About, Task, of_config
 from jaxops.tables.spec import TableSpec
 
 
-def build_clicks(
-    config: RecConfig, resolved: dict[str, Any], objective: Callable[[Any], Objective] | None = None
-) -> Task:
+def build(loaded: Loaded[RecConfig], given: Given) -> Task:
     """The task of a click model: every categorical feature of the data is read, each from the table that names it.
 
     Raises:
       UserError: the data cannot be opened; a feature without a table, or a table that nobody reads.
     """
-    assert isinstance(config.data, ClicksFile | Criteo | MovieLensClicks)
+    config = loaded.config
+    if given.data is not None:
+        raise UserError("data: a click model learns from clicks in files: expected kind clicks, criteo or movielens")
     reads = _reads(config)
     maps = {name: (table.ids, None if table.rows == "auto" else table.rows) for name, table in config.tables.items()}
-    data = open_clicks(config.data, maps, reads, config.evaluate.slices)
+    data = open_clicks(config.data, maps, reads, config.evaluate.slices)  # type: ignore[arg-type]
     if "gauc" in config.evaluate.metrics and data.examples.user is None:
         raise UserError("evaluate.metrics: gauc needs to know whose an example is: data.columns.user")
     match(config.tables, dict.fromkeys(data.features, "data"), dict.fromkeys(data.features, "a column"))
-    model = build_model(config, data.features, len(data.numeric), len(data.labels))
+    specs = {name: table.spec(data.rows[name], reads[name]) for name, table in config.tables.items()}
+    model = build_model(config, given, data.features, len(data.numeric), len(data.labels))
     return Task(
-        config=config,
-        resolved=resolved,
-        model=model,
-        objective=_objective(config, model, data.labels, objective),
+        **of_config(config, loaded.resolved, model),
+        objective=objective_from(config.objective, given.objective, model, data.labels),
         source=data.source(config.run.seed),
-        evaluations={part: functools.partial(data.batches, part) for part in ("valid", "test")},
-        metrics=_metrics(config, model, data),
-        rules=[(pattern, axes) for pattern, axes in config.sharding.rules] + model.rules,
-        logical=config.sharding.logical,
-        loss_weights=config.loss_weights,
+        evaluation=BatchedEvaluation(
+            {part: functools.partial(data.batches, part) for part in ("valid", "test")},
+            _sums(config, model, data),
+            plots=("reliability",),
+        ),
         inspection=data.inspection,
         transform=data.transform,
-        tables={name: table.spec(data.rows[name], reads[name]) for name, table in config.tables.items()},
-        plots=("reliability",),
+        tables=specs,
+        carry_rows=functools.partial(carry_rows, config, data.transform, specs),
+        about=About(model=getattr(type(config.model), "label", config.model.kind)),
     )
 
 
-class ClickModel(NamedTuple):
-    """A trained click model as it is asked: its tables, and the probability of each label for rows of a file.
+def build_model(config: RecConfig, given: Given, features: Mapping[str, bool], numeric: int, outputs: int) -> Any:
+    """The model that the config or Python names, for these features (name -> whether it is a bag).
 
-    Attributes:
-      model: as training has it.
-      rows: a file as examples, and its columns with original ids.
-      click: (params, batch) -> float32 [batch, labels].
+    Raises:
+      UserError: the features do not suit the model, or a user's factory returned something that is none.
     """
+    table = {name: config.tables[owner] for name, owner in features_of(config.tables).items()}
+    inputs = tuple(
+        Input(name=name, dim=table[name].dim, bag=bag, pool=table[name].pool) for name, bag in features.items()
+    )
+    data = ExampleFeatures(inputs, numeric, outputs)
+    chosen: Any = config.model
+    if given.model is None and not isinstance(chosen, ByPath):
+        return chosen.build(data)
+    model = given.model(data) if given.model is not None else chosen.call(data)
+    return require_parts(model, "a click model", {"apply": ("params", "batch", "key")})
 
-    model: Any
-    labels: tuple[str, ...]
-    tables: dict[str, TableSpec]
-    rows: Callable[[str | os.PathLike[str]], tuple[Examples, Own]]
-    click: Callable[[Params, Mapping[str, Any]], Array]
+
+class ServedClicks:
+    """A trained click model: the probability of each label for rows of a file."""
+
+    def __init__(self, saved: SavedRun):
+        self.saved, config = saved, saved.config
+        has, reads = layout(config.data), _reads(config)
+        self.labels = has.labels
+        self.model = build_model(config, Given(), has.features, len(has.numeric), len(has.labels))
+        maps = {name: table.ids for name, table in config.tables.items()}
+        self.tables: dict[str, TableSpec] = {
+            name: table.spec(int(saved.transform(f"map.{name}.rows")[0]), reads[name])
+            for name, table in config.tables.items()
+        }
+        self._rows: Callable[[str | os.PathLike[str]], tuple[Examples, Own]] = functools.partial(
+            new_rows, config.data, maps=maps, tables=reads, read=saved.transform
+        )
+
+    @property
+    def params(self) -> Params:
+        """The parameters that are served, as numpy arrays."""
+        return self.saved.weights.params
+
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint."""
+        return self.saved.step
+
+    def predict(
+        self,
+        source: Any,
+        options: Predict | None = None,
+        *,
+        say: Callable[[str], None] = lambda text: None,
+        batch: int = 512,
+        **keywords: Any,
+    ) -> pa.Table:
+        """The probability of each label, float32, for each row: with the columns that say whose it is, in order.
+
+        Args:
+          source: a file with the columns of the run's data, a pyarrow table or a data frame.
+          options: none of them means anything here.
+          say: gets what a person should know.
+          batch: rows at a time.
+          keywords: the fields of `Predict`.
+
+        Raises:
+          UserError: the source does not fit, or an option is given.
+        """
+        del say
+        given = options or Predict(**keywords)
+        for name in ("top", "index"):
+            if getattr(given, name) is not None:
+                where = f"{self.saved.folder.where} predicts clicks of rows"
+                raise UserError(f"--{name}: {where}; it searches no items, leave --{name} out")
+        with as_file(source) as path:
+            examples, own = self._rows(path)
+        passes = self.saved.passes(self.tables, batch)
+        batches = ExampleBatches(examples, np.arange(len(examples.weight)), passes.size)
+        with jax.set_mesh(self.saved.mesh):
+            weights = self.saved.placed(passes)
+            parts = [np.asarray(part) for part in passes.over("rows", self._probabilities, weights, batches)]
+        found = np.concatenate(parts)[: len(examples.weight)]
+        clicks = {label: pa.array(found[:, at]) for at, label in enumerate(self.labels)}
+        return pa.table({kind: ids for kind, ids in own.who.items() if kind not in clicks} | clicks)
+
+    def _probabilities(self, params: Params, batch: Mapping[str, Any]) -> Array:
+        logits = self.model.apply(params, batch, None).astype(jnp.float32)
+        return jax.nn.sigmoid(logits.reshape(-1, len(self.labels)))
+
+    def export(self, path: Path, options: Any = None, **keywords: Any) -> str:
+        """A click model has nothing of this kind to export.
+
+        Raises:
+          UserError: always.
+        """
+        del path, options, keywords
+        self.item_vectors()
+
+    def item_vectors(self) -> NoReturn:
+        """A click model has no item vectors.
+
+        Raises:
+          UserError: always.
+        """
+        raise UserError(f"{self.saved.config.model.kind} predicts clicks: it ranks no items and has no item vectors")
+
+    def evaluate(self, parts: tuple[str, ...] = ("valid", "test")) -> dict[str, float]:
+        """Metrics on the run's own data, on the devices that are here.
+
+        Raises:
+          UserError: the data cannot be opened, or have changed.
+        """
+        return evaluate_saved(self.saved, parts, lambda task: same_transform(self.saved, task.transform))
 
 
-def restore_clicks(config: RecConfig, read: Callable[[str], np.ndarray]) -> ClickModel:
-    """The model of a run, of whose transform `read` gives the arrays."""
-    assert isinstance(config.data, ClicksFile | Criteo | MovieLensClicks)
-    has, reads = layout(config.data), _reads(config)
-    model = build_model(config, has.features, len(has.numeric), len(has.labels))
-    maps = {name: table.ids for name, table in config.tables.items()}
-    specs = {name: table.spec(int(read(f"map.{name}.rows")[0]), reads[name]) for name, table in config.tables.items()}
+def restore(saved: SavedRun) -> ServedClicks:
+    """The trained click model of a run.
 
-    def click(params: Params, batch: Mapping[str, Any]) -> Array:
-        logits = model.apply(params, batch, None).astype(jnp.float32)
-        return jax.nn.sigmoid(logits.reshape(-1, len(has.labels)))
-
-    rows = functools.partial(new_rows, config.data, maps=maps, tables=reads, read=read)
-    return ClickModel(model, has.labels, specs, rows, click)
+    Raises:
+      UserError: the run folder lacks a part of its transform.
+    """
+    return ServedClicks(saved)
 
 
 def _reads(config: RecConfig) -> dict[str, tuple[str, ...]]:
@@ -104,29 +200,7 @@ def _reads(config: RecConfig) -> dict[str, tuple[str, ...]]:
     return {name: table.features or (name,) for name, table in config.tables.items()}
 
 
-def _objective(
-    config: RecConfig, model: Any, labels: tuple[str, ...], given: Callable[[Any], Objective] | None
-) -> Objective:
-    if given is not None or isinstance(config.objective, ByPath):
-        made = given(model) if given is not None else config.objective.call(model)  # type: ignore[union-attr]
-        require_callable("objective: what the factory returned", made, "params", "batch", "key")
-        return made
-    return bce(model) if len(labels) == 1 else multi_task(model, labels)
-
-
-def build_model(config: RecConfig, features: Mapping[str, bool], numeric: int, outputs: int) -> Any:
-    """The model of the config for these features (name -> whether it is a bag)."""
-    table = {name: config.tables[owner] for name, owner in features_of(config.tables).items()}
-    inputs = [Input(name=name, dim=table[name].dim, bag=bag, pool=table[name].pool) for name, bag in features.items()]
-    if isinstance(config.model, DLRMConfig):
-        return DLRM(config.model, inputs, numeric, outputs)
-    if isinstance(config.model, DCNv2Config):
-        return DCNv2(config.model, inputs, numeric, outputs)
-    assert isinstance(config.model, LinearConfig)
-    return Linear(config.model, inputs, numeric, outputs)
-
-
-def _metrics(config: RecConfig, model: Any, data: ClickData) -> Callable[[Params, Mapping[str, Any]], Sums]:
+def _sums(config: RecConfig, model: Any, data: ClickData) -> Callable[[Params, Mapping[str, Any]], Sums]:
     """Of the first label under plain names, of the others as `auc[NAME]` and so on; GAUC of the first, by user."""
     examples = data.examples
     by_user = "gauc" in config.evaluate.metrics and examples.user is not None
@@ -135,7 +209,7 @@ def _metrics(config: RecConfig, model: Any, data: ClickData) -> Callable[[Params
         label = np.where(examples.user < 0, np.nan, examples.labels[:, 0])  # examples of nobody are no group
         groups = GroupAuc(label, examples.user)
 
-    def metrics(params: Params, batch: Mapping[str, Array]) -> Sums:
+    def sums(params: Params, batch: Mapping[str, Array]) -> Sums:
         shape = (batch["label"].shape[0], len(data.labels))
         logits, label = model.apply(params, batch, None).reshape(shape), batch["label"].reshape(shape)
 
@@ -152,4 +226,4 @@ def _metrics(config: RecConfig, model: Any, data: ClickData) -> Callable[[Params
             out |= {f"{metric}[{name}]": value for metric, value in of(at, batch).items()}
         return out
 
-    return metrics
+    return sums

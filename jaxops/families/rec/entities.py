@@ -3,14 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from jaxops.core.failures import UserError
 from jaxops.data.bags import WEIGHT, flat, joined, padded, padded_weights
+from jaxops.data.clicks.spec import ClicksFile
 from jaxops.data.idmaps import Vocabulary, fit_map, restore_map
 from jaxops.data.interactions.open import RecData
+from jaxops.data.interactions.spec import InteractionsFile
+from jaxops.data.spec import SideFile
+from jaxops.families.rec.config import RecConfig
 from jaxops.families.rec.tables_config import TableConfig, features_of
 from jaxops.tables.spec import TableSpec
 
@@ -94,6 +99,34 @@ def restore(
         specs[name] = table.spec(int(read(f"table.{name}.rows")[0]), features)
     codes = {feature: read(f"codes.{feature}") for feature in owner if feature not in asked}
     return Encoded(codes, specs, weights={name: read(f"weights.{name}") for name in owner if name in weighted})
+
+
+def restored_features(
+    config: RecConfig, names: Collection[str], asked: Collection[str], read: Callable[[str], np.ndarray]
+) -> Encoded:
+    """The frozen features of a trained model.
+
+    Args:
+      config: of the run.
+      names: the features that the model reads.
+      asked: those of them that each query brings along.
+      read: gives the arrays of the run's transform.
+    """
+    owner = features_of(config.tables)
+    weighted = {name for file in side_files(config.data) for name in file.weights}
+    return restore(config.tables, {name: owner[name] for name in names}, weighted, read, asked)
+
+
+def side_files(data: Any) -> list[SideFile]:
+    """The side files that a data section names: those of users and of items."""
+    if not isinstance(data, InteractionsFile | ClicksFile):
+        return []
+    return [file for file in (data.user_features, data.item_features) if file is not None]
+
+
+def context_columns(data: Any) -> tuple[str, ...]:
+    """The context columns of events that a data section names."""
+    return data.columns.context if isinstance(data, InteractionsFile) else ()
 
 
 def query_codes(

@@ -1,151 +1,111 @@
-"""The recommendation family: interactions, a sequence model, a ranking loss, evaluation on the whole catalogue."""
+"""Models that rank items for users, whatever they are: what evaluation and serving ask of one."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from jaxops.config.types import ByPath
-from jaxops.core.accumulate import Objective
-from jaxops.core.failures import UserError
 from jaxops.core.state import Params
 from jaxops.core.sums import Sums
-from jaxops.data.interactions.inspect import inspect
-from jaxops.data.interactions.open import RecData, open_data
-from jaxops.data.interactions.packing import PackedSource
-from jaxops.data.interactions.queries import QueryBatches, seen_width
-from jaxops.data.interactions.windows import SequenceSource
+from jaxops.data.interactions.inspect import describe, histogram_of
+from jaxops.data.interactions.open import RecData
 from jaxops.evaluate.baselines import evaluate_baseline
 from jaxops.evaluate.grouped import with_slices
-from jaxops.evaluate.ranking import evaluate_scores
-from jaxops.families.rec.clicks import build_clicks
-from jaxops.families.rec.config import CLICK_MODELS, Bce, Evaluate, Gbce, RecConfig, SampledSoftmax, Softmax
-from jaxops.families.rec.own_source import Opened, open_own
-from jaxops.families.rec.retrieval import build_retrieval
-from jaxops.families.rec.sasrec_tables import build_sasrec, entries_of, objective_on_tables, on_tables
-from jaxops.families.rec.slices import slice_columns, slice_masks, with_slice_columns
-from jaxops.models.sasrec import SASRec, SASRecConfig
-from jaxops.models.two_tower import TwoTowerConfig
-from jaxops.objectives import ranking
-from jaxops.run.callables import require_callable
-from jaxops.run.task import EvalBatches, Task
+from jaxops.evaluate.ranking import evaluate_scores, is_sampled
+from jaxops.families.rec.config import RecConfig
+from jaxops.families.rec.slices import slice_columns, slice_masks
+from jaxops.run.batched import BatchedEvaluation
+from jaxops.run.config import Evaluate
+from jaxops.run.passes import Passes
+from jaxops.run.task import About, EvalBatches
+from jaxops.run.weights import Weights
+from jaxops.tables.spec import TableSpec
 
-BASELINES = ("most_popular", "item_knn")
+BASELINES = {"most_popular": "Most popular", "item_knn": "Item-kNN"}
+"""What a ranker has to beat, with names for people."""
+RANKED = (
+    "Each target is ranked against the whole catalogue without the items its user has already seen; equal scores are"
+    " ordered by item."
+)
+SAMPLED_RANKED = (
+    "Columns marked sampled rank against 100 random items only: they are far higher, and can order models differently."
+)
+NOTE = "ranked over the whole catalogue, seen items removed"
 
 
-def build_objective(config: Any, model: SASRec) -> Objective:
-    """The objective that the config names, for this model.
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """Vectors of all items, made by a pass over them; a scorer finds them as `params["catalogue"]` [rows, dim].
 
-    Raises:
-      UserError: the user's factory returned nothing that can be called like an objective.
+    Attributes:
+      batches: given a size, the items' features by row 0, 1, ... (what is beyond `rows` in the last is dropped).
+      vectors: (params, batch) -> [batch, dim].
     """
-    if isinstance(config, Softmax):
-        return ranking.softmax(model)
-    if isinstance(config, SampledSoftmax):
-        return ranking.sampled_softmax(model, config.negatives)
-    if isinstance(config, Bce):
-        return ranking.bce(model, config.negatives)
-    if isinstance(config, Gbce):
-        return ranking.gbce_loss(model, config.negatives, config.t)
-    assert isinstance(config, ByPath)
-    objective = config.call(model)
-    require_callable(f"objective {config.fn}: what the factory returned", objective, "params", "batch", "key")
-    return objective
+
+    rows: int
+    batches: Callable[[int], EvalBatches]
+    vectors: Callable[[Params, Mapping[str, Any]], Array]
 
 
-def build_rec(
-    config: RecConfig, resolved: dict[str, Any], objective: Callable[[SASRec], Objective] | None = None
-) -> Task:
-    """Opens the data and puts the family together; `objective` (a factory) replaces the config's.
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """A model whose scores are products of a user's vector with those of the items.
 
-    Raises:
-      UserError: the data cannot be opened, or does not fit the config.
+    Attributes:
+      length: how many of the latest items a query holds, `items` [batch, length].
+      queries: (params, batch) -> [batch, dim].
+      items: params -> [rows, dim]; row i is item i, 1 <= i <= n_items.
+      columns: features of a batch: the entry whose rows they are read by, and their codes by row.
+      context: columns of events that a query brings along, by name the entry whose rows they are read by: `id`, the
+        circumstances that are asked in, or `events`, those of each event of the history.
+      by_user: the model reads the row of the user who asks.
     """
-    if isinstance(config.model, CLICK_MODELS):
-        return build_clicks(config, resolved, objective)
-    if isinstance(config.model, TwoTowerConfig):
-        return _retrieval(config, resolved, objective)
-    assert isinstance(config.model, SASRecConfig)
-    inputs = config.model.inputs
-    if inputs and isinstance(config.data, ByPath):
-        raise UserError(f"model.inputs: {config.data.fn} has no columns to read tables by; leave inputs out")
-    if config.evaluate.slices and isinstance(config.data, ByPath):
-        raise UserError(f"evaluate.slices: {config.data.fn} has no users and columns to slice by; leave slices out")
-    sides = bool(inputs or config.evaluate.slices)
-    data = None if isinstance(config.data, ByPath) else open_data(config.data, sides=sides)  # type: ignore[arg-type]
-    opened = open_own(config) if data is None else _open(config, data)
-    for path, value in (("evaluate.stop", config.evaluate.stop), ("checkpoint.best", config.checkpoint.best)):
-        if value is not None and "valid" not in opened.evaluations:
-            raise UserError(f"{path}: there are no validation queries to go by; set {path}=null")
-    model = build_sasrec(config, opened.n_items)
-    made = _objective(config, model) if objective is None else objective(model)
-    require_callable("objective: what the factory returned", made, "params", "batch", "key")
-    task = Task(
-        config=config,
-        resolved=resolved,
-        model=model,
-        objective=made,
-        source=opened.source,
-        evaluations=opened.evaluations,
-        metrics=_metrics(config, model),
-        rules=[(pattern, axes) for pattern, axes in config.sharding.rules] + model.rules,
-        logical=config.sharding.logical,
-        loss_weights=config.loss_weights,
-        inspection=opened.inspection,
-        transform={"item_ids": opened.item_ids},
-        baselines=opened.baselines,
-    )
-    return on_tables(task, config, data) if inputs and data is not None else task
+
+    model: Any
+    n_items: int
+    length: int
+    queries: Callable[[Params, Mapping[str, Any]], Array]
+    items: Callable[[Params], Array]
+    columns: Mapping[str, tuple[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    context: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tables: Mapping[str, TableSpec] = dataclasses.field(default_factory=dict)
+    catalogue: Catalogue | None = None
+    by_user: bool = False
+
+    def scores(self, params: Params, batch: Mapping[str, Any]) -> Float[Array, "batch rows"]:
+        """The score of every item for each query, float32 out of the product itself: rounded scores would tie."""
+        users, items = self.queries(params, batch), self.items(params)
+        return jnp.einsum("ud,id->ui", users, items, preferred_element_type=jnp.float32)
 
 
-def _objective(config: RecConfig, model: SASRec) -> Objective:
-    if model.config.inputs and not isinstance(config.objective, ByPath):
-        return objective_on_tables(config, model)
-    return build_objective(config.objective, model)
+def with_catalogue(catalogue: Catalogue, passes: Passes, weights: Weights) -> Weights:
+    """The weights with the vectors of all items beside them, as `params["catalogue"]`."""
+    parts = passes.over("catalogue", catalogue.vectors, weights, catalogue.batches(passes.size))
+    vectors = jnp.concatenate(list(parts))[: catalogue.rows]
+    return Weights({**weights.params, "catalogue": vectors}, weights.tables)
 
 
-def _retrieval(config: RecConfig, resolved: dict[str, Any], objective: Callable[[Any], Objective] | None) -> Task:
-    if isinstance(config.data, ByPath):
-        raise UserError(f"data: {config.data.fn}: two_tower needs users and items with features: a file or a data set")
-    data = open_data(config.data, sides=True)  # type: ignore[arg-type]
-    baselines = functools.partial(_baselines, data, config.evaluate) if config.evaluate.baselines else None
-    return build_retrieval(config, data, inspect(data), baselines, resolved, objective)
+def ranking_evaluation(
+    ranking: Ranking, metrics: tuple[str, ...], batches: Mapping[str, Callable[[int], EvalBatches]]
+) -> BatchedEvaluation:
+    """The evaluation of a ranker over the whole catalogue, and over the slices that its batches carry."""
 
+    def sums(params: Params, batch: Mapping[str, Array]) -> Sums:
+        scores = ranking.scores(params, batch)
+        return with_slices(lambda part: evaluate_scores(scores, part, metrics, n_items=ranking.n_items), batch)
 
-def _open(config: RecConfig, data: RecData) -> Opened:
-    assert isinstance(config.model, SASRecConfig)
-    inter, split, length = data.inter, data.split, config.model.length
-    windows = PackedSource if config.batch.pack else SequenceSource
-    places = any(entry != "items" for entry in entries_of(config).values())
-    seen = seen_width(split.valid, split.test)
-    slices = slice_columns(config.evaluate.slices, data)
-    evaluations: dict[str, Callable[[int], EvalBatches]] = {
-        name: with_slice_columns(functools.partial(QueryBatches, inter, part, length, seen=seen, places=places), slices)
-        for name, part in (("valid", split.valid), ("test", split.test))
-        if len(part)
-    }
-    return Opened(
-        n_items=inter.n_items,
-        source=windows(inter, split, length, config.run.seed, places=places),
-        evaluations=evaluations,
-        inspection=inspect(data),
-        item_ids=np.asarray(inter.item_ids.values),
-        baselines=functools.partial(_baselines, data, config.evaluate) if config.evaluate.baselines else None,
+    catalogue = ranking.catalogue
+    return BatchedEvaluation(
+        batches, sums, prepare=None if catalogue is None else functools.partial(with_catalogue, catalogue)
     )
 
 
-def _metrics(config: RecConfig, model: SASRec) -> Callable[[Params, Mapping[str, Any]], Sums]:
-    def metrics(params: Params, batch: Mapping[str, Array]) -> Sums:
-        scores = model.logits(params, model.encode(params, batch, None)[:, -1])
-        sums = lambda batch: evaluate_scores(scores, batch, config.evaluate.metrics, n_items=model.n_items)
-        return with_slices(sums, batch)
-
-    return metrics
-
-
-def _baselines(data: RecData, evaluate: Evaluate) -> dict[str, dict[str, float]]:
+def baselines(data: RecData, evaluate: Evaluate) -> dict[str, dict[str, float]]:
+    """What most-popular and item-kNN reach on the same queries, as {"item_knn": {"valid/hr@10": ...}}."""
     inter, split = data.inter, data.split
     slices = slice_columns(evaluate.slices, data)
     out: dict[str, dict[str, float]] = {}
@@ -168,3 +128,15 @@ def _baselines(data: RecData, evaluate: Evaluate) -> dict[str, dict[str, float]]
             )
             out[name] |= {f"{part}/{metric}": value for metric, value in values.items()}
     return out
+
+
+def about(config: RecConfig, inspection: dict[str, Any]) -> About:
+    """What people read of a ranker; of data of the user's own nothing is known."""
+    return About(
+        model=getattr(type(config.model), "label", config.model.kind),
+        labels=BASELINES,
+        data=describe(inspection) if inspection else (),
+        histogram=histogram_of(inspection),
+        note=NOTE,
+        notes=[RANKED, SAMPLED_RANKED] if any(map(is_sampled, config.evaluate.metrics)) else [RANKED],
+    )

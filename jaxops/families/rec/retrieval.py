@@ -1,99 +1,114 @@
 """Two-tower retrieval put together: features of users and items, in-batch softmax with logQ, full ranking."""
 
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
+from jaxops.config.load import Loaded
 from jaxops.config.types import ByPath
-from jaxops.core.accumulate import Objective
 from jaxops.core.failures import UserError
-from jaxops.core.state import Params
 from jaxops.core.step import Extra
-from jaxops.core.sums import Sums
+from jaxops.data.ids import Ids
 from jaxops.data.interactions.events import ColumnBatches, EntityBatches, EventSource, WithColumns
-from jaxops.data.interactions.open import RecData
+from jaxops.data.interactions.inspect import inspect
+from jaxops.data.interactions.open import RecData, open_data
 from jaxops.data.interactions.queries import QueryBatches, seen_width
-from jaxops.data.interactions.spec import InteractionsFile
-from jaxops.evaluate.grouped import with_slices
-from jaxops.evaluate.ranking import evaluate_scores
-from jaxops.families.rec.config import InBatchSoftmax, RecConfig
-from jaxops.families.rec.entities import Encoded, encode, feature_columns, feature_names
+from jaxops.families.rec.carry_rows import carry_rows
+from jaxops.families.rec.config import RecConfig
+from jaxops.families.rec.entities import (
+    Encoded,
+    context_columns,
+    encode,
+    feature_columns,
+    feature_names,
+    restored_features,
+)
+from jaxops.families.rec.ranking import Catalogue, Ranking, about, baselines, ranking_evaluation
+from jaxops.families.rec.serving import ServedRanking
 from jaxops.families.rec.slices import slice_columns
 from jaxops.families.rec.tables_config import features_of, match
-from jaxops.models.inputs import Input
-from jaxops.models.two_tower import TwoTower, TwoTowerConfig
-from jaxops.objectives.retrieval import count_items, in_batch_softmax, log_frequency, no_frequencies
-from jaxops.run.callables import require_callable
-from jaxops.run.task import Catalogue, EvalBatches, Ranking, Task
+from jaxops.models.inputs import Input, TowerFeatures
+from jaxops.models.two_tower import TwoTowerConfig
+from jaxops.objectives.retrieval import InBatchSoftmax, count_items, log_frequency, no_frequencies
+from jaxops.run.callables import objective_from
+from jaxops.run.family import Given
+from jaxops.run.saved_run import SavedRun
+from jaxops.run.task import EvalBatches, Task, of_config
 
 HISTORY = "history"
 """The feature that holds what a user did before: a bag of items, which shares the items' ids."""
 
 
-def build_retrieval(
-    config: RecConfig,
-    data: RecData,
-    inspection: dict[str, Any],
-    baselines: Callable[[], dict[str, dict[str, float]]] | None,
-    resolved: dict[str, Any],
-    objective: Callable[[Any], Objective] | None,
-) -> Task:
+def build(loaded: Loaded[RecConfig], given: Given) -> Task:
     """The task of `model: {kind: two_tower}`.
 
     Raises:
       UserError: a feature that the data lacks, that has no table, or a table that nobody reads.
     """
+    config = loaded.config
     assert isinstance(config.model, TwoTowerConfig)
+    if given.data is not None or isinstance(config.data, ByPath):
+        raise UserError(
+            f"data: {config.data.kind}: two_tower needs users and items with features: a file or a data set"
+        )
+    if given.model is not None:
+        raise UserError("model: a model of your own ranks sequences or predicts clicks; two_tower has no place for one")
+    data = open_data(config.data, sides=True)  # type: ignore[arg-type]
     inter, split = data.inter, data.split
     encoded = _encoded(config, data)
     ranking = two_tower_ranking(config, encoded, inter.n_items)
-    model, columns = ranking.model, ranking.columns
-    slices = slice_columns(config.evaluate.slices, data)
-    extras, made = _objective(config, model, encoded, objective)
+    columns = {**ranking.columns, **slice_columns(config.evaluate.slices, data)}
     size, history, seen = config.batch.global_, config.model.history, seen_width(split.valid, split.test)
+    inspection = inspect(data)
 
     def batches(part: Any, size: int) -> EvalBatches:
-        return ColumnBatches(QueryBatches(inter, part, history, size, seen=seen), {**columns, **slices})
+        return ColumnBatches(QueryBatches(inter, part, history, size, seen=seen), columns)
 
+    parts = {
+        name: functools.partial(batches, part)
+        for name, part in (("valid", split.valid), ("test", split.test))
+        if len(part)
+    }
+    transform = {
+        "item_ids": np.asarray(inter.item_ids.values),
+        "user_ids": np.asarray(inter.user_ids.values),
+        **encoded.frozen([name for name in encoded.codes if name not in inter.contexts]),
+    }
     return Task(
-        config=config,
-        resolved=resolved,
-        model=model,
-        objective=made,
-        source=WithColumns(EventSource(inter, split, history, config.run.seed), columns),
-        evaluations={
-            name: functools.partial(batches, part)
-            for name, part in (("valid", split.valid), ("test", split.test))
-            if len(part)
-        },
-        metrics=_metrics(config, ranking),
-        rules=[(pattern, axes) for pattern, axes in config.sharding.rules] + model.rules,
-        logical=config.sharding.logical,
-        loss_weights=config.loss_weights,
+        **of_config(config, loaded.resolved, ranking.model),
+        objective=objective_from(config.objective, given.objective, ranking.model, size),
+        source=WithColumns(EventSource(inter, split, history, config.run.seed), ranking.columns),
+        evaluation=ranking_evaluation(ranking, config.evaluate.metrics, parts),
         inspection=inspection,
-        transform={
-            "item_ids": np.asarray(inter.item_ids.values),
-            "user_ids": np.asarray(inter.user_ids.values),
-            **encoded.frozen([name for name in encoded.codes if name not in inter.contexts]),
-        },
-        baselines=baselines,
+        transform=transform,
+        carry_rows=functools.partial(carry_rows, config, transform, encoded.specs),
+        baselines=functools.partial(baselines, data, config.evaluate) if config.evaluate.baselines else None,
         block=(config.objective.block or size) if isinstance(config.objective, InBatchSoftmax) else 1,
         tables=encoded.specs,
-        extras=extras,
-        catalogue=ranking.catalogue,
+        extras=_extras(config.objective, encoded) if given.objective is None else {},
+        about=about(config, inspection),
     )
+
+
+def restore(saved: SavedRun) -> ServedRanking:
+    """The trained two-tower model of a run.
+
+    Raises:
+      UserError: the run folder lacks a part of its transform.
+    """
+    config, read = saved.config, saved.transform
+    items, users = Ids.of(read("item_ids"), first=1), Ids.of(read("user_ids"), first=0)
+    names = (*config.model.user, *config.model.item)
+    encoded = restored_features(config, names, query_context(config), read)
+    return ServedRanking(saved, two_tower_ranking(config, encoded, len(items)), items, users)
 
 
 def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Ranking:
     """Both towers for these features."""
     assert isinstance(config.model, TwoTowerConfig)
-    model = TwoTower(
-        config.model, *(_inputs(names, config, encoded) for names in (config.model.user, config.model.item))
-    )
+    features = TowerFeatures(*(_inputs(names, config, encoded) for names in (config.model.user, config.model.item)))
+    model = config.model.build(features)
     entries = {**dict.fromkeys(config.model.user, "user"), **dict.fromkeys(config.model.item, "item"), HISTORY: "items"}
     entries |= dict.fromkeys(query_context(config), "event")
     columns = encoded.columns(entries)
@@ -113,14 +128,14 @@ def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Rank
             lambda size: ColumnBatches(EntityBatches("item", n_items + 1, size), of_items),
             lambda params, batch: model.items(params, batch, None),
         ),
+        by_user=True,
     )
 
 
 def query_context(config: RecConfig) -> tuple[str, ...]:
     """The context columns that the user's tower reads: a query brings them along."""
     assert isinstance(config.model, TwoTowerConfig)
-    known = config.data.columns.context if isinstance(config.data, InteractionsFile) else ()
-    return tuple(name for name in config.model.user if name in known)
+    return tuple(name for name in config.model.user if name in context_columns(config.data))
 
 
 def _encoded(config: RecConfig, data: RecData) -> Encoded:
@@ -151,25 +166,17 @@ def _encoded(config: RecConfig, data: RecData) -> Encoded:
     return encoded
 
 
-def _inputs(names: tuple[str, ...], config: RecConfig, encoded: Encoded) -> list[Input]:
+def _inputs(names: tuple[str, ...], config: RecConfig, encoded: Encoded) -> tuple[Input, ...]:
     table = {name: config.tables[owner] for name, owner in features_of(config.tables).items()}
     context = query_context(config)
     bag = {name: name == HISTORY or (name not in context and encoded.codes[name].ndim == 2) for name in names}
-    return [Input(name=name, dim=table[name].dim, bag=bag[name], pool=table[name].pool) for name in names]
+    return tuple(Input(name=name, dim=table[name].dim, bag=bag[name], pool=table[name].pool) for name in names)
 
 
-def _objective(
-    config: RecConfig, model: TwoTower, encoded: Encoded, given: Callable[[Any], Objective] | None
-) -> tuple[dict[str, Extra], Objective]:
-    chosen, extras = config.objective, dict[str, Extra]()
-    if given is not None or isinstance(chosen, ByPath):
-        made = given(model) if given is not None else chosen.call(model)  # type: ignore[union-attr]
-        require_callable("objective: what the factory returned", made, "params", "batch", "key")
-        return extras, made
-    assert isinstance(chosen, InBatchSoftmax)
-    if chosen.logq:
-        extras["frequencies"] = frequencies(int(encoded.codes["item"].max()) + 1, chosen.decay)
-    return extras, in_batch_softmax(model, chosen.block or config.batch.global_, temperature=chosen.temperature)
+def _extras(objective: Any, encoded: Encoded) -> dict[str, Extra]:
+    if not isinstance(objective, InBatchSoftmax) or not objective.logq:
+        return {}
+    return {"frequencies": frequencies(int(encoded.codes["item"].max()) + 1, objective.decay)}
 
 
 def frequencies(items: int, decay: float) -> Extra:
@@ -179,13 +186,3 @@ def frequencies(items: int, decay: float) -> Extra:
         update=lambda value, params, sums, step, batch: count_items(value, batch["item"], decay),
         read=lambda value, batch: {"log_q": log_frequency(value, batch["item"], decay)},
     )
-
-
-def _metrics(config: RecConfig, ranking: Ranking) -> Callable[[Params, Mapping[str, Any]], Sums]:
-    def metrics(params: Params, batch: Mapping[str, Array]) -> Sums:
-        users, items = ranking.queries(params, batch), ranking.items(params)
-        scores = jnp.einsum("ud,id->ui", users, items, preferred_element_type=jnp.float32)
-        sums = lambda batch: evaluate_scores(scores, batch, config.evaluate.metrics, n_items=ranking.n_items)
-        return with_slices(sums, batch)
-
-    return metrics

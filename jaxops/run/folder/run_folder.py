@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,16 +19,15 @@ import pyarrow.parquet as pq
 import yaml
 
 from jaxops.config.dump import diff, dump_yaml
-from jaxops.config.errors import ConfigError
-from jaxops.config.load import from_dict
 from jaxops.config.shapes import ABSENT
 from jaxops.core import stores
 from jaxops.core.failures import UserError
 from jaxops.core.writers import written
-from jaxops.families.rec.config import MAY_CHANGE_ON_RESUME, SCHEMAS
+from jaxops.run.config import MAY_CHANGE_ON_RESUME
 from jaxops.run.folder.mirror import KEPT, Mirror
 
 SUMMARY_VERSION = 1
+ABOUT_VERSION = 1
 LOCK = ".lock"
 BEGUN = {LOCK, "transform", "data.json", ".data.json.tmp", ".config.yaml.tmp"}
 """What a run that was killed while it made its folder leaves: the next one makes it again."""
@@ -37,14 +36,23 @@ BEGUN = {LOCK, "transform", "data.json", ".data.json.tmp", ".config.yaml.tmp"}
 class RunFolder:
     """Paths and small files of one run; nothing is written before `create`.
 
+    `may_change` are the dotted paths of a config that a resumed run may change; `complete` gives the config of a run
+    the defaults of fields that are younger than it.
+
     Attributes:
       where: the folder as one would name it: a path, or the URL of one in an object store.
       path: the folder, or the local one that stands in for it; `metrics` lies in it.
       checkpoints: where checkpoints go, as `Checkpoints` takes it: in the store itself.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        may_change: Sequence[str] = MAY_CHANGE_ON_RESUME,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ):
         self.path = Path(path)
+        self._may_change, self._complete = tuple(may_change), complete
         self._mirror: Mirror | None = None
         self.where = str(self.path)
         self.checkpoints: Path | str = self.path / "checkpoints"
@@ -128,13 +136,13 @@ class RunFolder:
             return False
         changed = [
             f"  {path}: {show(old)} there, {show(new)} here"
-            for path, old, new in diff(self._complete_config(), resolved)
-            if not any(path == free or path.startswith(free + ".") for free in MAY_CHANGE_ON_RESUME)
+            for path, old, new in diff(self._complete(self.config()), resolved)
+            if not any(path == free or path.startswith(free + ".") for free in self._may_change)
         ]
         if changed:
             raise UserError(
                 f"run folder {self.where} belongs to another config:\n" + "\n".join(changed) + "\nA resumed run may"
-                f" change only {', '.join(MAY_CHANGE_ON_RESUME)}. Set run.name to begin"
+                f" change only {', '.join(self._may_change)}. Set run.name to begin"
                 f" another run, and init_from.run={self.where} to begin it with these parameters."
             )
         self._check_data(inspection or {})
@@ -148,13 +156,6 @@ class RunFolder:
                 f"run folder {self.where}: the data is no longer what the run began with (SHA-256 of the split {there}"
                 f" there, {here} here). Set run.name to begin another run."
             )
-
-    def _complete_config(self) -> dict[str, Any]:
-        """The run's config with the defaults of fields that are younger than the run."""
-        try:
-            return from_dict(SCHEMAS, self.config(), check_imports=False).resolved
-        except ConfigError:
-            return self.config()
 
     def config(self) -> dict[str, Any]:
         """The resolved config of the run.
@@ -172,6 +173,10 @@ class RunFolder:
         if not isinstance(values, dict):
             raise UserError(f"{self.shown('config.yaml')} holds no config")
         return values
+
+    def write_about(self, about: Mapping[str, Any]) -> None:
+        """Writes `about.json`: names for people, and which way metrics are better."""
+        self.write_json("about.json", {"version": ABOUT_VERSION, **about})
 
     def create(self, resolved: Mapping[str, Any], transform: Mapping[str, np.ndarray], inspection: Any) -> None:
         """Makes the folder: config, what serving needs (`transform/`), what the data is."""
@@ -219,6 +224,10 @@ class RunFolder:
     def summary(self) -> dict[str, Any]:
         """`summary.json`, empty where there is none yet."""
         return self._json("summary.json")
+
+    def about(self) -> dict[str, Any]:
+        """`about.json`: names for people, and which way metrics are better; empty in folders of older versions."""
+        return self._json("about.json")
 
     def _json(self, name: str) -> dict[str, Any]:
         self._refresh()

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jaxops.run.trained import load
 from object_stores import bucket_of, free_port, gs, move_to_new_machine, needs_moto, objects, s3  # noqa: F401
 from tiny_runs import Stopped
 
@@ -27,7 +28,6 @@ from jaxops.run.folder.lease import Lease
 from jaxops.run.folder.log_parts import parts_of
 from jaxops.run.folder.mirror import Mirror, pulled
 from jaxops.run.summary import FinishedRun
-from jaxops.run.trained import load
 from jaxops.run.training import build_training
 
 pytestmark = [needs_moto, pytest.mark.usefixtures("no_report")]

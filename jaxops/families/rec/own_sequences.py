@@ -1,4 +1,4 @@
-"""A user's own source by import path, looked at before anything is compiled."""
+"""A user's own source of sequences, by import path or from Python, looked at before anything is compiled."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxops.config.types import ByPath
 from jaxops.core.failures import UserError, nearest
 from jaxops.data.protocol import Source
 from jaxops.families.rec.config import RecConfig
-from jaxops.models.sasrec import SASRecConfig
 from jaxops.run.callables import require_callable
 from jaxops.run.task import EvalBatches
 
@@ -20,55 +18,50 @@ ITEMS = ("items", "targets", "target", "seen")
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What a family's data comes down to, wherever it is from; see `Task` for what each is."""
+    """The data of a sequence model and the model that was built for them, wherever they are from."""
 
-    n_items: int
+    model: Any
     source: Source
-    evaluations: Mapping[str, Callable[[int], EvalBatches]]
+    batches: Mapping[str, Callable[[int], EvalBatches]]
     inspection: dict[str, Any]
     item_ids: np.ndarray
-    baselines: Callable[[], dict[str, dict[str, float]]] | None = None
 
 
-def open_own(config: RecConfig) -> Opened:
-    """A user's source by import path: `n_items`, `examples`, `batch(cursor, size)`; `valid` and `test` optional.
+def open_own(source: Any, config: RecConfig, build_model: Callable[[int], Any]) -> Opened:
+    """A user's source: `n_items`, `examples`, `batch(cursor, size)`; `valid` and `test` are optional.
 
     `valid` and `test` are functions of a batch size that return evaluation batches (see
-    data/interactions/queries.py).
+    data/interactions/queries.py). `build_model` gets the number of items.
 
     Raises:
       UserError: something is missing, or the first batches are not what they should be.
     """
-    assert isinstance(config.data, ByPath)
-    source = config.data.call()
-    missing = [name for name in ("n_items", "examples", "batch") if not hasattr(source, name)]
+    name = f"data {config.data.kind}"
+    missing = [part for part in ("n_items", "examples", "batch") if not hasattr(source, part)]
     if missing:
         raise UserError(
-            f"data {config.data.fn}: what the factory returned ({type(source).__name__}) has no {', '.join(missing)};"
+            f"{name}: what the factory returned ({type(source).__name__}) has no {', '.join(missing)};"
             f" a source has n_items, examples and batch(cursor, size)"
         )
-    for name in ("n_items", "examples"):
-        value = getattr(source, name)
+    for part in ("n_items", "examples"):
+        value = getattr(source, part)
         if not isinstance(value, int | np.integer) or value < 1:
-            raise UserError(f"data {config.data.fn}: {name}: expected a positive integer, got {value!r}")
-    require_callable(f"data {config.data.fn}: batch", source.batch, "cursor", "size")
-    _check_batch(source, config)
-    evaluations: dict[str, Callable[[int], EvalBatches]] = {
-        name: getattr(source, name) for name in ("valid", "test") if hasattr(source, name)
-    }
+            raise UserError(f"{name}: {part}: expected a positive integer, got {value!r}")
+    require_callable(f"{name}: batch", source.batch, "cursor", "size")
+    model = build_model(int(source.n_items))
+    _check_batch(name, source, config, model.length)
     return Opened(
-        n_items=int(source.n_items),
+        model=model,
         source=source,
-        evaluations=evaluations,
-        inspection={"source": config.data.fn, "examples": int(source.examples), "items": int(source.n_items)},
+        batches={part: getattr(source, part) for part in ("valid", "test") if hasattr(source, part)},
+        inspection={"source": config.data.kind, "examples": int(source.examples), "items": int(source.n_items)},
         item_ids=np.arange(1, int(source.n_items) + 1),
     )
 
 
-def _check_batch(source: Any, config: RecConfig) -> None:
+def _check_batch(name: str, source: Any, config: RecConfig, length: int) -> None:
     """Looks at the first batches of a user's source before anything is compiled."""
-    assert isinstance(config.data, ByPath) and isinstance(config.model, SASRecConfig)
-    size, length, name = config.batch.global_, config.model.length, f"data {config.data.fn}"
+    size = config.batch.global_
     shapes: dict[str, tuple[int | None, ...]]
     shapes = {"id": (size,), "items": (size, length), "targets": (size, length), "weight": (size, length)}
     _check_arrays(f"{name}: batch(0, {size})", source.batch(0, size), shapes, source.n_items)

@@ -1,0 +1,95 @@
+"""Rows of tables out of another run: by their original ids, wherever those lie there and here."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxops.data.idmaps import Range, Vocabulary
+from jaxops.data.ids import Ids
+from jaxops.families.rec.config import RecConfig
+from jaxops.run.family import family_of
+from jaxops.run.saved_run import SavedRun
+from jaxops.tables.average import AVERAGE
+from jaxops.tables.spec import TableSpec, places, stack
+from jaxops.tables.tables import evaluated
+
+
+def trained_tables(source: SavedRun) -> Mapping[str, TableSpec]:
+    """The specs of the tables of another run."""
+    served: Any = family_of(source.config.task).load(source)
+    return served.tables
+
+
+def carry_rows(
+    config: RecConfig,
+    transform: Mapping[str, np.ndarray],
+    specs: Mapping[str, TableSpec],
+    state: Any,
+    ours: Mapping[str, TableSpec],
+    source: SavedRun,
+    match: str,
+) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """The tables with the rows that both runs have the id of, and how many of how many those are, by `tables/NAME`.
+
+    A row goes to the row here that has its id, wherever that lies; ids that are new stay fresh. Hashed rows are taken
+    over where salt and number of rows are the same.
+
+    Args:
+      config: of the run that begins; `transform` holds its id maps, `specs` its tables.
+      transform: named arrays.
+      specs: by table.
+      state: the tables' state, as stacks.
+      ours: the specs of those stacks.
+      source: the run to take rows from.
+      match: a pattern that `tables/NAME` must match.
+    """
+    if not source.weights.tables:
+        return state, {}
+    stacks = stack(trained_tables(source))
+    known = {name: (whole, of) for whole, spec in stacks.items() for name, of in places(whole, spec).items()}
+    evaluated_rows: dict[str, np.ndarray] = {}
+    taken: dict[str, tuple[int, int]] = {}
+    tables = dict(state)
+    for whole, spec in ours.items():
+        for name, stored in places(whole, spec).items():
+            if name not in known or not re.search(match, f"tables/{name}"):
+                continue
+            there, stored_there = known[name]
+            here_ids, there_ids = _shared(name, config, transform, source)
+            if len(here_ids) == 0 or stacks[there].dim != spec.dim:
+                continue
+            if there not in evaluated_rows:
+                local = {slot: jnp.asarray(x) for slot, x in source.weights.tables[there].items()}
+                evaluated_rows[there] = np.asarray(evaluated(stacks[there], local))
+            new = evaluated_rows[there][stored_there(there_ids)]
+            for slot in {"rows", AVERAGE} & set(tables[whole]):
+                old = tables[whole][slot]
+                write = jax.sharding.auto_axes(
+                    lambda x, at, y: x.at[at].set(y), out_sharding=jax.typeof(old).sharding.spec
+                )
+                written = jax.jit(write)(old, stored(here_ids), new.astype(old.dtype))
+                tables[whole] = {**tables[whole], slot: written}
+            taken[f"tables/{name}"] = (len(here_ids), specs[name].rows)
+    return tables, taken
+
+
+def _shared(
+    name: str, config: RecConfig, transform: Mapping[str, np.ndarray], source: SavedRun
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a table that are of the same id here and there, the unknown's among them."""
+    here, there = config.tables[name], source.config.tables.get(name)
+    if there is None or here.ids.kind != there.ids.kind:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    if not isinstance(here.ids, Vocabulary):
+        rows = min(here.rows, there.rows) if here.ids == there.ids else 0
+        same = isinstance(here.ids, Range) or here.rows == there.rows
+        return np.arange(rows if same else 0), np.arange(rows if same else 0)
+    theirs = Ids.of(source.transform(f"map.{name}.ids"), first=1)
+    mine = Ids.of(transform[f"map.{name}.ids"], first=1)
+    at = theirs.rows(mine.originals(np.arange(1, len(mine) + 1))) if len(mine) and len(theirs) else np.zeros(0, int)
+    found = np.flatnonzero(at > 0)
+    return np.concatenate([[0], found + 1]), np.concatenate([[0], at[found]])

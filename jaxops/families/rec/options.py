@@ -1,0 +1,22 @@
+"""The options of `jaxops predict` and `jaxops export` for recommenders."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Predict:
+    """The options of `predict`: the `top` items of each user, and how the items are searched.
+
+    `approx` finds nearly all and is faster on a TPU; `auto` takes it there alone. A model of clicks takes neither.
+    """
+
+    top: int | None = None
+    index: Literal["auto", "exact", "approx"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """The options of `export`: item vectors with their original ids, in Parquet."""
+
+    to: Literal["parquet"] = "parquet"

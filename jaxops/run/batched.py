@@ -1,0 +1,69 @@
+"""Evaluation by batches on the mesh: the rows of each divided over the devices, sums merged, one fetch at the end."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxops.core.evaluation import Evaluator
+from jaxops.core.state import Params
+from jaxops.core.sums import Sums
+from jaxops.run.passes import Passes
+from jaxops.run.task import EvalBatches, Evaluate, Measured, Poll, Task
+from jaxops.run.weights import Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchedEvaluation:
+    """The evaluation of most tasks: sums over batches of one size.
+
+    Attributes:
+      batches: by part, given a batch size, the batches (all of that size).
+      sums: (params, batch) -> Sums of one evaluation batch; it finds the rows of tables in its batch.
+      plots: names of sums that are arrays, for the summary and the report.
+      prepare: a pass over other data before the first batch, whose outcome joins the weights (vectors of all items).
+    """
+
+    batches: Mapping[str, Callable[[int], EvalBatches]]
+    sums: Callable[[Params, Mapping[str, Any]], Sums]
+    plots: tuple[str, ...] = ()
+    prepare: Callable[[Passes, Weights], Weights] | None = None
+
+    @property
+    def parts(self) -> Collection[str]:
+        """The parts that there are batches of."""
+        return self.batches
+
+    def on(self, task: Task, mesh: Mesh) -> Evaluate:
+        """The evaluation on this mesh, compiled once, at the first batch."""
+        wanted = dict.fromkeys(task.config.evaluate.metrics)
+        passes = Passes.of(task.config, task.tables, mesh, task.config.evaluate.batch)
+        evaluators: list[Evaluator] = []
+
+        def evaluate(weights: Weights, part: str, step: int, poll: Poll) -> Measured:
+            del step
+            weights = passes.with_averaged_rows(weights)
+            if self.prepare is not None:
+                weights = self.prepare(passes, weights)
+            batches, reader = passes.planned("queries", self.batches[part](passes.size))
+            if not evaluators:
+                evaluators.append(Evaluator(self.sums, passes.mesh, passes.dtype, passes.logical, reader))
+            found = evaluators[0](weights.params, batches, poll, weights.tables)
+            parts = {name: found[name] for name in found if name.partition("[")[0] in wanted and "[" in name}
+            values = {name: found[name] for name in wanted} | parts
+            return Measured(values, {name: found[name] for name in self.plots})
+
+        return evaluate
+
+
+def evaluate_now(task: Task, mesh: Mesh, weights: Weights, parts: Collection[str]) -> dict[str, float]:
+    """Metrics of these weights on those of the parts that the task has, as `part/metric`."""
+    out: dict[str, float] = {}
+    with jax.set_mesh(mesh):
+        evaluate = task.evaluation.on(task, mesh)
+        for part in (part for part in parts if part in task.evaluation.parts):
+            measured = evaluate(weights, part, 0, lambda: False)
+            out |= {f"{part}/{name}": value for name, value in measured.values.items()}
+    return out

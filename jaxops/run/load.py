@@ -1,0 +1,83 @@
+"""`load`: a trained model out of its run folder, whatever its family."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from jaxops.core.failures import UserError
+from jaxops.core.sums import Sums
+from jaxops.run.batched import evaluate_now
+from jaxops.run.build import config_from_dict
+from jaxops.run.checkpoints import open_checkpoints
+from jaxops.run.family import Given, Served, family_of
+from jaxops.run.folder.run_folder import RunFolder
+from jaxops.run.saved_run import SavedRun
+from jaxops.run.weights import read_weights
+
+
+def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Served:
+    """The model of a run, ready to predict: the best checkpoint where the run keeps one, else the latest, or `step`'s.
+
+    Example:
+      model = jaxops.load("runs/mine"); model.predict("users.parquet")
+
+    Args:
+      run_dir: a run folder, or its s3:// or gs:// URL.
+      step: the step of the checkpoint to read.
+
+    Raises:
+      UserError: not a run folder, no checkpoint, a broken one, or no such step.
+    """
+    saved = open_saved_run(run_dir, step)
+    return family_of(saved.config.task).load(saved)
+
+
+def open_saved_run(run_dir: str | os.PathLike[str], step: int | None = None) -> SavedRun:
+    """A run's config and weights: of the best checkpoint where the run keeps one, else the latest, or of `step`.
+
+    Args:
+      run_dir: a run folder, or its s3:// or gs:// URL.
+      step: the step of the checkpoint to read.
+
+    Raises:
+      UserError: not a run folder, no checkpoint, a broken one, or no such step.
+    """
+    folder = RunFolder(run_dir)
+    loaded = config_from_dict(folder.config(), source=folder.shown("config.yaml"), check_imports=False)
+    keep = loaded.config.checkpoint
+    with open_checkpoints(loaded.config, folder.checkpoints) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"{run_dir} has no checkpoint yet")
+        if step is not None and step not in steps:
+            raise UserError(f"{run_dir} has no checkpoint of step {step} (there are: {', '.join(map(str, steps))})")
+        if step is None:
+            kept = checkpoints.best() if keep.best else None
+            step = kept if kept is not None else checkpoints.latest() or steps[-1]
+        damage = [what for what in checkpoints.verify(step) if not what.startswith("no checksums")]
+        if damage:
+            others = ", ".join(str(other) for other in steps if other != step)
+            raise UserError(
+                f"{run_dir}: the checkpoint of step {step} is damaged: {'; '.join(damage[:3])}"
+                + (f". There are others: --step {others}" if others else "")
+            )
+        return SavedRun(folder, loaded, step, read_weights(checkpoints, step))
+
+
+def evaluate_saved(
+    saved: SavedRun, parts: tuple[str, ...] = ("valid", "test"), check: Callable[[Any], None] = lambda task: None
+) -> dict[str, float]:
+    """Metrics on the run's own data, on the devices that are here, as `part/metric`.
+
+    `check` gets the task that is built again, and refuses data that have changed.
+
+    Raises:
+      UserError: the data cannot be opened, or `check` refuses them.
+    """
+    task = family_of(saved.config.task).build(saved.loaded, Given(objective=lambda *_: _no_objective))
+    check(task)
+    return evaluate_now(task, saved.mesh, saved.placed(saved.passes(task.tables, 512)), parts)
+
+
+def _no_objective(params: Any, batch: Any, key: Any) -> Sums:
+    raise AssertionError("evaluation needs no objective")
