@@ -152,7 +152,7 @@ class SASRec:
     """
 
     def __init__(self, config: SASRecConfig, n_items: int, pools: Mapping[str, Literal["sum", "mean"]] | None = None):
-        self.config, self.n_items, self._pools = config, n_items, pools or {}
+        self.config, self.n_items, self.length, self._pools = config, n_items, config.length, pools or {}
         self.on_tables = on_tables = bool(config.inputs)
         self.rows = n_items + 1 if on_tables else -(-(n_items + 1) // PAD_ROWS) * PAD_ROWS
         self._pure = Functional(lambda rngs: _SASRec(config, self.rows, rngs))

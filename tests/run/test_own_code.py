@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jaxops.run.trained import load
 
 import jaxops as jx
 from jaxops.cli.main import main
@@ -14,6 +13,7 @@ from jaxops.core.writers import read_metrics
 from jaxops.objectives.ranking import softmax
 from jaxops.run.build import build_task, load_config
 from jaxops.run.fit import fit
+from jaxops.run.load import load
 
 pytestmark = pytest.mark.usefixtures("no_report")
 QUICK = ["evaluate.baselines=false", "run.log_every=1"]

@@ -19,7 +19,6 @@ from jaxops.core.sharding import named_leaves
 from jaxops.core.writers import read_metrics
 from jaxops.run.build import build_task, load_config
 from jaxops.run.fit import FinishedRun, fit
-from jaxops.run.training import build_training
 
 pytestmark = pytest.mark.usefixtures("no_report")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -93,10 +92,7 @@ def test_on_other_meshes_the_batches_are_the_same_and_the_losses_agree(folder):
 
 def interrupted(at: int, *overrides: str) -> FinishedRun:
     task = build_task(load_config("my.yaml", [*QUICK, *overrides]))
-    mesh = make_mesh(data=-1)
-    with jax.set_mesh(mesh):
-        step = Stopped(build_training(task, mesh)[0], at)
-    return fit(task, mesh, quiet=True, step=step)
+    return fit(task, make_mesh(data=-1), quiet=True, step=lambda parts: Stopped(parts.update, at))
 
 
 def test_an_evaluation_that_an_interrupt_cut_off_is_made_up_for(folder):

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from jaxops.run.trained import load
 
 from jaxops.cli.main import main
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import UserError
+from jaxops.run.load import load
 
 pytestmark = pytest.mark.usefixtures("no_report")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def test_one_device_without_the_mesh_gives_the_same(finished, capsys):
     for name, value in json.loads(said + "}").items():
         expected = summary(finished)["best_step" if name == "step" else name]
         assert value == pytest.approx(expected, abs=1e-6)
-    assert rest == "60 users, 300 rows -> alone.parquet\n30 item vectors -> vectors/part-00000.parquet\n"
+    assert rest == "300 rows -> alone.parquet\n60 users asked for\n30 item vectors -> vectors/part-00000.parquet\n"
     assert main(["predict", "runs/tiny", "plays.csv", "--top", "5", "--out", "here.parquet"]) == 0
     assert lists("alone.parquet") == lists("here.parquet")
 
@@ -98,7 +98,8 @@ def test_predict_for_events_gives_original_ids_and_nothing_that_was_seen(finishe
     assert main(["predict", "runs/tiny", "events.parquet", "--top", "50", "--out", "out"]) == 0
     said = capsys.readouterr().out
     assert said.splitlines() == [
-        "2 users, 57 rows -> out/part-00000.parquet",
+        "57 rows -> out/part-00000.parquet",
+        "2 users asked for",
         "1 user left out: the model knows nothing of what they did",
         "2 events left out: items that the model does not know",
     ]
@@ -113,7 +114,8 @@ def test_predict_for_users_of_the_run_looks_their_history_up(finished, capsys):
     Path("users.csv").write_text("user\nu03\nnobody\nu41\n")
     assert main(["predict", "runs/tiny", "users.csv", "--top", "4", "--out", "some.parquet"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "2 users, 8 rows -> some.parquet",
+        "8 rows -> some.parquet",
+        "2 users asked for",
         "1 user left out: the model knows nothing of what they did",
     ]
     found, known = lists("some.parquet"), seen()

@@ -86,7 +86,7 @@ class ServedRanking:
     def predict(
         self,
         source: Any,
-        options: Predict | None = None,
+        options: Predict | int | None = None,
         *,
         say: Callable[[str], None] = lambda text: None,
         batch: int = 512,
@@ -96,7 +96,7 @@ class ServedRanking:
 
         Args:
           source: a file as in `histories`, a pyarrow table, a data frame, or histories.
-          options: how many items, and how they are searched.
+          options: how many items, and how they are searched; a number alone is how many.
           say: gets what a person should know: who was left out, and the recall of an approximate search.
           batch: users at a time.
           keywords: the fields of `Predict`, where `options` is left out.
@@ -104,7 +104,7 @@ class ServedRanking:
         Raises:
           UserError: what `histories` raises; `top` is below one.
         """
-        wanted = options or Predict(**keywords)
+        wanted = Predict(top=options) if isinstance(options, int) else options or Predict(**keywords)
         top, method = TOP if wanted.top is None else wanted.top, wanted.index or "auto"
         if top < 1:
             raise UserError(f"predict: top must be at least 1 item, got {top}")

@@ -204,7 +204,7 @@ def test_predictions_hit_as_often_as_the_evaluation_said(name, whole, capsys):
     run = str(whole(name).dir)
     assert main(["predict", run, "before.parquet", "--top", "10", "--out", "top.parquet", "--index", "approx"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "41 users, 410 rows -> top.parquet"
+    assert said[:2] == ["410 rows -> top.parquet", "41 users asked for"]
     assert said[1].startswith("recall@10 against the exact search, of the first 512 users: ")
     lists = {}
     for row in pq.read_table("top.parquet").to_pylist():
@@ -299,7 +299,7 @@ def test_names_clash_only_where_a_model_reads_them(folder):
     assert "segment" in towers.source.batch(0, 8)
     films = "data.item_features={path: films.parquet, key: film, columns: [year], bags: [tags]}"
     made = task("sasrec", users, films, "evaluate.slices=[segment]")  # `year`, which both sides have, is not read
-    assert "slice/segment=a" in next(iter(made.evaluations["test"](8)))
+    assert "slice/segment=a" in next(iter(made.evaluation.batches["test"](8)))
     with pytest.raises(UserError, match=r"data\.user_features: a feature cannot be called 'segment'"):
         task("sasrec", users, "model.inputs=[item, tags, device, country, likes, segment]", "tables.segment={dim: 8}")
     with pytest.raises(UserError, match=r"data\.item_features: 'year' is named by data\.user_features already"):
@@ -342,7 +342,7 @@ def test_a_file_among_several_that_lacks_a_column_is_told(whole):
 
 def test_a_vocabulary_of_context_is_of_training_alone(whole):
     run = whole("two_tower")
-    known = jx.load(run.dir).transform("map.device.ids")
+    known = jx.load(run.dir).saved.transform("map.device.ids")
     assert [str(name) for name in known] == ["phone", "tv"]
     summary = run.summary
     assert summary["test/hr@10[device=watch]"] == summary["test/hr@10"] and summary["test/hr@10[device=tv]"] is None
@@ -379,7 +379,10 @@ def test_rows_are_taken_over_by_their_ids(whole, capsys):
     warm = jx.fit(task("two_tower", *given, *still, "tables.item.ema=0.9"), quiet=True)
     before, after = jx.load(run.dir), jx.load(warm.dir)
     mine, theirs = (
-        {one: model.tables["item"]["rows"][1 + at] for at, one in enumerate(model.transform("map.item.ids"))}
+        {
+            one: model.saved.weights.tables["item"]["rows"][1 + at]
+            for at, one in enumerate(model.saved.transform("map.item.ids"))
+        }
         for model in (after, before)
     )
     kept = [one for one in mine if one in theirs]
@@ -387,8 +390,12 @@ def test_rows_are_taken_over_by_their_ids(whole, capsys):
     for one in kept:
         np.testing.assert_allclose(mine[one], theirs[one], atol=1e-7)
     assert min(np.abs(mine["a0"] - row).max() for row in theirs.values()) > 1e-3
-    np.testing.assert_allclose(after.tables["user"]["rows"], before.tables["user"]["rows"], atol=1e-7)
-    np.testing.assert_allclose(after.tables["item"]["average"], after.tables["item"]["rows"], atol=1e-6)
+    np.testing.assert_allclose(
+        after.saved.weights.tables["user"]["rows"], before.saved.weights.tables["user"]["rows"], atol=1e-7
+    )
+    np.testing.assert_allclose(
+        after.saved.weights.tables["item"]["average"], after.saved.weights.tables["item"]["rows"], atol=1e-6
+    )
 
 
 def test_a_pool_reaches_the_model():
@@ -454,7 +461,7 @@ def test_shardings_prints_what_tables_cost(capsys):
         ("sasrec", "objective=softmax", "sasrec on tables: expected {kind: sampled_softmax}"),
         ("sasrec", "tables.tags.pool=sum", "tables.tags.pool .*: sasrec takes the mean of a bag"),
         ("sasrec", "tables.tags.dim=4", "model.inputs are added up, so all are model.dim 8"),
-        ("clicks", "checkpoint.best=ne", "'ne' is not better when larger"),
+        ("clicks", ["checkpoint.best=calibration", "evaluate.metrics=[auc, calibration]"], "no better direction"),
         ("clicks", "tables.c.rows=auto", "ids: hash needs a number of rows"),
         ("clicks", "evaluate.metrics=[auc, gauc]", "gauc needs to know whose an example is"),
         ("clicks", "model={kind: linear}", "linear adds up|dim"),

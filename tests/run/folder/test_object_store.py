@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jaxops.run.trained import load
 from object_stores import bucket_of, free_port, gs, move_to_new_machine, needs_moto, objects, s3  # noqa: F401
 from tiny_runs import Stopped
 
@@ -27,8 +26,8 @@ from jaxops.run.fit import fit
 from jaxops.run.folder.lease import Lease
 from jaxops.run.folder.log_parts import parts_of
 from jaxops.run.folder.mirror import Mirror, pulled
+from jaxops.run.load import load
 from jaxops.run.summary import FinishedRun
-from jaxops.run.training import build_training
 
 pytestmark = [needs_moto, pytest.mark.usefixtures("no_report")]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,9 +40,7 @@ def train(*overrides: str, stop_at: int | None = None, quiet: bool = True) -> Fi
     mesh = make_mesh(devices=jax.devices()[:1])
     if stop_at is None:
         return fit(task, mesh, quiet=quiet)
-    with jax.set_mesh(mesh):
-        step = Stopped(build_training(task, mesh)[0], stop_at)
-    return fit(task, mesh, quiet=quiet, step=step)
+    return fit(task, mesh, quiet=quiet, step=lambda parts: Stopped(parts.update, stop_at))
 
 
 def curve(run: Path | str, name: str = "train/loss") -> dict[int, float]:

@@ -8,15 +8,15 @@ import yaml
 
 from jaxops.config.dump import dump_yaml
 from jaxops.core.failures import UserError
-from jaxops.families.rec.config import MAY_CHANGE_ON_RESUME
-from jaxops.run.build import load_config
+from jaxops.run.build import completed, load_config
+from jaxops.run.config import MAY_CHANGE_ON_RESUME
 from jaxops.run.folder.run_folder import RunFolder
 
 
 @pytest.fixture
 def begun(folder: Path) -> RunFolder:
     """The folder of a run that has its config and nothing else."""
-    place = RunFolder("runs/tiny")
+    place = RunFolder("runs/tiny", complete=completed)
     place.path.mkdir(parents=True)
     place.write_text("config.yaml", dump_yaml(load_config("my.yaml").resolved))
     return place
