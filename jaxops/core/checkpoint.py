@@ -275,6 +275,29 @@ class Checkpoints:
         loaded = self._load(folder, saved, wanted)
         return plain.nest({path[len(at) :]: leaf for path, leaf in loaded.items()})
 
+    def load_leaves(self, step: int, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+        """Some of the arrays, by the paths that `describe` gives, each placed by its sharding; numpy without one.
+
+        Each process reads what its devices hold.
+
+        Raises:
+          UserError: no such step or path, or a file is missing or truncated.
+          ValueError: an array has another shape or dtype there.
+        """
+        self._settle()
+        folder, saved = self._folder.open(step)
+        paths = {plain.name(path): path for path in saved.arrays}
+        if missing := [name for name in leaves if name not in paths]:
+            raise UserError(
+                f"{folder} holds no {missing[0]}{nearest(missing[0], paths)} (it holds {some(list(paths))})"
+            )
+        for name, like in leaves.items():
+            shape, dtype = saved.arrays[paths[name]]
+            if (shape, dtype) != (like.shape, str(np.dtype(like.dtype))):
+                raise ValueError(f"{name} is {dtype}{list(shape)} in {folder}, not {like.dtype}{list(like.shape)}")
+        found = self._load(folder, saved, {paths[name]: _target(like) for name, like in leaves.items()})
+        return {name: found[paths[name]] for name in leaves}
+
     def _settle(self) -> None:
         """Waits for the save under way and raises its error, on all processes if process 0 had it."""
         if self._thread is not None:

@@ -93,12 +93,17 @@ class Common:
         if isinstance(self.schedule, Wsd) and not 0 < self.schedule.decay <= 1:
             found.append(("schedule.decay", "expected a share of the steps in (0, 1]"))
         for name in ("no_decay", "frozen", "lr_multipliers"):
-            for pattern in getattr(self, name):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    found.append((name, f"{pattern!r} is not a regular expression: {error}"))
+            found += [(name, problem) for problem in map(_no_pattern, getattr(self, name)) if problem]
         return found
+
+
+def _no_pattern(pattern: str) -> str | None:
+    """Says why this is no pattern; None where it is one."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"{pattern!r} is not a regular expression: {error}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,14 +144,29 @@ class Sgd(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Muon(Common):
-    """Muon for matrices (orthogonalised momentum; Jordan et al. 2024), AdamW for the rest and for `adam` paths."""
+    """Muon for matrices (orthogonalised momentum; Jordan et al. 2024), AdamW for the rest and for `adam` paths.
+
+    Where a path matches `stacked` the first dimension counts layers that are stacked for a scan: rank 3 is a matrix
+    for each layer and rank 2 a vector. Elsewhere rank 2 is a matrix. The default takes `layers/up/kernel` for stacked
+    and `layers/0/kernel` not.
+    """
 
     kind: Literal["muon"] = "muon"
     momentum: float = 0.95
     adam: tuple[str, ...] = ("embedding",)
+    stacked: tuple[str, ...] = (r"(^|/)layers/(?!\d+(/|$))",)
     adam_lr: float | None = None
     b1: float = 0.9
     b2: float = 0.999
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Values that no model could make right (dotted path, message)."""
+        return super().problems() + [
+            (name, problem)
+            for name, patterns in (("adam", self.adam), ("stacked", self.stacked))
+            for problem in map(_no_pattern, patterns)
+            if problem
+        ]
 
 
 Optimizer = AdamW | Adafactor | Lion | Sgd | Muon
@@ -217,21 +237,25 @@ def build_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformati
 
 
 def _is_matrix(config: Muon, path: str, x: Array) -> bool:
-    return x.ndim == 2 and not _matches(config.adam, path)
+    """Whether a parameter is a matrix, or a stack of matrices along its first dimension."""
+    return x.ndim == (3 if _matches(config.stacked, path) else 2) and not _matches(config.adam, path)
 
 
 def _muon(config: Muon) -> optax.GradientTransformation:
-    """Muon's directions for matrices, times sqrt(max(1, fan out / fan in)) as published; Adam's for the rest."""
+    """Muon's directions for matrices, times sqrt(max(1, fan out / fan in)) as published; Adam's for the rest.
+
+    In a stack each matrix is orthogonalised and scaled by itself: optax takes the axes that are not named for a batch.
+    """
 
     def label(params: PyTree) -> PyTree:
         return map_named(lambda path, x: "muon" if _is_matrix(config, path, x) else "adam", params)
 
     def matrices(updates: PyTree) -> PyTree:  # optax 0.2.8 fails without: its default of None is no tree
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(0, 1), updates)
+        return jax.tree.map(lambda u: optax.contrib.MuonDimensionNumbers(u.ndim - 2, u.ndim - 1), updates)
 
     def scaled(updates: PyTree, params: PyTree) -> PyTree:
         del params
-        return jax.tree.map(lambda u: u * max(1.0, u.shape[1] / u.shape[0]) ** 0.5, updates)
+        return jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
 
     muon = optax.chain(
         optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=matrices),

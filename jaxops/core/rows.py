@@ -1,16 +1,23 @@
-"""Which rows of a global batch this process builds, and how they become global arrays.
+"""Which rows of a global batch this process builds, how they become global arrays, and how they come back.
 
 The ranges are read off the sharding, not off the number of the process: an axis that does not divide the batch may
-span hosts, and then two of them hold the same rows. Held by tests/core/test_rows.py and tests/recovery/.
+span hosts, and then two of them hold the same rows. Work that must be done once for each row (a judge that costs
+money) goes by `owned_rows`, and its results come back to all processes by `gather_rows`.
+Held by tests/core/test_rows.py, tests/core/test_rows_processes.py and tests/recovery/.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import collections
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
+from jaxops.core import distributed
 from jaxops.core.mesh import batch_sharding
 
 Rows = list[tuple[int, int]]
@@ -21,9 +28,13 @@ def local_rows(mesh: Mesh, size: int) -> Rows | None:
     if jax.process_count() == 1:
         return None
     index = batch_sharding(mesh).addressable_devices_indices_map((size,))
-    ranges = sorted({_bounds(slices[0], size) for slices in index.values() if slices is not None})
+    return _merged(_bounds(slices[0], size) for slices in index.values() if slices is not None)
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> Rows:
+    """The same rows as ranges in order, those that touch as one."""
     merged: Rows = []
-    for start, stop in ranges:
+    for start, stop in sorted(set(ranges)):
         if merged and merged[-1][1] == start:
             merged[-1] = (merged[-1][0], stop)
         else:
@@ -89,3 +100,128 @@ def local_batches(
 def put(value: np.ndarray, like: jax.Array) -> jax.Array:
     """The same host array on every process, as one global array placed as `like` is."""
     return cast(jax.Array, jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index]))
+
+
+def local(mesh: Mesh, tree: PyTree) -> PyTree:
+    """The rows of global arrays that this process holds, as numpy: the inverse of `global_arrays`.
+
+    The leading dimension of a leaf lies over the batch axes, or is the same on all processes; the rows come in the
+    order of `local_rows`. With one process that is all of them.
+
+    Raises:
+      ValueError: a leaf has no rows, or this process does not hold all that belongs to its own: another dimension
+        is divided over processes, or the rows lie elsewhere than a batch's.
+    """
+    return jax.tree.map(lambda leaf: _local(mesh, leaf), tree)
+
+
+def _local(mesh: Mesh, leaf: Any) -> np.ndarray:
+    if not np.ndim(leaf):
+        raise ValueError("rows.local: a leaf has no dimension, so it has no rows")
+    ranges = local_rows(mesh, len(leaf))
+    if ranges is None or not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        whole = np.asarray(leaf)
+        return whole if ranges is None else np.concatenate([whole[start:stop] for start, stop in ranges])
+    rows = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+    position = np.full(len(leaf), -1)
+    position[rows] = np.arange(len(rows))
+    values = np.empty((len(rows), *leaf.shape[1:]), leaf.dtype)
+    entries = np.zeros(len(rows), np.int64)
+    seen = set()
+    for shard in leaf.addressable_shards:
+        part = tuple(_bounds(index, size) for index, size in zip(shard.index, leaf.shape, strict=True))
+        if part not in seen and shard.data.size:
+            seen.add(part)
+            at = position[shard.index[0]]
+            values[(at[at >= 0], *shard.index[1:])] = np.asarray(shard.data)[at >= 0]
+            entries[at[at >= 0]] += shard.data.size // len(at)
+    if (entries != leaf.size // len(leaf)).any():
+        raise ValueError(
+            f"rows.local: {leaf.dtype}{list(leaf.shape)} on {leaf.sharding} is not whole in the rows {ranges} of"
+            f" process {jax.process_index()}: only the leading dimension may be divided over processes, as a batch's is"
+        )
+    return values
+
+
+def owned_rows(mesh: Mesh, size: int, process: int | None = None) -> Rows:
+    """The rows of a batch of `size` that this process answers for, as ranges.
+
+    Every row is owned by one process, and that one holds it. Where several hold the same rows (a tensor axis spans
+    them) they divide those evenly. All processes come to the same division.
+    """
+    return _ownership(mesh, size)[jax.process_index() if process is None else process]
+
+
+def _ownership(mesh: Mesh, size: int) -> dict[int, Rows]:
+    """The rows that each process of the mesh owns."""
+    holders: dict[tuple[int, int], set[int]] = collections.defaultdict(set)
+    index: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((size,))
+    for device, slices in index.items():
+        holders[_bounds(slices[0], size)].add(device.process_index)
+    owned: dict[int, Rows] = {process: [] for process in sorted(set.union(*holders.values()))}
+    for at, (start, stop) in enumerate(sorted(holders)):
+        sharing = sorted(holders[start, stop])
+        cuts = [start + (stop - start) * k // len(sharing) for k in range(len(sharing) + 1)]
+        for k, (low, high) in enumerate(itertools.pairwise(cuts)):
+            if low < high:  # which of them gets the larger part changes from range to range
+                owned[sharing[(k + at) % len(sharing)]].append((low, high))
+    return {process: _merged(ranges) for process, ranges in owned.items()}
+
+
+def owned(mesh: Mesh, tree: PyTree) -> PyTree:
+    """The rows of global arrays that this process owns, as numpy; raises as `local`."""
+
+    def one(leaf: Any) -> np.ndarray:
+        size = len(leaf)
+        held = local_rows(mesh, size) or [(0, size)]
+        numbers = np.concatenate([np.arange(start, stop) for start, stop in held])
+        mine = np.zeros(size, bool)
+        for start, stop in owned_rows(mesh, size):
+            mine[start:stop] = True
+        return _local(mesh, leaf)[mine[numbers]]
+
+    return jax.tree.map(one, tree)
+
+
+def gather_rows(mesh: Mesh, size: int, tree: PyTree, what: str = "rows") -> PyTree:
+    """All `size` rows on every process, in global order, from the rows that each one owns.
+
+    Every process calls it, with numpy leaves whose rows are those of `owned_rows(mesh, size)` in that order; their
+    dtypes arrive as they are, float64 too.
+
+    Args:
+      what: names the exchange, in the message about a process that does not come to it.
+
+    Raises:
+      ValueError: a leaf has another number of rows than this process owns.
+      RunFailed: a process failed, or did not come within JAXOPS_BARRIER_SECONDS.
+    """
+    ownership = _ownership(mesh, size)
+    counts = {process: sum(stop - start for start, stop in rows) for process, rows in ownership.items()}
+    mine = counts.get(jax.process_index(), 0)
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree))
+    for leaf in leaves:
+        if not leaf.ndim or len(leaf) != mine:
+            raise ValueError(
+                f"gather_rows: {leaf.dtype}{list(leaf.shape)}, but process {jax.process_index()} owns {mine} of the"
+                f" {size} rows"
+            )
+    if not distributed.several():
+        return tree if not leaves else jax.tree.unflatten(structure, leaves)
+    distributed.meet(what)  # waits with a bound, and names who does not come; the collective below does neither
+    most = max(counts.values())
+    return jax.tree.unflatten(structure, [_gathered(leaf, size, ownership, most) for leaf in leaves])
+
+
+def _gathered(leaf: np.ndarray, size: int, ownership: Mapping[int, Rows], most: int) -> np.ndarray:
+    width = leaf.dtype.itemsize * int(np.prod(leaf.shape[1:]))
+    padded = np.zeros((most, width), np.uint8)  # as bytes: jax would make float64 float32
+    padded[: len(leaf)] = np.ascontiguousarray(leaf).view(np.uint8).reshape(len(leaf), width)
+    parts = multihost_utils.process_allgather(padded)
+    whole = np.empty((size, width), np.uint8)
+    for process, rows in ownership.items():
+        at = 0
+        for start, stop in rows:
+            whole[start:stop] = parts[process][at : at + stop - start]
+            at += stop - start
+    return whole.view(leaf.dtype).reshape(size, *leaf.shape[1:])

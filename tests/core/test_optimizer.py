@@ -10,6 +10,7 @@ from toys import host, rows, trainer
 
 from jaxops.core.compiles import Compiles
 from jaxops.core.failures import UserError
+from jaxops.core.mesh import make_mesh
 from jaxops.core.optimizer import (
     Adafactor,
     AdamW,
@@ -109,6 +110,128 @@ def test_adamw_is_numpys():
             step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
             p = p - LR * (step + DECAY * decayed * p)
         np.testing.assert_allclose(x, p, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def layers_of(tree):
+    """The tree with its stacked layers apart, as a model without a scan has them: `layers/0/up/kernel`."""
+    apart = [jax.tree.map(lambda x, at=at: x[at], tree["layers"]) for at in range(3)]
+    return {**tree, "layers": apart}
+
+
+STACKED = {
+    "embedding": {"kernel": RNG.normal(size=(6, 8)).astype(np.float32)},
+    "layers": {
+        "up": {"kernel": RNG.normal(size=(3, 8, 20)), "bias": RNG.normal(size=(3, 20))},
+        "down": {"kernel": RNG.normal(size=(3, 20, 8))},
+        "square": {"kernel": RNG.normal(size=(3, 3, 3))},
+        "norm": {"scale": RNG.normal(size=(3, 8))},
+        "heads": {"kernel": RNG.normal(size=(3, 8, 2, 4))},
+    },
+    "head": {"kernel": RNG.normal(size=(8, 6))},
+}
+
+
+def in_dtype(dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), STACKED)
+    rng = np.random.default_rng(1)
+    return params, [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(dtype), params) for _ in range(3)]
+
+
+def updates_of(config, params, grads):
+    """The sum of three updates, and the state."""
+    tx = build_optimizer(config, 10)
+    with jax.numpy_dtype_promotion("standard"):
+        state, total = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+        for each in grads:
+            update, state = tx.update(each, state, params)
+            total = jax.tree.map(jnp.add, total, update)
+    return jax.device_get(total), state
+
+
+def newton_schulz(x):
+    """Five of Jordan's quintic iterations in float64."""
+    turned = x.shape[0] > x.shape[1]
+    x = x.T if turned else x
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if turned else x
+
+
+def test_muon_takes_stacked_layers_for_a_matrix_each():
+    config = Muon(lr=LR, momentum=0.9, adam_lr=LR / 4, weight_decay=DECAY)
+    params, grads = in_dtype(np.float32)
+    stacked, state = updates_of(config, params, grads)
+    apart, _ = updates_of(config, layers_of(params), [layers_of(each) for each in grads])
+    there = dict(named_leaves(layers_of(stacked)))
+    for path, x in named_leaves(apart):
+        if "heads" not in path:  # rank 3 in a layer and 4 in the stack: Adam's, both
+            np.testing.assert_allclose(there[path], x, rtol=1e-5, atol=1e-7, err_msg=path)
+    muon = {path.partition("mu/")[2] for path, _ in named_leaves(state) if "muon" in path and "mu/" in path}
+    assert muon == {"layers/up/kernel", "layers/down/kernel", "layers/square/kernel", "head/kernel"}
+
+
+def test_a_stack_under_muon_is_numpys_and_its_vectors_are_adams():
+    params, grads = in_dtype(np.float64)
+    with jax.enable_x64(True):
+        found, _ = updates_of(Muon(lr=LR, momentum=0.9), params, grads)
+        adam, _ = updates_of(AdamW(lr=LR), params, grads)
+    for name in ("up", "down", "square"):
+        for layer in range(3):
+            m, total = 0.0, 0.0
+            for t, each in enumerate(grads, 1):
+                g = each["layers"][name]["kernel"][layer]
+                m = 0.9 * m + 0.1 * g
+                d = newton_schulz(0.9 * m / (1 - 0.9 ** (t + 1)) + 0.1 * g / (1 - 0.9**t))
+                total -= LR * d * max(1.0, d.shape[1] / d.shape[0]) ** 0.5
+            np.testing.assert_allclose(found["layers"][name]["kernel"][layer], total, rtol=1e-6, atol=1e-9)
+    for path in ("layers/up/bias", "layers/norm/scale", "layers/heads/kernel", "embedding/kernel"):
+        np.testing.assert_array_equal(dict(named_leaves(found))[path], dict(named_leaves(adam))[path])
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "stacked", "muon"),
+    [
+        ("layers/up/kernel", (3, 8, 8), None, True),
+        ("decoder/layers/attention/q/kernel", (3, 8, 8), None, True),
+        ("layers/norm/scale", (3, 8), None, False),
+        ("layers/0/kernel", (8, 8), None, True),
+        ("mlp/layers/12/kernel", (8, 8), None, True),
+        ("layers/0/kernel", (3, 8, 8), None, False),
+        ("layers/0", (8, 8), None, True),
+        ("layers/0up/kernel", (3, 8, 8), None, True),
+        ("players/up/kernel", (8, 8), None, True),
+        ("blocks/up/kernel", (3, 8, 8), None, False),
+        ("blocks/up/kernel", (3, 8, 8), ("^blocks/",), True),
+        ("blocks/scale", (3, 8), ("^blocks/",), False),
+        ("layers/up/kernel", (8, 8), (), True),
+        ("layers/up/embedding", (3, 8, 8), None, False),
+        ("layers/up/kernel", (2, 3, 8, 8), None, False),
+        ("up/kernel", (3, 8, 8), None, False),
+        ("bias", (8,), None, False),
+    ],
+)
+def test_what_muon_takes_for_a_matrix(path, shape, stacked, muon):
+    config = Muon() if stacked is None else Muon(stacked=stacked)
+    params = {}
+    *folders, name = path.split("/")
+    node = params
+    for each in folders:
+        node = node.setdefault(each, {})
+    node[name] = np.ones(shape, np.float32)
+    _, state = updates_of(config, params, [])
+    mu = {at for at, x in named_leaves(state) if "muon" in at and x.shape == shape}
+    assert bool(mu) == muon
+
+
+def test_patterns_of_muon_are_checked():
+    assert [path for path, _ in Muon(adam=("a(",), stacked=("b[",), no_decay=("*",)).problems()] == [
+        "no_decay",
+        "adam",
+        "stacked",
+    ]
+    assert Muon().problems() == []
 
 
 SHARDED = [
@@ -244,3 +367,30 @@ def test_what_no_model_could_make_right():
         ]
     )
     assert AdamW(ema=0.99, weight_decay=0.1, schedule=Wsd(warmup=3)).problems() == []
+
+
+@pytest.mark.parametrize("axes", [(None, "fsdp", "tensor"), ("fsdp", None, "tensor")])
+def test_a_stack_under_muon_on_eight_devices_is_as_on_one(axes):
+    params, grads = in_dtype(np.float32)
+    params, *grads = (
+        {"layers": {"up": each["layers"]["up"], "more": each["layers"]["down"]}} for each in (params, *grads)
+    )
+    pad = lambda tree: jax.tree.map(lambda x: np.concatenate([x, x[:1]]), tree)  # four layers
+    params, grads = pad(params), list(map(pad, grads))
+    tx = build_optimizer(Muon(lr=LR, momentum=0.9), 10)
+    expected, _ = updates_of(Muon(lr=LR, momentum=0.9), params, grads)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
+        place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes[: x.ndim]) if x.ndim == 3 else jax.P()))
+        params = jax.tree.map(place, params)
+        state = jax.jit(tx.init)(params)
+        mu = {path: x for path, x in named_leaves(state) if path.endswith("kernel") and "muon" in path}
+        assert len(mu) == 2 and all(tuple(x.sharding.spec)[:3] == axes for x in mu.values())
+        out = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, state))
+        update = jax.jit(jax.sharding.auto_axes(tx.update, out_sharding=out))
+        total = jax.tree.map(np.zeros_like, expected)
+        for each in grads:
+            moved, state = update(jax.tree.map(place, each), state, params)
+            total = jax.tree.map(np.add, total, jax.device_get(moved))
+    for (path, x), (_, y) in zip(named_leaves(total), named_leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6, err_msg=path)

@@ -94,3 +94,41 @@ def test_a_host_array_is_placed_like_another():
     found = rows.put(np.arange(16.0).reshape(8, 2), like)
     assert found.sharding == like.sharding
     np.testing.assert_array_equal(found, np.arange(16.0).reshape(8, 2))
+
+
+def test_one_process_gets_all_rows_back():
+    mesh = make_mesh(data=4, tensor=2)
+    values = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
+    placed = {"x": jax.device_put(values, rows.batch_sharding(mesh)), "host": [values]}
+    for found in (rows.local(mesh, placed), rows.owned(mesh, placed), rows.gather_rows(mesh, 16, placed)):
+        assert isinstance(found["x"], np.ndarray)
+        np.testing.assert_array_equal(found["x"], values)
+        np.testing.assert_array_equal(found["host"][0], values)
+    assert rows.owned_rows(mesh, 16) == [(0, 16)]
+    with pytest.raises(ValueError, match="has no rows"):
+        rows.local(mesh, {"n": np.float32(3)})
+    with pytest.raises(ValueError, match=r"float64\[3\], but process 0 owns 16 of the 16 rows"):
+        rows.gather_rows(mesh, 16, np.zeros(3))
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "tensor": 4}, {"tensor": 8}, {"data": 4, "tensor": 2}])
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [8, 24])
+def test_every_row_has_one_owner_that_holds_it(axes, processes, size):
+    mesh = make_mesh(**axes)
+    index = rows.batch_sharding(mesh).devices_indices_map((size,))
+    of = {device: mock.Mock(process_index=at * processes // 8) for at, device in enumerate(mesh.devices.flat)}
+
+    class Sharding:
+        def devices_indices_map(self, shape):
+            return {of[device]: slices for device, slices in index.items()}
+
+    with mock.patch.object(rows, "batch_sharding", lambda _: Sharding()):
+        owned = {rank: rows.owned_rows(mesh, size, rank) for rank in range(processes)}
+    held = {rank: set() for rank in range(processes)}
+    for device, slices in index.items():
+        held[of[device].process_index] |= set(range(*slices[0].indices(size)))
+    numbers = {rank: [n for start, stop in ranges for n in range(start, stop)] for rank, ranges in owned.items()}
+    assert sorted(n for each in numbers.values() for n in each) == list(range(size))
+    assert all(set(each) <= held[rank] for rank, each in numbers.items())
+    assert {len(each) for each in numbers.values()} == {size // processes}
