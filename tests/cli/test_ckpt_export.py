@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def call(capsys):
 
 def part_of(run, step):
     place = open_saved(run)
-    return place.path / place.open(step)[1].shared["frozen"]
+    return pathlib.Path(place.path) / place.open(step)[1].shared["frozen"]
 
 
 def flip(folder):
