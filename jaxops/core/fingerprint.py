@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
 from jaxops.core import plain
@@ -37,7 +37,9 @@ def fingerprint(leaves: Mapping[plain.Path, Any]) -> str:
     Raises:
       RunFailed: processes hold different values of an array that each of them holds whole.
     """
-    begun = {path: _begin(leaf) for path, leaf in leaves.items()}  # all are under way before one is waited for
+    # Each array has its own mesh or none: that of `jax.set_mesh` is not asked.
+    with jax.set_mesh(Mesh(np.empty((), dtype=object), ())):
+        begun = {path: _begin(leaf) for path, leaf in leaves.items()}  # all are under way before one is waited for
     sums = np.zeros((len(begun), 2), np.uint32)
     for row, parts in zip(sums, begun.values(), strict=True):
         for part in parts:

@@ -76,6 +76,19 @@ def test_a_sharding_without_names_is_read_part_by_part(monkeypatch):
     assert of(jax.device_put(x, NamedSharding(mesh(a=2, b=4), P("b", "a")))) == of(x)
 
 
+def test_the_mesh_in_force_does_not_matter():
+    x = np.random.default_rng(6).standard_normal((16, 8)).astype(np.float32)
+    expected = of(x, np.float32(1))
+    for spec in (P(), P("a"), P(("a", "b"))):
+        whole, scalar = (
+            jax.device_put(y, NamedSharding(mesh(a=2, b=4), s)) for y, s in ((x, spec), (np.float32(1), P()))
+        )
+        for other in (mesh(a=2, b=4), mesh(a=8), mesh(AxisType.Auto, c=4, a=2), jax.make_mesh((1,), ("a",))):
+            with jax.set_mesh(other):
+                assert of(whole, scalar) == expected
+                assert of(x, np.float32(1)) == of(jnp.asarray(x), jnp.float32(1)) == expected
+
+
 DTYPES = [
     "float32",
     "bfloat16",
