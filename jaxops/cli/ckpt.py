@@ -1,4 +1,4 @@
-"""`jaxops ckpt list | show | verify RUN`: what checkpoints hold, and whether they are as they were written."""
+"""`jaxops ckpt list | show | verify | export RUN`: what checkpoints hold, whether they are whole, a copy of one."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jaxops.cli.printing import cell, console, grid, print_json, say, size, when
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK
 from jaxops.report.results import duration
+from jaxops.run.folder.export import export_saved
 from jaxops.run.folder.saved import Contents, Saved, Verdict, list_saved, show_saved, verify_saved
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """The action that was asked for."""
-    return {"list": _list, "show": _show, "verify": _verify}[args.action](args)
+    return {"list": _list, "show": _show, "verify": _verify, "export": _export}[args.action](args)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -23,11 +24,13 @@ def _list(args: argparse.Namespace) -> int:
         beside = [{"name": name, "what": what} for name, what in others]
         return print_json({"version": 1, "run": args.run, "checkpoints": found, "others": beside})
     out = console()
-    table = grid("step>", "saved|", "size>", "metrics", "|")
+    sharing = any(saved.shared for saved in found)
+    table = grid("step>", "saved|", "size>", *["with shared>"] * sharing, "metrics", "|")
     for saved in found:
         disk = "" if saved.bytes is None else size(saved.bytes)
+        whole = [size((saved.bytes or 0) + saved.shared_bytes) if disk else ""] * sharing
         marks = cell(_marks(saved), "red" if saved.damage else "")
-        table.add_row(str(saved.step), when(saved.written), disk, cell(_metrics(saved.metrics)), marks)
+        table.add_row(str(saved.step), when(saved.written), disk, *whole, cell(_metrics(saved.metrics)), marks)
     if found:
         out.print(table)
     else:
@@ -51,6 +54,7 @@ def _show(args: argparse.Namespace) -> int:
         "folder": saved.folder,
         "saved": when(saved.written),
         "on disk": f"{size(saved.bytes or 0)} in {saved.files} files",
+        "shared": _shared(saved),
         "metrics": _metrics(saved.metrics) or "none at this step",
         "cursor": "" if found.cursor is None else f"{found.cursor:,} examples consumed",
         "seed": "" if found.seed is None else str(found.seed),
@@ -67,7 +71,8 @@ def _show(args: argparse.Namespace) -> int:
         arrays.add_row(cell(leaf.path), cell(str(list(leaf.shape))), leaf.dtype, f"{leaf.bytes:,}")
     totals = grid("", "arrays>", "entries>", "bytes>", "")
     for group in (*found.groups, found.total):
-        cells = (str(group.arrays), f"{group.entries:,}", f"{group.bytes:,}", size(group.bytes))
+        note = f", shared: {saved.shared[group.name]}" if group.name in saved.shared else ""
+        cells = (str(group.arrays), f"{group.entries:,}", f"{group.bytes:,}", f"{size(group.bytes)}{note}")
         totals.add_row(cell(group.name), *cells, style="bold" if group.name == "total" else None)
     out.print("", arrays, "", totals)
     return EXIT_OK
@@ -103,6 +108,17 @@ def _verify(args: argparse.Namespace) -> int:
     return EXIT_FAILED if damaged else EXIT_OK
 
 
+def _export(args: argparse.Namespace) -> int:
+    made = export_saved(args.run, args.out, args.step)
+    if args.json:
+        return print_json({"version": 1, "run": args.run, **vars(made)})
+    out = console()
+    say(out, f"step {made.step} of {args.run}: {made.files} files, {size(made.bytes)}, copied to {made.out}")
+    if made.unchecked:
+        say(out, f"{made.unchecked} of them have no checksum: their sizes are right, their contents were not checked")
+    return EXIT_OK
+
+
 def _say(out: "Console", verdict: Verdict) -> None:
     where = f"step {verdict.step}:"
     if verdict.damage:
@@ -118,6 +134,13 @@ def _say(out: "Console", verdict: Verdict) -> None:
 def _marks(saved: Saved) -> str:
     marks = {"latest": saved.latest, "best": saved.best, "damaged": bool(saved.damage)}
     return ", ".join(mark for mark, so in marks.items() if so)
+
+
+def _shared(saved: Saved) -> str:
+    if not saved.shared:
+        return ""
+    where = ", ".join(f"{entry} in {folder}" for entry, folder in saved.shared.items())
+    return f"{size(saved.shared_bytes)} in {saved.shared_files} files more, with other checkpoints: {where}"
 
 
 def _metrics(metrics: dict[str, float]) -> str:

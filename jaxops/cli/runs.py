@@ -25,6 +25,7 @@ _ACTIONS = {
     "list": "The checkpoints of a run: step, when, size, metrics.",
     "show": "One checkpoint: metrics, cursor, seed, config digest, and every array.",
     "verify": "Read every byte of every checkpoint; exit status 1 if one is damaged.",
+    "export": "A copy of one checkpoint with all that it needs, such as the frozen part that it shares with others.",
 }
 
 
@@ -45,8 +46,12 @@ def add_commands(sub: Any) -> None:
     for name, what in _ACTIONS.items():
         made = actions.add_parser(name, help=what, description=what)
         made.add_argument("run", metavar="RUN", help="the folder of a run (or of checkpoints)")
+        if name == "export":
+            made.add_argument("out", metavar="OUT", help="the folder to make, or its URL; nothing may be there yet")
         if name != "list":
-            which = "the one saved last" if name == "show" else "all"
+            which = {"show": "the one saved last", "verify": "all"}.get(
+                name, "the best where it is kept, else the last"
+            )
             made.add_argument("--step", type=int, metavar="N", help=f"that of this step (default: {which})")
         made.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -217,7 +222,7 @@ def _compared(found: "Comparison") -> dict[str, Any]:
 
 
 def ckpt(args: argparse.Namespace) -> int:
-    """`jaxops ckpt list | show | verify RUN`."""
+    """`jaxops ckpt list | show | verify | export RUN`."""
     from jaxops.cli import ckpt as actions
 
     return actions.run(args)

@@ -2,18 +2,17 @@
 
 A save is orbax's files first and `jaxops.json` (manifest.py) last, in a new folder (checkpoint_folder.py): a
 folder without it is not a checkpoint. An old one goes only after every file of a newer one has been read.
-Orbax is behind orbax_io.py. Held by tests/core/test_checkpoint*.py, which kill real processes in mid-save.
+What hardly ever changes is written once and shared (shared_parts.py). Orbax is behind orbax_io.py. Held by
+tests/core/test_checkpoint*.py, which kill real processes in mid-save.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
-import pathlib
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -23,12 +22,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
-from jaxops.core import manifest, orbax_io, plain
+from jaxops.core import manifest, orbax_io, plain, shared_parts, writing
 from jaxops.core.checkpoint_folder import CheckpointFolder, Retention, some
-from jaxops.core.checksums import Early
 from jaxops.core.failures import RunFailed, UserError, nearest
+from jaxops.core.fingerprint import fingerprint
 from jaxops.core.manifest import Damaged, Leaf, Manifest
 from jaxops.core.read_arrays import read_arrays
+from jaxops.core.writing import Write
 
 
 class Checkpoints:
@@ -48,6 +48,8 @@ class Checkpoints:
       checksums: read every save (in the background) and note its CRC-32; sizes alone otherwise.
       before_commit: called on process 0 in the background before a save counts (the logs must not be older than
         the checkpoint, where both go to an object store); its error fails the save.
+      shared: top-level entries of a state that hardly ever change: each is written once, to a folder that all
+        checkpoints with the same values in it name. Every save takes its fingerprint, so that a change is seen.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class Checkpoints:
         compress: bool = False,
         checksums: bool = True,
         before_commit: Callable[[], None] | None = None,
+        shared: tuple[str, ...] = ("frozen",),
     ) -> None:
         self._retention = Retention(keep, keep_every, best, best_mode)
         self._folder = CheckpointFolder(directory)
         self._compress, self._checksums, self._before_commit = compress, checksums, before_commit
+        self._shared = shared
         self._thread: threading.Thread | None = None
         self._failures: list[tuple[str, BaseException | None]] = []
         weakref.finalize(self, _last_words, self._failures)
@@ -109,10 +113,13 @@ class Checkpoints:
                 self._folder.path.mkdir(parents=True, exist_ok=True)
                 self._folder.sweep()
                 self._swept = True
-            begin = self._prepare(folder, {path: leaf for path, leaf in leaves.items() if np.size(leaf)})
+            writes = self._writes(folder, draft, leaves)
+            # With several processes orbax copies to the host, and writes what is shared before it begins with the rest.
+            ours = jax.process_count() == 1 and (len(writes) > 1 or all(map(writing.on_cpu, leaves.values())))
+            begun = [write.hold(copied=ours, wait=write.folder != folder) for write in writes]
         except Exception as error:
             raise RunFailed(_failed(folder, error)) from error
-        self._thread = threading.Thread(target=self._complete, args=(begin, folder, draft), name="checkpoint")
+        self._thread = threading.Thread(target=self._complete, args=(writes, begun), name="checkpoint")
         self._thread.start()
         if wait:
             self._settle()
@@ -219,8 +226,8 @@ class Checkpoints:
             saved = manifest.read(folder)
         except Damaged as damage:
             return [str(damage)]
-        found = list(manifest.problems(folder, saved, checksums=True))
-        if any(file.crc32 is None for file in saved.files.values()):
+        found = self._folder.problems(folder, saved, checksums=True)
+        if any(file.crc32 is None for file in self._folder.files(saved).values()):
             found.append("no checksums were written: the sizes are right, the contents are not known to be")
         return found
 
@@ -307,57 +314,52 @@ class Checkpoints:
                 self._failures.append(("saving a checkpoint failed on process 0", None))
         self.check()
 
-    def _prepare(self, folder: epath.Path, leaves: Mapping[plain.Path, Any]) -> Callable[[], None]:
-        """Takes hold of the leaves' values now; what it returns writes them, and is run in the background."""
+    def _writes(self, folder: epath.Path, draft: Manifest, leaves: Mapping[plain.Path, Any]) -> list[Write]:
+        """The folders to write: shared ones that are not there yet, and last that of the step, which names them."""
+        parts = shared_parts.split({path: leaf for path, leaf in leaves.items() if np.size(leaf)}, self._shared)
+        own, writes, named = parts.pop("", {}), [], {}
+        for entry, part in parts.items():
+            digest, shared = fingerprint(part), self._folder.shared
+            edition = _agreed(lambda e=entry, d=digest: self._folder.shared.find(e, d))  # type: ignore[misc]
+            place = shared.at(entry, digest, abs(edition))
+            named[entry] = place.name
+            if edition < 0:
+                writes.append((place, shared_parts.draft(entry, digest, draft), part))
+        writes.append((folder, dataclasses.replace(draft, shared=named), own))
+        return [Write(*write, compress=self._compress, checksums=self._checksums) for write in writes]
 
-        def save_async(tree: Any) -> Any:
-            return orbax_io.save_async(folder, tree, leaves.values(), compress=self._compress)
-
-        if jax.process_count() == 1 and all(map(_on_cpu, leaves.values())):
-            # On CPU, orbax gets the arrays' own memory, and a step that is given them to overwrite would wait
-            # until all is written. Copies, dispatched here and not waited for, set them free.
-            copies = [plain.nest({path: _copy(leaf) for path, leaf in leaves.items()}, key=str)]
-            return lambda: save_async(copies.pop()).result()  # and the copies go when they are written
-        held = {path: x if isinstance(x, jax.Array) else np.array(x) for path, x in leaves.items()}
-        return save_async(plain.nest(held, key=str)).result  # the copy to the host is made by now
-
-    def _complete(self, begin: Callable[[], None], folder: epath.Path, draft: Manifest) -> None:
-        """In the background: the files, the manifest, the manifest with checksums, then retention."""
+    def _complete(self, writes: Sequence[Write], begun: Sequence[Callable[[], None]]) -> None:
+        """In the background: files and manifest of each folder, what is shared before what names it; then retention."""
         try:
-            with self._early(folder) as early:
-                begin()
+            for write, begin in zip(writes[:-1], begun[:-1], strict=True):
+                write.run(begin, None, early=False)
+                self._folder.shared.written(write.folder)
+            writes[-1].run(begun[-1], self._before_commit, early=True)
             if jax.process_index() == 0:
-                if self._before_commit:
-                    self._before_commit()
-                manifest.write(folder, dataclasses.replace(draft, files=manifest.survey(folder, checksums=False)))
-                if self._checksums:
-                    files = manifest.survey(folder, checksums=True, early=early)
-                    manifest.write(folder, dataclasses.replace(draft, files=files))
                 self._folder.retire(self._retention)
         except BaseException as error:
             self._swept = False
-            self._failures.append((_failed(folder, error), error))
-
-    def _early(self, folder: epath.Path) -> contextlib.AbstractContextManager[Early | None]:
-        """Takes the checksums while the disk is busy, of what this process alone writes to a local folder."""
-        if self._folder.remote or not self._checksums or jax.process_count() > 1:
-            return contextlib.nullcontext()
-        parent = pathlib.Path(folder.parent)
-        return Early(lambda: parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"))
+            self._failures.append((_failed(writes[-1].folder, error), error))
 
     def _load(
         self, folder: epath.Path, saved: Manifest, wanted: Mapping[plain.Path, jax.ShapeDtypeStruct]
     ) -> dict[plain.Path, Any]:
         """The wanted leaves; sizes of files are checked first, so that a truncated file has a name."""
-        if wrong := list(manifest.problems(folder, saved, checksums=False)):
+        homes: dict[epath.Path, dict[str, jax.ShapeDtypeStruct]] = {}
+        for path, leaf in wanted.items():
+            if leaf.size:
+                homes.setdefault(self._folder.home(folder, saved, path), {})[".".join(map(str, path))] = leaf
+        needed = {entry: name for entry, name in saved.shared.items() if folder.parent / name in homes}
+        if wrong := self._folder.problems(folder, dataclasses.replace(saved, shared=needed), checksums=False):
             raise UserError(f"checkpoint {folder} is damaged: {some(wrong, 3)}")
-        stored = {".".join(map(str, path)): leaf for path, leaf in wanted.items() if leaf.size}
-        try:
-            found = read_arrays(folder / orbax_io.ITEM, stored)
-        except (jax.errors.JaxRuntimeError, MemoryError):
-            raise
-        except Exception as error:
-            raise UserError(f"checkpoint {folder} cannot be read: {_brief(error)}") from error
+        found: dict[str, Any] = {}
+        for home, stored in homes.items():
+            try:
+                found |= read_arrays(home / orbax_io.ITEM, stored)
+            except (jax.errors.JaxRuntimeError, MemoryError):
+                raise
+            except Exception as error:
+                raise UserError(f"checkpoint {home} cannot be read: {_brief(error)}") from error
         return {path: found[".".join(map(str, path))] if leaf.size else _empty(leaf) for path, leaf in wanted.items()}
 
 
@@ -366,18 +368,6 @@ def _agreed(decide: Callable[[], int]) -> int:
     if jax.process_count() == 1:
         return decide()
     return int(multihost_utils.broadcast_one_to_all(np.int32(decide() if jax.process_index() == 0 else 0)))
-
-
-def _on_cpu(leaf: Any) -> bool:
-    return not isinstance(leaf, jax.Array) or {d.platform for d in leaf.devices()} == {"cpu"}
-
-
-def _copy(leaf: Any) -> Any:
-    """A copy that nobody else holds; of one replica, where all devices hold the same."""
-    if not isinstance(leaf, jax.Array):
-        return np.array(leaf)
-    one = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
-    return jax.device_put(one, one.sharding, may_alias=False)
 
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:

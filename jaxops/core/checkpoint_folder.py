@@ -1,7 +1,8 @@
 """The folder that a run's checkpoints lie in: which steps are there, which are whole, and which may go.
 
 A checkpoint is a folder `20` (or `20-2` where step 20 was saved again: beside the older, never over it) that
-has a manifest. Nothing damaged is deleted, and nothing goes before something newer is whole.
+has a manifest. Nothing damaged is deleted, and nothing goes before something newer is whole. What checkpoints have in
+common lies beside them (shared_parts.py), as long as one of them names it.
 Held by tests/core/test_checkpoint_folder.py.
 """
 
@@ -16,13 +17,12 @@ from typing import Any, Literal
 
 from etils import epath
 
-from jaxops.core import manifest, store_paths, stores
+from jaxops.core import manifest, plain, store_paths, stores
 from jaxops.core.failures import UserError
-from jaxops.core.manifest import Damaged, Manifest
+from jaxops.core.manifest import Damaged, File, Manifest
+from jaxops.core.shared_parts import DAMAGED, Known, SharedParts
 
 _NAME = re.compile(r"(\d+)(?:-(\d+))?$")
-DAMAGED = "jaxops.damaged"
-"""A file in a checkpoint that was found damaged: what is wrong with it. Such a one is never deleted by a run."""
 _UNFINISHED = re.compile(r"\d+(-\d+)?\.orbax-checkpoint-tmp.*")
 
 
@@ -70,6 +70,7 @@ class CheckpointFolder:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.path = store_paths.path(directory)
+        self.shared = SharedParts(self.path)
         self._damaged: dict[epath.Path, list[str]] = {}
 
     @property
@@ -123,14 +124,40 @@ class CheckpointFolder:
     def at(self, step: int, edition: int) -> epath.Path:
         return self.path / (str(step) if edition == 1 else f"{step}-{edition}")
 
+    def home(self, folder: epath.Path, saved: Manifest, path: plain.Path) -> epath.Path:
+        """The folder that holds this array of a checkpoint: its own, or one that it shares with others."""
+        name = saved.shared.get(str(path[0])) if path else None
+        return folder if name is None else self.path / name
+
+    def files(self, saved: Manifest) -> dict[str, File]:
+        """All files of a checkpoint, of its own and shared, as far as their manifests can be read."""
+        return saved.files | self.shared.files(saved)
+
+    def problems(
+        self, folder: epath.Path, saved: Manifest, *, checksums: bool, known: Known | None = None
+    ) -> list[str]:
+        """What is wrong with the files of a checkpoint, those that it shares with others among them.
+
+        Args:
+          folder: of the checkpoint.
+          saved: its manifest.
+          checksums: read every byte.
+          known: as `SharedParts.problems` takes it.
+
+        Raises:
+          StoreError: an object store does not answer.
+        """
+        own = manifest.problems(folder, saved, checksums=checksums)
+        return [*own, *self.shared.problems(saved, checksums=checksums, known=known)]
+
     def newest_good(self, warn: Callable[[str], None]) -> int | None:
         """The step saved last whose files are as they were written; tells `warn` of each passed over."""
-        folders, readable = self.steps(), self.readable()
+        folders, readable, known = self.steps(), self.readable(), Known()
         # Without a readable manifest there is no serial: such a one is told of first.
         serials = {step: readable[step].serial if step in readable else math.inf for step in folders}
         for step in sorted(folders, key=lambda step: (serials[step], step), reverse=True):
             try:
-                found = list(manifest.problems(folders[step], manifest.read(folders[step]), checksums=True))
+                found = self.problems(folders[step], manifest.read(folders[step]), checksums=True, known=known)
             except Damaged as damage:
                 found = [str(damage)]
             if not found:
@@ -141,6 +168,8 @@ class CheckpointFolder:
 
     def sweep(self) -> None:
         """Removes what killed or failed saves left behind; no save may be under way."""
+        for path in list(self.shared.sweep(self._named())):
+            _delete(path)
         for path in self.path.iterdir():
             named = _NAME.fullmatch(path.name) and not (path / manifest.FILE).exists()
             if named or _UNFINISHED.fullmatch(path.name):
@@ -154,18 +183,28 @@ class CheckpointFolder:
         for folder, found in self._damaged.items():
             with contextlib.suppress(OSError):
                 (folder / DAMAGED).write_text("\n".join(found) + "\n")
-        folders = self.steps()
+        self.shared.mark()
+        folders, known = self.steps(), Known()
         good = {
             step: saved
             for step, saved in self.readable().items()
             if folders[step] not in self._damaged
-            and next(manifest.problems(folders[step], saved, checksums=False), None) is None
+            and not self.problems(folders[step], saved, checksums=False, known=known)
         }
         kept = retention.kept(good)
         for folder, step, _ in self._listing():
             superseded = step in good and (step not in kept or folder != folders[step])
             if superseded and folder not in self._damaged and not (folder / DAMAGED).exists():
                 _delete(folder)
+        if self.shared.names() and (named := self._named()) is not None:
+            for folder in list(self.shared.unnamed(named)):
+                _delete(folder)
+
+    def _named(self) -> set[str] | None:
+        """The shared folders that checkpoints name, damaged ones too; None where a manifest cannot be read."""
+        whole = [folder for folder, _, _ in self._listing() if (folder / manifest.FILE).exists()]
+        read = self._each(_readable, whole)
+        return None if None in read else {name for saved in read for name in saved.shared.values()}
 
     def _each(self, ask: Callable[[Any], Any], about: Iterable[Any]) -> list[Any]:
         """Asks of each; a store at once, since every answer takes it as long as a megabyte."""

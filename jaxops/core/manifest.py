@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,10 +22,12 @@ from jaxops.core.store_paths import StorePath
 from jaxops.core.stores import StoreError, is_url
 
 FILE = "jaxops.json"
-FORMAT = 1
-"""Version of what is written; all versions up to this one are read."""
+FORMAT = 2
+"""The newest version that is read, and all before it are. Only what has a shared part is written as 2."""
 
 _TEMPORARY = f".{FILE}.tmp"
+SHARED_NAME = re.compile(r"(\w+-[0-9a-f]{16})(?:-(\d+))?")
+"""The name of a folder with arrays that several checkpoints have in common (shared_parts.py)."""
 
 
 class Damaged(Exception):
@@ -52,13 +55,13 @@ class Manifest:
     """What a checkpoint says of itself.
 
     Attributes:
-      format: FORMAT of the writer.
       step: the step it was saved at.
       serial: counts the saves of a run, so that the newest is known after a run went back to an earlier step.
       meta: the caller's JSON.
       metrics: finite numbers known when it was saved.
       arrays: path -> (shape, dtype name).
       files: name relative to the folder -> File.
+      shared: first part of a path -> the folder beside this one that holds the arrays below it, for others too.
     """
 
     step: int
@@ -67,7 +70,12 @@ class Manifest:
     metrics: dict[str, float]
     arrays: dict[plain.Path, tuple[tuple[int, ...], str]]
     files: dict[str, File] = dataclasses.field(default_factory=dict)
-    format: int = FORMAT
+    shared: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def format(self) -> int:
+        """The version that it is written as: the lowest that says all of it."""
+        return 2 if self.shared else 1
 
     def leaves(self) -> list[Leaf]:
         return [
@@ -91,6 +99,8 @@ def encode(manifest: Manifest) -> str:
         "arrays": [{"path": path, "shape": shape, "dtype": dtype} for path, (shape, dtype) in manifest.arrays.items()],
         "files": {name: file._asdict() for name, file in manifest.files.items()},
     }
+    if manifest.shared:
+        body["shared"] = manifest.shared
     body = json.loads(json.dumps(body, allow_nan=False))
     return json.dumps({"crc32": _crc_of(body), "manifest": body})
 
@@ -133,7 +143,7 @@ def read(folder: epath.Path) -> Manifest:
         metrics=body["metrics"],
         arrays={tuple(a["path"]): (tuple(a["shape"]), a["dtype"]) for a in body["arrays"]},
         files={name: File(**file) for name, file in body["files"].items()},
-        format=body["format"],
+        shared=_inside(body.get("shared", {})),
     )
 
 
@@ -196,6 +206,13 @@ def differences(saved: Manifest, wanted: Mapping[plain.Path, tuple[tuple[int, ..
     for name, (shape, dtype) in there.items():
         if name not in here:
             yield name, f"{dtype}{list(shape)} in the checkpoint, not expected"
+
+
+def _inside(shared: dict[str, str]) -> dict[str, str]:
+    """The folders that a manifest names, none of them elsewhere."""
+    if strange := [name for name in shared.values() if not SHARED_NAME.fullmatch(name)]:
+        raise Damaged(f"{FILE} names {strange[0]!r}, which is no folder of a shared part")
+    return shared
 
 
 def _sizes(folder: epath.Path, prefix: str = "") -> dict[str, int]:

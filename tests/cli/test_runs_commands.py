@@ -286,6 +286,7 @@ def test_looking_at_runs_loads_no_jax_and_at_checkpoints_no_device(run):
         assert not {{"jax", "matplotlib"}} & set(sys.modules), "loaded"
         for action in ("list", "show", "verify"):
             assert main(["ckpt", action, {str(run)!r}]) == 0
+        assert main(["ckpt", "export", {str(run)!r}, {str(run.parent / "copy")!r}]) == 0
         assert "orbax" not in sys.modules
     """
     lines(run.parent, "b", [10])

@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxops.core import checkpoint, manifest, orbax_io, store_paths
+from jaxops.core import manifest, orbax_io, store_paths, writing
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.manifest import Leaf
@@ -276,7 +276,7 @@ def test_nothing_saved_yet(tmp_path):
 def how(request, monkeypatch):
     """Both ways of taking hold of values: copies on CPU, and what accelerators do."""
     if request.param == "held":
-        monkeypatch.setattr(checkpoint, "_on_cpu", lambda leaf: False)
+        monkeypatch.setattr(writing, "on_cpu", lambda leaf: False)
     return request.param
 
 

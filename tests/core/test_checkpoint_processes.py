@@ -10,6 +10,7 @@ import pytest
 from object_stores import needs_moto, s3  # noqa: F401 (fixture)
 
 from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.fingerprint import fingerprint
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -25,7 +26,8 @@ from jaxops.core.failures import RunFailed, UserError
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
 whole = np.arange(64, dtype=np.float32).reshape(8, 8)
 make = lambda x, spec: jax.make_array_from_callback(x.shape, jax.NamedSharding(mesh, spec), lambda i: x[i])
-state = lambda s: {"split": make(whole * s, jax.P("data")), "same": make(whole + s, jax.P())}
+frozen = lambda s: {"split": make(whole - (s > 3), jax.P("data")), "same": make(whole + (s > 3), jax.P())}
+state = lambda s: {"split": make(whole * s, jax.P("data")), "same": make(whole + s, jax.P()), "frozen": frozen(s)}
 warnings = []
 with Checkpoints(folder, keep=2, best="hr") as checkpoints:
     for step in (1, 2, 3, 4):
@@ -37,6 +39,8 @@ with Checkpoints(folder, keep=2, best="hr") as checkpoints:
     found = checkpoints.restore(2, state(0))
     for shard in found["split"].addressable_shards:
         np.testing.assert_array_equal(shard.data, whole[shard.index] * 9)
+    for shard in found["frozen"]["split"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[shard.index] - 1)
     if rank == 0:
         from jaxops.core import manifest
         write, manifest.write = manifest.write, lambda *_: 1 / 0
@@ -82,8 +86,14 @@ def test_two_processes_save_and_agree(tmp_path, request, place):
     with Checkpoints(folder) as checkpoints:
         assert checkpoints.steps() == [2, 4]  # the two saved last
         whole = np.arange(64, dtype=np.float32).reshape(8, 8)
+        alone = {("frozen", "split"): whole - 1, ("frozen", "same"): whole + 1}
         for step, value in ((2, 9), (4, 4)):
             assert checkpoints.verify(step) == []
             found = checkpoints.load_params(step, "")
             np.testing.assert_array_equal(found["split"], whole * value)
             np.testing.assert_array_equal(found["same"], whole + value)
+            np.testing.assert_array_equal(found["frozen"]["split"], whole - 1)
+            np.testing.assert_array_equal(found["frozen"]["same"], whole + 1)
+        # Steps 1 to 3 had another base, which went with the last of them; both processes found one fingerprint.
+        (name,) = checkpoints._folder.shared.names()
+        assert name == f"frozen-{fingerprint(alone)[:16]}"

@@ -14,9 +14,10 @@ from etils import epath
 
 from jaxops.config.dump import digest
 from jaxops.core import manifest, store_paths, stores
-from jaxops.core.checkpoint_folder import CheckpointFolder, Retention
+from jaxops.core.checkpoint_folder import CheckpointFolder, Retention, some
 from jaxops.core.failures import UserError
 from jaxops.core.manifest import Damaged, Leaf, Manifest
+from jaxops.core.shared_parts import Known
 from jaxops.run.folder.listing import existing_folder
 
 
@@ -26,6 +27,8 @@ class Saved:
 
     Attributes:
       written: when its manifest was written (a copy's: when it was copied).
+      files, bytes: of its own folder; shared_files, shared_bytes: of the folders that it shares with others.
+      shared: first part of a path -> the folder that holds the arrays below it.
       latest: whether it was saved last; best: whether it is kept as the best.
       damage: files that are missing or of another size; contents are not looked at.
     """
@@ -39,6 +42,9 @@ class Saved:
     latest: bool
     best: bool
     damage: list[str]
+    shared: dict[str, str]
+    shared_files: int
+    shared_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Contents:
 class Verdict:
     """What reading every byte of a checkpoint has shown: `damage` names files; without it all is as written.
 
+    What it shares with others is a part of it, and is read once for all of them.
     `unchecked` counts files whose checksum was never written (a kill between save and check).
     """
 
@@ -102,9 +109,9 @@ def list_saved(run: str | os.PathLike[str]) -> tuple[list[Saved], list[tuple[str
     """
     place = open_saved(run)
     folders, readable = place.steps(), place.readable()
-    found = [_saved(step, folders, readable) for step in sorted(folders)]
+    found = [_saved(place, step, folders, readable) for step in sorted(folders)]
     there = [one for one in found if not one.damage or (folders[one.step] / manifest.FILE).exists()]
-    return there, list(_others(place, folders))
+    return there, list(_others(place, folders, readable))
 
 
 def show_saved(run: str | os.PathLike[str], step: int | None = None) -> Contents:
@@ -115,19 +122,14 @@ def show_saved(run: str | os.PathLike[str], step: int | None = None) -> Contents
     """
     place = open_saved(run)
     folders, readable = place.steps(), place.readable()
-    if step is None:
-        if not folders:
-            raise UserError(f"{run} has no checkpoint yet")
-        if not readable:
-            raise UserError(f"no checkpoint of {run} can be read; `jaxops ckpt verify {run}` says why")
-        step = _latest(readable)
+    step = _latest(_some(run, folders, readable)) if step is None else step
     assert step is not None
     _, found = place.open(step)
     meta = found.meta
     config, history = meta.get("config"), meta.get("history")
     config = config if isinstance(config, dict) else {}
     return Contents(
-        saved=_saved(step, folders, {**readable, step: found}),
+        saved=_saved(place, step, folders, {**readable, step: found}),
         cursor=meta.get("cursor"),
         seed=meta.get("seed"),
         wall_s=history.get("wall_s") if isinstance(history, dict) else None,
@@ -149,10 +151,25 @@ def verify_saved(run: str | os.PathLike[str], step: int | None = None) -> Iterat
         folders = {step: place.find(step)}
     if not folders:
         raise UserError(f"{run} has no checkpoint to verify")
+    known = Known()
     for number in sorted(folders):
-        verdict = _verdict(number, folders[number])
+        verdict = _verdict(place, number, folders[number], known)
         if verdict is not None:
             yield verdict
+
+
+def choose(run: str | os.PathLike[str], place: CheckpointFolder, step: int | None = None) -> tuple[int, Manifest]:
+    """The checkpoint of `step`; by default the best where the run keeps it, else the one saved last.
+
+    Raises:
+      UserError: there is none, or its manifest cannot be read.
+    """
+    if step is None:
+        readable = _some(run, place.steps(), place.readable())
+        best = _best(readable)
+        step = _latest(readable) if best is None else best
+    assert step is not None
+    return step, place.open(step)[1]
 
 
 def open_saved(run: str | os.PathLike[str]) -> CheckpointFolder:
@@ -174,7 +191,18 @@ def open_saved(run: str | os.PathLike[str]) -> CheckpointFolder:
     return CheckpointFolder(inside)
 
 
-def _saved(step: int, folders: dict[int, epath.Path], readable: dict[int, Manifest]) -> Saved:
+def _some(
+    run: str | os.PathLike[str], folders: dict[int, epath.Path], readable: dict[int, Manifest]
+) -> dict[int, Manifest]:
+    """The checkpoints that can be read, of which there must be one."""
+    if not folders:
+        raise UserError(f"{run} has no checkpoint yet")
+    if not readable:
+        raise UserError(f"no checkpoint of {run} can be read; `jaxops ckpt verify {run}` says why")
+    return readable
+
+
+def _saved(place: CheckpointFolder, step: int, folders: dict[int, epath.Path], readable: dict[int, Manifest]) -> Saved:
     folder, found = folders[step], readable.get(step)
     if found is None:
         try:
@@ -183,7 +211,8 @@ def _saved(step: int, folders: dict[int, epath.Path], readable: dict[int, Manife
         except Damaged as error:
             damage = [str(error)]
     else:
-        damage = list(manifest.problems(folder, found, checksums=False))
+        damage = place.problems(folder, found, checksums=False)
+    shared = {} if found is None else place.shared.files(found)
     return Saved(
         step=step,
         folder=os.fspath(folder),
@@ -194,6 +223,9 @@ def _saved(step: int, folders: dict[int, epath.Path], readable: dict[int, Manife
         latest=step == _latest(readable),
         best=step == _best(readable),
         damage=damage,
+        shared={} if found is None else found.shared,
+        shared_files=len(shared),
+        shared_bytes=sum(file.bytes for file in shared.values()),
     )
 
 
@@ -217,7 +249,9 @@ def _written(folder: epath.Path) -> dt.datetime | None:
         return None
 
 
-def _others(place: CheckpointFolder, folders: dict[int, epath.Path]) -> Iterator[tuple[str, str]]:
+def _others(
+    place: CheckpointFolder, folders: dict[int, epath.Path], readable: dict[int, Manifest]
+) -> Iterator[tuple[str, str]]:
     try:
         paths = sorted(place.path.iterdir(), key=lambda path: path.name)
     except FileNotFoundError:
@@ -225,19 +259,23 @@ def _others(place: CheckpointFolder, folders: dict[int, epath.Path]) -> Iterator
     counted = {folder.name for folder in folders.values()}
     for path in paths:
         if path.name not in counted and path.is_dir():
-            whole = (path / manifest.FILE).exists()
-            yield (
-                path.name,
-                "an older save of a step" if whole else "unfinished: a save under way, or one cut short",
-            )
+            users = [step for step in sorted(readable) if path.name in readable[step].shared.values()]
+            if users:
+                yield path.name, f"shared by step{'s' * (len(users) > 1)} {some(users)}"
+            elif not (path / manifest.FILE).exists():
+                yield path.name, "unfinished: a save under way, or one cut short"
+            elif path.name in place.shared.names():
+                yield path.name, "a shared part that no checkpoint names"
+            else:
+                yield path.name, "an older save of a step"
 
 
-def _verdict(step: int, folder: epath.Path) -> Verdict | None:
+def _verdict(place: CheckpointFolder, step: int, folder: epath.Path, known: Known) -> Verdict | None:
     files, damage, serial = {}, [], -1
     try:
         found = manifest.read(folder)
-        files, serial = found.files, found.serial
-        damage = list(manifest.problems(folder, found, checksums=True))
+        files, serial = place.files(found), found.serial
+        damage = place.problems(folder, found, checksums=True, known=known)
     except Damaged as error:
         damage = [str(error)]
     if damage and not (folder / manifest.FILE).exists():

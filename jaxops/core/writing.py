@@ -1,0 +1,106 @@
+"""One tree of arrays on its way into a folder: held when the save begins, written in the background, then committed.
+
+The commit is the manifest, written when all files are there. Held by tests/core/test_checkpoint*.py.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxops.core import manifest, orbax_io, plain, stores
+from jaxops.core.checksums import Early
+from jaxops.core.manifest import Manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+    """A folder to be written: its arrays, and its manifest but for the files.
+
+    Attributes:
+      folder: not there yet.
+      draft: the manifest, without files.
+      leaves: the arrays, none of them empty (orbax refuses those).
+      compress: by zstd.
+      checksums: read what was written and note its CRC-32.
+    """
+
+    folder: epath.Path
+    draft: Manifest
+    leaves: Mapping[plain.Path, Any]
+    compress: bool
+    checksums: bool
+
+    def hold(self, *, copied: bool, wait: bool = False) -> Callable[[], None]:
+        """Takes hold of the values now; what it returns writes them, and is run in the background.
+
+        Args:
+          copied: in copies of our own (one process), so that nothing is written before the background's turn.
+          wait: write it all now. Orbax numbers its saves for the whole process, so two must not be under way.
+        """
+
+        def save_async(tree: Any) -> Any:
+            return orbax_io.save_async(self.folder, tree, self.leaves.values(), compress=self.compress)
+
+        if copied:
+            # On CPU, orbax gets the arrays' own memory, and a step that is given them to overwrite would wait
+            # until all is written. Copies, dispatched here and not waited for, set them free.
+            for leaf in self.leaves.values():
+                if not on_cpu(leaf):
+                    leaf.copy_to_host_async()
+            copies = [plain.nest({path: _copy(leaf) for path, leaf in self.leaves.items()}, key=str)]
+            return lambda: save_async(copies.pop()).result()  # and the copies go when they are written
+        held = {path: x if isinstance(x, jax.Array) else np.array(x) for path, x in self.leaves.items()}
+        begun = save_async(plain.nest(held, key=str))  # the copy to the host is made by now
+        if wait:
+            begun.result()
+            return lambda: None
+        return begun.result
+
+    def run(self, begin: Callable[[], None], before_commit: Callable[[], None] | None, *, early: bool) -> None:
+        """In the background: the files, then on process 0 the manifest.
+
+        Args:
+          begin: what `hold` returned.
+          before_commit: called when the files are there.
+          early: commit before the files are read for their checksums; these follow in a second manifest.
+        """
+        with self._early() as known:
+            begin()
+        if jax.process_index() != 0:
+            return
+        if before_commit:
+            before_commit()
+        if early or not self.checksums:
+            files = manifest.survey(self.folder, checksums=False)
+            manifest.write(self.folder, dataclasses.replace(self.draft, files=files))
+        if self.checksums:
+            files = manifest.survey(self.folder, checksums=True, early=known)
+            manifest.write(self.folder, dataclasses.replace(self.draft, files=files))
+
+    def _early(self) -> contextlib.AbstractContextManager[Early | None]:
+        """Takes the checksums while the disk is busy, of what this process alone writes to a local folder."""
+        if stores.is_url(self.folder) or not self.checksums or jax.process_count() > 1:
+            return contextlib.nullcontext()
+        parent = pathlib.Path(self.folder.parent)
+        return Early(lambda: parent.glob(f"{self.folder.name}.orbax-checkpoint-tmp*"))
+
+
+def on_cpu(leaf: Any) -> bool:
+    """Whether an array lies in the memory of the host."""
+    return not isinstance(leaf, jax.Array) or {d.platform for d in leaf.devices()} == {"cpu"}
+
+
+def _copy(leaf: Any) -> Any:
+    """A copy that nobody else holds, on the host; of one replica, where all devices hold the same."""
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf)
+    if {d.platform for d in leaf.devices()} != {"cpu"}:
+        return np.asarray(leaf)
+    one = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+    return jax.device_put(one, one.sharding, may_alias=False)

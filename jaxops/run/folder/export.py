@@ -1,0 +1,150 @@
+"""One checkpoint, copied with all that it needs, as a folder of checkpoints that has but this one.
+
+Every sum is checked while its file is copied. The copy is made beside its place and renamed when it is whole; in an
+object store, which cannot rename, its manifest comes last. Held by tests/cli/test_ckpt_export.py.
+"""
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from etils import epath
+
+from jaxops.core import manifest, store_paths, stores
+from jaxops.core.failures import RunFailed, UserError
+from jaxops.core.manifest import Damaged, File
+from jaxops.core.stores import StoreError
+from jaxops.run.folder.saved import choose, open_saved
+
+_CHUNK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A copy of a checkpoint; `unchecked` counts files whose checksum was never written."""
+
+    step: int
+    out: str
+    files: int
+    bytes: int
+    unchecked: int
+
+
+def export_saved(run: str | os.PathLike[str], out: str | os.PathLike[str], step: int | None = None) -> Exported:
+    """Copies the checkpoint of `step`, by default the best where the run keeps it, else the one saved last.
+
+    `jaxops ckpt verify OUT` and `Checkpoints(OUT).restore(step, ...)` take the copy as they take a run's.
+
+    Raises:
+      UserError: no such run or step, something is at `out`, or a file of the checkpoint is damaged or missing.
+      RunFailed: the copy cannot be written.
+    """
+    place = open_saved(run)
+    step, found = choose(run, place, step)
+    source = place.find(step)
+    with _made(out) as folder:
+        copied: dict[str, File] = {}
+        for name in dict.fromkeys(found.shared.values()):  # the checkpoint itself comes last
+            try:
+                part = manifest.read(source.parent / name)
+            except Damaged as damage:
+                raise UserError(f"checkpoint {source} is damaged: {name}/{damage}; nothing was exported") from damage
+            _copy(source.parent / name, folder / name, part.files)
+            manifest.write(folder / name, part)
+            copied |= {f"{name}/{file}": size for file, size in part.files.items()}
+        _copy(source, folder / str(step), found.files)
+        if wrong := place.shared.problems(found, checksums=False):
+            raise UserError(f"checkpoint {source} is damaged: {wrong[0]}; nothing was exported")
+        manifest.write(folder / str(step), found)
+        copied |= found.files
+    unchecked = sum(file.crc32 is None for file in copied.values())
+    return Exported(step, os.fspath(out), len(copied), sum(file.bytes for file in copied.values()), unchecked)
+
+
+@contextlib.contextmanager
+def _made(out: str | os.PathLike[str]) -> Iterator[epath.Path]:
+    """A folder to write to, which is at `out` once the context ends well, and nowhere if it does not."""
+    target = store_paths.path(out)
+    remote = stores.is_url(out)
+    if remote:
+        stores.check(out)
+    if target.exists() or (not remote and os.path.lexists(target)):
+        raise UserError(f"there is something at {out} already: export makes a new folder")
+    folder = target if remote else target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        if not remote:
+            os.makedirs(folder)
+        yield folder
+        if not remote:
+            os.rename(folder, target)
+    except BaseException as error:
+        _remove(folder, remote)
+        if isinstance(error, OSError) and not isinstance(error, StoreError):
+            raise RunFailed(f"{out} cannot be written: {error}; nothing of it was left") from error
+        raise
+
+
+def _remove(folder: epath.Path, remote: bool) -> None:
+    if remote:
+        folder.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copy(source: epath.Path, target: epath.Path, files: Mapping[str, File]) -> None:
+    """Copies these files and no others.
+
+    Raises:
+      UserError: one is missing, is not as it was written, or would lie outside.
+    """
+    for name, expected in files.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"checkpoint {source} names a file outside of itself: {name!r}")
+        try:
+            size, crc = _copy_file(source / name, target / name)
+        except _Unreadable as error:
+            raise UserError(f"checkpoint {source} is damaged: {name}: {error}; nothing was exported") from error
+        wrong = f"{size} bytes, expected {expected.bytes}" if size != expected.bytes else ""
+        if not wrong and expected.crc32 not in (None, crc):
+            wrong = "contents were changed (CRC-32 differs)"
+        if wrong:
+            raise UserError(f"checkpoint {source} is damaged: {name}: {wrong}; nothing was exported")
+
+
+class _Unreadable(Exception):
+    """A file of the source that is not there or cannot be read."""
+
+
+def _next(file: IO[bytes]) -> bytes:
+    try:
+        return file.read(_CHUNK)
+    except StoreError:
+        raise
+    except OSError as error:
+        raise _Unreadable(f"cannot be read ({error})") from error
+
+
+def _copy_file(source: epath.Path, target: epath.Path) -> tuple[int, int]:
+    """Size and CRC-32 of what was copied."""
+    size = crc = 0
+    if not stores.is_url(target):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            read = stack.enter_context(source.open("rb"))
+        except FileNotFoundError as error:
+            raise _Unreadable("missing") from error
+        write = stack.enter_context(target.open("wb"))
+        while block := _next(read):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+            write.write(block)
+        if not stores.is_url(target):
+            write.flush()
+            os.fsync(write.fileno())
+    return size, crc
