@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxops.core.failures import UserError
-from jaxops.core.sharding import Rule
+from jaxops.core.sharding import Rule, constrain
 from jaxops.models.functional import Params
 from jaxops.models.inputs import Input, pooled
 
@@ -59,5 +59,6 @@ class Linear:
         for feature in self.inputs:
             total = total + pooled(batch, feature).astype(jnp.float32)
         if self.numeric:
-            total = total + batch["numeric"].astype(jnp.float32) @ params["numeric"].astype(jnp.float32)
+            kernel = constrain(params["numeric"].astype(jnp.float32), ("embed", None))
+            total = total + batch["numeric"].astype(jnp.float32) @ kernel
         return total[:, 0] if self.outputs == 1 else total
