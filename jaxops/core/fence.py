@@ -73,7 +73,8 @@ def unconstrained_kernels(
     with jax.set_mesh(mesh):
         traced = jax.make_jaxpr(jax.sharding.auto_axes(arrays, out_sharding=PartitionSpec()))(params, *args)
     kernels = [_Value(kernels=frozenset({path} & split.keys())) for path, _ in named_leaves(params)]
-    others = [_Value(data=not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)) for x in jax.tree.leaves(args)]
+    key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    others = [_Value(data=x.size > 1 and not key(x)) for x in jax.tree.leaves(args)]
     walk = _Walk()
     walk.run(traced.jaxpr, [*kernels, *others])
     return [Unconstrained(path, split[path], product, where) for path, product, where in walk.found]

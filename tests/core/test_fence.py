@@ -1,4 +1,4 @@
-"""Kernels that lie over fsdp when they are multiplied are named, whatever lies between; XLA's wrong gradients are real."""
+"""Kernels that lie over fsdp when they are multiplied are named, whatever lies between; wrong gradients are real."""
 
 import functools
 
@@ -140,9 +140,8 @@ def test_a_kernel_that_is_multiplied_as_it_lies_is_named(case):
 def test_layers_that_a_scan_cuts_out_are_named_once():
     mesh = mesh_of(**CUBE)
     found = unconstrained_kernels(in_a_scan, PARAMS, BATCH, mesh=mesh, placed=place(PARAMS, RULES, mesh))
-    assert [(one.path, one.spec, one.product) for one in found] == [
-        ("layers", P(None, "fsdp", "tensor"), "dot_general")
-    ]
+    (one,) = found
+    assert (one.path, one.spec, one.product) == ("layers", P(None, "fsdp", "tensor"), "dot_general")
     assert "test_fence.py:" in one.where and "layer" in one.where
 
 
