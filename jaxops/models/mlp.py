@@ -11,8 +11,9 @@ from jaxops.core.sharding import Rule, constrain
 from jaxops.models.dense import Dense
 
 MLP_RULES: list[Rule] = [(r"layer_\d+/kernel$", (None, "tensor")), (r"kernel$", ()), (r"bias$", ())]
-"""Nothing is split over fsdp: with kernels on ("fsdp", "tensor"), jax 0.10.2 on CPU computed wrong updates for some
-widths on meshes with a third axis, marked activations or not. These kernels are small beside the tables."""
+"""Nothing is split over fsdp: these kernels are small beside the tables. A config may split them (`sharding.rules`):
+they are gathered over fsdp where they are used. (Before they were, jax computed wrong updates of such kernels for some
+widths on meshes with a third axis.)"""
 
 
 class Mlp(nnx.Module):

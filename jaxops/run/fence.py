@@ -56,7 +56,7 @@ def _seen(task: Task, mesh: Mesh, tables: EmbeddingTables | None, batch: Batch |
         whole = jax.tree.map(lambda x: _shape(x.shape, x), planned)
     else:
         size = task.config.batch.global_
-        whole = {name: _shape((size, *x.shape[1:]), x) for name, x in task.source.batch(0, 1).items()}
+        whole = jax.tree.map(lambda x: _shape((size, *x.shape[1:]), x), dict(task.source.batch(0, 1)))
     for extra in task.extras.values():
         if (read := extra.read) is not None:
             whole |= jax.eval_shape(lambda p, batch, e=extra, r=read: r(e.init(p), batch), task.model.shapes, whole)

@@ -45,7 +45,7 @@ def bare_scores(model):
 def test_a_users_own_loss_is_refused():
     task, mesh = rec_task(bare_scores), make_mesh(fsdp=8)
     batch = task.source.batch(0, 32)
-    with pytest.raises(UserError, match=r"  item/embedding \(-, fsdp\) reaches dot_general at .*test_fence.py:"):
+    with pytest.raises(UserError, match=r"  item/embedding \(-, fsdp\) reaches dot_general at .*test_task_fence.py:"):
         require_constrained_kernels(task, mesh, batch=batch)
     require_constrained_kernels(task, make_mesh(data=4, tensor=2), batch=batch)
     off = dataclasses.replace(task, rules=[("^item/embedding$", ("tensor",)), *task.rules])
