@@ -143,12 +143,18 @@ def _resolved(name: str) -> dict[str, Any]:
 
 
 def shardings(args: argparse.Namespace) -> int:
-    """`jaxops shardings CONFIG`: parameter, shape, spec, bytes a device; tables, their placement and its runner-up."""
+    """`jaxops shardings CONFIG`: parameter, shape, spec, bytes a device; tables, their placement and its runner-up.
+
+    Raises:
+      UserError: after all of it, where kernels are multiplied as they lie over fsdp (core/fence.py).
+    """
     import dataclasses
     import math
 
+    from jaxops.core.fence import refuse_unconstrained
     from jaxops.core.mesh import describe_devices, make_mesh
     from jaxops.core.sharding import place
+    from jaxops.run.fence import find_unconstrained
     from jaxops.run.training import tables_on
     from jaxops.tables.explain import costs
 
@@ -157,10 +163,14 @@ def shardings(args: argparse.Namespace) -> int:
     placed = place(task.model.shapes, task.rules, mesh)
     tables = tables_on(task, mesh)
     laid = costs(tables, task.tables) if tables else []
+    unconstrained = find_unconstrained(task, mesh, tables)
     if args.json:
         padding = task.model.padding
         rows = [{**dataclasses.asdict(p), "spec": list(p.spec), "padding": padding.get(p.path)} for p in placed]
-        print_json({"mesh": dict(mesh.shape), "parameters": rows, "tables": [dataclasses.asdict(one) for one in laid]})
+        bare = [{"path": one.path, "product": one.product, "where": one.where} for one in unconstrained]
+        tables_laid = [dataclasses.asdict(one) for one in laid]
+        print_json({"mesh": dict(mesh.shape), "parameters": rows, "tables": tables_laid, "unconstrained_kernels": bare})
+        refuse_unconstrained(unconstrained)
         return EXIT_OK
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     table = [("parameter", "shape", "spec", "bytes a device", "dropped or padded")]
@@ -174,6 +184,7 @@ def shardings(args: argparse.Namespace) -> int:
     print("\n".join(aligned(table, right=(3,))))
     if laid:
         print("\n".join(["", *_tables(laid)]))
+    refuse_unconstrained(unconstrained)
     return EXIT_OK
 
 

@@ -12,6 +12,7 @@ from jaxops.config.part import Part
 from jaxops.core.failures import UserError
 from jaxops.core.random import example_keys
 from jaxops.core.sharding import Rule
+from jaxops.models.dense import Dense
 from jaxops.models.functional import Functional, Params
 from jaxops.models.heads import Heads
 from jaxops.models.inputs import ExampleFeatures, Input, gathered
@@ -57,8 +58,8 @@ class _Cross(nnx.Module):
     def __init__(self, width: int, rank: int | None, *, rngs: nnx.Rngs):
         init = nnx.initializers.glorot_normal()
         if rank is not None:
-            self.down = nnx.Linear(width, rank, use_bias=False, kernel_init=init, rngs=rngs)
-        self.up = nnx.Linear(rank or width, width, kernel_init=init, rngs=rngs)
+            self.down = Dense(width, rank, ("embed", None), bias=False, kernel_init=init, rngs=rngs)
+        self.up = Dense(rank or width, width, (None, "embed"), kernel_init=init, rngs=rngs)
         self.low = rank is not None
 
     def __call__(self, first: Array, x: Array) -> Array:

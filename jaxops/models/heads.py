@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxops.core.sharding import constrain
 from jaxops.models.mlp import Mlp
 
 
@@ -17,7 +18,7 @@ class Logit(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((1,)))
 
     def __call__(self, x: Float[Array, "batch width"]) -> Float[Array, " batch"]:
-        product = jnp.matmul(x, self.kernel[...], preferred_element_type=jnp.float32)
+        product = jnp.matmul(x, constrain(self.kernel[...], ("embed", None)), preferred_element_type=jnp.float32)
         return product[:, 0] + self.bias[...].astype(jnp.float32)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxops.config.part import Part
 from jaxops.core.failures import UserError
-from jaxops.core.sharding import Rule
+from jaxops.core.sharding import Rule, constrain
 from jaxops.models.functional import Params
 from jaxops.models.inputs import ExampleFeatures, Input, pooled
 
@@ -71,5 +71,6 @@ class Linear:
         for feature in self.inputs:
             total = total + pooled(batch, feature).astype(jnp.float32)
         if self.numeric:
-            total = total + batch["numeric"].astype(jnp.float32) @ params["numeric"].astype(jnp.float32)
+            kernel = constrain(params["numeric"].astype(jnp.float32), ("embed", None))
+            total = total + batch["numeric"].astype(jnp.float32) @ kernel
         return total[:, 0] if self.outputs == 1 else total

@@ -8,10 +8,12 @@ from jaxtyping import Array, Float, Key
 
 from jaxops.core.random import dropout
 from jaxops.core.sharding import Rule, constrain
+from jaxops.models.dense import Dense
 
 MLP_RULES: list[Rule] = [(r"layer_\d+/kernel$", (None, "tensor")), (r"kernel$", ()), (r"bias$", ())]
-"""Nothing is split over fsdp: with kernels on ("fsdp", "tensor"), jax 0.10.2 on CPU computed wrong updates for some
-widths on meshes with a third axis, marked activations or not. These kernels are small beside the tables."""
+"""Nothing is split over fsdp: these kernels are small beside the tables. A config may split them (`sharding.rules`):
+they are gathered over fsdp where they are used. (Before they were, jax computed wrong updates of such kernels for some
+widths on meshes with a third axis.)"""
 
 
 class Mlp(nnx.Module):
@@ -20,12 +22,12 @@ class Mlp(nnx.Module):
     def __init__(self, width: int, hidden: Sequence[int], rate: float, *, last: int | None = None, rngs: nnx.Rngs):
         self.rate, self.depth, self.last = rate, len(hidden), last is not None
         for at, size in enumerate(hidden):
-            layer = nnx.Linear(width, size, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+            layer = Dense(width, size, ("embed", "mlp"), kernel_init=nnx.initializers.he_normal(), rngs=rngs)
             setattr(self, f"layer_{at}", layer)
             width = size
         self.width = width if last is None else last
         if last is not None:
-            self.out = nnx.Linear(width, last, kernel_init=nnx.initializers.glorot_normal(), rngs=rngs)
+            self.out = Dense(width, last, (None, "embed"), kernel_init=nnx.initializers.glorot_normal(), rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch width"], keys: Key[Array, " batch"] | None = None, site: int = 0

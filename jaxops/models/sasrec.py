@@ -196,7 +196,10 @@ class SASRec:
         return total
 
     def item_vectors(self, params: Params) -> Float[Array, "rows dim"]:
-        """The item matrix, padding rows included (row 0 and rows above n_items)."""
+        """The item matrix as it is stored, padding rows included (row 0 and rows above n_items).
+
+        Whoever multiplies by it, or reads rows, gathers it over fsdp first: `constrain(matrix, ("vocab", "embed"))`.
+        """
         return params["catalogue"] if self.config.inputs else params["item"]["embedding"]
 
     def real_rows(self) -> Bool[Array, " rows"]:
@@ -212,7 +215,10 @@ class SASRec:
 
     def logits(self, params: Params, hidden: Float[Array, "... dim"]) -> Float[Array, "... rows"]:
         """Scores of every item for these states, float32, padding rows at -1e9."""
-        vectors = self.item_vectors(params)  # float32 out of the product itself: rounded scores would tie
+        vectors = self.item_vectors(params)
+        if not self.config.inputs:  # else it is no parameter: what evaluation made lies where that put it
+            vectors = constrain(vectors, ("vocab", "embed"))
+        # float32 out of the product itself: rounded scores would tie
         scores = jnp.einsum("...d,vd->...v", hidden, vectors, preferred_element_type=jnp.float32)
         rows = self.real_rows().reshape((1,) * (scores.ndim - 1) + (-1,))
         return jnp.where(rows, scores, jnp.asarray(-1e9, jnp.float32))

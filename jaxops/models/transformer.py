@@ -1,4 +1,4 @@
-"""A small causal transformer block with per-example dropout; activations are marked by logical names."""
+"""A small causal transformer block with per-example dropout; activations and kernels are marked by logical names."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxops.core.random import dropout
 from jaxops.core.sharding import Rule, constrain
+from jaxops.models.dense import Dense
 
 BLOCK_RULES: list[Rule] = [
     (r"attention/(query|key|value)/kernel$", ("fsdp", "tensor")),
@@ -40,10 +41,10 @@ class Attention(nnx.Module):
 
     def __init__(self, dim: int, heads: int, rate: float, *, rngs: nnx.Rngs):
         self.heads, self.rate = heads, rate
-        self.query = nnx.Linear(dim, dim, kernel_init=_normal, rngs=rngs)
-        self.key = nnx.Linear(dim, dim, kernel_init=_normal, rngs=rngs)
-        self.value = nnx.Linear(dim, dim, kernel_init=_normal, rngs=rngs)
-        self.out = nnx.Linear(dim, dim, kernel_init=_normal, rngs=rngs)
+        self.query = Dense(dim, dim, ("embed", "heads"), kernel_init=_normal, rngs=rngs)
+        self.key = Dense(dim, dim, ("embed", "heads"), kernel_init=_normal, rngs=rngs)
+        self.value = Dense(dim, dim, ("embed", "heads"), kernel_init=_normal, rngs=rngs)
+        self.out = Dense(dim, dim, ("heads", "embed"), kernel_init=_normal, rngs=rngs)
 
     def __call__(
         self,
@@ -70,8 +71,8 @@ class Mlp(nnx.Module):
     """Two linear layers with GELU between."""
 
     def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs):
-        self.up = nnx.Linear(dim, hidden, kernel_init=_normal, rngs=rngs)
-        self.down = nnx.Linear(hidden, dim, kernel_init=_normal, rngs=rngs)
+        self.up = Dense(dim, hidden, ("embed", "mlp"), kernel_init=_normal, rngs=rngs)
+        self.down = Dense(hidden, dim, ("mlp", "embed"), kernel_init=_normal, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
         return self.down(constrain(jax.nn.gelu(self.up(x)), ("batch", "length", "mlp")))

@@ -13,6 +13,7 @@ from jaxops.core.mesh import batch_shards
 from jaxops.core.optimizer import build_optimizer, ema
 from jaxops.core.state import State
 from jaxops.core.step import TrainStep, build_step, init_state
+from jaxops.run.fence import require_constrained_kernels
 from jaxops.run.task import Task
 from jaxops.tables.explain import require_room
 from jaxops.tables.spec import check_specs, stack
@@ -52,7 +53,8 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> Training:
     """What trains a task on this mesh.
 
     Raises:
-      UserError: the batch does not divide over mesh and microbatches, or the config does not fit the model.
+      UserError: the batch does not divide over mesh and microbatches, the config does not fit the model, or parameters
+        are multiplied as they lie over fsdp.
     """
     config = task.config
     problems = config.mesh_problems(mesh.shape)
@@ -72,6 +74,7 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> Training:
     tx = build_optimizer(config.optimizer, task.steps)
     extras = {**task.extras, **({"ema": ema(config.optimizer.ema)} if config.optimizer.ema else {})}
     tables = tables_on(task, mesh)
+    require_constrained_kernels(task, mesh, tables)
     update = build_step(
         task.objective,
         tx,

@@ -100,6 +100,36 @@ def test_shardings_says_which_axes_were_dropped(folder, capsys):
     assert rows["block_0/mlp/up/kernel"] == ["12 x 48", "replicated", "2,304", "fsdp does not divide 12"]
 
 
+OWN_SCORES = """
+def bare(model):
+    def objective(params, batch, key):
+        scores = jnp.einsum("bld,vd->blv", model.encode(params, batch, key), params["item"]["embedding"])
+        logp = jnp.take_along_axis(jax.nn.log_softmax(scores), batch["targets"][..., None], axis=-1)[..., 0]
+        return {"loss/own": jx.Sum.of(-logp, batch["weight"])}
+    return objective
+"""
+
+
+@pytest.mark.latest
+def test_a_kernel_that_is_multiplied_as_it_lies_over_fsdp_is_refused(folder, capsys):
+    """By `shardings`, after the table, and by `train`, before anything is written."""
+    losses = Path("ownpkg/losses.py")
+    losses.write_text(losses.read_text() + OWN_SCORES)
+    own = ["my.yaml", "objective={fn: ownpkg.losses:bare}"]
+    assert main(["shardings", *own, "mesh={data: 2, fsdp: 2, tensor: 2}"]) == 2
+    told = capsys.readouterr()
+    assert cells(told.out)["item/embedding"][:2] == ["128 x 8", "tensor, fsdp"]
+    assert "  item/embedding (tensor, fsdp) reaches dot_general at " in told.err and "losses.py:" in told.err
+    assert 'jaxops.constrain(kernel, ("embed", "mlp"))' in told.err and "Traceback" not in told.err
+    assert main(["shardings", *own, "mesh={data: 2, fsdp: 4}", "--json"]) == 2
+    (bare,) = json.loads(capsys.readouterr().out)["unconstrained_kernels"]
+    assert bare["path"] == "item/embedding" and bare["product"] == "dot_general" and "losses.py:" in bare["where"]
+    assert read(capsys, "shardings", *own, "mesh={data: 8}")["unconstrained_kernels"] == []
+    assert main(["train", *own, "mesh={data: 2, fsdp: 4}"]) == 2
+    assert "item/embedding (-, fsdp) reaches dot_general" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def test_data_list_and_get(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("JAXOPS_CACHE", str(tmp_path))
     out = said(capsys, "data", "list")

@@ -1,13 +1,18 @@
 """`jaxops.testing.check` passes what is right and names the layouts where an objective is not."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import Rows, regression, regression_task
+from toys import Regression, Rows, init, predict, regression, regression_task
 
 from jaxops import testing
+from jaxops.core.failures import UserError
 from jaxops.core.random import example_keys
+from jaxops.core.sharding import named_leaves
+from jaxops.core.step import Extra
 from jaxops.core.sums import Sum
 from jaxops.testing import check, compare
 
@@ -93,3 +98,97 @@ def test_too_few_devices(monkeypatch):
     monkeypatch.setattr(testing.jax, "devices", lambda *kind: few)
     with pytest.raises(RuntimeError, match="needs 8 CPU devices"):
         compare(regression_task())
+
+
+def frozen_config(*frozen, compute="float32"):
+    """As much of a config as `check` reads."""
+    section = types.SimpleNamespace
+    return section(optimizer=section(frozen=frozen), precision=section(compute=compute))
+
+
+class WithCodes(Regression):
+    """A model with a leaf that cannot be differentiated: a bias as int8 codes."""
+
+    shapes = {**Regression.shapes, "codes": jax.ShapeDtypeStruct((8,), jnp.int8)}
+
+    def init(self, key):
+        return {**init(key), "codes": jnp.arange(8, dtype=jnp.int8)}
+
+
+def regression_with_codes(params, batch, key):
+    shift = 0.01 * params["codes"].astype(jnp.float32)
+    return regression(params, batch | {"y": batch["y"] + shift[None]}, key)
+
+
+def test_what_the_config_freezes_is_held_out():
+    task = regression_task(regression_with_codes, model=WithCodes(), config=frozen_config("codes", "up/kernel"))
+    (found,) = check(task, [{"data": 8}], (4,), steps=1)
+    assert 0 < found.gradient < 1e-6
+    seen = testing._run(task, {"data": 1}, 1, [task.source.batch(0, 32)], 32)
+    assert {path for path, _ in named_leaves(seen.grads)} == {"up/bias", "down/kernel", "down/bias"}
+    with pytest.raises(TypeError, match="int8"):
+        check(regression_task(regression_with_codes, model=WithCodes()), [{"data": 8}], (4,), steps=1)
+
+
+def in_its_dtype(params, batch, key):
+    """The sum of the squares is kept in the parameters' dtype: eight bits of hundreds of entries."""
+    dtype = params["up"]["kernel"].dtype
+    error = (predict(params, batch["x"].astype(dtype)) - batch["y"].astype(dtype)) ** 2
+    terms = jnp.concatenate([error * batch["weight"].astype(dtype)[:, None]] * 8, axis=1).reshape(-1)
+    total = jax.lax.scan(lambda total, term: (total + jax.nn.relu(term - 0.001 * total), None), terms[0], terms)[0]
+    return {"loss/mse": Sum(total.astype(jnp.float32), jnp.sum(batch["weight"]))}
+
+
+def test_bfloat16_where_it_is_asked_for_or_computed_in():
+    asked = check(regression_task(), bfloat16=True, **QUICK)
+    assert [(case.accumulation, case.compute) for case in asked] == [(1, "float32"), (4, "float32"), (1, "bfloat16")]
+    assert 1e-4 < asked[-1].gradient < testing.BFLOAT16 / 4 and asked[-1].parameter > 1e-5
+    config = frozen_config(compute="bfloat16")
+    assert check(regression_task(config=config), [{"data": 8}], (1,), steps=1)[-1].compute == "bfloat16"
+    assert len(check(regression_task(config=config), [{"data": 8}], (1,), steps=1, bfloat16=False)) == 1
+
+
+def test_what_bfloat16_spoils_is_told_apart():
+    with pytest.raises(AssertionError) as caught:
+        check(regression_task(in_its_dtype), [{"data": 1}], (1,), steps=1, bfloat16=True)
+    text = str(caught.value)
+    assert "{'data': 1} x 1 in bfloat16: gradient " in text and "cast to float32 before what adds up" in text
+    assert "x 1: gradient" not in text
+
+
+def test_an_entry_that_nobody_gives_is_told_in_words():
+    def corrected(params, batch, key):
+        return regression(params, batch | {"y": batch["y"] - batch["log_q"][:, None]}, key)
+
+    with pytest.raises(UserError) as caught:
+        check(regression_task(corrected), **QUICK)
+    text = str(caught.value)
+    assert "asks for 'log_q', which its batch has not (there are: id, odd, weight, x, y)" in text
+    assert "(down, up)" in text and "Task.extras (there are: none)" in text
+    given = Extra(
+        init=lambda params: jnp.zeros(()),
+        update=lambda value, params, sums, step, batch: value + 1,
+        read=lambda value, batch: {"log_q": jnp.broadcast_to(value, batch["weight"].shape)},
+    )
+    (found,) = check(regression_task(corrected, extras={"seen": given}), [{"data": 8}], (4,), steps=2)
+    assert found.gradient < 1e-6
+    with pytest.raises(KeyError, match="up"):  # it is there: something else went wrong, in python's own words
+        check(regression_task(lambda params, batch, key: params["up"]["up"]), **QUICK)
+
+
+class Pairs(Rows):
+    """Bradley-Terry: an example is two rows, of which the first was preferred."""
+
+    def batch(self, cursor, size):
+        rng = np.random.default_rng(cursor)
+        x = rng.normal(size=(size, 2, 8)).astype(np.float32)
+        return {"id": np.arange(cursor, cursor + size, dtype=np.int32), "x": x, "weight": np.ones(size, np.float32)}
+
+
+def bradley_terry(params, batch, key):
+    score = predict(params, batch["x"].reshape(-1, 8))[:, 0].reshape(-1, 2)
+    return {"loss/preferred": Sum.of(jax.nn.softplus(score[:, 1] - score[:, 0]), batch["weight"])}
+
+
+def test_an_example_may_be_two_rows():
+    assert all(case.gradient < 1e-6 for case in check(regression_task(bradley_terry, Pairs()), **QUICK))
