@@ -139,7 +139,7 @@ def slow_objective(trips: int):
 
 def seconds_to_stop(devices: int, stops: int) -> dict[str, Any]:
     """From SIGTERM to a saved checkpoint: the median, in seconds and in steps, and the step that it was measured by."""
-    mesh, tx = make_mesh(devices=jax.devices()[:devices]), optax.sgd(0.1)
+    mesh, tx = make_mesh(data=devices, devices=jax.devices()[:devices]), optax.sgd(0.1)
     rng = np.random.default_rng(0)
     batch = {
         "x": rng.normal(size=(ROWS, FEATURES)).astype(np.float32),
