@@ -8,14 +8,21 @@ Short blocks of all four take turns, so that what else the machine does meets al
 the differences within a turn; `least_overhead_us` is that between the quickest blocks of each, which a busy machine
 disturbs less.
 
-    python benchmarks/loop_overhead.py [--blocks 200] [--steps 250]
+`stop` is another matter: seconds from SIGTERM to a saved checkpoint, with steps of about half a second of real work on
+the device, and the same in steps. It is measured on one device and on eight (virtual, in a process of their own).
+
+    python benchmarks/loop_overhead.py [--blocks 200] [--steps 250] [--stops 3]
 """
 
 import argparse
-import itertools
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +34,8 @@ import numpy as np
 import optax
 
 import jaxops
+from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.interrupt import Interrupt
 from jaxops.core.loop import Window, run_loop
 from jaxops.core.mesh import batch_sharding, make_mesh
 from jaxops.core.step import build_step, init_state
@@ -35,6 +44,7 @@ from jaxops.core.writers import JsonlWriter
 
 ROWS, FEATURES, TARGETS = 8, 16, 8
 WINDOW = 50
+STEP_SECONDS = 0.5
 
 
 def objective(params, batch, key):
@@ -79,7 +89,7 @@ def measure(steps: int, blocks: int, folder: Path) -> dict[str, list[float]]:
             return per_step(run, each)
 
         def on_window(window: Window) -> dict[str, Any]:
-            values = window.values(ROWS, {})
+            values = window.values({})
             writer.write(window.last, {k: v for k, v in values.items() if isinstance(v, float)})
             return values
 
@@ -89,7 +99,7 @@ def measure(steps: int, blocks: int, folder: Path) -> dict[str, list[float]]:
                 ended = run_loop(
                     step,
                     state,
-                    itertools.repeat(each),
+                    lambda cursor, size: each,
                     mesh,
                     start=0,
                     cursor=0,
@@ -115,11 +125,91 @@ def measure(steps: int, blocks: int, folder: Path) -> dict[str, list[float]]:
     return times
 
 
+def slow_objective(trips: int):
+    """Least squares after `trips` products of large matrices, which the answer needs but hardly notices."""
+
+    def objective(params, batch, key):
+        square = jnp.eye(512) + 1e-6 * params["w"][0, 0]
+        square = jax.lax.fori_loop(0, trips, lambda _, x: x @ x, jax.lax.stop_gradient(square))
+        error = batch["x"] @ params["w"] - batch["y"] + 1e-9 * square[0, 0]
+        return {"loss/mse": Sum.of(jnp.square(error))}
+
+    return objective
+
+
+def seconds_to_stop(devices: int, stops: int) -> dict[str, Any]:
+    """From SIGTERM to a saved checkpoint: the median, in seconds and in steps, and the step that it was measured by."""
+    mesh, tx = make_mesh(data=devices, devices=jax.devices()[:devices]), optax.sgd(0.1)
+    rng = np.random.default_rng(0)
+    batch = {
+        "x": rng.normal(size=(ROWS, FEATURES)).astype(np.float32),
+        "y": rng.normal(size=(ROWS, TARGETS)).astype(np.float32),
+    }
+    with jax.set_mesh(mesh):
+
+        def timed(step, steps: int) -> float:
+            state, window = step(init_state(init, jax.random.key(0), tx, mesh, []), batch)
+            jax.block_until_ready(window)
+            began = time.perf_counter()
+            for _ in range(steps):
+                state, window = jax.block_until_ready(step(state, batch, window))
+            return (time.perf_counter() - began) / steps
+
+        trips = 20
+        while (took := timed(build_step(slow_objective(trips), tx, mesh), 2)) < STEP_SECONDS / 2:
+            trips = max(int(trips * min(STEP_SECONDS / took, 10)), trips + 1)
+        step = build_step(slow_objective(trips), tx, mesh)
+        found = []
+        for stop in range(stops):
+            interrupt, asked = Interrupt(), [0.0]
+
+            def ask(asked: list[float] = asked) -> None:
+                asked[0] = time.perf_counter()
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            each = timed(step, 3)
+            timer = threading.Timer(each * (6 + stop / stops), ask)
+            with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints, interrupt.installed():
+                state = init_state(init, jax.random.key(0), tx, mesh, [])
+                timer.start()
+                ended = run_loop(
+                    step,
+                    state,
+                    lambda cursor, size: batch,
+                    mesh,
+                    start=0,
+                    cursor=0,
+                    steps=10**6,
+                    batch_size=ROWS,
+                    window=WINDOW,
+                    poll=interrupt,
+                )
+                checkpoints.save(ended.step, ended.state, {"cursor": ended.cursor}, wait=True)
+                seconds = time.perf_counter() - asked[0]
+            found.append((seconds, seconds / each, each))
+    seconds, steps, each = (round(statistics.median(column), 2) for column in zip(*found, strict=True))
+    return {"seconds": seconds, "steps": steps, "most_steps": round(max(f[1] for f in found), 2), "step_s": each}
+
+
+def stop_on(devices: int, stops: int) -> dict[str, Any]:
+    """`seconds_to_stop` in a process of its own, with that many virtual devices."""
+    command = [sys.executable, __file__, "--stops", str(stops), "--stop-on", str(devices)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=200)
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--stops", type=int, default=3, help="how often a run is stopped; 0 leaves it out")
+    parser.add_argument("--stop-on", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.stop_on:
+        jaxops.use_cpu_devices(args.stop_on)
+        print(json.dumps(seconds_to_stop(args.stop_on, args.stops)))
+        return
     with tempfile.TemporaryDirectory() as folder:
         times = measure(args.steps, args.blocks, Path(folder))
 
@@ -140,6 +230,7 @@ def main() -> None:
                     for where in ("numpy", "device")
                 },
                 "us_per_step": median,
+                "stop": {f"{n} devices": stop_on(n, args.stops) for n in (1, 8)} if args.stops else None,
                 "min_max_us": {name: [round(min(v), 1), round(max(v), 1)] for name, v in times.items()},
                 "versions": {"jax": jax.__version__, "jaxops": jaxops.__version__},
             }

@@ -5,7 +5,8 @@ global batch. Counts come first in a pass of their own (XLA removes the model fr
 cannot change an update. Held by tests/property/test_layouts.py.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -102,10 +103,16 @@ def microbatches(batch: Batch, count: int, block: int) -> Batch:
     """[batch, ...] to [count, batch / count, ...], never splitting a block of `block` neighbours.
 
     Microbatch k takes every count-th block, so each device keeps its own rows and nothing moves.
+
+    Raises:
+      UserError: the batch does not divide.
     """
 
     def cut(x: Array) -> Array:
         size, rest = x.shape[0], x.shape[1:]
+        if size % (count * block):
+            blocks = f" of blocks of {block}" if block > 1 else ""
+            raise UserError(f"batch: {size} examples do not divide into {count} microbatches{blocks}")
         x = x.reshape(size // (count * block), count, block, *rest)
         return jnp.moveaxis(x, 1, 0).reshape(count, size // count, *rest)
 
@@ -174,6 +181,14 @@ def _accumulated(
     def gradients(
         params: PyTree, frozen: PyTree, rows: PyTree, batch: Batch, key: Array
     ) -> tuple[Sums, PyTree, PyTree]:
+        if accumulation > 1:
+            with _told_of_blocks(batch, accumulation, block):
+                return accumulated(params, frozen, rows, batch, key)
+        return accumulated(params, frozen, rows, batch, key)
+
+    def accumulated(
+        params: PyTree, frozen: PyTree, rows: PyTree, batch: Batch, key: Array
+    ) -> tuple[Sums, PyTree, PyTree]:
         def loss(params: PyTree, rows: PyTree, micro: Batch, counts: Any) -> tuple[Array, Sums]:
             sums = run(params, frozen, rows, micro, key)
             return weighted_loss(sums, loss_counts(sums) if counts is None else counts, weights), sums
@@ -205,6 +220,20 @@ def _accumulated(
         return sums, *grads
 
     return gradients
+
+
+@contextlib.contextmanager
+def _told_of_blocks(batch: Batch, count: int, block: int) -> Iterator[None]:
+    """A shape that does not fit inside an objective comes with what the objective was given."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        size = jax.tree.leaves(batch)[0].shape[0]
+        error.add_note(
+            f"the objective was given a microbatch of {size // count} of {size} examples; one that couples neighbours"
+            f" says of how many by block= (it is {block})"
+        )
+        raise
 
 
 def _over_devices(sums: Sums, axes: tuple[str, ...]) -> Sums:

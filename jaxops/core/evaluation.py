@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from jaxops.core.accumulate import zeros_like_sums
+from jaxops.core.interrupt import Interrupted as Interrupted
 from jaxops.core.mesh import batch_axes, batch_sharding, serialise_dispatch
 from jaxops.core.sharding import Axes, logical_axes
 from jaxops.core.state import Params, State, join
@@ -17,10 +18,6 @@ from jaxops.core.sums import Sums, finalize, merge
 
 Batch = Mapping[str, Any]
 Metrics = Callable[[PyTree, Batch], Sums]
-
-
-class Interrupted(Exception):
-    """`poll` said stop in the middle of an evaluation; nothing of it is kept."""
 
 
 def on_batches(

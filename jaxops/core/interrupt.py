@@ -13,6 +13,13 @@ from jax.experimental import multihost_utils
 EXIT_NOW = 130
 
 
+class Interrupted(Exception):
+    """`poll` said stop in the middle of something, of which nothing is kept: an evaluation, or a step of the loop.
+
+    A step may raise it only before it has donated the state it was given.
+    """
+
+
 class Interrupt:
     """Whether the run is to stop, and for which signal; the second SIGINT exits at once.
 

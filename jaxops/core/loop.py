@@ -1,26 +1,29 @@
 """The one loop: steps over batches, windows of metrics fetched one late, hooks that cost nothing when not due.
 
-Between two boundaries (a window's end or a hook's turn) the loop does nothing but take a batch and call the step; it
-never waits for the device, because the window it reads at a boundary is the one before.
+Between two boundaries (a window's end or a hook's turn) the loop takes a batch, calls the step, and waits only where
+more than a few steps are under way (core/flight.py). The window it reads at a boundary is the one before. Where the
+next batch begins is what the steps so far have consumed, never a multiple of the step.
 """
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxops.core.failures import RunFailed
+from jaxops.core.failures import RunFailed, UserError
+from jaxops.core.flight import Window, Windows
+from jaxops.core.interrupt import Interrupted
 from jaxops.core.mesh import serialise_dispatch
 from jaxops.core.recovery import GoBack
 from jaxops.core.state import State
-from jaxops.core.step import Step
-from jaxops.core.sums import LOSS, Sum, Sums, finalize
+from jaxops.core.sums import Sum, Sums
+from jaxops.core.turn import Batches, Step, Turn
 
-Batch = Mapping[str, Any]
+__all__ = ["Ended", "Hook", "NonFinite", "Snapshot", "Window", "check_finite", "every", "run_loop"]
+
 NonFinite = Literal["raise", "skip", "rollback"]
 
 
@@ -65,76 +68,6 @@ def every(steps: int, fn: Callable[[Snapshot], None]) -> Hook:
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
-    """A closed window of steps (first, last], its sums (on the device until fetched) and the seconds it took.
-
-    `timed` steps took them: the first step of a process compiles and is left out.
-    """
-
-    first: int
-    last: int
-    sums: Sums
-    seconds: float
-    timed: int
-
-    def values(self, batch_size: int, loss_weights: Mapping[str, float]) -> dict[str, Any]:
-        """Host values: the objective's metrics, `loss`, examples and counted targets a second."""
-        sums = jax.tree.map(np.asarray, self.sums)  # device_get takes ten times as long for small arrays
-        out = finalize(sums)
-        counts = {n: float(s.count) for n, s in sums.items() if n.startswith(LOSS) and isinstance(s, Sum)}
-        each = self.seconds / self.timed
-        out["targets_per_s"] = max(counts.values(), default=0.0) / (self.last - self.first) / each
-        terms = [loss_weights.get(name, 1.0) * out[name] for name, count in counts.items() if count]
-        out["loss"] = sum(terms) if terms else float("nan")
-        out["examples_per_s"] = batch_size / each
-        out["step_ms"] = 1e3 * each
-        return out
-
-
-class _Windows:
-    """Windows on their way to `on_window`, and the clock between them.
-
-    A window ends when its sums are ready. Where the device is behind, that is seen at the next boundary, when they
-    are fetched; where it is not, at once. So neither running ahead nor waiting falsifies a rate.
-    """
-
-    def __init__(self, start: int, on_window: Callable[[Window], dict[str, Any]]):
-        self._on_window = on_window
-        self._opened, self._clock = start, time.perf_counter()
-        self._untimed = 0
-        self._closed: list[tuple[int, int, Sums, float]] = []
-        self._values: dict[str, Any] = {}
-
-    def compiled(self, window: int) -> None:
-        """The first step is done: the clock begins after it, unless it is a window of its own."""
-        if window > 1:
-            self._untimed, self._clock = 1, time.perf_counter()
-
-    def close(self, at: int, sums: Sums | None) -> None:
-        if sums is not None and at > self._opened:
-            self._closed.append((self._opened, at, sums, time.perf_counter()))
-        self._opened = at
-
-    def deliver(self, keep: int = 0) -> dict[str, Any]:
-        """Fetches all but the newest `keep` closed windows; the newest values."""
-        while len(self._closed) > keep:
-            first, last, sums, ended = self._closed.pop(0)
-            # A device that keeps up was done when the window was closed; one that is behind is waited for.
-            if ended <= self._clock or not _ready(sums):
-                jax.block_until_ready(sums)
-                ended = time.perf_counter()
-            seconds, self._clock = max(ended - self._clock, 1e-9), ended
-            timed, self._untimed = max(last - first - self._untimed, 1), 0
-            self._values = self._on_window(Window(first, last, sums, seconds, timed))
-        return self._values
-
-    def hooks_done(self, at: int) -> None:
-        """Where a hook flushed, nothing is under way: the next window begins now."""
-        if not self._closed and self._opened == at:
-            self._clock = time.perf_counter()
-
-
-@dataclasses.dataclass(frozen=True)
 class Ended:
     """Where and why the loop ended: `finished`, `interrupted`, or the reason a hook gave."""
 
@@ -144,39 +77,37 @@ class Ended:
     reason: str
 
 
-def _ready(sums: Sums) -> bool:
-    """Whether the device is done with them; never waits."""
-    leaves: list[Any] = [leaf for leaf in jax.tree.leaves(sums) if isinstance(leaf, jax.Array)]
-    return all(leaf.is_ready() for leaf in leaves)
-
-
 def check_finite(values: dict[str, Any], window: Window, policy: NonFinite) -> None:
-    """Turns the step's own count of non-finite steps into `skipped`, or stops the run.
+    """Turns the window's count of non-finite updates into `skipped`, or stops the run.
 
     Raises:
       RunFailed: the policy is `raise` and there was one.
       GoBack: the policy is `rollback` and there was one.
     """
     first = values.pop("nonfinite_first", float("-inf"))
-    share = values.pop("nonfinite", 0.0)
-    count = round(share * (window.last - window.first))
-    bad = int(-first) + 1 if count else 0
-    what = f"loss or gradient is not finite at step {bad} ({count} of steps {window.first + 1} to {window.last})"
-    if count and policy == "rollback":
-        raise GoBack(bad, bad, what)
-    if count and policy == "raise":
-        raise RunFailed(
-            f"{what}; the parameters were left as they were before it. Look at the batch; lower optimizer.lr or set"
-            " optimizer.clip in another run (init_from takes parameters over), or go on here with nonfinite=rollback"
-            " (back to the last checkpoint, past the batch) or nonfinite=skip"
-        )
+    values.pop("nonfinite", None)  # a share of the updates: rounding it would lose one of many
+    entry = window.sums.get("nonfinite")
+    count, updates = (round(float(entry.total)), round(float(entry.count))) if isinstance(entry, Sum) else (0, 0)
     values["skipped"] = count
+    if not count or policy == "skip":
+        return
+    bad = int(-first) + 1
+    steps = f"steps {window.first + 1} to {window.last}"
+    among = steps if updates == window.last - window.first else f"{updates} updates in {steps}"
+    what = f"loss or gradient is not finite at step {bad} ({count} of {among})"
+    if policy == "rollback":
+        raise GoBack(bad, bad, window.cursor_after(bad), what)
+    raise RunFailed(
+        f"{what}; the parameters were left as they were before it. Look at the batch; lower optimizer.lr or set"
+        " optimizer.clip in another run (init_from takes parameters over), or go on here with nonfinite=rollback"
+        " (back to the last checkpoint, past the batch) or nonfinite=skip"
+    )
 
 
 def run_loop(
     step: Step,
     state: State,
-    batches: Iterator[Batch],
+    batches: Batches,
     mesh: Mesh,
     *,
     start: int,
@@ -187,21 +118,28 @@ def run_loop(
     hooks: Sequence[Hook] = (),
     on_window: Callable[[Window], dict[str, Any]] = lambda window: {},
     poll: Callable[[], bool] = lambda: False,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> Ended:
     """Runs steps `start` + 1 to `steps`; call it inside `jax.set_mesh(mesh)`.
 
     Args:
-      batches: one global batch a step, from `cursor` on.
+      batches: `batches(cursor, size)` gives the global batch of `size` examples at a cursor.
+      cursor: where the first batch begins; it moves on by what each step consumes.
       window: steps between fetches of metrics; the window fetched is the previous one.
       on_window: gets each closed window, one boundary late or when a hook flushes, and returns the values hooks see.
-      poll: asked before every step; true ends the loop as `interrupted`.
+      poll: asked before every step; true ends the loop as `interrupted`. So does `Interrupted`, raised by a step.
+      on_step: told the number of each step before its batch is taken.
 
     A hook's error passes through, after the windows before it are delivered.
+
+    Raises:
+      UserError: the step does not keep the protocol: it does not advance `state.step` by one.
+      RunFailed: it raised `Interrupted` after it had donated its state, or donated a window.
     """
-    wait = serialise_dispatch(mesh)
     at = start
     sums: Sums | None = None
-    windows = _Windows(start, on_window)
+    windows = Windows(start, cursor, serialise_dispatch(mesh), on_window)
+    turn = Turn(batches, poll)
 
     def flush() -> dict[str, Any]:
         nonlocal sums
@@ -211,16 +149,25 @@ def run_loop(
 
     def end(reason: str) -> Ended:
         flush()
-        return Ended(state, at, cursor + (at - start) * batch_size, reason)
+        return Ended(state, at, cursor, reason)
 
     while at < steps and not poll():
         due = min((at // n + 1) * n for n in (window, *(hook.every for hook in hooks)))
         for _ in range(min(due, steps) - at):
-            state, sums = step(state, next(batches), sums, poll)  # type: ignore[arg-type]
+            on_step(at + 1)
+            before = int(state.step) if at == start else 0
+            batch = batches(cursor, batch_size)
+            turn.cursor, turn.examples, turn.updates = cursor, batch_size, 1
+            try:
+                state, sums = step(state, batch, sums, turn)
+            except Interrupted:
+                _require_intact(state, at + 1)
+                return end("interrupted")
             at += 1
-            if wait or at == start + 1:
-                jax.block_until_ready(sums)
+            cursor += int(turn.examples)
+            windows.add(sums, cursor, turn.updates)
             if at == start + 1:
+                _require_one_step(before, state)
                 windows.compiled(window)
             if poll():
                 break
@@ -228,7 +175,7 @@ def run_loop(
             windows.close(at, sums)
             sums = None
             windows.deliver(keep=1)
-        snapshot = Snapshot(at, cursor + (at - start) * batch_size, state, flush)
+        snapshot = Snapshot(at, cursor, state, flush)
         try:
             for hook in hooks:
                 if at % hook.every == 0 and not poll():
@@ -242,3 +189,29 @@ def run_loop(
         if snapshot.stop:
             return end(snapshot.stop)
     return end("finished" if at >= steps else "interrupted")
+
+
+def _require_one_step(before: int, state: State) -> None:
+    """Refuses a step that leaves `state.step` where it was, or lets its inner updates advance it.
+
+    Raises:
+      UserError: it is not one further.
+    """
+    if (moved := int(np.asarray(state.step)) - before) != 1:
+        raise UserError(
+            f"the first step moved state.step by {moved}: a step of several programs makes its inner update by"
+            " build_step(..., advance_step=False) and advances the step once, by jaxops.core.turn.advanced(state)"
+        )
+
+
+def _require_intact(state: State, step: int) -> None:
+    """Refuses an `Interrupted` that comes too late to take the step back.
+
+    Raises:
+      RunFailed: the state was donated.
+    """
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)):
+        raise RunFailed(
+            f"step {step} raised Interrupted after its first update had taken the state over: a step may give up only"
+            " before that, and must come to its end afterwards; the run goes on from its last checkpoint"
+        )

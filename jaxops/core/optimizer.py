@@ -1,12 +1,12 @@
 """Optimizers and schedules from the config, as optax chains; what is clipped, masked or frozen is decided by path.
 
-Clipping is not in the chain: the core clips, by the global norm of the dense trainables (core/step.py).
+Clipping is not in the chain: the core clips, by global norms of the dense trainables (core/clipping.py).
 """
 
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -65,12 +65,14 @@ class Common:
     """What every optimizer understands.
 
     `no_decay`, `frozen` and the keys of `lr_multipliers` are patterns searched in parameter paths; `ema` is the decay
-    of an exponential moving average of the parameters, which evaluation then uses.
+    of an exponential moving average of the parameters, which evaluation then uses. `clip` is the largest global norm of
+    the gradients, or one for each group of paths: `{"^policy/": 1.0, "^value/": 0.5, default: 1.0}` (`default`: what no
+    pattern matches; without it that is not clipped).
     """
 
     lr: float = 1e-3
     schedule: Schedule = Constant()
-    clip: float | None = 1.0
+    clip: float | Mapping[str, float] | None = 1.0
     weight_decay: float = 0.0
     no_decay: tuple[str, ...] = (r"bias$", r"scale$")
     lr_multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -82,7 +84,13 @@ class Common:
         found = []
         if self.lr <= 0:
             found.append(("lr", "expected a positive learning rate"))
-        if self.clip is not None and self.clip <= 0:
+        if isinstance(self.clip, Mapping):
+            if not self.clip:
+                found.append(("clip", "expected a norm, norms by pattern, or null for none; got an empty mapping"))
+            for pattern, norm in self.clip.items():
+                if norm <= 0:
+                    found.append((f"clip.{pattern}", f"expected a positive norm, got {norm}"))
+        elif self.clip is not None and self.clip <= 0:
             found.append(("clip", "expected a positive norm, or null for none"))
         if self.weight_decay < 0:
             found.append(("weight_decay", "expected zero or more"))
@@ -92,8 +100,10 @@ class Common:
             found.append(("schedule.warmup", "expected zero or more steps"))
         if isinstance(self.schedule, Wsd) and not 0 < self.schedule.decay <= 1:
             found.append(("schedule.decay", "expected a share of the steps in (0, 1]"))
-        for name in ("no_decay", "frozen", "lr_multipliers"):
-            found += [(name, problem) for problem in map(_no_pattern, getattr(self, name)) if problem]
+        norms = tuple(self.clip) if isinstance(self.clip, Mapping) else ()
+        named = {"no_decay": self.no_decay, "frozen": self.frozen, "lr_multipliers": self.lr_multipliers, "clip": norms}
+        for name, patterns in named.items():
+            found += [(name, problem) for problem in map(_no_pattern, patterns) if problem]
         return found
 
 
@@ -206,6 +216,8 @@ def _matches(patterns: tuple[str, ...], path: str) -> bool:
 def build_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
     """The optax chain of the config: update rule, decoupled decay, learning rate, per-path multipliers.
 
+    The rate is that of the loop's step, where `update` gets one (`step=`), as it does from `build_step`.
+
     Raises:
       UserError: (at init) a multiplier's pattern matches no parameter; (here) what `build_schedule` raises.
     """
@@ -230,10 +242,33 @@ def build_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformati
         parts.append(optax.add_decayed_weights(config.weight_decay, decayed))
     if isinstance(config, Muon) and config.adam_lr is not None:
         parts.append(_scale_adam(config, config.adam_lr / config.lr))  # after the decay: it goes at adam_lr as well
-    parts.append(optax.scale_by_learning_rate(schedule))
+    parts.append(_scale_by_schedule(schedule))
     if config.lr_multipliers:
         parts.append(_multiply(dict(config.lr_multipliers)))
     return optax.chain(*parts)
+
+
+def _scale_by_schedule(schedule: Callable[[Array], Array]) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate` at the loop's step, which `build_step` gives as the extra argument `step`.
+
+    A step that makes several updates makes all of them at one rate, and an update that was skipped shifts no schedule.
+    Without `step` updates are counted, as in optax; the state is optax's.
+    """
+
+    def init(params: PyTree) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: PyTree, state: optax.ScaleByScheduleState, params: PyTree = None, *, step: Any = None, **extra: Any
+    ) -> tuple[PyTree, optax.ScaleByScheduleState]:
+        del params, extra
+        count = state.count if step is None else step
+        rate = -1 * schedule(count)
+        scaled = jax.tree.map(lambda u: jnp.array(rate, dtype=u.dtype) * u, updates)
+        return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _is_matrix(config: Muon, path: str, x: Array) -> bool:
@@ -309,9 +344,9 @@ def ema(decay: float) -> Extra:
     def wide(params: Params) -> Params:
         return jax.tree.map(lambda p: jnp.copy(p).astype(jnp.float32), params)
 
-    def update(average: Params, params: Params, sums: Sums, step: Array, batch: Batch) -> Params:
+    def update(average: Params, params: Params, sums: Sums, updates: Array, batch: Batch) -> Params:
         del sums, batch
-        t = step.astype(jnp.float32)
+        t = updates.astype(jnp.float32)
         rate = jnp.minimum(decay, (1 + t) / (10 + t))
         return jax.tree.map(lambda a, p: a + (1 - rate) * (p.astype(jnp.float32) - a), average, params)
 

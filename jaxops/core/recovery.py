@@ -13,11 +13,14 @@ ENOUGH = 8
 
 
 class GoBack(Exception):
-    """Steps `first` to `last` shall not have been: the run is to go back to before them, and their batches are bad."""
+    """Steps `first` to `last` shall not have been: the run is to go back to before them, and their batches are bad.
 
-    def __init__(self, first: int, last: int, why: str):
+    `cursor` is where the stream of examples goes on after them.
+    """
+
+    def __init__(self, first: int, last: int, cursor: int, why: str):
         super().__init__(why)
-        self.first, self.last, self.why = first, last, why
+        self.first, self.last, self.cursor, self.why = first, last, cursor, why
 
 
 class Spikes:

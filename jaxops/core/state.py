@@ -1,11 +1,13 @@
 """State is a value: everything a step reads and writes, as one pytree of plain dicts and arrays."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from jaxops.core.failures import UserError
@@ -18,7 +20,11 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What is trained and what training remembers; `step` counts updates (int32)."""
+    """What is trained and what training remembers.
+
+    `step` counts steps of the loop, `updates` those of the optimizer (both int32). In supervised training they are the
+    same; a step of PPO makes many updates. Schedules and checkpoints read `step`, keys of an update read `updates`.
+    """
 
     params: Params
     frozen: Params
@@ -26,6 +32,7 @@ class State:
     opt_state: PyTree
     extra: dict[str, PyTree]
     step: Int[Array, ""]
+    updates: Int[Array, ""]
 
 
 def split(params: Params, frozen: Sequence[str]) -> tuple[Params, Params]:
@@ -46,7 +53,13 @@ def split(params: Params, frozen: Sequence[str]) -> tuple[Params, Params]:
     return _pick(params, lambda name: name not in held), _pick(params, lambda name: name in held)
 
 
-def _pick(tree: Params, keep: Any, prefix: str = "") -> Params:
+def select(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
+    """(leaves whose path matches one of the patterns, the rest)."""
+    matches = functools.cache(lambda name: any(re.search(pattern, name) for pattern in patterns))
+    return _pick(params, matches), _pick(params, lambda name: not matches(name))
+
+
+def _pick(tree: Params, keep: Callable[[str], bool], prefix: str = "") -> Params:
     out: Params = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
@@ -65,3 +78,13 @@ def join(params: Params, frozen: Params) -> Params:
     for key, value in frozen.items():
         out[key] = join(out[key], dict(value)) if key in out and isinstance(value, Mapping) else value
     return out
+
+
+def without_updates(state: State) -> State:
+    """The state as checkpoints held it before updates were counted apart from steps: nothing but a tree to restore."""
+    return dataclasses.replace(state, updates=None)  # type: ignore[arg-type]
+
+
+def updates_from_step(state: State) -> State:
+    """The state restored from such a checkpoint: every step had been one update."""
+    return dataclasses.replace(state, updates=jnp.copy(state.step))

@@ -6,7 +6,7 @@ optax transformation, tables by a protocol (`lookup`, `apply`) and extras (EMA, 
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -17,10 +17,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxops.core.accumulate import Batch, Objective, build_gradients, choose_reduction, zeros_like_sums
-from jaxops.core.mesh import batch_axes, batch_sharding
+from jaxops.core.clipping import Clip, clip_gradients
+from jaxops.core.clipping import global_norm as global_norm
+from jaxops.core.failures import UserError, nearest
+from jaxops.core.mesh import batch_axes, batch_sharding, serialise_dispatch
 from jaxops.core.sharding import Axes, Rule, axes_in, logical_axes, shardings
-from jaxops.core.state import Params, State, join, split
+from jaxops.core.state import Params, State, join, select, split
 from jaxops.core.sums import LOSS, Max, Sum, Sums, merge
+from jaxops.core.turn import Program as Program
+from jaxops.core.turn import Step as Step
+from jaxops.core.turn import Turn
 
 
 class Tables(Protocol):
@@ -48,38 +54,22 @@ class Tables(Protocol):
         ...
 
 
+def _unchanged(value: PyTree, *_: Any) -> PyTree:
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Extra:
-    """One entry of `State.extra`: `init(params)` and a pure `update(value, params, sums, step, batch)`.
+    """One entry of `State.extra`: `init(params)` and a pure `update(value, params, sums, updates, batch)`.
 
-    `read(value, batch)` gives entries that the objective finds in its batch, as they were before the update: statistics
-    of a group are no function of the parameters.
+    `updates` is the number of updates before this one. Without `update` the value stays until somebody else changes
+    it: a step of several programs its KL coefficient, say. `read(value, batch)` gives entries that the objective finds
+    in its batch, as they were before the update: statistics of a group are no function of the parameters.
     """
 
     init: Callable[[Params], PyTree]
-    update: Callable[[PyTree, Params, Sums, Array, Batch], PyTree]
+    update: Callable[[PyTree, Params, Sums, Array, Batch], PyTree] = _unchanged
     read: Callable[[PyTree, Batch], Mapping[str, Array]] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """One jitted piece of a step and the arguments (abstract or not) it is called with."""
-
-    name: str
-    fn: Any
-    args: tuple[Any, ...]
-
-
-class Step(Protocol):
-    """What the loop drives. A step may be several programs with host work between them (PPO)."""
-
-    def __call__(
-        self, state: State, batch: Batch, window: Sums | None = None, poll: Callable[[], bool] | None = None
-    ) -> tuple[State, Sums]:
-        """The next state, and this step's sums merged into `window` (which is donated)."""
-        ...
-
-    def programs(self, state: PyTree, batch: PyTree) -> list[Program]: ...
 
 
 def cast(tree: PyTree, dtype: Any) -> PyTree:
@@ -89,47 +79,75 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def global_norm(tree: PyTree) -> Float[Array, ""]:
-    """The Euclidean norm of all leaves together, in float32."""
-    return jnp.sqrt(sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)), jnp.float32(0)))
-
-
 def specs_of(tree: PyTree) -> PyTree:
     """The PartitionSpecs that the types of traced arrays carry."""
     return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
 
 
 class TrainStep:
-    """A supervised update as one jitted program; built by `build_step`."""
+    """An update as one jitted program; built by `build_step`.
 
-    def __init__(self, update: Callable[[State, Batch], tuple[State, Sums]], mesh: Mesh, reduction: tuple[str, str]):
-        self.mesh = mesh
+    It is the whole step of supervised training, and with `advance_step=False` the inner update of a step of several
+    programs: `state, window = update(state, minibatch, window)`.
+    """
+
+    def __init__(
+        self,
+        update: Callable[[State, Batch], tuple[State, Sums]],
+        mesh: Mesh,
+        reduction: tuple[str, str],
+        *,
+        advance_step: bool = True,
+        reads: Sequence[str] | None = None,
+    ):
+        self.mesh, self.reads = mesh, reads
         self.reduction, self.reason = reduction
         self.update = update
+        # Its collectives must not meet those of the next update: the loop waits only between steps.
+        self._waits = serialise_dispatch(mesh) and not advance_step
 
         def train_step(state: State, batch: Batch, window: Sums) -> tuple[State, Sums]:
-            state, sums = update(state, batch)
-            return state, merge(window, sums)
+            new, sums = update(state, batch)
+            if advance_step:
+                new = dataclasses.replace(new, step=state.step + 1)
+            return new, merge(window, sums)
 
-        self._jitted = jax.jit(train_step, in_shardings=(None, batch_sharding(mesh), None), donate_argnums=(0, 2))
+        # The window is not donated: the loop waits on the sums of earlier steps.
+        self._jitted = jax.jit(train_step, in_shardings=(None, batch_sharding(mesh), None), donate_argnums=0)
         self._empty: Callable[[], Sums] | None = None
 
-    def empty_window(self, state: State, batch: Batch) -> Sums:
+    def empty_window(self, state: State, batch: Mapping[str, Any]) -> Sums:
         """The identity of `merge`, on the device."""
         if self._empty is None:
-            shapes = jax.eval_shape(self.update, state, batch)[1]
+            shapes = jax.eval_shape(self.update, self._needed(state)[0], batch)[1]
             self._empty = jax.jit(lambda: zeros_like_sums(shapes), out_shardings=NamedSharding(self.mesh, P()))
         return self._empty()
 
     def __call__(
-        self, state: State, batch: Batch, window: Sums | None = None, poll: Callable[[], bool] | None = None
+        self, state: State, batch: Mapping[str, Any], window: Sums | None = None, turn: Turn | None = None
     ) -> tuple[State, Sums]:
         if window is None:
             window = self.empty_window(state, batch)
-        return self._jitted(state, batch, window)
+        if self.reads is None:
+            out: tuple[State, Sums] = self._jitted(state, batch, window)
+        else:
+            needed, unread = self._needed(state)
+            new, sums = self._jitted(needed, batch, window)
+            out = dataclasses.replace(new, frozen=join(new.frozen, unread)), sums
+        if self._waits:
+            jax.block_until_ready(out[1])
+        return out
+
+    def _needed(self, state: State) -> tuple[State, Params]:
+        """The state as the program takes it, and the frozen leaves that it has no use for."""
+        if self.reads is None:
+            return state, {}
+        read, unread = select(state.frozen, self.reads)
+        return dataclasses.replace(state, frozen=read), unread
 
     def programs(self, state: PyTree, batch: PyTree) -> list[Program]:
         """The jitted pieces with their arguments: what FLOPs, plan, audit and warm-up read."""
+        state, _ = self._needed(state)
         shapes = jax.eval_shape(self.update, state, batch)[1]
         window = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(self.mesh, P())), shapes
@@ -169,10 +187,10 @@ def init_state(
 
         opt_state, extra = jax.jit(rest)(params)
         rows = tables.init(jax.random.fold_in(key, 1)) if tables else {}
-        step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P()))
+        step, updates = (jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P())) for _ in range(2))
         # jit leaves what depends on no parameter (counters) on one device
         opt_state, extra = jax.tree.map(lambda x: _on_mesh(x, mesh), (opt_state, extra))
-    return State(params, held, rows, opt_state, extra, step)
+    return State(params, held, rows, opt_state, extra, step, updates)
 
 
 def _on_mesh(x: Array, mesh: Mesh) -> Array:
@@ -196,28 +214,43 @@ def build_step(
     accumulation: int = 1,
     block: int = 1,
     loss_weights: Mapping[str, float] | None = None,
-    clip: float | None = None,
+    clip: Clip = None,
     compute_dtype: Any = None,
     tables: Tables | None = None,
     extras: Mapping[str, Extra] | None = None,
     logical: Mapping[str, Axes] | None = None,
     replicated: bool | None = None,
+    reads: Sequence[str] | None = None,
+    advance_step: bool = True,
 ) -> TrainStep:
     """A training step for `objective(params, batch, key) -> Sums` on this mesh.
 
     Args:
       objective: pure; sees whole arrays (its axes are auto), parameters in `compute_dtype`, `key` the same for every
         microbatch of a step: per-example randomness folds in `batch["id"]`.
-      tx: gets gradients in the parameters' dtype, already clipped to the global norm `clip`.
+      tx: gets gradients in the parameters' dtype, already clipped, and the loop's step as the extra argument `step`
+        (`optax.GradientTransformationExtraArgs`): schedules count steps, however many updates a step makes.
       rules: the sharding rules the state was made with; decide, with the mesh, where gradients are reduced.
       accumulation: microbatches per step; the batch's leading dimension is divided by it, never inside a `block`.
+      clip: the largest global norm of the gradients of dense parameters, or one for each group of paths
+        (`clipping.Clip`: `{"^policy/": 1.0, "^value/": 0.5}`).
+      extras: what updates the entries of `state.extra`, by their names.
       replicated: whether all parameters are replicated, where the caller knows better than the rules.
+      reads: patterns of the paths of frozen leaves that the objective reads (default: all). Other frozen leaves are no
+        arguments of the program and stay where they are, whatever the update does: a reference model, say.
+      advance_step: whether a call is a whole step of the loop. False for the inner update of a step that makes several:
+        it advances `state.updates` and leaves `state.step` to that step.
 
-    A step whose loss or gradient is not finite changes nothing but `step`; whether the run goes on is the loop's to
-    say (`check_finite`). The metrics are the objective's own and `grad_norm`, `grad_norm_max`, `nonfinite` (a count)
-    and `nonfinite_first`.
+    An update whose loss or gradient is not finite changes nothing but `step` and `updates`; whether the run goes on is
+    the loop's to say (`check_finite`). The metrics are the objective's own and `grad_norm`, `grad_norm_max`,
+    `grad_norm/GROUP` where `clip` has groups, `nonfinite` (a count of updates) and `nonfinite_first` (negated, the step
+    of the loop, counted from zero).
+
+    Raises:
+      UserError: (when it is traced) `clip`, `extras` or the batch do not fit the state, the objective or each other.
     """
     extras = extras or {}
+    tx = optax.with_extra_args_support(tx)
     if replicated is None:
         replicated = all(mesh.shape.get(axis, 1) == 1 for _, axes in rules or () for axis in axes_in(axes))
     reduction = choose_reduction(
@@ -228,7 +261,12 @@ def build_step(
         if tables:
             batch = {**batch, "rows": cast(tables.expand(batch["rows"], batch), compute_dtype)}
         with logical_axes(logical or {}):
-            return objective(cast(join(*both), compute_dtype), batch, key)
+            try:
+                return objective(cast(join(*both), compute_dtype), batch, key)
+            except KeyError as error:
+                if reads is not None:
+                    error.add_note(f"the objective gets those frozen leaves alone that match reads={list(reads)}")
+                raise
 
     gradients = build_gradients(
         joined, mesh, accumulation=accumulation, block=block, weights=loss_weights, reduction=reduction[0]
@@ -236,12 +274,13 @@ def build_step(
 
     def update(state: State, batch: Batch) -> tuple[State, Sums]:
         batch = jax.tree.map(lambda x: jax.sharding.reshard(x, P(batch_axes(mesh))), batch)
+        _check_extras(state.extra, extras)
         batch = _with_extras(batch, state.extra, extras, mesh)
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(seed), state.updates)
         rows = tables.lookup(state.tables, batch) if tables else None
         examples = {name: x for name, x in batch.items() if name != "plan"}
         sums, grads, row_grads = gradients(state.params, state.frozen, rows, examples, key)
-        grads, norm = _clipped(grads, clip)
+        grads, norm, norms = clip_gradients(grads, clip)
         finite = _finite(sums, norm, row_grads)
 
         def keep(new: PyTree, old: PyTree) -> PyTree:
@@ -254,13 +293,34 @@ def build_step(
             tables.apply(state.tables, batch, row_grads, finite) if tables else state.tables,
             keep(opt_state, state.opt_state),
             keep(_remembered(extras, state, params, sums, batch), state.extra),
-            state.step + 1,
+            state.step,
+            state.updates + 1,
         )
-        sums = {**sums, "grad_norm": Sum.of(norm), "grad_norm_max": Max(norm)}
+        sums = {**sums, **norms}
         sums = keep(sums, zeros_like_sums(sums)) | _counted(finite, state.step)
         return new, sums | (tables.metrics(batch) if tables else {})
 
-    return TrainStep(update, mesh, reduction)
+    return TrainStep(update, mesh, reduction, advance_step=advance_step, reads=reads)
+
+
+def _check_extras(values: Mapping[str, PyTree], extras: Mapping[str, Extra]) -> None:
+    """Refuses entries of `state.extra` that nothing updates, and the other way round.
+
+    Raises:
+      UserError: the names differ.
+    """
+    for name in values:
+        if name not in extras:
+            raise UserError(
+                f"state.extra[{name!r}] is not among build_step(extras=...) (there: {', '.join(extras) or 'none'})"
+                f"{nearest(name, extras)}; an entry that only a step of your own changes is registered as Extra(init)"
+            )
+    for name in extras:
+        if name not in values:
+            raise UserError(
+                f"extras[{name!r}] is not in state.extra (there: {', '.join(values) or 'none'}){nearest(name, values)};"
+                " init_state takes the same extras as build_step"
+            )
 
 
 def _with_extras(batch: Batch, values: Mapping[str, PyTree], extras: Mapping[str, Extra], mesh: Mesh) -> Batch:
@@ -272,15 +332,6 @@ def _with_extras(batch: Batch, values: Mapping[str, PyTree], extras: Mapping[str
     return batch
 
 
-def _clipped(grads: PyTree, clip: float | None) -> tuple[PyTree, Float[Array, ""]]:
-    """Gradients of a global norm of `clip` at the most, and the norm that they had."""
-    norm = global_norm(grads)
-    if clip is None:
-        return grads, norm
-    scale = clip / jnp.maximum(norm, clip)
-    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), norm
-
-
 def _finite(sums: Sums, norm: Float[Array, ""], row_grads: PyTree) -> Bool[Array, ""]:
     """Whether all gradients and all terms of the loss are."""
     finite = jnp.isfinite(norm) & jnp.isfinite(global_norm(row_grads))
@@ -290,16 +341,16 @@ def _finite(sums: Sums, norm: Float[Array, ""], row_grads: PyTree) -> Bool[Array
     return finite
 
 
-def _transformed(tx: optax.GradientTransformation, grads: PyTree, state: State) -> tuple[Params, PyTree]:
+def _transformed(tx: optax.GradientTransformationExtraArgs, grads: PyTree, state: State) -> tuple[Params, PyTree]:
     """Parameters and optimizer state after the update; where they lie stays."""
 
-    def transform(grads: PyTree, opt_state: PyTree, params: Params) -> tuple[Params, PyTree]:
+    def transform(grads: PyTree, opt_state: PyTree, params: Params, step: Array) -> tuple[Params, PyTree]:
         with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
-            updates, opt_state = tx.update(grads, opt_state, params)
+            updates, opt_state = tx.update(grads, opt_state, params, step=step)
             return optax.apply_updates(params, updates), opt_state
 
     out = specs_of((state.params, state.opt_state))
-    return jax.sharding.auto_axes(transform, out_sharding=out)(grads, state.opt_state, state.params)
+    return jax.sharding.auto_axes(transform, out_sharding=out)(grads, state.opt_state, state.params, state.step)
 
 
 def _remembered(
@@ -308,14 +359,14 @@ def _remembered(
     """The extras after the update that led to `params`."""
     return {
         name: jax.sharding.auto_axes(extras[name].update, out_sharding=specs_of(value))(
-            value, params, sums, state.step, batch
+            value, params, sums, state.updates, batch
         )
         for name, value in state.extra.items()
     }
 
 
 def _counted(finite: Bool[Array, ""], step: Array) -> Sums:
-    """What a step says of itself where it was skipped: how many were, and (negated) the first."""
+    """What an update says of itself where it was skipped: how many were, and (negated) the first one's loop step."""
     bad = jnp.where(finite, 0.0, 1.0).astype(jnp.float32)
     first = jnp.where(finite, -jnp.inf, -step.astype(jnp.float32))
     return {"nonfinite": Sum(bad, jnp.ones((), jnp.float32)), "nonfinite_first": Max(first)}

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from jaxops.core.failures import UserError
 from jaxops.data.protocol import Source
 
+Rows = Sequence[tuple[int, int]] | None
+"""Ranges of a batch; None for all of it."""
 
-def build(
-    source: Source, cursor: int, size: int, rows: Sequence[tuple[int, int]] | None = None
-) -> dict[str, np.ndarray]:
+
+def build(source: Source, cursor: int, size: int, rows: Rows = None) -> dict[str, np.ndarray]:
     """Rows of the global batch of `size` examples at `cursor`: the ranges `rows` in order (default: all).
 
     Since a source is a pure function of the cursor, a host builds only what its own devices hold.
@@ -30,11 +32,15 @@ def build(
 
 
 class Loader(Iterator[dict[str, np.ndarray]]):
-    """Batches at `cursor`, `cursor + size`, ... without end, built ahead by grain's threads.
+    """Batches at `cursor`, `cursor + size`, ... without end, built ahead by grain's threads; others by `take`.
 
-    `rows` are the ranges of each batch that this process wants; `prefetch` batches are kept ready; `threads`
-    = 0 builds in the caller. Close it, or use it in a `with` block, to let go of the threads before the
-    process ends. `finish` is applied to each batch where it is built: the plan of tables, say.
+    Close it, or use it in a `with` block, to let go of the threads before the process ends.
+
+    Args:
+      rows: the ranges of each batch that this process wants, or a function that gives them for a size.
+      prefetch: how many batches are kept ready.
+      threads: 0 builds in the caller.
+      finish: applied to each batch where it is built: the plan of tables, say.
     """
 
     def __init__(
@@ -43,22 +49,54 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         cursor: int,
         size: int,
         *,
-        rows: Sequence[tuple[int, int]] | None = None,
+        rows: Rows | Callable[[int], Rows] = None,
         prefetch: int = 2,
         threads: int = 1,
         finish: Callable[[dict[str, np.ndarray]], dict[str, Any]] | None = None,
     ) -> None:
+        self._source, self._size, self._finish = source, size, finish
+        self._rows: Callable[[int], Rows] = rows if callable(rows) else lambda size: rows
+        self._threads, self._prefetch = threads, prefetch
+        self._open(cursor)
+
+    def _open(self, cursor: int) -> None:
+        """Begins to prefetch at a cursor."""
         import grain  # seconds to import, and not needed for looking at data
 
+        source, size, rows = self._source, self._size, self._rows(self._size)
         last = sys.maxsize // size * size
         dataset = grain.MapDataset.range(cursor, last, size).map(lambda at: build(source, int(at), size, rows))
-        if finish is not None:
-            dataset = dataset.map(finish)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
+        if self._finish is not None:
+            dataset = dataset.map(self._finish)
+        options = grain.ReadOptions(
+            num_threads=self._threads, prefetch_buffer_size=self._prefetch if self._threads else 0
+        )
         self._iterator = iter(dataset.to_iter_dataset(options))
+        self._next = cursor
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterator)
+        batch: dict[str, np.ndarray] = next(self._iterator)
+        self._next += self._size
+        return batch
+
+    def take(self, cursor: int, size: int) -> dict[str, np.ndarray]:
+        """The batch of `size` at a cursor: at once where it is the next of those that are prefetched.
+
+        A batch of another size is built by the caller. One elsewhere is where prefetching then goes on from.
+
+        Raises:
+          UserError: another size, of batches that are planned (`finish`): a plan has one shape.
+        """
+        if size == self._size:
+            if cursor != self._next:
+                self.close()
+                self._open(cursor)
+            return next(self)
+        if self._finish is not None:
+            raise UserError(
+                f"drew {size} examples, but the batches of this model's tables are planned for {self._size}"
+            )
+        return build(self._source, cursor, size, self._rows(size))
 
     def close(self) -> None:
         """Stop building; what is under way is finished and dropped."""

@@ -33,7 +33,7 @@ class Accounting:
         """Counts the FLOPs of one step, over all its programs (arguments may be abstract)."""
         programs = step.programs(state, batch)
         self.programs = [program.name for program in programs]
-        self.flops = float(sum(count_flops(program.fn, *program.args).total for program in programs))
+        self.flops = float(sum(program.times * count_flops(program.fn, *program.args).total for program in programs))
 
     def rates(self, window: Window) -> dict[str, float]:
         """TFLOP/s over all devices, and MFU where the chip's peak is known."""

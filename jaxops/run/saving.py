@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jaxops.core import distributed
 from jaxops.core.checkpoint import Checkpoints
-from jaxops.core.state import State
+from jaxops.core.state import State, updates_from_step, without_updates
 from jaxops.run.task import Task
 from jaxops.run.training import abstract
 from jaxops.run.weights import Weights, placed_like, read_weights
@@ -89,7 +89,11 @@ class Saving:
         if latest is None:
             return None
         meta = self._checkpoints.meta(latest)
-        state = self._checkpoints.restore(latest, abstract(self._fresh, self._mesh))
+        wanted = abstract(self._fresh, self._mesh)
+        if any(leaf.path == "updates" for leaf in self._checkpoints.describe(latest)):
+            state = self._checkpoints.restore(latest, wanted)
+        else:  # saved before updates were counted apart from steps
+            state = updates_from_step(self._checkpoints.restore(latest, without_updates(wanted)))
         self.last, self._scored = latest, bool(self._checkpoints.metrics(latest))
         return Position(state, latest, meta["cursor"]), meta["history"]
 

@@ -5,6 +5,7 @@ batches. Held by tests/run/test_resume.py (bitwise on the same mesh) and tests/r
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -180,18 +181,22 @@ class TrainingRun:
                     ended = self._loop(at, hooks)
                     break
                 except GoBack as bad:
-                    at = self._go_back(bad, at)
+                    at = self._go_back(bad)
         return self._conclude(ended)
 
     def _loop(self, at: Position, hooks: Sequence[Hook]) -> Ended:
         size = self.config.batch.global_
         self.watch.at("train")
-        rows, plan = local_rows(self.mesh, size), self.tables.plan if self.tables else None
+        plan = self.tables.plan if self.tables else None
+        rows, place = (
+            functools.partial(local_rows, self.mesh),
+            functools.cache(functools.partial(global_arrays, self.mesh)),
+        )
         with Loader(self.task.source, at.cursor, size, rows=rows, finish=plan) as loader:
             return run_loop(
                 self.step,
                 at.state,
-                self._batches(loader, at.step),
+                lambda cursor, size: place(size)(loader.take(cursor, size)),
                 self.mesh,
                 start=at.step,
                 cursor=at.cursor,
@@ -201,14 +206,10 @@ class TrainingRun:
                 hooks=hooks,
                 on_window=self._on_window,
                 poll=self._poll,
+                on_step=functools.partial(setattr, self.watch, "step"),
             )
 
-    def _batches(self, loader: Loader, step: int) -> Iterator[Mapping[str, Any]]:
-        place = global_arrays(self.mesh, self.config.batch.global_)
-        for self.watch.step, batch in enumerate(loader, start=step + 1):
-            yield place(batch)
-
-    def _go_back(self, bad: GoBack, began: Position) -> Position:
+    def _go_back(self, bad: GoBack) -> Position:
         """The last good checkpoint (or the beginning), with the cursor past the bad batches, saved as such.
 
         Raises:
@@ -220,8 +221,7 @@ class TrainingRun:
                 f"{bad.why}; the run went back {most} times already (rollback.most). Look at the batches of"
                 f" {self.folder.metrics}'s rollback events; lower optimizer.lr or set optimizer.clip"
             )
-        size = self.config.batch.global_
-        past = began.cursor + (bad.last - began.step) * size
+        past = bad.cursor
         rollbacks = [*self.rollbacks, {"step": bad.first, "cursor": past, "why": bad.why}]
         self.writers.close()
         self.watch.at("roll back")
@@ -272,13 +272,13 @@ class TrainingRun:
         return [*hooks, Hook(self.saving.every, self._save_if_due)]
 
     def _on_window(self, window: Window) -> dict[str, Any]:
-        values = window.values(self.config.batch.global_, self.task.loss_weights)
+        values = window.values(self.task.loss_weights)
         check_finite(values, window, self.config.nonfinite)
         if self.spikes and (score := self.spikes(values["loss"])) is not None:
             why = f"the loss leapt to {values['loss']:.4g} in steps {window.first + 1} to {window.last} (z {score:.1f})"
-            raise GoBack(window.first + 1, window.last, why)
+            raise GoBack(window.first + 1, window.last, window.cursor_after(window.last), why)
         if values["skipped"]:
-            self.writers.event(window.last, "skipped", f"{values['skipped']} non-finite steps left out")
+            self.writers.event(window.last, "skipped", f"{values['skipped']} non-finite updates left out")
         again = self.compiles.again([*self.accounting.programs, "evaluate_step"])
         if again:
             text = ", ".join(f"{name} ({n} times)" for name, n in again.items())

@@ -1,5 +1,7 @@
 """Each optimizer against optax as its authors wrote it, on one device and on eight; schedules by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -335,6 +337,33 @@ def test_learning_rate_multipliers():
         np.testing.assert_allclose(x - p, expected[path] * (y - p), rtol=1e-3, atol=2e-7, err_msg=path)
 
 
+def test_the_rate_is_that_of_the_loops_step_and_the_state_is_optaxs():
+    """Numpy: SGD at the rates of the steps it is told, and at those of its own count where it is told none."""
+    config = Sgd(lr=LR, schedule=Linear())
+    tx, theirs = build_optimizer(config, 10), optax.sgd(build_schedule(config, 10))
+    rate = lambda step: LR * (1 - step / 10)
+    params = {"w": np.ones(3, np.float32)}
+    state = tx.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure((theirs.init(params)[1],))
+    moved = []
+    for step in (0, 0, 0, 4, None, None):
+        more = {} if step is None else {"step": jnp.int32(step)}
+        updates, state = tx.update(params, state, params, **more)
+        moved.append(float(-updates["w"][0]))
+    np.testing.assert_allclose(moved, [rate(n) for n in (0, 0, 0, 4, 5, 6)], rtol=1e-6)
+    assert int(state[0].count) == 7
+
+
+def test_a_skipped_update_shifts_no_schedule():
+    t = trainer(build_optimizer(Sgd(lr=LR, schedule=Linear(end=0.5)), 4))
+    t.step(rows(0)), t.step(rows(1, y=np.full((32, 8), np.nan, np.float32)))
+    before, reference = host(t.state.params), trainer(optax.sgd(LR * (1 - 2 / 4 * 0.5)))
+    reference.state = dataclasses.replace(reference.state, params=jax.tree.map(jnp.asarray, before))
+    t.step(rows(2)), reference.step(rows(2))
+    for (path, x), (_, y) in zip(named_leaves(t.state.params), named_leaves(reference.state.params), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7, err_msg=path)
+
+
 def test_a_multiplier_that_matches_nothing_is_refused():
     tx = build_optimizer(Sgd(lr_multipliers={"embeding": 2.0}), 10)
     with pytest.raises(UserError, match=r"'embeding' matches no parameter \(there are: embedding, norm/scale"):
@@ -394,3 +423,12 @@ def test_a_stack_under_muon_on_eight_devices_is_as_on_one(axes):
             total = jax.tree.map(np.add, total, jax.device_get(moved))
     for (path, x), (_, y) in zip(named_leaves(total), named_leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_norms_that_no_model_could_make_right():
+    found = AdamW(clip={"^policy/": 0.0, "a(": 1.0, "default": 2.0}).problems()
+    assert [path for path, _ in found] == ["clip.^policy/", "clip"]
+    assert "expected a positive norm, got 0.0" in found[0][1] and "'a(' is not a regular expression" in found[1][1]
+    assert [path for path, _ in AdamW(clip={}).problems()] == ["clip"]
+    assert AdamW(clip={"^policy/": 1.0, "default": 2.0}).problems() == []
+    assert AdamW(clip=None).problems() == []

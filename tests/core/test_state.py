@@ -68,7 +68,7 @@ def test_patterns_that_cannot_be(frozen, message):
 
 
 def test_a_state_is_a_tree():
-    state = State({"w": np.ones(2)}, {}, {}, (), {"ema": {"w": np.zeros(2)}}, np.int32(3))
+    state = State({"w": np.ones(2)}, {}, {}, (), {"ema": {"w": np.zeros(2)}}, np.int32(3), np.int32(5))
     doubled = jax.tree.map(lambda x: 2 * x, state)
     assert isinstance(doubled, State) and doubled.step == 6
-    assert [name for name, _ in named_leaves(state)] == ["params/w", "extra/ema/w", "step"]
+    assert [name for name, _ in named_leaves(state)] == ["params/w", "extra/ema/w", "step", "updates"]

@@ -10,11 +10,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from toys import RULES, host, init, mesh_of, numpy_regression, predict, regression, rows, trainer
 
+from jaxops.core.failures import UserError
 from jaxops.core.mesh import batch_sharding
 from jaxops.core.optimizer import ema
 from jaxops.core.sharding import named_leaves
 from jaxops.core.step import Extra, abstract_state, cast, global_norm, init_state
 from jaxops.core.sums import Max, Sum, finalize
+from jaxops.core.turn import advanced
 
 FSDP = {"fsdp": 8}
 
@@ -46,14 +48,14 @@ def test_one_sgd_step_is_numpys():
 
 @pytest.mark.latest
 @pytest.mark.parametrize("layout", [{"data": 1}, FSDP])
-def test_state_and_window_are_donated(layout):
+def test_the_state_is_donated_and_the_window_is_not(layout):
+    """The loop waits on the sums of earlier steps, so those must outlive the next one."""
     t = trainer(optax.adam(1e-2), layout, extras={"ema": ema(0.9)}, frozen=("^down",))
     old = jax.tree.leaves(t.state)
     first = t.step(rows(0))
     assert all(x.is_deleted() for x in old)
     second = t.step(rows(1), first)
-    assert all(x.is_deleted() for x in jax.tree.leaves(first))
-    assert not any(x.is_deleted() for x in jax.tree.leaves((t.state, second)))
+    assert not any(x.is_deleted() for x in jax.tree.leaves((t.state, first, second)))
     assert t.built._jitted._cache_size() == 1
 
 
@@ -96,6 +98,131 @@ def test_gradients_are_clipped_to_the_global_norm(clip):
     expected = sgd(before, jax.tree.map(lambda g: g * min(1, clip / norm), grads))
     for (path, x), (_, y) in zip(named_leaves(t.state.params), named_leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_groups_of_paths_have_norms_of_their_own():
+    """Numpy: `up` clipped hard, `down/kernel` hardly, and the bias of `down`, which no pattern matches, not at all."""
+    clip = {"^up/": 0.05, r"^down/kernel$": 1e6}
+    t = trainer(clip=clip)
+    before = host(t.state.params)
+    found = finalize(host(t.step(rows())))
+    grads = numpy_regression(before, rows())[1]
+    norm = lambda tree: np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(tree)))
+    assert found["grad_norm"] == pytest.approx(norm(grads), rel=1e-5)
+    assert found["grad_norm/up"] == pytest.approx(norm(grads["up"]), rel=1e-5)
+    assert found["grad_norm/down/kernel"] == pytest.approx(norm(grads["down"]["kernel"]), rel=1e-5)
+    assert found["grad_norm/default"] == pytest.approx(norm(grads["down"]["bias"]), rel=1e-5)
+    grads["up"] = jax.tree.map(lambda g: g * 0.05 / norm(grads["up"]), grads["up"])
+    for (path, x), (_, y) in zip(named_leaves(t.state.params), named_leaves(sgd(before, grads)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_the_default_norm_is_that_of_the_rest():
+    one, other = trainer(clip={"^up/": 0.05, "default": 0.01}), trainer(clip={"^up/": 0.05, "^down/": 0.01})
+    one.step(rows()), other.step(rows())
+    same(host(one.state.params), host(other.state.params))
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        ({"^pu/": 1.0}, r"optimizer.clip: '\^pu/' matches no trained parameter \(there are: .*up/kernel"),
+        ({"^up/": 1.0, "kernel": 1.0}, "optimizer.clip: up/kernel is matched by '.up/' and by 'kernel'"),
+    ],
+)
+def test_groups_that_cannot_be(clip, message):
+    with pytest.raises(UserError, match=message):
+        trainer(clip=clip).step(rows())
+
+
+def test_an_inner_update_counts_updates_and_leaves_the_step():
+    """Dropout differs from update to update of one step, as it does from step to step of supervised training."""
+
+    def objective(params, batch, key):
+        return regression(params, batch, key) | {"key": Sum.of(jax.random.uniform(key, ()))}
+
+    inner, outer = trainer(objective=objective, advance_step=False), trainer(objective=objective)
+    drawn = [[finalize(host(t.step(rows(n))))["key"] for n in range(3)] for t in (inner, outer)]
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3
+    assert (int(inner.state.step), int(inner.state.updates)) == (0, 3)
+    assert (int(outer.state.step), int(outer.state.updates)) == (3, 3)
+    same(host(inner.state.params), host(outer.state.params))
+    assert int(advanced(inner.state).step) == 1
+
+
+@pytest.mark.parametrize("layout", [{"data": 1}, FSDP])
+def test_frozen_leaves_that_are_not_read_are_no_arguments_and_stay_what_they_are(layout):
+    def start(key):
+        return init(key) | {"reference": init(key), "base": {"shift": jnp.ones((8,))}}
+
+    def objective(params, batch, key):
+        assert "reference" not in params
+        return regression(params, batch | {"y": batch["y"] + params["base"]["shift"][None]}, key)
+
+    whole = trainer(objective=lambda p, b, k: objective({n: p[n] for n in ("up", "down", "base")}, b, k), start=start,
+                    frozen=("^reference/", "^base/"), layout=layout)  # fmt: skip
+    t = trainer(objective=objective, start=start, frozen=("^reference/", "^base/"), reads=("^base/",), layout=layout)
+    kept = t.state.frozen["reference"]
+    for n in range(2):
+        t.step(rows(n)), whole.step(rows(n))
+    same(host(t.state.params), host(whole.state.params))
+    assert jax.tree.structure(t.state) == jax.tree.structure(whole.state)
+    assert all(a is b for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(t.state.frozen["reference"]), strict=True))
+    with jax.set_mesh(t.mesh):
+        (program,) = t.built.programs(abstract_state(t.state), rows())
+        (every,) = whole.built.programs(abstract_state(whole.state), rows())
+        inputs = [len(jax.make_jaxpr(p.fn)(*p.args).jaxpr.invars) for p in (program, every)]
+    assert [name for name, _ in named_leaves(program.args[0].frozen)] == ["base/shift"]
+    assert inputs[1] - inputs[0] == len(jax.tree.leaves(kept)) == 4
+
+
+def test_a_frozen_leaf_that_is_wanted_but_not_read_has_words():
+    t = trainer(start=lambda key: init(key) | {"reference": init(key)}, frozen=("^reference/",), reads=("^base/",),
+                objective=lambda p, b, k: regression(p["reference"], b, k))  # fmt: skip
+    with pytest.raises(KeyError) as caught:
+        t.step(rows())
+    assert "frozen leaves alone that match reads=['^base/']" in caught.value.__notes__[0]
+
+
+def test_extras_that_do_not_fit_the_state_have_words():
+    t = trainer(extras={"ema": ema(0.9)})
+    other = trainer(extras={"eam": ema(0.9)})
+    none = trainer()
+
+    def apply(step, state):
+        with jax.set_mesh(t.mesh):
+            step.built(state.state, rows())
+
+    with pytest.raises(UserError, match=r"state.extra\['ema'\] is not among .*\(there: none\)"):
+        apply(none, t)
+    with pytest.raises(UserError, match=r"\(there: eam\); did you mean 'eam'.*Extra\(init\)"):
+        apply(other, t)
+    with pytest.raises(UserError, match=r"extras\['ema'\] is not in state.extra \(there: none\)"):
+        apply(t, none)
+
+
+def test_an_extra_without_an_update_stays():
+    t = trainer(extras={"kl": Extra(lambda params: {"coef": jnp.float32(0.05)})})
+    t.step(rows())
+    assert float(t.state.extra["kl"]["coef"]) == np.float32(0.05)
+
+
+def test_a_batch_that_does_not_divide_into_blocks_has_words():
+    with pytest.raises(UserError, match="32 examples do not divide into 3 microbatches"):
+        trainer(accumulation=3).step(rows())
+    with pytest.raises(UserError, match="32 examples do not divide into 4 microbatches of blocks of 3"):
+        trainer(accumulation=4, block=3).step(rows())
+
+
+def test_an_objective_that_couples_more_than_its_block_is_told_what_it_saw():
+    def objective(params, batch, key):
+        pairs = batch["x"].reshape(-1, 2, 8)
+        return {"loss/pairs": Sum.of(jnp.sum(jnp.square(pairs @ params["up"]["kernel"]), axis=(1, 2)))}
+
+    trainer(objective=objective, accumulation=16, block=2).step(rows())
+    with pytest.raises(TypeError) as caught:
+        trainer(objective=objective, accumulation=32).step(rows())
+    assert any("a microbatch of 1 of 32 examples" in note and "block=" in note for note in caught.value.__notes__)
 
 
 def test_global_norm_of_half_precision_is_float32():

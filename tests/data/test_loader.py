@@ -3,6 +3,7 @@ import threading
 import numpy as np
 import pytest
 
+from jaxops.core.failures import UserError
 from jaxops.data.interactions.interactions import from_arrays
 from jaxops.data.interactions.splits import leave_one_out
 from jaxops.data.interactions.windows import SequenceSource
@@ -32,6 +33,33 @@ def test_any_cursor_resumes(windows):
         run = [next(batches)["items"] for _ in range(6)]
     with Loader(windows, 3 * 16, 16) as batches:
         np.testing.assert_array_equal(next(batches)["items"], run[3])
+
+
+def test_draws_of_any_size_go_on_along_the_stream(windows):
+    """A run that drew resumes at any of its cursors with the same examples."""
+    sizes = [16, 16, 5, 16, 32, 16, 16]
+    cursor, taken = 48, []
+    with Loader(windows, cursor, 16) as batches:
+        for size in sizes:
+            taken.append((cursor, batches.take(cursor, size)))
+            cursor += size
+    for (cursor, got), size in zip(taken, sizes, strict=True):
+        for name, value in windows.batch(cursor, size).items():
+            np.testing.assert_array_equal(got[name], value)
+    cursor, want = taken[3]
+    with Loader(windows, cursor, 16) as batches:
+        np.testing.assert_array_equal(batches.take(cursor, 16)["items"], want["items"])
+
+
+def test_a_draw_has_the_rows_of_its_own_size(windows):
+    with Loader(windows, 0, 16, rows=lambda size: [(size // 2, size)]) as batches:
+        np.testing.assert_array_equal(batches.take(0, 16)["items"], windows.batch(8, 8)["items"])
+        np.testing.assert_array_equal(batches.take(16, 6)["items"], windows.batch(19, 3)["items"])
+
+
+def test_planned_batches_have_one_size(windows):
+    with Loader(windows, 0, 16, finish=dict) as batches, pytest.raises(UserError, match=r"drew 8 .* planned for 16"):
+        batches.take(0, 8)
 
 
 def test_a_process_builds_only_its_rows(windows):

@@ -1,0 +1,188 @@
+"""Steps under way: how many there may be, when each was done, and the windows of metrics that they make up.
+
+A host that only counted its own calls would run tens of steps ahead of one device: it would stop late, and its clock
+would tell the speed of calls. So the loop waits for the oldest step where more than a few are not done, and every
+rate is taken from when steps were seen to be done. Held by tests/core/test_loop.py.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxops.core.failures import RunFailed
+from jaxops.core.sums import LOSS, Sum, Sums, finalize
+
+LONG_SECONDS, SHORT_SECONDS = 0.1, 0.001
+"""A long step need not be queued far ahead: the host has the time of one to prepare the next. Where steps are shorter
+than a millisecond, waking up for each of them would cost more than the whole loop, and a dozen are soon over."""
+SERIAL, LONG, USUAL, SHORT = (0, 0), (1, 1), (3, 3), (15, 8)
+"""How many steps may be under way when the loop goes on, by how long they take, and how many it leaves where it waits.
+The step that it calls next comes on top."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A closed window of steps (first, last], its sums (on the device until fetched) and the seconds it took.
+
+    Attributes:
+      timed: how many steps the seconds are of: the first step of a process compiles and is left out.
+      cursors: the cursor before the window and after each of its steps.
+      updates: updates of the optimizer that its steps reported.
+    """
+
+    first: int
+    last: int
+    sums: Sums
+    seconds: float
+    timed: int
+    cursors: Sequence[int]
+    updates: int
+
+    @property
+    def examples(self) -> int:
+        """Examples that the timed steps consumed."""
+        return self.cursors[-1] - self.cursors[-1 - self.timed]
+
+    def cursor_after(self, step: int) -> int:
+        """Where the stream of examples goes on after one of the window's steps."""
+        return self.cursors[step - self.first]
+
+    def values(self, loss_weights: Mapping[str, float]) -> dict[str, Any]:
+        """Host values: the objective's metrics, `loss`, examples and counted targets a second.
+
+        `updates` (a step) is there where a step makes another number of them than one.
+        """
+        sums = jax.tree.map(np.asarray, self.sums)  # device_get takes ten times as long for small arrays
+        out = finalize(sums)
+        counts = {n: float(s.count) for n, s in sums.items() if n.startswith(LOSS) and isinstance(s, Sum)}
+        steps, each = self.last - self.first, self.seconds / self.timed
+        out["targets_per_s"] = max(counts.values(), default=0.0) / steps / each
+        terms = [loss_weights.get(name, 1.0) * out[name] for name, count in counts.items() if count]
+        out["loss"] = sum(terms) if terms else float("nan")
+        out["examples_per_s"] = self.examples / self.seconds
+        out["step_ms"] = 1e3 * each
+        if self.updates != steps:
+            out["updates"] = self.updates / steps
+        return out
+
+
+class Windows:
+    """Steps under way, oldest first, and the windows that they belong to, on their way to `on_window`.
+
+    A window ends when its last step is seen to be done. `serial`: no step may begin before the last is done.
+    """
+
+    def __init__(self, start: int, cursor: int, serial: bool, on_window: Callable[[Window], dict[str, Any]]):
+        self._serial, self._on_window = serial, on_window
+        self._most, self._left = SERIAL if serial else USUAL
+        self._flying: collections.deque[tuple[Any, ...]] = collections.deque()
+        self._opened = start
+        # Of the steps that are not delivered: when each was done, the cursor before and after, updates.
+        self._base, self._done = start, list[float]()
+        self._cursors, self._updates = [cursor], list[int]()
+        self._clock = self._seen = time.perf_counter()
+        self._untimed = 0
+        self._closed: list[tuple[int, int, Sums]] = []
+        self._values: dict[str, Any] = {}
+
+    def add(self, sums: Sums, cursor: int, updates: int) -> None:
+        """One step more is under way; returns when few enough are."""
+        flying = self._flying
+        flying.append(_handles(sums))
+        self._cursors.append(cursor)
+        self._updates.append(updates)
+        if len(flying) > self._most:
+            _wait(flying[-1 - self._left])
+            self._observe()
+
+    def _observe(self) -> None:
+        """Notes the time of all steps that are done since the last look, and chooses how far to run ahead.
+
+        Several that are found done at once (the host was busy) share the time since then evenly.
+        """
+        flying, count = self._flying, 0
+        while flying and _ready(flying[0]):
+            flying.popleft()
+            count += 1
+        if not count:
+            return
+        now, before = time.perf_counter(), self._seen
+        each = (now - before) / count
+        self._done += [now] if count == 1 else [before + each * n for n in range(1, count + 1)]
+        self._seen = now
+        if not self._serial:
+            self._most, self._left = LONG if each > LONG_SECONDS else USUAL if each > SHORT_SECONDS else SHORT
+
+    def _settle(self, step: int) -> None:
+        """Returns when this step is done."""
+        while self._base + len(self._done) < step:
+            _wait(self._flying[0])
+            self._observe()
+
+    def compiled(self, window: int) -> None:
+        """The first step was called: waits for it. The clock begins after it, unless it is a window of its own."""
+        self._settle(self._base + 1)
+        if window > 1:
+            self._untimed, self._clock = 1, self._seen
+
+    def close(self, at: int, sums: Sums | None) -> None:
+        """The window ends with the step `at`, whose call returned these sums."""
+        if sums is not None and at > self._opened:
+            self._closed.append((self._opened, at, sums))
+        self._opened = at
+
+    def deliver(self, keep: int = 0) -> dict[str, Any]:
+        """Fetches all but the newest `keep` closed windows; the newest values."""
+        while len(self._closed) > keep:
+            first, last, sums = self._closed.pop(0)
+            self._settle(last)
+            count = last - first
+            ended = self._done[count - 1]
+            seconds, self._clock = max(ended - self._clock, 1e-9), max(ended, self._clock)
+            timed, self._untimed = max(count - self._untimed, 1), 0
+            window = Window(
+                first, last, sums, seconds, timed, tuple(self._cursors[: count + 1]), sum(self._updates[:count])
+            )
+            self._base = last
+            del self._done[:count], self._cursors[:count], self._updates[:count]
+            self._values = self._on_window(window)
+        return self._values
+
+    def hooks_done(self, at: int) -> None:
+        """Where a hook flushed, nothing is under way: the next window begins now."""
+        if not self._closed and self._opened == at:
+            self._clock = self._seen = time.perf_counter()
+
+
+def _handles(sums: Sums) -> tuple[Any, ...]:
+    """The arrays to wait on for a call of a step: the count that its last update made, else all of the sums."""
+    counted = sums.get("nonfinite")
+    if isinstance(counted, Sum):
+        return (counted.total,) if hasattr(counted.total, "is_ready") else ()
+    return tuple(leaf for leaf in jax.tree.leaves(sums) if hasattr(leaf, "is_ready"))
+
+
+def _ready(handles: tuple[Any, ...]) -> bool:
+    """Whether the device is done with them; never waits."""
+    if len(handles) == 1:  # as fast as can be: asked every step
+        return bool(handles[0].is_ready())
+    return all(handle.is_ready() for handle in handles)
+
+
+def _wait(handles: tuple[Any, ...]) -> None:
+    """Returns when the device is done with them.
+
+    Raises:
+      RunFailed: the step has donated the window that it was given.
+    """
+    for handle in handles:
+        if handle.is_deleted():
+            raise RunFailed(
+                "a step donated the window it was given, or an array in it: the loop waits on those; copy it"
+            )
+        handle.block_until_ready()
