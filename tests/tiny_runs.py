@@ -20,6 +20,7 @@ import pytest
 
 from jaxops.cli.main import main
 from jaxops.core.compiles import enable_compilation_cache
+from jaxops.core.turn import advanced
 from jaxops.core.writers import read_metrics
 from jaxops.report.page import write_report
 
@@ -178,7 +179,7 @@ def curve(run: str, name: str = "train/loss") -> dict[int, float]:
 
 
 class Stopped:
-    """A step that has this process asked to stop when it has run `at` times, as a job's scheduler would."""
+    """A step of its own, of one update, that asks this process to stop after `at` calls, as a scheduler would."""
 
     def __init__(self, step, at: int):
         self.step, self.left, self.programs = step, at, step.programs
@@ -187,7 +188,8 @@ class Stopped:
         self.left -= 1
         if self.left == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return self.step(*args)
+        state, sums = self.step(*args)
+        return advanced(state), sums
 
 
 def furnish(folder: Path) -> None:

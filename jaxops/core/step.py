@@ -27,6 +27,7 @@ from jaxops.core.sums import LOSS, Max, Sum, Sums, merge
 from jaxops.core.turn import Program as Program
 from jaxops.core.turn import Step as Step
 from jaxops.core.turn import Turn
+from jaxops.core.weights import cast_by_path
 
 
 class Tables(Protocol):
@@ -166,8 +167,21 @@ def init_state(
     tables: Tables | None = None,
     extras: Mapping[str, Extra] | None = None,
     dtype: Any = jnp.float32,
+    dtypes: Sequence[tuple[str, Any]] = (),
 ) -> State:
     """A fresh state on the mesh: parameters created in place by their sharding rules, the rest typed after them.
+
+    Args:
+      init: gives fresh parameters for a key.
+      key: the key of all that is drawn.
+      tx: the optimizer, whose state is made for the trained parameters.
+      mesh: what everything lies on.
+      rules: sharding rules.
+      frozen: patterns of the paths of parameters that are held out of training.
+      tables: embedding tables.
+      extras: further entries of the state.
+      dtype: of the parameters.
+      dtypes: (pattern, dtype) of parameters that have another (adapters in float32 over a base in bfloat16).
 
     Raises:
       UserError: what `sharding.place` and `state.split` raise.
@@ -178,7 +192,7 @@ def init_state(
     with contextlib.nullcontext() if isinstance(key, jax.core.Tracer) else jax.set_mesh(mesh):
         # Initialisers know nothing of shardings: they run with the axes auto, and come out typed by the rules.
         specs = jax.tree.map(lambda s: s.spec, where)
-        made = jax.jit(jax.sharding.auto_axes(lambda k: cast(init(k), dtype), out_sharding=specs))(key)
+        made = jax.jit(jax.sharding.auto_axes(lambda k: cast_by_path(init(k), dtypes, dtype), out_sharding=specs))(key)
         params, held = split(made, frozen)
 
         def rest(params: Params) -> tuple[PyTree, dict[str, PyTree]]:

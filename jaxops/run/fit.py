@@ -45,13 +45,16 @@ def fit(
       hooks: made by `jaxops.every`.
       quiet: says nothing but warnings.
       folder: the run folder, by default `run.dir/run.name`.
-      step: makes the step that the loop drives from the built update; by default the task's own.
+      step: makes the step that the loop drives, in place of the task's own: a step of several programs (core/turn.py),
+        whose inner update is the built one, and which advances `state.step` itself.
 
     Raises:
       UserError: the config does not fit the machine or the folder.
       RunFailed: a non-finite loss, out of memory, a lost save.
     """
     config = task.config
+    if step is not None:
+        task = dataclasses.replace(task, step=step)
     enable_compilation_cache()
     mesh = mesh or make_mesh(**dataclasses.asdict(config.mesh))
     path = folder or os.path.join(config.run.dir, config.run.name)
@@ -64,7 +67,8 @@ def fit(
         accumulation = accumulation_of(task, mesh)
         training = build_training(task, mesh, accumulation)
         parts = StepParts(training.update, training.fresh, mesh, where)
-        run = TrainingRun(task, mesh, where, progress, (step or task.step)(parts), training, accumulation)
+        driven = parts.update if task.step is None else task.step(parts)
+        run = TrainingRun(task, mesh, where, progress, driven, training, accumulation)
         run.measure()
 
         def lock() -> None:

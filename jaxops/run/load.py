@@ -12,7 +12,6 @@ from jaxops.run.checkpoints import open_checkpoints
 from jaxops.run.family import Given, Served, family_of
 from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.saved_run import SavedRun
-from jaxops.run.weights import read_weights
 
 
 def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Served:
@@ -61,7 +60,7 @@ def open_saved_run(run_dir: str | os.PathLike[str], step: int | None = None) -> 
                 f"{run_dir}: the checkpoint of step {step} is damaged: {'; '.join(damage[:3])}"
                 + (f". There are others: --step {others}" if others else "")
             )
-        return SavedRun(folder, loaded, step, read_weights(checkpoints, step))
+        return SavedRun(folder, loaded, step)
 
 
 def evaluate_saved(

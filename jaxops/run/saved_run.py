@@ -1,8 +1,9 @@
 """A run out of its folder, whatever its family: config, frozen transform, and the weights of one checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ from jax.sharding import Mesh
 
 from jaxops.config.load import Loaded
 from jaxops.core.mesh import make_mesh
+from jaxops.core.weights import Rename, Source, from_checkpoint
+from jaxops.run.checkpoints import open_checkpoints
 from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.passes import Passes
-from jaxops.run.weights import Weights
+from jaxops.run.weights import Weights, read_weights, served_part
 from jaxops.tables.spec import TableSpec
 
 
@@ -25,13 +28,36 @@ class SavedRun:
       folder: the run folder.
       loaded: its config, of which nothing was imported.
       step: of the checkpoint.
-      weights: what is served, as numpy arrays.
     """
 
     folder: RunFolder
     loaded: Loaded[Any]
     step: int
-    weights: Weights
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """What is served, as numpy arrays; read when it is first asked for.
+
+        Raises:
+          UserError: a file of the checkpoint is missing or truncated.
+        """
+        with open_checkpoints(self.config, self.folder.checkpoints) as checkpoints:
+            return read_weights(checkpoints, self.step)
+
+    @contextlib.contextmanager
+    def source(self, match: str = "", rename: Sequence[Rename] = ()) -> Iterator[Source]:
+        """The parameters that are served, as a source of weights: each device reads its own slices.
+
+        Args:
+          match: only paths are taken in which this pattern is found.
+          rename: rules from paths here to paths of what is to be filled.
+
+        Raises:
+          UserError: the manifest of the checkpoint is damaged.
+        """
+        with open_checkpoints(self.config, self.folder.checkpoints) as checkpoints:
+            inside = (served_part(checkpoints, self.step), "frozen")
+            yield from_checkpoint(checkpoints, self.step, rename, match, self.folder.where, inside)
 
     @property
     def config(self) -> Any:

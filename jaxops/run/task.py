@@ -13,7 +13,8 @@ from jaxops.core.metric import Metric
 from jaxops.core.sharding import Axes, Rule
 from jaxops.core.state import Params, State
 from jaxops.core.step import Extra, Step, TrainStep
-from jaxops.data.protocol import Source
+from jaxops.core.weights import Source
+from jaxops.data.protocol import Source as Examples
 from jaxops.run.config import RunConfig
 from jaxops.run.weights import Weights
 from jaxops.tables.spec import TableSpec
@@ -102,11 +103,6 @@ class StepParts:
     folder: Any = None
 
 
-def supervised(parts: StepParts) -> Step:
-    """The step of supervised training: the built TrainStep itself."""
-    return parts.update
-
-
 @dataclasses.dataclass(frozen=True)
 class About:
     """What people read of a task, in the console and in reports; plain values, kept in the run folder.
@@ -140,8 +136,14 @@ class Task:
       block: examples that an objective couples and microbatching must not part.
       tables: specs of the embedding tables that batches read from.
       extras: further entries of the state, beside the moving average.
+      frozen: patterns of parameters that are held out of training, beside `optimizer.frozen`.
+      reads: patterns of the frozen parameters that the objective reads (default: all); the others are no arguments of
+        the update.
+      dtypes: (pattern, dtype) of parameters that are stored in another dtype than `precision.params`.
+      start: gives the sources that a fresh state begins with, renamed onto its parameters (core/weights.py).
       carry_rows: takes rows of tables over from another run, for `init_from`.
-      step: makes the step that the loop drives from the built TrainStep (default: that itself).
+      step: makes the step that the loop drives from the built TrainStep; default: that itself. A step of several
+        programs advances `state.step` itself (core/turn.py).
       update_batch: given a number of examples, a batch as the objective's update reads it, where that is not the
         source's own (a policy's update reads rollouts, its source has prompts).
       baselines: {"most_popular": {"valid/hr@10": ...}}, computed when asked.
@@ -154,7 +156,7 @@ class Task:
     resolved: dict[str, Any]
     model: Model
     objective: Objective
-    source: Source
+    source: Examples
     rules: list[Rule]
     logical: Mapping[str, Axes] = dataclasses.field(default_factory=dict)
     loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -162,8 +164,12 @@ class Task:
     block: int = 1
     tables: Mapping[str, TableSpec] = dataclasses.field(default_factory=dict)
     extras: Mapping[str, Extra] = dataclasses.field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    reads: tuple[str, ...] | None = None
+    dtypes: Sequence[tuple[str, str]] = ()
+    start: Callable[[], Sequence[Source]] | None = None
     carry_rows: CarryRows | None = None
-    step: Callable[[StepParts], Step] = supervised
+    step: Callable[[StepParts], Step] | None = None
     update_batch: Callable[[int], Mapping[str, Any]] | None = None
     baselines: Callable[[], dict[str, dict[str, float]]] | None = None
     inspection: dict[str, Any] = dataclasses.field(default_factory=dict)

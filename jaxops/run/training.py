@@ -89,6 +89,8 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> Training:
         tables=tables,
         extras=extras,
         logical=task.logical,
+        reads=task.reads,
+        advance_step=task.step is None,
     )
 
     def fresh() -> State:
@@ -98,10 +100,11 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> Training:
             tx,
             mesh,
             task.rules,
-            frozen=config.optimizer.frozen,
+            frozen=(*config.optimizer.frozen, *task.frozen),
             tables=tables,
             extras=extras,
             dtype=jnp.dtype(config.precision.params),
+            dtypes=task.dtypes,
         )
 
     return Training(update, fresh, tables)

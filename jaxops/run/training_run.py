@@ -42,7 +42,7 @@ from jaxops.run.summary import FinishedRun, about_of, write_failure, write_summa
 from jaxops.run.task import Task
 from jaxops.run.training import Training, abstract, abstract_batch
 from jaxops.run.validation import Validation
-from jaxops.run.warm_start import warm_start
+from jaxops.run.warm_start import begin_with, init_from
 from jaxops.run.weights import served_weights
 
 
@@ -131,8 +131,12 @@ class TrainingRun:
             self.progress.say(f"resumed from step {at.step} of {self.folder.checkpoints}")
             return at
         state = self.fresh()
+        if self.task.start is not None:
+            state, report = begin_with(state, self.task.start())
+            self.progress.say(f"begins with: {report}")
         if self.config.init_from:
-            state, report = warm_start(state, self.task, self.tables.specs if self.tables else {})
+            specs = self.tables.specs if self.tables else {}
+            state, report = init_from(state, self.task, specs, self.config.init_from)
             self.progress.say(f"init_from {self.config.init_from.run}: {report}")
         return Position(state, 0, 0)
 

@@ -1,26 +1,26 @@
-"""Warm start: parameters of another run by path, rows of its tables by id, with a report of what became of them."""
+"""The beginnings of a state from elsewhere: parameters straight onto their devices, rows of tables by their ids."""
 
+import contextlib
 import dataclasses
-import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxops.core.failures import UserError
-from jaxops.core.rows import put
-from jaxops.core.sharding import map_named, named_leaves
-from jaxops.core.state import State
+from jaxops.core.sharding import named_leaves
+from jaxops.core.state import State, join
+from jaxops.core.weights import Source, fill, load, targets_of
+from jaxops.run.config import InitFrom
 from jaxops.run.load import open_saved_run
 from jaxops.run.task import Task
+from jaxops.run.weights import AVERAGED
 from jaxops.tables.spec import TableSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
-    """Paths of parameters: taken over, of another shape there (with both shapes), and not asked for or not there.
+    """The paths of parameters that were loaded, of another shape there (with both shapes), and left fresh.
 
     `rows` are of tables: how many were taken over, and how many there are.
     """
@@ -40,45 +40,48 @@ class WarmStart:
         return "; ".join(parts)
 
 
-def warm_start(state: State, task: Task, specs: Mapping[str, TableSpec]) -> tuple[State, WarmStart]:
-    """The state with what of the run of `init_from` matches: parameters by path, rows of `tables/NAME` by their ids.
+def begin_with(state: State, sources: Sequence[Source]) -> tuple[State, WarmStart]:
+    """The fresh state with the parameters that the sources have for it; each device reads its own slices.
 
-    A row goes to the row here that has its id, wherever that lies; ids that are new stay fresh, and so do optimizer and
-    step. Hashed rows are taken over where salt and number of rows are the same.
+    The optimizer's state and the step stay fresh; a moving average begins where the parameters do.
+
+    Raises:
+      UserError: nothing of a source fits, or two sources have the same parameter.
+    """
+    arrays, plan = load(targets_of(join(state.params, state.frozen)), sources)
+    params, frozen = fill(state.params, arrays), fill(state.frozen, arrays)
+    extra = dict(state.extra)
+    if AVERAGED in extra:
+        extra[AVERAGED] = jax.tree.map(lambda p: jnp.copy(p).astype(jnp.float32), params)
+    skipped = tuple(f"{path}: {shapes}" for path, shapes in plan.skipped.items())
+    report = WarmStart(tuple(plan.loaded), skipped, plan.left)
+    return dataclasses.replace(state, params=params, frozen=frozen, extra=extra), report
+
+
+def init_from(state: State, task: Task, specs: Mapping[str, TableSpec], config: InitFrom) -> tuple[State, WarmStart]:
+    """The fresh state with what of another run matches: parameters by path, rows of `tables/NAME` by their ids.
 
     Args:
+      state: a fresh state.
+      task: of the run that begins.
       specs: the tables of the state.
+      config: the run, and the pattern that paths must match.
 
     Raises:
       UserError: the run cannot be read, or nothing of it fits.
     """
-    config = task.config.init_from
-    source = open_saved_run(config.run, config.step)
-    theirs = {path: np.asarray(leaf) for path, leaf in named_leaves(source.weights.params)}
-    loaded, skipped, left = [], [], []
-
-    def take(path: str, leaf: Any) -> Any:
-        if not re.search(config.match, path) or path not in theirs:
-            left.append(path)
-            return leaf
-        value = theirs[path]
-        if value.shape != leaf.shape:
-            skipped.append(f"{path} {value.shape} there, {leaf.shape} here")
-            return leaf
-        loaded.append(path)
-        return put(value.astype(leaf.dtype), leaf)
-
-    params, frozen = map_named(take, state.params), map_named(take, state.frozen)
+    saved = open_saved_run(config.run, config.step)
     tables, rows = state.tables, dict[str, tuple[int, int]]()
     if task.carry_rows is not None:
-        tables, rows = task.carry_rows(state.tables, specs, source, config.match)
-    if not loaded and not rows:
-        raise UserError(
-            f"init_from: nothing of {config.run} fits {config.match!r}: it has {', '.join(sorted(theirs)[:12])}"
-            + (f"; skipped {'; '.join(skipped)}" if skipped else "")
-        )
-    extra = dict(state.extra)
-    if "ema" in extra:
-        extra["ema"] = jax.tree.map(lambda p: jnp.copy(p).astype(jnp.float32), params)
-    report = WarmStart(tuple(loaded), tuple(skipped), tuple(left), rows)
-    return dataclasses.replace(state, params=params, frozen=frozen, extra=extra, tables=tables), report
+        tables, rows = task.carry_rows(state.tables, specs, saved, config.match)
+    state = dataclasses.replace(state, tables=tables)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(saved.source(config.match))
+        try:
+            state, report = begin_with(state, [source])
+        except UserError as error:
+            if not rows:
+                raise UserError(f"init_from: {error}") from None
+            left = tuple(path for path, _ in named_leaves(join(state.params, state.frozen)))
+            report = WarmStart((), (), left)
+    return state, dataclasses.replace(report, rows=rows)

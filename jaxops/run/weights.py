@@ -39,15 +39,21 @@ def read_weights(checkpoints: Checkpoints, step: int) -> Weights:
     Raises:
       UserError: no such step, or a file is missing or truncated.
     """
-    names = [leaf.path.split("/") for leaf in checkpoints.describe(step)]
-    averaged = any(name[:2] == ["extra", AVERAGED] for name in names)
-    params = checkpoints.load_params(step, f"extra/{AVERAGED}" if averaged else "params")
-    if any(name[0] == "frozen" for name in names):
+    parts = {leaf.path.split("/")[0] for leaf in checkpoints.describe(step)}
+    params = checkpoints.load_params(step, served_part(checkpoints, step))
+    if "frozen" in parts:
         params = join(params, checkpoints.load_params(step, "frozen"))
     tables = {}
-    if any(name[0] == "tables" for name in names):
+    if "tables" in parts:
         tables = checkpoints.load_params(step, "tables", leaves=SERVED_SLOTS)
     return Weights(params, tables)
+
+
+def served_part(checkpoints: Checkpoints, step: int) -> str:
+    """The part of a checkpoint whose parameters are served: the moving average where there is one."""
+    average = f"extra/{AVERAGED}"
+    there = any(leaf.path.startswith(f"{average}/") for leaf in checkpoints.describe(step))
+    return average if there else "params"
 
 
 def placed_like(weights: Weights, like: Weights) -> Weights:
