@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from tiny_runs import Stopped, curve
 
 from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.failures import UserError
 from jaxops.core.mesh import make_mesh
 from jaxops.core.sharding import named_leaves
 from jaxops.core.writers import read_metrics
@@ -185,3 +187,31 @@ def test_two_processes_cannot_train_the_same_run(folder):
     assert second.returncode == 2 and "Traceback" not in said
     assert f"run runs/same is being trained by another process (pid {first.pid})" in said
     assert first.returncode == 75
+
+
+def test_a_run_from_before_updates_were_counted_goes_on(tmp_path, monkeypatch):
+    """Its checkpoint has no such leaf: every step was one update. It ends where a run that never stopped does."""
+    shutil.copytree(REPOSITORY / "tests/fixtures/runs_45a0086/sasrec", tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    more = ["run.steps=14", "run.log_every=1", "evaluate.baselines=false", "checkpoint.every=14"]
+    task = build_task(load_config("my.yaml", more))
+    old, whole = (fit(task, quiet=True, folder=folder) for folder in ("tiny_run", "whole"))
+    assert old.summary["step"] == whole.summary["step"] == 14
+    found = []
+    for run in ("tiny_run", "whole"):
+        with Checkpoints(f"{run}/checkpoints") as checkpoints:
+            assert checkpoints.meta(14)["cursor"] == 14 * 16
+            found.append(dict(named_leaves(checkpoints.load_params(14, ""))))
+    assert found[0].keys() == found[1].keys() and int(found[0]["updates"]) == int(found[0]["step"]) == 14
+    for name, leaf in found[0].items():
+        np.testing.assert_allclose(leaf, found[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_norms_by_group_come_from_the_config(folder):
+    train("run.name=groups", "run.steps=2", "optimizer.clip={embedding: 0.1, default: 1.0}")
+    (line,) = [x for x in read_metrics("runs/groups/metrics.jsonl") if x["step"] == 2 and "train/loss" in x]
+    parts = [line[f"train/grad_norm/{name}"] for name in ("embedding", "default")]
+    assert np.hypot(*parts) == pytest.approx(line["train/grad_norm"], rel=1e-5) and min(parts) > 0
+    with pytest.raises(UserError, match=r"optimizer.clip: 'embeding' matches no trained parameter"):
+        train("run.name=wrong", "run.steps=2", "optimizer.clip={embeding: 0.1}")
+    assert not Path("runs/wrong").exists()
