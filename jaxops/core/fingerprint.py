@@ -58,6 +58,9 @@ def _begin(leaf: Any) -> list[Any]:
     if not isinstance(leaf, jax.Array):
         words = _words_of_numpy(np.asarray(leaf))
         return [_sums(words, np.zeros(words.ndim, np.uint32), words.shape)]
+    kind = next(iter(leaf.addressable_shards)).data.device.default_memory().kind
+    if leaf.sharding.memory_kind not in (None, kind):  # kept in the memory of the host, where nothing is computed
+        leaf = jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
     if leaf.is_fully_replicated:
         return [_sums_of(leaf.addressable_data(0), np.zeros(leaf.ndim, np.uint32), leaf.shape)]
     if isinstance(leaf.sharding, NamedSharding):

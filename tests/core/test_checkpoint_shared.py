@@ -340,7 +340,7 @@ class Half:
         while not self.folder.exists():
             for top, _, files in os.walk(self.folder.parent):
                 for name in files:
-                    if "frozen" in top and "tmp" in top and os.path.basename(top) == "d":
+                    if "checkpoint-tmp" in top and os.path.basename(top) == "d":
                         die()
 begin = orbax_io.save_async
 size = 1 << 20
@@ -381,6 +381,7 @@ def test_killed(tmp_path, moment, kept):
     saver(tmp_path, moment, 2)
     (new,) = {path.name.partition(".")[0] for path in parts(tmp_path)} - {first[0].name}
     assert (tmp_path / new / "jaxops.json").exists() == kept
+    assert (tmp_path / new).exists() == (moment != "writing the part")
     left = (tmp_path / new / "jaxops.json").stat().st_mtime_ns if kept else None
     base = np.arange(1 << 20, dtype=np.float32)
     with Checkpoints(tmp_path) as checkpoints:

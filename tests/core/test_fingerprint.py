@@ -76,6 +76,13 @@ def test_a_sharding_without_names_is_read_part_by_part(monkeypatch):
     assert of(jax.device_put(x, NamedSharding(mesh(a=2, b=4), P("b", "a")))) == of(x)
 
 
+def test_the_memory_that_holds_an_array_does_not_matter():
+    x = np.random.default_rng(7).standard_normal((16, 8)).astype(np.float32)
+    for spec in (P(), P("a")):
+        kept = jax.device_put(x, NamedSharding(mesh(a=8), spec, memory_kind="pinned_host"))
+        assert kept.sharding.memory_kind == "pinned_host" and of(kept) == of(x)
+
+
 def test_the_mesh_in_force_does_not_matter():
     x = np.random.default_rng(6).standard_normal((16, 8)).astype(np.float32)
     expected = of(x, np.float32(1))
