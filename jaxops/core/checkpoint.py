@@ -34,8 +34,8 @@ from jaxops.core.writing import Write
 class Checkpoints:
     """The checkpoints in one folder (local, gs:// or s3://); use as a context, or call `close()`.
 
-    Every method but `check` first waits for the save under way, and raises RunFailed if it failed; an error
-    is raised once, at the next call. With several processes all of them make the same calls; process 0
+    Every method but `check` and `oldest` first waits for the save under way, and raises RunFailed if it failed;
+    an error is raised once, at the next call. With several processes all of them make the same calls; process 0
     decides, writes the manifests and deletes. Opening reads and writes nothing.
 
     Args:
@@ -165,6 +165,10 @@ class Checkpoints:
         """
         self._settle()
         return sorted(self._folder.steps())
+
+    def oldest(self) -> int | None:
+        """The lowest saved step, without waiting for the save under way; None where nothing was saved."""
+        return min(self._folder.steps(), default=None)
 
     def latest(self) -> int | None:
         """The step saved last (not the highest, where a run went back), unchecked; see `latest_good`."""

@@ -66,9 +66,7 @@ def fit(
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         accumulation = accumulation_of(task, mesh)
         training = build_training(task, mesh, accumulation)
-        parts = StepParts(training.update, training.fresh, mesh, where)
-        driven = parts.update if task.step is None else task.step(parts)
-        run = TrainingRun(task, mesh, where, progress, driven, training, accumulation)
+        run = TrainingRun(task, mesh, where, progress, training, accumulation)
         run.measure()
 
         def lock() -> None:

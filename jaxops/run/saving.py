@@ -97,6 +97,10 @@ class Saving:
         self.last, self._scored = latest, bool(self._checkpoints.metrics(latest))
         return Position(state, latest, meta["cursor"]), meta["history"]
 
+    def oldest(self) -> int | None:
+        """The oldest step that is saved, without waiting for the save under way; None where nothing was."""
+        return self._checkpoints.oldest()
+
     def metrics(self, step: int) -> dict[str, float]:
         """What was known of a saved step."""
         return self._checkpoints.metrics(step)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from jaxops.core.accumulate import Objective
+from jaxops.core.journal import Journal
 from jaxops.core.metric import Metric
 from jaxops.core.sharding import Axes, Rule
 from jaxops.core.state import Params, State
@@ -86,21 +88,24 @@ class NoEvaluation:
         raise AssertionError("a task without evaluation was evaluated")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class StepParts:
-    """What a task's own step is made of.
+    """The parts that a task's own step is made of.
 
     Attributes:
       update: the built TrainStep of the task's objective.
       fresh: makes the fresh state.
       mesh: the mesh that all of it lies on.
-      folder: the run folder, for a journal of what the host answered.
+      folder: the run folder, as a path or URL.
+      journal: what the host answered in this run (core/journal.py). The run opens it before the first step, so a step
+        keeps `parts` and asks for `parts.journal` when it is called.
     """
 
     update: TrainStep
     fresh: Callable[[], State]
     mesh: Mesh
-    folder: Any = None
+    folder: Path | str
+    journal: Journal = dataclasses.field(init=False)
 
 
 @dataclasses.dataclass(frozen=True)

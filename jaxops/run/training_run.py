@@ -21,6 +21,7 @@ from jaxops.core.compiles import Compiles
 from jaxops.core.evaluation import Interrupted
 from jaxops.core.failures import RunFailed
 from jaxops.core.interrupt import Interrupt
+from jaxops.core.journal import Journal
 from jaxops.core.loop import Ended, Hook, Snapshot, Window, check_finite, run_loop
 from jaxops.core.memory import explained
 from jaxops.core.mesh import describe_devices
@@ -39,7 +40,7 @@ from jaxops.run.progress import Progress
 from jaxops.run.recording import open_writers, own_loggers
 from jaxops.run.saving import Position, Saving
 from jaxops.run.summary import FinishedRun, about_of, write_failure, write_summary
-from jaxops.run.task import Task
+from jaxops.run.task import StepParts, Task
 from jaxops.run.training import Training, abstract, abstract_batch
 from jaxops.run.validation import Validation
 from jaxops.run.warm_start import begin_with, init_from
@@ -55,12 +56,13 @@ class TrainingRun:
         mesh: Mesh,
         folder: RunFolder,
         progress: Progress,
-        step: Step,
         training: Training,
         accumulation: int,
     ):
         self.task, self.config, self.mesh, self.folder, self.progress = task, task.config, mesh, folder, progress
-        self.step, self.fresh, self.tables = step, training.fresh, training.tables
+        self.fresh, self.tables = training.fresh, training.tables
+        self.parts = StepParts(training.update, training.fresh, mesh, folder.dir)
+        self.step: Step = training.update if task.step is None else task.step(self.parts)
         self.accounting = Accounting(task, mesh, accumulation)
         self.interrupt = Interrupt(progress.say)
         self.compiles = Compiles(on_compile=progress.compiled)
@@ -91,6 +93,8 @@ class TrainingRun:
             stack.enter_context(checkpoints)
             self.saving = Saving(self.task, self.mesh, checkpoints, self.fresh, self._history)
             at = self._begin()
+            if self.task.step is not None:
+                self.parts.journal = stack.enter_context(Journal(self.folder.dir, fresh=self.saving.last < 0))
             distributed.on_first("write the run folder", self._write_folder)
             self.watch.begin()
             self._open_writers(at.step)
@@ -318,6 +322,8 @@ class TrainingRun:
 
     def _save(self, at: Position, wait: bool = False) -> None:
         before = self.watch.at("save")
+        if self.task.step is not None and (oldest := self.saving.oldest()) is not None:
+            self.parts.journal.trim(oldest)
         self.saving.save(at, self.validation.values if self.validation.step == at.step else None, wait=wait)
         self.watch.at(before)
 
