@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxops.core.failures import RunFailed
+from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.sums import LOSS, Sum, Sums, finalize
 
 LONG_SECONDS, SHORT_SECONDS = 0.1, 0.001
@@ -90,8 +90,17 @@ class Windows:
         self._closed: list[tuple[int, int, Sums]] = []
         self._values: dict[str, Any] = {}
 
-    def add(self, sums: Sums, cursor: int, updates: int) -> None:
-        """One step more is under way; returns when few enough are."""
+    def add(self, sums: Sums | None, cursor: int, updates: int) -> None:
+        """One step more is under way; returns when few enough are.
+
+        Raises:
+          UserError: the step returned no sums.
+        """
+        if sums is None:
+            raise UserError(
+                "a step returned None for its sums: where it makes no update and got no window, it returns"
+                " update.empty_window(state, minibatch)"
+            )
         flying = self._flying
         flying.append(_handles(sums))
         self._cursors.append(cursor)

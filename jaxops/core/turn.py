@@ -85,7 +85,8 @@ class Step(Protocol):
       `state.extra`) is copied to the host, or used, before the first update: reading it later raises "Array has been
       deleted". An entry of `state.extra` that only the step itself changes is registered all the same, as
       `Extra(init)`.
-    * An early stop leaves updates out. It never makes updates with zero gradients, which would still move Adam.
+    * An early stop leaves updates out. It never makes updates with zero gradients, which would still move Adam. A call
+      without any update returns the inner update's `empty_window(state, minibatch)` where `window` is None.
     * It may raise `Interrupted` (after `poll()` said so, say) until the first donation, and then counts as never
       called: its batch and its draws come again. After the first donation it must come to its end.
     * `window` must stay readable: the loop waits on the sums of earlier calls. So `window` is not donated.

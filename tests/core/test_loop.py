@@ -214,6 +214,15 @@ def test_a_step_may_poll_draw_and_say_what_it_consumed():
     assert window.values({})["updates"] == 11 / 5
 
 
+def test_a_step_without_sums_has_words():
+    class Silent(Stub):
+        def __call__(self, state, batch, window=None, turn=None):
+            return stepped(state), window
+
+    with pytest.raises(UserError, match="returned None for its sums"):
+        run(3, log=[], step=Silent([]))
+
+
 def test_nothing_is_drawn_of_no_examples():
     with pytest.raises(UserError, match="at least one example, got 0"):
         Turn(lambda cursor, size: {}, lambda: False).draw(0)

@@ -112,6 +112,8 @@ class Proposing:
         for at in range(self.updating(now)):
             part = {name: x[at % 2 :: 2] for name, x in host(ready).items()}
             state, inner = self.train(state, part, inner)
+        if inner is None:
+            inner = self.train.empty_window(state, {name: x[::2] for name, x in host(ready).items()})
         turn.updates = self.updating(now)
         state = dataclasses.replace(state, extra=state.extra | {"kl": {"coef": new}})
         if window is not None:
@@ -235,6 +237,19 @@ def test_a_run_that_is_stopped_goes_on_bitwise(layout):
     agree(resumed.state, expected.state, 0)
     assert (resumed.step, resumed.cursor) == (expected.step, expected.cursor)
     assert parts.at == whole.at
+
+
+def test_an_early_stop_leaves_updates_out():
+    """A step of no updates moves the step, the cursor and the schedule, and neither parameters nor Adam."""
+    trial = Trial(updating=lambda n: 2 * (n != 2))
+    two = trial.run(steps=2)
+    before = host(two.state)
+    third = trial.run(two.state, 2, two.cursor, steps=3)
+    assert (int(third.state.step), int(third.state.updates), third.cursor) == (3, 4, 3 * SIZE)
+    for part in ("params", "opt_state"):
+        agree(getattr(third.state, part), getattr(before, part), 0)
+    trial.run(third.state, 3, third.cursor, steps=4)
+    assert [w.updates for w, _ in trial.windows] == [4, 0, 2] and "score" in trial.windows[1][1]
 
 
 def test_a_bad_update_among_good_ones_is_never_lost():
