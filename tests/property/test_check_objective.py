@@ -14,6 +14,8 @@ from jaxops.core.random import example_keys
 from jaxops.core.sharding import named_leaves
 from jaxops.core.step import Extra
 from jaxops.core.sums import Sum
+from jaxops.tables.optimizers import Adagrad
+from jaxops.tables.spec import TableSpec
 from jaxops.testing import check, compare
 
 QUICK = {"layouts": [{"data": 8}], "accumulations": (1, 4)}
@@ -192,3 +194,26 @@ def bradley_terry(params, batch, key):
 
 def test_an_example_may_be_two_rows():
     assert all(case.gradient < 1e-6 for case in check(regression_task(bradley_terry, Pairs()), **QUICK))
+
+
+class WithItems(Rows):
+    def batch(self, cursor, size):
+        at = np.arange(cursor, cursor + size, dtype=np.int32)
+        return super().batch(cursor, size) | {"item": at % 20}
+
+
+def test_slots_of_tables_are_held_to_it():
+    """A reader of rows whose gradient of them depends on the layout leaves other sums of squares behind."""
+    spec = TableSpec(rows=20, dim=8, features=("item",), optimizer=Adagrad(lr=1e-7))  # rows themselves hardly move
+
+    def task(objective):
+        made = lambda params, batch, key: objective(params, batch | {"y": batch["y"] + batch["rows"]["item"]}, key)
+        return regression_task(made, WithItems(), tables={"item": spec})
+
+    options = {"layouts": [{"data": 2}], "accumulations": (2,), "steps": 2}
+    (found,) = check(task(regression), **options)
+    assert found.parameter < 1e-6
+    seen = testing._run(task(regression), {"data": 1}, 1, [WithItems().batch(0, 32)], 32)
+    assert seen.slots.keys() == {"sum", "count"} and seen.slots["sum"]["item"].shape[1:] == (8,)
+    (wrong,) = compare(task(lambda p, b, k: {"loss/mse": mean_of_means(p, b, k)["loss/mse"]}), **options)
+    assert wrong.parameter > 1e-4
