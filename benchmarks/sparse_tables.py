@@ -34,7 +34,7 @@ import jaxops
 from jaxops.core.mesh import make_mesh
 from jaxops.core.step import build_step, init_state
 from jaxops.core.sums import Sum
-from jaxops.tables.optimizers import Adagrad, Optimizer, RowwiseAdagrad
+from jaxops.tables.optimizers import Adagrad, RowwiseAdagrad, TableOptimizer
 from jaxops.tables.spec import TableSpec
 from jaxops.tables.tables import EmbeddingTables
 
@@ -72,7 +72,7 @@ def loss(bags: jax.Array, w: jax.Array, batch: Any) -> dict[str, Sum]:
 class Side:
     """A step that is called on batches; `seconds` of each, and the temporaries of its program."""
 
-    def __init__(self, rows: int, dim: int, optimizer: Optimizer | None, first: dict[str, np.ndarray]):
+    def __init__(self, rows: int, dim: int, optimizer: TableOptimizer | None, first: dict[str, np.ndarray]):
         mesh = make_mesh(devices=jax.devices()[:1])
         tables = None
         if optimizer is not None:

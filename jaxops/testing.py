@@ -60,7 +60,7 @@ class Agreement:
     compute: str = "float32"
 
 
-def compare(
+def compare_layouts(
     task: Task,
     layouts: Sequence[dict[str, int]] = LAYOUTS,
     accumulations: Sequence[int] = (1, 4),
@@ -109,7 +109,7 @@ def check(
     steps: int = 5,
     bfloat16: bool | None = None,
 ) -> list[Agreement]:
-    """`compare`, and an error that names the layouts which do not agree.
+    """`compare_layouts`, and an error that names the layouts which do not agree.
 
     First it refuses parameters that are multiplied as they lie over fsdp: there a small batch may agree and a large one
     not (core/fence.py).
@@ -134,7 +134,7 @@ def check(
             tables = tables_on(task, mesh, batch_size)
             batch = task.source.batch(0, batch_size)
             require_constrained_kernels(task, mesh, tables, tables.plan(batch) if tables else batch)
-    found = compare(task, layouts, accumulations, batch_size=batch_size, steps=steps, bfloat16=bfloat16)
+    found = compare_layouts(task, layouts, accumulations, batch_size=batch_size, steps=steps, bfloat16=bfloat16)
     bad = []
     for case in found:
         most = (BFLOAT16, BFLOAT16) if case.compute == "bfloat16" else (gradient, parameter)

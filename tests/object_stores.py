@@ -94,7 +94,7 @@ def move_to_new_machine(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
 
 def bucket_of(url: str) -> tuple[Store, Location]:
-    place = stores.parse(url)
+    place = stores.parse_url(url)
     return stores.open_store(place), place
 
 

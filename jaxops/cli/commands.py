@@ -24,7 +24,7 @@ def train(args: argparse.Namespace) -> int:
     if args.smoke:
         return _smoke(args)
     run = fit(build_task(load_config(args.config, args.overrides)))
-    if args.json and distributed.first():
+    if args.json and distributed.is_primary():
         print_json({"dir": str(run.dir), **run.summary})
     return EXIT_OK if run.state == "finished" else EXIT_INTERRUPTED
 
@@ -37,20 +37,20 @@ def _smoke(args: argparse.Namespace) -> int:
 
     with contextlib.ExitStack() as stack:
         make = lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxops-smoke-"))
-        scratch = distributed.on_first("scratch folder", make)
+        scratch = distributed.run_on_primary("scratch folder", make)
         for steps in (2, 3):
             small = ["run.epochs=null", f"run.steps={steps}", f"run.dir={scratch}", "run.name=smoke"]
             small += ["evaluate.baselines=false", "evaluate.every=2", "run.log_every=1", "run.loggers=[]"]
             small += ["optimizer.schedule.warmup=0", "run.profile=null"]  # a warm-up may not outlast the run
             task = build_task(load_config(args.config, [*args.overrides, *small]))
-            if distributed.first():
+            if distributed.is_primary():
                 print(f"smoke test: to step {steps}, evaluation, save ...", file=sys.stderr)
             run = fit(task, quiet=True)
             if run.state != "finished":
                 return EXIT_INTERRUPTED
-        if not distributed.several():
+        if not distributed.is_distributed():
             load(run.dir)
-    if not distributed.first():
+    if not distributed.is_primary():
         return EXIT_OK
     device, seconds = run.summary["device"], run.summary["wall_s"]
     if args.json:

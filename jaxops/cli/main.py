@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command; overrides may also follow a flag.
 
     Raises:
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     trace = "--traceback" in argv or bool(os.environ.get("JAXOPS_TRACEBACK"))
     try:
-        args = parse([arg for arg in argv if arg != "--traceback"])
+        args = parse_arguments([arg for arg in argv if arg != "--traceback"])
         if getattr(args, "processes", None) is not None:
             from jaxops.cli.launch import launch
 
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED
         if trace:
             raise
-        if not error.shared or _first():
+        if not error.shared or _is_primary():
             print(f"jaxops: {error}", file=sys.stderr)
         return _abandon(error, status)
     except KeyboardInterrupt as error:
@@ -148,13 +148,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
 
 
-def _several() -> bool:
+def _is_distributed() -> bool:
     """Whether this process is one of a job's; asks jax only if it was loaded."""
-    return "jaxops.core.distributed" in sys.modules and sys.modules["jaxops.core.distributed"].several()
+    return "jaxops.core.distributed" in sys.modules and sys.modules["jaxops.core.distributed"].is_distributed()
 
 
-def _first() -> bool:
-    return not _several() or sys.modules["jaxops.core.distributed"].first()
+def _is_primary() -> bool:
+    return not _is_distributed() or sys.modules["jaxops.core.distributed"].is_primary()
 
 
 def _leave(status: int) -> int:
@@ -167,7 +167,7 @@ def _leave(status: int) -> int:
 
 def _abandon(error: BaseException, status: int) -> int:
     """The end of one that did not: the others hear of it, and nobody waits for anybody."""
-    if _several():
+    if _is_distributed():
         from jaxops.core import distributed
 
         distributed.announce_failure(error, "before or after training")

@@ -106,8 +106,8 @@ def compare(args: argparse.Namespace) -> int:
     page = _page(args)
     found = compare_runs(args.runs)
     if args.json:
-        written = None if args.out is None else _write(found, page)
-        return print_json({"version": 1, **_compared(found), "page": written})
+        yaml_of = None if args.out is None else _write(found, page)
+        return print_json({"version": 1, **_compared(found), "page": yaml_of})
     out = console()
     for table in (_results_table(found), _sides_table(found), _differences_table(found)):
         if table is not None:
@@ -187,7 +187,7 @@ def _sides_table(found: "Comparison") -> "Table":
 
 def _differences_table(found: "Comparison") -> "Table | None":
     from jaxops.cli.printing import cell, grid
-    from jaxops.report.compare import written
+    from jaxops.report.compare import yaml_of
 
     if not found.differences:
         return None
@@ -197,7 +197,7 @@ def _differences_table(found: "Comparison") -> "Table | None":
         table.add_column(cell(label), overflow="fold")
     for difference in found.differences:
         values = difference.values
-        cells = [cell(written(values[name])) if name in values else cell("-", "dim") for name in labels]
+        cells = [cell(yaml_of(values[name])) if name in values else cell("-", "dim") for name in labels]
         table.add_row(cell(difference.path), *cells)
     return table
 

@@ -71,7 +71,7 @@ def digest(resolved: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
-def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_config(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted path and value of every leaf; lists of scalars and empty mappings and lists are leaves."""
     if isinstance(value, Mapping) and value:
         entries: Iterator[tuple[Any, Any]] = iter(value.items())
@@ -81,12 +81,12 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
         return
     for key, entry in entries:
-        yield from flatten(entry, f"{path}.{key}" if path else str(key))
+        yield from flatten_config(entry, f"{path}.{key}" if path else str(key))
 
 
 def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Where two resolved configurations differ: (dotted path, value in a, in b), a value may be ABSENT."""
-    left, right = dict(flatten(a)), dict(flatten(b))
+    left, right = dict(flatten_config(a)), dict(flatten_config(b))
     paths = [*left, *(path for path in right if path not in left)]
     pairs = ((path, left.get(path, ABSENT), right.get(path, ABSENT)) for path in paths)
     return [(path, x, y) for path, x, y in pairs if type(x) is not type(y) or x != y]

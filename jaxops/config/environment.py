@@ -4,7 +4,7 @@ import os
 import re
 
 from jaxops.config.errors import Problem
-from jaxops.config.node import BROKEN, Node, join
+from jaxops.config.node import BROKEN, Node, join_path
 from jaxops.config.yaml_text import scalar_of
 from jaxops.core.failures import UserError, nearest
 
@@ -32,16 +32,18 @@ def expand_text(text: str) -> str:
     return _REFERENCE.sub(value_of, text)
 
 
-def expand(node: Node, path: str, problems: list[Problem]) -> Node:
+def expand_variables(node: Node, path: str, problems: list[Problem]) -> Node:
     """The same tree with every reference replaced; what cannot be is added to `problems` and left BROKEN.
 
     An unquoted scalar is read again afterwards (`steps: ${env:STEPS}` is a number), a quoted one stays text.
     """
     if isinstance(node.value, dict):
-        entries = {key: expand(entry, join(path, key), problems) for key, entry in node.value.items()}
+        entries = {key: expand_variables(entry, join_path(path, key), problems) for key, entry in node.value.items()}
         return Node(entries, node.origin, implied=node.implied)
     if isinstance(node.value, list):
-        return Node([expand(entry, join(path, i), problems) for i, entry in enumerate(node.value)], node.origin)
+        return Node(
+            [expand_variables(entry, join_path(path, i), problems) for i, entry in enumerate(node.value)], node.origin
+        )
     if not isinstance(node.value, str) or "${env" not in node.value:
         return node
     try:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxops.config.node import Node, plain
+from jaxops.config.node import Node, plain_node
 from jaxops.core.failures import UserError, nearest
 
 
@@ -51,7 +51,7 @@ class Refused(Exception):
 
 def show(value: Any, width: int = 60) -> str:
     """A value as it would be written in YAML, in one short line."""
-    text = _flow(plain(value) if isinstance(value, Node) else value)
+    text = _flow(plain_node(value) if isinstance(value, Node) else value)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -97,7 +97,7 @@ _LIMITS = {
 def wording(details: Mapping[str, Any], expected: str, value: Any) -> Refused:
     """Pydantic's error details (one entry of `ValidationError.errors()`) in our words."""
     kind, context = details["type"], details.get("ctx", {})
-    value = plain(value) if isinstance(value, Node) else value
+    value = plain_node(value) if isinstance(value, Node) else value
     if kind in _LIMITS:
         limits = {name: _short(limit) for name, limit in context.items()}
         return Refused(f"{_LIMITS[kind].format(**limits)}, got {show(value)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxops.config.environment import expand_text
 from jaxops.config.errors import ConfigError, Problem, one_of
 from jaxops.config.node import Node
-from jaxops.config.yaml_text import parse
+from jaxops.config.yaml_text import parse_yaml
 from jaxops.core.failures import UserError
 
 ConfigPath = str | os.PathLike[str]
@@ -74,7 +74,7 @@ def _read(name: ConfigPath, origin: str, beside: Path | None, chain: tuple[str, 
     if shown in chain:
         circle = " -> ".join([*chain[chain.index(shown) :], shown])
         raise ConfigError([Problem("base", origin, str(name), f"the bases form a circle: {circle}")])
-    tree = parse(text, shown)
+    tree = parse_yaml(text, shown)
     if tree.value is None:
         tree = Node({}, shown)
     if not isinstance(tree.value, dict):

@@ -9,12 +9,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
-from jaxops.config.dump import flatten, plain_of
-from jaxops.config.environment import expand
+from jaxops.config.dump import flatten_config, plain_of
+from jaxops.config.environment import expand_variables
 from jaxops.config.errors import ConfigError, Problem, show, unknown
 from jaxops.config.files import ConfigPath, read_files
 from jaxops.config.merge import merge_all, parse_overrides
-from jaxops.config.node import BROKEN, Node, node_of, plain
+from jaxops.config.node import BROKEN, Node, node_of, plain_node
 from jaxops.config.schema import record_of
 from jaxops.config.validate import Validator, origin_of
 from jaxops.core.failures import UserError
@@ -147,7 +147,7 @@ def _resolve(
     merged = merge_all(root, trees, given, problems)
     if tag is not None and by not in root.fields:
         merged = Node({key: entry for key, entry in merged.value.items() if key != by}, merged.origin)
-    merged = expand(merged, "", problems)
+    merged = expand_variables(merged, "", problems)
     validator = Validator(root, check_imports=check_imports)
     config = validator.read(root, merged)
     problems += validator.problems
@@ -167,24 +167,24 @@ def _tag(variants: Variants, trees: Sequence[Node], by: str) -> Node:
         origin = next((tree.origin for tree in reversed(trees) if not tree.implied), "")
         raise ConfigError([Problem(by, origin, None, f"missing (known: {', '.join(variants)})")])
     problems: list[Problem] = []
-    last = expand(said[-1], by, problems)
+    last = expand_variables(said[-1], by, problems)
     if last.value is BROKEN:
         raise ConfigError(problems)
     if not isinstance(last.value, str) or last.value not in variants:
-        message = unknown(f"unknown {by} {show(last)}", str(plain(last)), variants)
-        raise ConfigError([Problem(by, last.origin, plain(last), message)])
+        message = unknown(f"unknown {by} {show(last)}", str(plain_node(last)), variants)
+        raise ConfigError([Problem(by, last.origin, plain_node(last), message)])
     for other in said:
-        if plain(expand(other, by, [])) != last.value:
+        if plain_node(expand_variables(other, by, [])) != last.value:
             message = f"{show(last)} here, but {show(other)} at {other.origin}, which it is merged over"
             raise ConfigError([Problem(by, last.origin, last.value, message)])
     return last
 
 
 def _origins(resolved: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, str]:
-    leaves = {path: origin_of(path, origins) for path, _ in flatten(resolved)}
+    leaves = {path: origin_of(path, origins) for path, _ in flatten_config(resolved)}
     return {path: origin for path, origin in origins.items() if path} | leaves
 
 
 def explain(loaded: Loaded[Any]) -> list[tuple[str, Any, str]]:
     """(dotted path, value, origin) of every leaf, in the order of the schema: what `jaxops config` prints."""
-    return [(path, value, loaded.origins[path]) for path, value in flatten(loaded.resolved)]
+    return [(path, value, loaded.origins[path]) for path, value in flatten_config(loaded.resolved)]

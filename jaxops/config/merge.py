@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxops.config.errors import ConfigError, Problem, show
-from jaxops.config.node import Node, join, plain
+from jaxops.config.node import Node, join_path, plain_node
 from jaxops.config.shapes import ABSENT, Anything, Call, Checked, Choice, Entries, Record, Shape
-from jaxops.config.yaml_text import parse
+from jaxops.config.yaml_text import parse_yaml
 
 
-def merge(
+def merge_nodes(
     shape: Shape | None, old: Node, new: Node, problems: list[Problem], path: str = "", default: Any = ABSENT
 ) -> Node:
     """`new` over `old`: mappings entry by entry, everything else whole.
@@ -36,15 +36,17 @@ def merge(
     for key, entry in new.value.items():
         child, fallback = _child(shape, {**old.value, **new.value}, key, default)
         entries[key] = (
-            merge(child, entries[key], entry, problems, join(path, key), fallback) if key in entries else entry
+            merge_nodes(child, entries[key], entry, problems, join_path(path, key), fallback)
+            if key in entries
+            else entry
         )
     return Node(entries, old.origin if new.implied else new.origin, implied=old.implied and new.implied)
 
 
 def _beneath(path: str, old: Node, new: Node) -> Problem:
     what = "a list: override it whole" if isinstance(old.value, list) else "a single value"
-    below = join(path, next(iter(new.value)))
-    return Problem(below, new.origin, plain(new), f"'{path}' is {show(old)} [{old.origin}], {what}")
+    below = join_path(path, next(iter(new.value)))
+    return Problem(below, new.origin, plain_node(new), f"'{path}' is {show(old)} [{old.origin}], {what}")
 
 
 def _another_kind(shape: Shape | None, old: dict[str, Node], new: dict[str, Node], default: Any) -> bool:
@@ -95,10 +97,10 @@ def merge_all(shape: Shape, trees: Sequence[Node], overrides: Sequence[Node], pr
     """Files in their order, then the overrides, which are merged among themselves first."""
     command_line = Node({}, "the command line", implied=True)
     for tree in overrides:
-        command_line = merge(shape, command_line, tree, problems)
+        command_line = merge_nodes(shape, command_line, tree, problems)
     merged = Node({}, "nothing given")
     for tree in [*trees, command_line]:
-        merged = merge(shape, merged, tree, problems)
+        merged = merge_nodes(shape, merged, tree, problems)
     return merged
 
 
@@ -110,10 +112,10 @@ def _override(override: str) -> Node:
         message = "an override is written dotted.path=VALUE" + ("" if equals else " (there is no '=')")
         raise ConfigError([Problem("", origin, None, message)])
     try:
-        node = parse(text, origin, lines=False)
+        node = parse_yaml(text, origin, lines=False)
     except ConfigError as error:
         raise ConfigError(
-            [Problem(join(path, p.path) if p.path else path, p.origin, p.value, p.message) for p in error.problems]
+            [Problem(join_path(path, p.path) if p.path else path, p.origin, p.value, p.message) for p in error.problems]
         ) from None
     for name in reversed(names):
         node = Node({name: node}, origin, implied=True)

@@ -24,12 +24,12 @@ BROKEN = object()
 """The value of a node whose problem has been reported already."""
 
 
-def plain(node: Node) -> Any:
+def plain_node(node: Node) -> Any:
     """The value without origins: nested dicts, lists and scalars."""
     if isinstance(node.value, dict):
-        return {key: plain(entry) for key, entry in node.value.items()}
+        return {key: plain_node(entry) for key, entry in node.value.items()}
     if isinstance(node.value, list):
-        return [plain(entry) for entry in node.value]
+        return [plain_node(entry) for entry in node.value]
     return node.value
 
 
@@ -42,6 +42,6 @@ def node_of(value: Any, origin: str) -> Node:
     return Node(value, origin)
 
 
-def join(path: str, key: str | int) -> str:
+def join_path(path: str, key: str | int) -> str:
     """`a.b` and `c` make `a.b.c`; list entries are numbered from 0."""
     return f"{path}.{key}" if path else str(key)

@@ -6,7 +6,7 @@ from typing import Any
 from jaxops.config.bypath import ByPath, Factory, python_name, spelled
 from jaxops.config.dump import plain_of
 from jaxops.config.errors import Problem, Refused, one_of, show, unknown
-from jaxops.config.node import BROKEN, Node, join, plain
+from jaxops.config.node import BROKEN, Node, join_path, plain_node
 from jaxops.config.schema import paths_to
 from jaxops.config.shapes import (
     ABSENT,
@@ -56,10 +56,10 @@ class Validator:
                 value = self.read(shape.inner, node, path, default)
                 return value if value is BROKEN else self._try(shape.take, value, node, path)
             case Call():
-                return self._call(shape.factory, node, path, join(path, "fn"))
+                return self._call(shape.factory, node, path, join_path(path, "fn"))
 
     def _wrong(self, path: str, node: Node, message: str) -> Any:
-        self.problems.append(Problem(path, node.origin, plain(node), message))
+        self.problems.append(Problem(path, node.origin, plain_node(node), message))
         return BROKEN
 
     def _expected(self, shape: Shape, node: Node, path: str) -> Any:
@@ -76,10 +76,10 @@ class Validator:
         """Plain values as they stand; BROKEN where an environment variable inside was."""
         self.origins[path] = node.origin
         if isinstance(node.value, dict):
-            entries = {key: self._anything(entry, join(path, key)) for key, entry in node.value.items()}
+            entries = {key: self._anything(entry, join_path(path, key)) for key, entry in node.value.items()}
             return BROKEN if any(entry is BROKEN for entry in entries.values()) else entries
         if isinstance(node.value, list):
-            listed = [self._anything(entry, join(path, i)) for i, entry in enumerate(node.value)]
+            listed = [self._anything(entry, join_path(path, i)) for i, entry in enumerate(node.value)]
             return BROKEN if any(entry is BROKEN for entry in listed) else listed
         return node.value
 
@@ -95,9 +95,9 @@ class Validator:
         strangers = [key for key in node.value if key not in shape.fields]
         for key in strangers:
             message = unknown("unknown key", key, shape.fields, [p for p in paths_to(self.root, key) if "*" not in p])
-            self._wrong(join(path, key), node.value[key], message)
+            self._wrong(join_path(path, key), node.value[key], message)
         for key, field in shape.fields.items():
-            below = join(path, key)
+            below = join_path(path, key)
             fallback = field.default(default if type(default) is shape.cls else ABSENT)
             if key in node.value:
                 values[field.name] = self.read(field.shape, node.value[key], below, fallback)
@@ -124,7 +124,7 @@ class Validator:
         known = len(self.problems)
         try:
             for relative, message in instance.problems():
-                where = _spelled_path(join(path, relative) if relative else path)
+                where = _spelled_path(join_path(path, relative) if relative else path)
                 origin = origin_of(where, self.origins)
                 self.problems.append(Problem(where, origin, _at(plain_of(instance), relative), message))
         except UserError as error:
@@ -151,17 +151,17 @@ class Validator:
             if member is None:
                 return self._expected(shape, node, path)
         if isinstance(member, Call):
-            return self._call(member.factory, node, path, join(path, "fn") if written else path)
+            return self._call(member.factory, node, path, join_path(path, "fn") if written else path)
         if member is not None:
             return self.read(member, node, path, default)
         if "kind" in node.value and shape.tagged:
             kind = node.value["kind"]
             if kind.value is BROKEN:
                 return BROKEN
-            message = unknown(f"unknown kind {show(kind)}", str(plain(kind)), shape.tagged)
+            message = unknown(f"unknown kind {show(kind)}", str(plain_node(kind)), shape.tagged)
             if "fn" in shape.keyed:
                 message += ", or {fn: 'package.module:name'} for one of your own"
-            return self._wrong(join(path, "kind") if written else path, kind, message)
+            return self._wrong(join_path(path, "kind") if written else path, kind, message)
         wanted = [f"'kind' ({', '.join(shape.tagged)})"] if shape.tagged else []
         wanted += [repr(key) for key in shape.keyed]
         words = [*(["kind"] if shape.tagged else []), *shape.keyed]
@@ -193,7 +193,7 @@ class Validator:
             return self._expected(shape, node, path)
         kinds = shape.fixed or (shape.item,) * len(node.value)
         values = [
-            self.read(item, entry, join(path, i))
+            self.read(item, entry, join_path(path, i))
             for i, (item, entry) in enumerate(zip(kinds, node.value, strict=True))
             if item is not None
         ]
@@ -205,13 +205,13 @@ class Validator:
         values = {}
         for key, entry in node.value.items():
             word = key if shape.key.base is str else scalar_of(key)
-            named = self._try(shape.key.take, Node(word, entry.origin), entry, join(path, key))
-            values[named] = self.read(shape.value, entry, join(path, key))
+            named = self._try(shape.key.take, Node(word, entry.origin), entry, join_path(path, key))
+            values[named] = self.read(shape.value, entry, join_path(path, key))
         broken = BROKEN in values or any(value is BROKEN for value in values.values())
         return BROKEN if broken else values
 
     def _call(self, factory: Factory, node: Node, path: str, fn_path: str) -> Any:
-        entries = {key: self._anything(entry, join(path, key)) for key, entry in node.value.items()}
+        entries = {key: self._anything(entry, join_path(path, key)) for key, entry in node.value.items()}
         fn = entries.pop("fn")
         if fn is BROKEN or any(value is BROKEN for value in entries.values()):
             return BROKEN
@@ -221,7 +221,7 @@ class Validator:
         found = ByPath(fn, {python_name(key): value for key, value in entries.items()})
         if self.check_imports:
             for key, message in found.complaints(factory.leading, factory.note):
-                self._wrong(fn_path if key == "fn" else join(path, key), node.value[key], message)
+                self._wrong(fn_path if key == "fn" else join_path(path, key), node.value[key], message)
         return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from jaxops.config.errors import ConfigError, Problem
-from jaxops.config.node import BROKEN, Node, join
+from jaxops.config.node import BROKEN, Node, join_path
 
 _INT = r"[-+]?(?:0|[1-9](?:_?[0-9])*|0x[0-9a-fA-F](?:_?[0-9a-fA-F])*|0o[0-7]+|0b[01]+)"
 _DIGITS = r"(?:0|[1-9](?:_?[0-9])*)"
@@ -28,14 +28,14 @@ _RESOLVERS = {
 }
 
 
-class Loader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's scalars; used to compose nodes only, never to construct objects."""
 
     yaml_implicit_resolvers: dict = {}
 
 
 for _tag, (_pattern, _first) in _RESOLVERS.items():
-    Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _first)
+    YamlLoader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _first)
 
 
 class Dumper(yaml.SafeDumper):
@@ -72,7 +72,7 @@ def _construct(tag: str, text: str) -> Any:
     return text
 
 
-def parse(text: str, name: str, *, lines: bool = True) -> Node:
+def parse_yaml(text: str, name: str, *, lines: bool = True) -> Node:
     """Reads one YAML document; an empty one is null.
 
     With `lines` each origin is "name:line"; without, it is `name` as it stands (an override), and unquoted
@@ -81,7 +81,7 @@ def parse(text: str, name: str, *, lines: bool = True) -> Node:
     Raises:
       ConfigError: not YAML, a key twice in one mapping, a key that is no scalar, an unknown tag.
     """
-    loader = Loader(text)
+    loader = YamlLoader(text)
     try:
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -126,7 +126,9 @@ class _Converter:
             if isinstance(node, yaml.MappingNode):
                 return self._mapping(node, path, origin)
             if isinstance(node, yaml.SequenceNode):
-                entries = [self.convert(entry, join(path, i), self.origin(entry)) for i, entry in enumerate(node.value)]
+                entries = [
+                    self.convert(entry, join_path(path, i), self.origin(entry)) for i, entry in enumerate(node.value)
+                ]
                 return Node(entries, origin)
             assert isinstance(node, yaml.ScalarNode)
             return self._scalar(node, path, origin)
@@ -143,9 +145,9 @@ class _Converter:
                 self._wrong(path, where, "merge keys (<<) are not read; name other files in 'base:'")
             elif key.value in entries:
                 first = entries[key.value].origin
-                self._wrong(join(path, key.value), where, f"the same key twice in one mapping, first at {first}")
+                self._wrong(join_path(path, key.value), where, f"the same key twice in one mapping, first at {first}")
             else:
-                entries[key.value] = self.convert(value, join(path, key.value), where)
+                entries[key.value] = self.convert(value, join_path(path, key.value), where)
         return Node(entries, origin)
 
     def _scalar(self, node: yaml.ScalarNode, path: str, origin: str) -> Node:

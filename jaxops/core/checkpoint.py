@@ -26,7 +26,7 @@ from jaxops.core import manifest, orbax_io, plain, shared_parts, writing
 from jaxops.core.checkpoint_folder import CheckpointFolder, Retention, some
 from jaxops.core.failures import RunFailed, UserError, nearest
 from jaxops.core.fingerprint import fingerprint
-from jaxops.core.manifest import Damaged, Leaf, Manifest
+from jaxops.core.manifest import Damaged, Manifest, SavedArray
 from jaxops.core.read_arrays import read_arrays
 from jaxops.core.writing import Write
 
@@ -106,7 +106,7 @@ class Checkpoints:
             metrics={name: float(x) for name, x in (metrics or {}).items() if math.isfinite(x)},
             arrays={path: (np.shape(leaf), str(plain.dtype(leaf))) for path, leaf in leaves.items()},
         )
-        manifest.encode(draft)  # what is not JSON is an error here, not in the background
+        manifest.to_json(draft)  # what is not JSON is an error here, not in the background
         folder = self._folder.at(draft.step, _agreed(lambda: self._folder.edition(draft.step)))
         try:
             if jax.process_index() == 0 and not self._swept:
@@ -213,7 +213,7 @@ class Checkpoints:
         self._settle()
         return self._folder.open(step)[1].metrics
 
-    def describe(self, step: int) -> list[Leaf]:
+    def describe(self, step: int) -> list[SavedArray]:
         """(path, shape, dtype, bytes) of every array, without reading them; raises as `meta`."""
         self._settle()
         return self._folder.open(step)[1].leaves()
@@ -320,7 +320,7 @@ class Checkpoints:
 
     def _writes(self, folder: epath.Path, draft: Manifest, leaves: Mapping[plain.Path, Any]) -> list[Write]:
         """The folders to write: shared ones that are not there yet, and last that of the step, which names them."""
-        parts = shared_parts.split({path: leaf for path, leaf in leaves.items() if np.size(leaf)}, self._shared)
+        parts = shared_parts.split_shared({path: leaf for path, leaf in leaves.items() if np.size(leaf)}, self._shared)
         own, writes, named = parts.pop("", {}), [], {}
         for entry, part in parts.items():
             digest, shared = fingerprint(part), self._folder.shared

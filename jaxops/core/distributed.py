@@ -125,12 +125,12 @@ def seconds(name: str, default: int, env: Mapping[str, str] = os.environ) -> int
     return int(text)
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this run is several processes."""
     return jax.process_count() > 1
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this is process 0, the one that writes."""
     return jax.process_index() == 0
 
@@ -141,16 +141,16 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def on_first(what: str, fn: Callable[[], Any]) -> Any:
+def run_on_primary(what: str, fn: Callable[[], Any]) -> Any:
     """What `fn` returns (JSON) on process 0, on all processes; its UserError or RunFailed is raised on all.
 
     Raises:
       RunFailed: process 0 has not answered within JAXOPS_BARRIER_SECONDS, or another process failed meanwhile.
     """
-    if not several():
+    if not is_distributed():
         return fn()
     key = _next(f"jaxops/on_first/{what}")
-    if first():
+    if is_primary():
         try:
             word = {"value": fn()}
         except (UserError, RunFailed) as error:
@@ -169,23 +169,23 @@ def on_first(what: str, fn: Callable[[], Any]) -> Any:
 
 
 def gather(what: str, value: Any) -> list[Any]:
-    """What every process has for `value` (JSON), by number of the process; raises as `meet`."""
-    if not several():
+    """What every process has for `value` (JSON), by number of the process; raises as `barrier`."""
+    if not is_distributed():
         return [value]
     key = _next(f"jaxops/gather/{what}")
     _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
-    meet(what)
+    barrier(what)
     found = {int(name.rpartition("/")[2]): json.loads(text) for name, text in _client().key_value_dir_get(key)}
     return [found[rank] for rank in sorted(found)]
 
 
-def meet(what: str) -> None:
+def barrier(what: str) -> None:
     """Returns when all processes are here.
 
     Raises:
       RunFailed: some did not come within JAXOPS_BARRIER_SECONDS; it names them and what they did last.
     """
-    if not several():
+    if not is_distributed():
         return
     missing, limit = _absent(_next(f"jaxops/meet/{what}"))
     if missing:
@@ -234,7 +234,7 @@ def _failed_there(rank: int, word: Mapping[str, Any]) -> RunFailed:
 
 def announce_phase(phase: str) -> None:
     """Lets the other processes know what this one is about, for their messages."""
-    if several():
+    if is_distributed():
         _client().key_value_set(f"{_PHASE}/{jax.process_index()}", phase, allow_overwrite=True)
 
 
@@ -257,7 +257,7 @@ def _next(name: str) -> str:
 
 def announce_failure(error: BaseException, where: str) -> None:
     """Tells the other processes that this one fails, and why; they end too (`others_failed`)."""
-    if not several() or getattr(error, "shared", False):
+    if not is_distributed() or getattr(error, "shared", False):
         return
     text = f"{type(error).__name__}: {error}".split("\n")[0][:500]
     word = {"text": text, "where": where, "status": EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED}
@@ -277,7 +277,7 @@ def others_failed() -> dict[int, dict[str, Any]]:
 def explain_lost(error: jax.errors.JaxRuntimeError, where: str) -> BaseException:
     """A collective failed: the other process's own words, or who is gone; the error itself where nobody is."""
     text = str(error)
-    if not several() or "RESOURCE_EXHAUSTED" in text:
+    if not is_distributed() or "RESOURCE_EXHAUSTED" in text:
         return error
     for _ in range(10):
         if failed := others_failed():
@@ -306,7 +306,7 @@ def leave(status: int) -> NoReturn:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().key_value_set(f"{_GONE}/{jax.process_index()}", "", allow_overwrite=True)
         until = time.monotonic() + 2
-        while first() and time.monotonic() < until:
+        while is_primary() and time.monotonic() < until:
             if len(_client().key_value_dir_get(_GONE)) == jax.process_count():
                 break
             time.sleep(0.05)
@@ -327,6 +327,6 @@ def _end_at_once(kind: type[BaseException], error: BaseException, trace: Traceba
 
 def shut_down() -> None:
     """Leaves the job in order, once all have come this far."""
-    if several():
-        meet("exit")
+    if is_distributed():
+        barrier("exit")
         jax.distributed.shutdown()

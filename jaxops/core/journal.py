@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from jaxops.core import distributed, store_paths, stores
 from jaxops.core.failures import UserError
 from jaxops.core.rows import gather_rows, owned_rows
-from jaxops.core.writers import written
+from jaxops.core.writers import writing
 
 FOLDER = "journal"
 VERSION = 1
@@ -124,7 +124,7 @@ class Journal:
         self._lock = threading.RLock()
         self.found = self.asked_again = self.unreadable = 0
         if fresh:
-            distributed.on_first("emptying the journal", lambda: self._remove(self._parts()))
+            distributed.run_on_primary("emptying the journal", lambda: self._remove(self._parts()))
         if self._process == 0 and not self._remote:
             for torn in Path(self._folder).glob(".*.tmp"):
                 torn.unlink(missing_ok=True)
@@ -137,7 +137,9 @@ class Journal:
         self._file: _Appended | None = None
         self._pending: list[bytes] = []
         self._durable = True
-        distributed.meet("opening the journal")  # from here on there may be new parts, which nobody takes for old ones
+        distributed.barrier(
+            "opening the journal"
+        )  # from here on there may be new parts, which nobody takes for old ones
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -170,7 +172,7 @@ class Journal:
 
     def flush(self) -> None:
         """Returns when all that was recorded is durable."""
-        with self._lock, written(self._folder):
+        with self._lock, writing(self._folder):
             if self._durable:
                 return
             if self._remote:
@@ -219,7 +221,7 @@ class Journal:
 
     def _parts(self) -> list[str]:
         """The names of all parts, in the order in which they count."""
-        with written(self._folder):
+        with writing(self._folder):
             if not self._folder.is_dir():
                 return []
             return sorted((p.name for p in self._folder.iterdir() if _PART.fullmatch(p.name)), key=_numbers)
@@ -228,7 +230,7 @@ class Journal:
         """The last entry of each sample in these parts."""
         entries: dict[Key, _Entry] = {}
         for name in parts:
-            with written(self._folder / name):
+            with writing(self._folder / name):
                 *lines, torn = (self._folder / name).read_bytes().split(b"\n")
             self.unreadable += bool(torn)
             for number, line in enumerate(lines, 1):
@@ -249,7 +251,7 @@ class Journal:
         if self._remote:
             self._pending.append(line)
             return
-        with written(self._folder):
+        with writing(self._folder):
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._file = _Appended(Path(self._folder) / self._new_part())
@@ -266,7 +268,7 @@ class Journal:
         if len(kept) == len(entries) and len(parts) == 1:
             return parts
         *others, last = parts
-        with written(self._folder):
+        with writing(self._folder):
             if kept:
                 self._write(last, b"".join(_line(key, entry) for key, entry in kept.items()))
             self._remove(others if kept else parts)
@@ -286,7 +288,7 @@ class Journal:
         _sync_folder(Path(self._folder))
 
     def _remove(self, parts: Iterable[str]) -> None:
-        with written(self._folder):
+        with writing(self._folder):
             for name in parts:
                 (self._folder / name).unlink()
 

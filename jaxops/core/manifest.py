@@ -34,7 +34,7 @@ class Damaged(Exception):
     """A manifest that cannot be believed; the message says why."""
 
 
-class Leaf(NamedTuple):
+class SavedArray(NamedTuple):
     """One array of a checkpoint: path `params/w`, shape, dtype by name, bytes in memory."""
 
     path: str
@@ -77,14 +77,14 @@ class Manifest:
         """The version that it is written as: the lowest that says all of it."""
         return 2 if self.shared else 1
 
-    def leaves(self) -> list[Leaf]:
+    def leaves(self) -> list[SavedArray]:
         return [
-            Leaf(plain.name(path), shape, dtype, math.prod(shape) * np.dtype(dtype).itemsize)
+            SavedArray(plain.name(path), shape, dtype, math.prod(shape) * np.dtype(dtype).itemsize)
             for path, (shape, dtype) in self.arrays.items()
         ]
 
 
-def encode(manifest: Manifest) -> str:
+def to_json(manifest: Manifest) -> str:
     """As JSON text that carries its own checksum.
 
     Raises:
@@ -107,7 +107,7 @@ def encode(manifest: Manifest) -> str:
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
     """Puts the manifest into `folder`, at once and whole; replaces an older one."""
-    text = encode(manifest)
+    text = to_json(manifest)
     if is_url(folder):  # object stores write an object whole or not at all
         (folder / FILE).write_text(text)
         return

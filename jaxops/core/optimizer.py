@@ -30,7 +30,7 @@ class Constant:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Linear:
+class LinearDecay:
     """Linear warm-up, then linear decay that would reach `end` times the learning rate one step after the last."""
 
     kind: Literal["linear"] = "linear"
@@ -57,7 +57,7 @@ class Wsd:
     end: float = 0.0
 
 
-Schedule = Constant | Linear | WarmupCosine | Wsd
+Schedule = Constant | LinearDecay | WarmupCosine | Wsd
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ def build_schedule(config: Common, steps: int) -> Callable[[Array], Array]:
     after: Callable[[Array], Array]
     if isinstance(plan, Constant):
         after = optax.constant_schedule(lr)
-    elif isinstance(plan, Linear):
+    elif isinstance(plan, LinearDecay):
         after = optax.linear_schedule(lr, lr * plan.end, body)
     elif isinstance(plan, WarmupCosine):
         after = optax.cosine_decay_schedule(lr, body, plan.end)

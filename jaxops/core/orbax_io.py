@@ -93,7 +93,7 @@ def _teach_s3() -> None:
     def build_for_any_store(directory: str, *args: Any, **options: Any) -> Any:
         if not directory.startswith("s3://"):
             return build(directory, *args, **options)
-        s3 = stores.kvstore_spec(stores.parse(directory))
+        s3 = stores.kvstore_spec(stores.parse_url(directory))
 
         def swapped(node: Any) -> Any:
             if isinstance(node, list):

@@ -99,6 +99,6 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def _spec(folder: epath.Path, name: str) -> dict[str, Any]:
     place = os.fspath(folder)
-    base = stores.kvstore_spec(stores.parse(place)) if stores.is_url(place) else {"driver": "file", "path": place}
+    base = stores.kvstore_spec(stores.parse_url(place)) if stores.is_url(place) else {"driver": "file", "path": place}
     base = {**base, "path": f"{base['path'].rstrip('/')}/"}
     return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}

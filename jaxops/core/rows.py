@@ -206,9 +206,9 @@ def gather_rows(mesh: Mesh, size: int, tree: PyTree, what: str = "rows") -> PyTr
                 f"gather_rows: {leaf.dtype}{list(leaf.shape)}, but process {jax.process_index()} owns {mine} of the"
                 f" {size} rows"
             )
-    if not distributed.several():
+    if not distributed.is_distributed():
         return tree if not leaves else jax.tree.unflatten(structure, leaves)
-    distributed.meet(what)  # waits with a bound, and names who does not come; the collective below does neither
+    distributed.barrier(what)  # waits with a bound, and names who does not come; the collective below does neither
     most = max(counts.values())
     return jax.tree.unflatten(structure, [_gathered(leaf, size, ownership, most) for leaf in leaves])
 

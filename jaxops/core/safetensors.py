@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxops.core.failures import UserError, nearest
-from jaxops.core.writers import written
+from jaxops.core.writers import writing
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -101,7 +101,7 @@ def save_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the arrays begin aligned
     temporary = path.with_name(f".{path.name}.tmp")
-    with written(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)

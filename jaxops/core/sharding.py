@@ -135,7 +135,7 @@ def place(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> list[Placement]:
     return out
 
 
-def shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> PyTree:
+def parameter_shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> PyTree:
     """The `NamedSharding` of every parameter, as a tree like `params`. Raises what `place` raises."""
     specs = [NamedSharding(mesh, placement.spec) for placement in place(params, rules, mesh)]
     return jax.tree.unflatten(jax.tree.structure(params), specs)

@@ -24,7 +24,7 @@ Look = tuple[list[str], dict[str, tuple[tuple[int, ...], str]]]
 Known = dict[str, Look]
 
 
-def split(leaves: Mapping[plain.Path, Any], entries: tuple[str, ...]) -> dict[str, dict[plain.Path, Any]]:
+def split_shared(leaves: Mapping[plain.Path, Any], entries: tuple[str, ...]) -> dict[str, dict[plain.Path, Any]]:
     """The leaves by the entry that they lie under, "" for all the others; entries without leaves are left out."""
     parts: dict[str, dict[plain.Path, Any]] = {}
     for path, leaf in leaves.items():

@@ -21,7 +21,7 @@ from jaxops.core.clipping import Clip, clip_gradients
 from jaxops.core.clipping import global_norm as global_norm
 from jaxops.core.failures import UserError, nearest
 from jaxops.core.mesh import batch_axes, batch_sharding, serialise_dispatch
-from jaxops.core.sharding import Axes, Rule, axes_in, logical_axes, shardings
+from jaxops.core.sharding import Axes, Rule, axes_in, logical_axes, parameter_shardings
 from jaxops.core.state import Params, State, join, select, split
 from jaxops.core.sums import LOSS, Max, Sum, Sums, merge
 from jaxops.core.turn import Program as Program
@@ -187,7 +187,7 @@ def init_state(
       UserError: what `sharding.place` and `state.split` raise.
     """
     shapes = jax.eval_shape(init, key)
-    where = shardings(shapes, rules, mesh)
+    where = parameter_shardings(shapes, rules, mesh)
     # Under jax.eval_shape the caller has set the mesh, and jax refuses to set it again.
     with contextlib.nullcontext() if isinstance(key, jax.core.Tracer) else jax.set_mesh(mesh):
         # Initialisers know nothing of shardings: they run with the axes auto, and come out typed by the rules.

@@ -23,7 +23,7 @@ def path(place: str | os.PathLike[str]) -> epath.Path:
       UserError: a URL of an unknown scheme or without a bucket.
     """
     if stores.is_url(place):
-        stores.parse(place)
+        stores.parse_url(place)
         return StorePath(os.fspath(place))
     return epath.Path(os.path.abspath(os.fspath(place)))
 
@@ -33,7 +33,7 @@ class StorePath(type(epath.Path("/"))):  # type: ignore[misc]
 
     @property
     def _at(self) -> tuple[stores.Store, str]:
-        place = stores.parse(self)
+        place = stores.parse_url(self)
         return stores.open_store(place), place.key
 
     def exists(self) -> bool:

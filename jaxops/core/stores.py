@@ -74,7 +74,7 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
-def parse(url: str | os.PathLike[str]) -> Location:
+def parse_url(url: str | os.PathLike[str]) -> Location:
     """The parts of a URL.
 
     Raises:
@@ -212,14 +212,14 @@ class Store:
         return f"there is no bucket {self.bucket!r}" + (f" at {at}" if at else f" ({self.scheme}://{self.bucket})")
 
 
-def check(url: str | os.PathLike[str], *, write: bool = True) -> None:
+def check_access(url: str | os.PathLike[str], *, write: bool = True) -> None:
     """Tries, within seconds, all that a run does there: list, write, delete, and what tensorstore makes of it.
 
     Raises:
       UserError: a package, the bucket, credentials or a permission is missing, or nobody answers; each with what
         to do about it.
     """
-    place = parse(url)
+    place = parse_url(url)
     store = open_store(place, patient=False)
     probe = f"{place.key}/.probe-{os.getpid()}".lstrip("/")
     steps: list[Callable[[], Any]] = [lambda: next(store.entries(place.key), None)]

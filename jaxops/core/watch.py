@@ -46,7 +46,7 @@ class Watch:
         self.phase = "start"
         self._folder, self._say, self._ended = folder / "processes", say, ended
         self._rank = jax.process_index()
-        self._several = distributed.several()
+        self._several = distributed.is_distributed()
         self._stall = distributed.seconds("JAXOPS_STALL_SECONDS", STALL_SECONDS)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)

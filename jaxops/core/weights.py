@@ -42,7 +42,7 @@ class Rename:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Named arrays, and what they are called here.
 
     A name goes by the first of its rules that leads to a target; without rules it is the target's path itself.
@@ -91,7 +91,7 @@ class Plan:
 
 def from_safetensors(
     path: str | os.PathLike[str], rename: Sequence[Rename] = (), match: str = "", name: str | None = None
-) -> Source:
+) -> WeightSource:
     """A safetensors file, or a folder of shards, as a source; only its headers are read.
 
     Args:
@@ -102,7 +102,7 @@ def from_safetensors(
     Raises:
       UserError: as `open_safetensors` does.
     """
-    return Source(name or os.fspath(path), HostArrays(open_safetensors(path)), rename, match)
+    return WeightSource(name or os.fspath(path), HostArrays(open_safetensors(path)), rename, match)
 
 
 def from_checkpoint(
@@ -112,7 +112,7 @@ def from_checkpoint(
     match: str = "",
     name: str | None = None,
     inside: Sequence[str] = ("params", "frozen"),
-) -> Source:
+) -> WeightSource:
     """The parameters of a checkpoint as a source; only its manifest is read.
 
     Args:
@@ -125,7 +125,7 @@ def from_checkpoint(
     Raises:
       UserError: no such step, or its manifest is damaged.
     """
-    return Source(name or f"step {step}", SavedArrays(checkpoints, step, inside), rename, match)
+    return WeightSource(name or f"step {step}", SavedArrays(checkpoints, step, inside), rename, match)
 
 
 def targets_of(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
@@ -136,7 +136,7 @@ def targets_of(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def plan(targets: Targets, sources: Sequence[Source]) -> Plan:
+def plan(targets: Targets, sources: Sequence[WeightSource]) -> Plan:
     """Which array of which source goes to each target, from names, shapes and dtypes alone.
 
     Raises:
@@ -178,10 +178,10 @@ def plan(targets: Targets, sources: Sequence[Source]) -> Plan:
     return found
 
 
-def load(targets: Targets, sources: Sequence[Source]) -> tuple[dict[str, Any], Plan]:
+def load_weights(targets: Targets, sources: Sequence[WeightSource]) -> tuple[dict[str, Any], Plan]:
     """The arrays that `sources` have for `targets`, by path, as the targets are: dtype and sharding; and the plan.
 
-    Every process of a job calls it, and reads what its devices hold. `fill` puts the arrays into a tree.
+    Every process of a job calls it, and reads what its devices hold. `with_arrays` puts the arrays into a tree.
 
     Raises:
       UserError: as `plan` does, before anything is read; or numbers do not fit into the dtype here.
@@ -195,7 +195,7 @@ def load(targets: Targets, sources: Sequence[Source]) -> tuple[dict[str, Any], P
     return {target: arrays[target] for target in found.loaded}, found
 
 
-def fill(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
+def with_arrays(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
     """The tree with these arrays at their paths, and its own leaves elsewhere."""
     return map_named(lambda path, leaf: arrays.get(path, leaf), tree)
 
@@ -245,11 +245,11 @@ def _search(what: str, pattern: str, text: str) -> re.Match[str] | None:
         raise UserError(f"{what} is not a regular expression: {error}") from error
 
 
-def _found(source: Source, pattern: str, name: str) -> bool:
+def _found(source: WeightSource, pattern: str, name: str) -> bool:
     return _search(f"weights: {pattern!r} of {source.name}", pattern, name) is not None
 
 
-def _renamed(source: Source, name: str, targets: Collection[str]) -> tuple[str, bool] | None:
+def _renamed(source: WeightSource, name: str, targets: Collection[str]) -> tuple[str, bool] | None:
     """The target that a name leads to by the first rule that leads to one, and whether it is transposed."""
     if not source.rename:
         return (name, False) if name in targets else None
@@ -275,7 +275,7 @@ def _castable(there: Any, here: Any) -> bool:
     return there == here
 
 
-def _nothing_fits(source: Source, names: list[str], targets: list[str], found: Plan) -> str:
+def _nothing_fits(source: WeightSource, names: list[str], targets: list[str], found: Plan) -> str:
     matching = [name for name in names if _found(source, source.match, name)]
     text = f"weights: nothing of {source.name} fits"
     if found.skipped:
@@ -287,7 +287,7 @@ def _nothing_fits(source: Source, names: list[str], targets: list[str], found: P
     return f"{text}: it has {_some(renamed, len(matching))}{rules}; wanted are {_some(targets)}"
 
 
-def _first_name(source: Source, name: str) -> str:
+def _first_name(source: WeightSource, name: str) -> str:
     """What the first rule that applies makes of a name that led to no target."""
     rule = next((rule for rule in source.rename if re.search(rule.pattern, name)), None)
     return name if rule is None else re.sub(rule.pattern, rule.replacement, name, count=1)

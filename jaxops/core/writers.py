@@ -76,7 +76,7 @@ class JsonlWriter:
 
     def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
         self.path = Path(path)
-        with written(self.path):
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 _keep_until(self.path, math.inf if resume_step is None else resume_step)
@@ -108,7 +108,7 @@ class JsonlWriter:
     def _append(self, step: int, fields: Mapping[str, Any]) -> None:
         line = {"v": VERSION, "step": int(step), "time": round(time.time(), 3), **fields}
         data = memoryview((json.dumps(line, allow_nan=False) + "\n").encode())
-        with written(self.path):
+        with writing(self.path):
             while data:
                 data = data[self._file.write(data) :]
 
@@ -191,7 +191,7 @@ class TensorBoardWriter:
 
         self.folder = Path(folder)
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        with written(self.folder):
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             # The library names files by the second: the suffix keeps a quick resume from overwriting.
             self._file = EventsWriter(str(self.folder / "events"), f".{time.time_ns()}")
@@ -204,14 +204,14 @@ class TensorBoardWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         value = self._summary.Value
         scalars = [value(tag=name, simple_value=float(number)) for name, number in values.items()]
-        with written(self.folder):
+        with writing(self.folder):
             self._put(step=step, summary=self._summary(value=scalars))
             if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
                 self._file.flush()
                 self._flushed = time.monotonic()
 
     def close(self) -> None:
-        with written(self.folder):
+        with writing(self.folder):
             self._file.close()
 
     def _put(self, **fields: Any) -> None:
@@ -243,7 +243,7 @@ class WandbWriter:
         except ImportError as error:
             raise UserError("the wandb logger needs a package: pip install 'jaxops[wandb]'") from error
         run_dir = Path(run_dir)
-        with written(run_dir):
+        with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             run_id = _wandb_id(run_dir / "wandb.json")
         try:
@@ -319,7 +319,7 @@ def _wandb_id(path: Path) -> str:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turns an error of the file system into a message.
 
     Raises:

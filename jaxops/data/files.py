@@ -49,7 +49,7 @@ class DataFile:
         return self.filesystem.open_input_file(self.path)
 
 
-def expand(path: str | Sequence[str], format: Format = "auto") -> list[DataFile]:
+def expand_paths(path: str | Sequence[str], format: Format = "auto") -> list[DataFile]:
     """The files that `path` stands for, each once, all of one format.
 
     Raises:

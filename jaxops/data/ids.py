@@ -68,7 +68,7 @@ class Ids:
         known &= self.values[at] == wanted
         return np.where(known, at + self.first, -1).astype(np.int32)
 
-    def places(self, originals: pa.Array) -> Int64[np.ndarray, " ids"]:
+    def positions(self, originals: pa.Array) -> Int64[np.ndarray, " ids"]:
         """As `rows`, of an Arrow array; -1 for null too."""
         found = np.full(len(originals), -1, np.int64)
         there = np.asarray(originals.is_valid())

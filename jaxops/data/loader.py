@@ -18,7 +18,7 @@ Rows = Sequence[tuple[int, int]] | None
 """Ranges of a batch; None for all of it."""
 
 
-def build(source: Source, cursor: int, size: int, rows: Rows = None) -> dict[str, np.ndarray]:
+def build_batches(source: Source, cursor: int, size: int, rows: Rows = None) -> dict[str, np.ndarray]:
     """Rows of the global batch of `size` examples at `cursor`: the ranges `rows` in order (default: all).
 
     Since a source is a pure function of the cursor, a host builds only what its own devices hold.
@@ -65,7 +65,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
 
         source, size, rows = self._source, self._size, self._rows(self._size)
         last = sys.maxsize // size * size
-        dataset = grain.MapDataset.range(cursor, last, size).map(lambda at: build(source, int(at), size, rows))
+        dataset = grain.MapDataset.range(cursor, last, size).map(lambda at: build_batches(source, int(at), size, rows))
         if self._finish is not None:
             dataset = dataset.map(self._finish)
         options = grain.ReadOptions(
@@ -96,7 +96,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
             raise UserError(
                 f"drew {size} examples, but the batches of this model's tables are planned for {self._size}"
             )
-        return build(self._source, cursor, size, self._rows(size))
+        return build_batches(self._source, cursor, size, self._rows(size))
 
     def close(self) -> None:
         """Stop building; what is under way is finished and dropped."""

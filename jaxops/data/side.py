@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from jaxops.core.failures import UserError, nearest
 from jaxops.data import formats
 from jaxops.data.bags import WEIGHT, parallel
-from jaxops.data.files import DataFile, expand, summary
+from jaxops.data.files import DataFile, expand_paths, summary
 from jaxops.data.idmaps import plain
 from jaxops.data.ids import Ids
 from jaxops.data.numeric import numbers as as_numbers
@@ -29,7 +29,7 @@ def read_columns(
     Raises:
       UserError: what `files.expand` and reading raise; no rows.
     """
-    files = expand(path, format)
+    files = expand_paths(path, format)
     parts: list[pa.RecordBatch] = []
     for file in files:
         with _told(file):
@@ -56,7 +56,7 @@ def columns_of(path: str | Sequence[str], format: Format = "auto", header: Seque
       UserError: what `files.expand` raises; a file that cannot be read, or is not of its format.
     """
     found: dict[str, None] = {}
-    for file in expand(path, format):
+    for file in expand_paths(path, format):
         with _told(file):
             found |= dict.fromkeys(formats.columns(file, header))
     return list(found)

@@ -28,16 +28,16 @@ class LinearConfig(Part):
         """None."""
         return []
 
-    def build(self, data: ExampleFeatures) -> "Linear":
+    def build(self, data: ExampleFeatures) -> "LogisticRegression":
         """The model of this shape over the features of the data.
 
         Raises:
           UserError: the features do not suit it.
         """
-        return Linear(self, data.inputs, data.numeric, data.outputs)
+        return LogisticRegression(self, data.inputs, data.numeric, data.outputs)
 
 
-class Linear:
+class LogisticRegression:
     """bias + the sum of the features' rows + weights of the numbers; every parameter begins at zero.
 
     Of several outputs a row has a number for each.

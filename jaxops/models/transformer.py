@@ -67,7 +67,7 @@ class Attention(nnx.Module):
         return self.out(out.reshape(x.shape))
 
 
-class Mlp(nnx.Module):
+class FeedForward(nnx.Module):
     """Two linear layers with GELU between."""
 
     def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs):
@@ -84,7 +84,7 @@ class Block(nnx.Module):
     def __init__(self, dim: int, heads: int, hidden: int, rate: float, norm: str, *, rngs: nnx.Rngs):
         self.rate, self.pre = rate, norm == "pre"
         self.attention = Attention(dim, heads, rate, rngs=rngs)
-        self.mlp = Mlp(dim, hidden, rngs=rngs)
+        self.mlp = FeedForward(dim, hidden, rngs=rngs)
         self.norm_attention = LayerNorm(dim, rngs=rngs)
         self.norm_mlp = LayerNorm(dim, rngs=rngs)
 

@@ -68,7 +68,7 @@ class Bce(Part):
 
     def build(self, model: "Ranker") -> "Objective":
         """The objective for this model."""
-        return bce(model, self.negatives)
+        return bce_loss(model, self.negatives)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,7 +225,7 @@ def _per_position(model: Ranker, negatives: int, name: str, beta: float) -> Obje
     return objective
 
 
-def bce(model: Ranker, negatives: int = 1) -> Objective:
+def bce_loss(model: Ranker, negatives: int = 1) -> Objective:
     """Binary cross-entropy against `negatives` uniform draws a position, as SASRec was published.
 
     Raises:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jaxops.config.dump import flatten
+from jaxops.config.dump import flatten_config
 from jaxops.config.yaml_text import Dumper
 from jaxops.core.metric import Metric, label_of
 from jaxops.report import results
-from jaxops.report.folder import EVALUATED, RunFolder, finite
+from jaxops.report.folder import EVALUATED, RunRecord, finite
 
 MAX_RUNS = 8
 """More lines than that in one picture cannot be told apart."""
@@ -31,7 +31,7 @@ class Side:
     `steps` is the length of the run, `wall_s` its seconds of training so far; None where that is not known.
     """
 
-    run: RunFolder
+    run: RunRecord
     label: str
     state: str
     reason: str = ""
@@ -84,7 +84,7 @@ class Comparison:
         return next((name for side in self.sides if (name := results.headline(side.run))), None)
 
 
-def compare(sides: Sequence[Side]) -> Comparison:
+def compare_sides(sides: Sequence[Side]) -> Comparison:
     """Puts runs beside each other; a run may be under way, or lack any of its files."""
     found = [_results(sides, split) for split in EVALUATED]
     return Comparison(list(sides), _differences(sides), [r for r in found if r.metrics], list(_warnings(sides, found)))
@@ -104,11 +104,11 @@ def _differences(sides: Sequence[Side]) -> list[Difference]:
     return [
         difference
         for difference in found
-        if len(difference.values) < len(configs) or len({written(x) for x in difference.values.values()}) > 1
+        if len(difference.values) < len(configs) or len({yaml_of(x) for x in difference.values.values()}) > 1
     ]
 
 
-def written(value: Any) -> str:
+def yaml_of(value: Any) -> str:
     """A config value as one writes it: `0.001`, `softmax`, `[hr@10, ndcg@10]`."""
     text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
     return text.removesuffix("\n").removesuffix("\n...")
@@ -117,7 +117,7 @@ def written(value: Any) -> str:
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """By dotted path; nothing of one that contains itself (YAML has words for that)."""
     try:
-        return dict(flatten(config)) if config else {}
+        return dict(flatten_config(config)) if config else {}
     except RecursionError:
         return {}
 
@@ -172,7 +172,7 @@ def _score(place: int, side: Side, split: str) -> Score:
 def _baselines(sides: Sequence[Side], split: str, metrics: Sequence[str]) -> Iterator[Score]:
     """A row for each baseline; one for each group of runs where they did not measure the same."""
     several = len(set(_splits(sides).values())) > 1
-    for name in dict.fromkeys(name for side in sides for name in results.baselines(side.run)):
+    for name in dict.fromkeys(name for side in sides for name in results.baseline_names(side.run)):
         groups: list[tuple[dict[str, float], list[str]]] = []
         for side in sides:
             values = _baseline(side, name, split, metrics)
@@ -235,12 +235,12 @@ def _chance(sides: Sequence[Side], rows: Sequence[Score], split: str, metrics: S
     return f"{n:,.0f} queries: each {metric_of(sides, rate).shown} is known to \u00b1 {margin:.3f} (95% interval)"
 
 
-def _split(run: RunFolder) -> Mapping[str, Any]:
+def _split(run: RunRecord) -> Mapping[str, Any]:
     found = run.data.get("split")
     return found if isinstance(found, Mapping) else {}
 
 
-def speed(run: RunFolder) -> float | None:
+def speed(run: RunRecord) -> float | None:
     """Median training examples a second, None where none were logged."""
     curve = run.curve("train/examples_per_s")
     return float(np.median(curve.values)) if len(curve) else None

@@ -10,10 +10,10 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from jaxops.report import figures, results
-from jaxops.report.compare import Comparison, Difference, Results, Score, Side, metric_of, speed, written
+from jaxops.report.compare import Comparison, Difference, Results, Score, Side, metric_of, speed, yaml_of
 from jaxops.report.figures import LINES, Plot
 from jaxops.report.folder import Series
-from jaxops.report.html import fill, write_page
+from jaxops.report.html import fill_template, write_page
 
 TONES = {"finished": "good", "failed": "bad", "running": "busy"}
 """How a run stands, as a colour; anything else is a warning."""
@@ -61,13 +61,13 @@ def write_compare(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
     Raises:
       RunFailed: it cannot be written there.
     """
-    return write_page(Path(path), render(comparison), hint="; --out names another file")
+    return write_page(Path(path), render_comparison(comparison), hint="; --out names another file")
 
 
-def render(comparison: Comparison) -> str:
+def render_comparison(comparison: Comparison) -> str:
     """The page as HTML."""
     sides = comparison.sides
-    return fill(
+    return fill_template(
         "compare.html",
         count=len(sides),
         names=[side.label for side in sides],
@@ -128,7 +128,7 @@ def _run(side: Side, several_devices: bool) -> dict[str, Any]:
         None if side.step is None else f"{side.step:,}{total}",
         None if best is None else f"{best:,.0f}",
         f"{loss.values[-1]:.4g}" if len(loss) else None,
-        None if examples is None else results.count(examples),
+        None if examples is None else results.amount(examples),
         None if side.wall_s is None else results.duration(side.wall_s),
     ]
     return {
@@ -151,19 +151,19 @@ def _table(sides: Sequence[Side], found: Results) -> dict[str, Any]:
 
 def _cells(row: Score, found: Results) -> list[results.Cell]:
     values = [(row.values.get(name), found.best.get(name)) for name in found.metrics]
-    return [results.cell(value, best) for value, best in values]
+    return [results.result_cell(value, best) for value, best in values]
 
 
 def _difference(found: Difference, sides: Sequence[Side]) -> dict[str, Any]:
     """One cell a run; `same` marks what is as in the first run."""
-    texts = [written(found.values[s.label]) if s.label in found.values else None for s in sides]
+    texts = [yaml_of(found.values[s.label]) if s.label in found.values else None for s in sides]
     cells = [{"text": text, "same": place > 0 and text == texts[0]} for place, text in enumerate(texts)]
     return {"path": Markup("<wbr>.").join(found.path.split(".")), "cells": cells}
 
 
 def _plots(comparison: Comparison) -> Iterator[Plot]:
     """Training loss, and the metric that the comparison is about."""
-    kinds = {written(side.run.config.get("objective")) for side in comparison.sides if side.run.config}
+    kinds = {yaml_of(side.run.config.get("objective")) for side in comparison.sides if side.run.config}
     caption = "The objectives differ, and so may the scales of their losses." if len(kinds) > 1 else ""
     yield from _overlay(comparison, "train/loss", "Training loss", caption=caption, smooth=True)
     metric = comparison.headline

@@ -47,7 +47,7 @@ class Event:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunFolder:
+class RunRecord:
     """What a run has written so far; `problems` names the files that could not be read."""
 
     path: Path
@@ -119,7 +119,7 @@ class RunFolder:
         return next((v for name in names if (v := finite(self.summary.get(name))) is not None), None)
 
 
-def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
+def read_run(run_dir: str | os.PathLike[str]) -> RunRecord:
     """Gathers a run folder.
 
     Raises:
@@ -131,8 +131,8 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
     problems: list[str] = []
     config_text = _text(path / "config.yaml", problems)
     lines = _metrics(path / "metrics.jsonl", problems)
-    times = [time for line in lines if (time := moment(line.get("time"))) is not None]
-    return RunFolder(
+    times = [time for line in lines if (time := utc_time(line.get("time"))) is not None]
+    return RunRecord(
         path=path,
         summary=_json(path / "summary.json", problems),
         data=_json(path / "data.json", problems),
@@ -161,7 +161,7 @@ def finite(value: Any) -> float | None:
     return float(value) if number and -_HUGE < value < _HUGE else None
 
 
-def moment(value: Any) -> dt.datetime | None:
+def utc_time(value: Any) -> dt.datetime | None:
     """Unix seconds or ISO text as a UTC time, None for anything else."""
     try:
         if isinstance(value, str):
@@ -218,7 +218,7 @@ def _metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _event(line: Mapping[str, Any]) -> Event:
-    return Event(line["step"], moment(line.get("time")), str(line["event"]), str(line.get("text", "")))
+    return Event(line["step"], utc_time(line.get("time")), str(line["event"]), str(line.get("text", "")))
 
 
 def _series(lines: list[dict[str, Any]]) -> dict[str, Series]:

@@ -9,7 +9,7 @@ from jaxops.core.failures import RunFailed
 from jaxops.core.writers import replace_file
 
 
-def fill(template: str, **values: Any) -> str:
+def fill_template(template: str, **values: Any) -> str:
     """The HTML of a template in `templates/`; every value is escaped that is not Markup."""
     environment = Environment(
         loader=PackageLoader("jaxops.report"),

@@ -14,8 +14,8 @@ from markupsafe import Markup, escape
 
 from jaxops.report import figures, results
 from jaxops.report.figures import Mark, Plot
-from jaxops.report.folder import EVALUATED, RunFolder, Series, moment, read_run
-from jaxops.report.html import fill, write_page
+from jaxops.report.folder import EVALUATED, RunRecord, Series, read_run, utc_time
+from jaxops.report.html import fill_template, write_page
 
 MAX_EVENTS = 200
 MAX_SMALL_PLOTS = 24
@@ -23,7 +23,7 @@ _MAIN = ("train/loss", "train/examples_per_s")
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
+class StateBadge:
     """How a run stands, in a word and a tone (good, bad, warn, busy)."""
 
     text: str
@@ -53,16 +53,16 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
       RunFailed: the page cannot be written.
     """
     run = read_run(run_dir)
-    return write_page(run.path / "report.html", render(run))
+    return write_page(run.path / "report.html", render_report(run))
 
 
-def render(run: RunFolder) -> str:
+def render_report(run: RunRecord) -> str:
     """The page as HTML."""
     shown = run.events[-MAX_EVENTS:]
-    return fill(
+    return fill_template(
         "report.html",
         name=run.name,
-        state=State(run.state, _TONES.get(run.state, "warn")),
+        state=StateBadge(run.state, _TONES.get(run.state, "warn")),
         facts=list(_facts(run)),
         reason=run.reason,
         problems=run.problems,
@@ -82,15 +82,15 @@ def render(run: RunFolder) -> str:
     )
 
 
-def _notes(run: RunFolder) -> list[str]:
+def _notes(run: RunRecord) -> list[str]:
     """Sentences of the run's family on how its figures were made."""
     found = run.about.get("notes")
     return [str(note) for note in found] if isinstance(found, list) else []
 
 
-def _facts(run: RunFolder) -> Iterator[str]:
+def _facts(run: RunRecord) -> Iterator[str]:
     """The line under the name: device, when, what."""
-    finished = moment(run.summary.get("finished")) or run.last_time
+    finished = utc_time(run.summary.get("finished")) or run.last_time
     if run.summary.get("device"):
         yield str(run.summary["device"])
     if finished is not None:
@@ -103,7 +103,7 @@ def _time(time: dt.datetime | None) -> str:
     return "" if time is None else f"{time.day} {time:%b %Y, %H:%M} UTC"
 
 
-def _main_plots(run: RunFolder) -> Iterator[Plot]:
+def _main_plots(run: RunRecord) -> Iterator[Plot]:
     resumed = [event.step for event in run.events if event.kind == "resumed"]
     loss = run.curve("train/loss")
     if len(loss):
@@ -133,16 +133,16 @@ def _main_plots(run: RunFolder) -> Iterator[Plot]:
         yield figures.curves(
             {"examples a second": speed},
             title="Throughput",
-            levels={f"median {results.count(median)}": median},
+            levels={f"median {results.amount(median)}": median},
             from_zero=True,
         )
 
 
-def _headline_plot(run: RunFolder, metric: str, curve: Series) -> Plot:
+def _headline_plot(run: RunRecord, metric: str, curve: Series) -> Plot:
     label = results.metric_label(run, metric)
     best = results.best_step(run, metric)
     levels = {}
-    for name in results.baselines(run):
+    for name in results.baseline_names(run):
         value = run.number(f"baseline/{name}/valid/{metric}")
         if value is not None:
             levels[results.display(run, name)] = value
@@ -155,7 +155,7 @@ def _headline_plot(run: RunFolder, metric: str, curve: Series) -> Plot:
     )
 
 
-def _small_plots(run: RunFolder) -> Iterator[Plot]:
+def _small_plots(run: RunRecord) -> Iterator[Plot]:
     """Every other curve that moves."""
     shown = {*_MAIN, *(f"valid/{name}" for name in results.metrics(run, "valid"))}
     rest = [(name, curve) for name, curve in run.series.items() if name not in shown and len(curve) > 1]
@@ -163,7 +163,7 @@ def _small_plots(run: RunFolder) -> Iterator[Plot]:
         yield figures.curves({name: curve}, title=name, smooth=True)
 
 
-def _reliability_plots(run: RunFolder) -> Iterator[Plot]:
+def _reliability_plots(run: RunRecord) -> Iterator[Plot]:
     """Of `test/reliability`, `valid/reliability` and, of a task of several labels, `test/NAME/reliability`."""
     for split in EVALUATED:
         for key, value in run.summary.items():
@@ -186,7 +186,7 @@ def _rates(values: np.ndarray) -> bool:
     return bool(known.size and ((known >= 0) & (known <= 1.001)).all())
 
 
-def _data_rows(run: RunFolder) -> list[tuple[str, str]]:
+def _data_rows(run: RunRecord) -> list[tuple[str, str]]:
     """The rows that the run's family wrote about its data; the bare values where it wrote none."""
     rows = run.about.get("data")
     if isinstance(rows, list) and rows and all(isinstance(row, list) and len(row) == 2 for row in rows):
@@ -204,7 +204,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _lengths(run: RunFolder) -> Plot | None:
+def _lengths(run: RunRecord) -> Plot | None:
     """The histogram that the run's family gave, if it gave one."""
     found = run.about.get("histogram") or _older_histogram(run.data)
     try:
@@ -243,7 +243,7 @@ def _highlighted(text: str) -> Markup:
     return Markup("\n").join(lines)
 
 
-def _reproduce(run: RunFolder) -> Iterator[tuple[str, str]]:
+def _reproduce(run: RunRecord) -> Iterator[tuple[str, str]]:
     """(what, value) rows; commands and hashes are shown as code by the page."""
     command = run.summary.get("command")
     if isinstance(command, list):

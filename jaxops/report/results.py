@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxops.report.folder import EVALUATED, RunFolder, finite
+from jaxops.report.folder import EVALUATED, RunRecord, finite
 
 TITLES = {"test": "Test", "valid": "Validation"}
 
@@ -58,29 +58,29 @@ class Card:
     note: str = ""
 
 
-def metric_label(run: RunFolder, name: str) -> str:
+def metric_label(run: RunRecord, name: str) -> str:
     """A metric's name for people: `NDCG@10` for `ndcg@10`."""
     return run.metric(name).shown
 
 
-def display(run: RunFolder, name: str) -> str:
+def display(run: RunRecord, name: str) -> str:
     """A baseline's name for people."""
     return run.label(name)
 
 
-def model_name(run: RunFolder) -> str:
+def model_name(run: RunRecord) -> str:
     """The model for people: as the run's family calls it, else its kind or the import path that stands for one."""
     known = run.about.get("model")
     return str(known or run.label(str(run.setting("model", "kind") or run.setting("model", "fn") or "model")))
 
 
-def baselines(run: RunFolder) -> list[str]:
+def baseline_names(run: RunRecord) -> list[str]:
     """Names in the order of the summary."""
     found = (key.split("/")[1] for key in run.summary if key.startswith("baseline/") and key.count("/") >= 3)
     return list(dict.fromkeys(found))
 
 
-def metrics(run: RunFolder, split: str) -> list[str]:
+def metrics(run: RunRecord, split: str) -> list[str]:
     """What the summary (without one, the log) holds of a split, ranking metrics first in usual order; no slices."""
     keys = [key for key in run.summary if key.startswith(f"{split}/") and finite(run.summary[key]) is not None]
     if not keys and split == "valid":
@@ -91,20 +91,20 @@ def metrics(run: RunFolder, split: str) -> list[str]:
     return ranked + [name for name in names if name not in ranked]
 
 
-def slices(run: RunFolder, split: str) -> list[str]:
+def slices(run: RunRecord, split: str) -> list[str]:
     """Parts of a split, or further labels, that the summary has metrics of."""
     keys = [key for key in run.summary if key.startswith(f"{split}/") and key.endswith("]") and "[" in key]
     return list(dict.fromkeys(key.partition("[")[2].removesuffix("]") for key in keys))
 
 
-def headline(run: RunFolder) -> str | None:
+def headline(run: RunRecord) -> str | None:
     """What the run is about: what checkpoints or early stopping go by, else NDCG@10, else the first."""
     there = dict.fromkeys(name for split in EVALUATED for name in metrics(run, split))
     wanted = (run.setting("checkpoint", "best"), run.setting("evaluate", "stop", "metric"), "ndcg@10", *there)
     return next((name for name in wanted if isinstance(name, str) and name in there), None)
 
 
-def best_step(run: RunFolder, metric: str) -> tuple[float, float] | None:
+def best_step(run: RunRecord, metric: str) -> tuple[float, float] | None:
     """(step, value) of the best evaluation on validation; of equal ones the step that was kept, else the first."""
     curve = run.curve(f"valid/{metric}")
     if not len(curve):
@@ -118,18 +118,18 @@ def best_step(run: RunFolder, metric: str) -> tuple[float, float] | None:
     return float(step), float(best)
 
 
-def tables(run: RunFolder) -> list[Table]:
+def tables(run: RunRecord) -> list[Table]:
     """One for each split that the summary has results of."""
     return [_table(run, split) for split in EVALUATED if run.summary and metrics(run, split)]
 
 
-def cards(run: RunFolder) -> list[Card]:
+def cards(run: RunRecord) -> list[Card]:
     """The headline values; a run that has not finished shows first how far it is."""
     progress = [] if run.state == "finished" else [_progress(run)]
     return [*progress, *_result_cards(run), *_training_cards(run)]
 
 
-def _result_cards(run: RunFolder) -> Iterator[Card]:
+def _result_cards(run: RunRecord) -> Iterator[Card]:
     metric = headline(run)
     if metric is None:
         return
@@ -145,13 +145,13 @@ def _result_cards(run: RunFolder) -> Iterator[Card]:
         yield Card(f"Validation {metric_label(run, metric)}", score(best[1]), f"best, at step {best[0]:,.0f}")
 
 
-def _training_cards(run: RunFolder) -> Iterator[Card]:
+def _training_cards(run: RunRecord) -> Iterator[Card]:
     loss, speed, mfu = (run.curve(f"train/{name}") for name in ("loss", "examples_per_s", "mfu"))
     if len(loss):
         yield Card("Training loss", f"{loss.values[-1]:.4g}", f"from {loss.values[0]:.4g}")
     if len(speed):
         note = f"median; MFU {np.median(mfu.values):.1%}" if len(mfu) else "median of the run"
-        yield Card("Examples/s", count(float(np.median(speed.values))), note)
+        yield Card("Examples/s", amount(float(np.median(speed.values))), note)
     wall, steps = run.number("wall_s"), run.number("step")
     if wall is not None:
         yield Card("Wall time", duration(wall), f"{steps:,.0f} steps" if steps else "")
@@ -165,7 +165,7 @@ def score(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}"
 
 
-def count(value: float) -> str:
+def amount(value: float) -> str:
     """An amount or a rate: `14,972`; three digits below a hundred."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
@@ -182,13 +182,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def cell(value: float | None, best: float | None) -> Cell:
+def result_cell(value: float | None, best: float | None) -> Cell:
     """A number as a table shows it: a dash for none, and marked where it is the best of its column."""
     return Cell("\u2013" if value is None else score(value), value is not None and value == best)
 
 
-def _table(run: RunFolder, split: str) -> Table:
-    names, shown = metrics(run, split), baselines(run)
+def _table(run: RunRecord, split: str) -> Table:
+    names, shown = metrics(run, split), baseline_names(run)
     if shown:
         compared = [name for name in names if any(_baseline(run, b, split, name) is not None for b in shown)]
         names = compared or names
@@ -201,10 +201,10 @@ def _table(run: RunFolder, split: str) -> Table:
     return Table(TITLES[split], [metric_label(run, n) for n in names], rows, gains, parts, note)
 
 
-def _rows(run: RunFolder, split: str, names: list[str], label: str, within: bool = False) -> list[Row]:
+def _rows(run: RunRecord, split: str, names: list[str], label: str, within: bool = False) -> list[Row]:
     """The model and the baselines (of a slice, those that have it), the best of a column marked if there is one."""
     values = [(label, [run.number(f"{split}/{name}") for name in names])]
-    for baseline in baselines(run):
+    for baseline in baseline_names(run):
         found = [_baseline(run, baseline, split, name) for name in names]
         if not within or any(value is not None for value in found):
             values.append((display(run, baseline), found))
@@ -217,29 +217,29 @@ def _rows(run: RunFolder, split: str, names: list[str], label: str, within: bool
         Row(
             label=label,
             ours=place == 0 and not within,
-            cells=[cell(value, top) for value, top in zip(row, best, strict=True)],
+            cells=[result_cell(value, top) for value, top in zip(row, best, strict=True)],
             within=place > 0 and within,
         )
         for place, (label, row) in enumerate(values)
     ]
 
 
-def _best(run: RunFolder, metric: str, values: Sequence[float | None]) -> float | None:
+def _best(run: RunRecord, metric: str, values: Sequence[float | None]) -> float | None:
     return run.metric(metric).best([value for value in values if value is not None])
 
 
-def _baseline(run: RunFolder, baseline: str, split: str, metric: str) -> float | None:
+def _baseline(run: RunRecord, baseline: str, split: str, metric: str) -> float | None:
     return run.number(f"baseline/{baseline}/{split}/{metric}")
 
 
-def _best_baseline(run: RunFolder, split: str, metric: str) -> tuple[str, float | None]:
-    values = {name: _baseline(run, name, split, metric) for name in baselines(run)}
+def _best_baseline(run: RunRecord, split: str, metric: str) -> tuple[str, float | None]:
+    values = {name: _baseline(run, name, split, metric) for name in baseline_names(run)}
     best = _best(run, metric, list(values.values()))
     name = next((name for name, value in values.items() if value == best), "")
     return (display(run, name) if name else ""), best
 
 
-def _gain(run: RunFolder, split: str, metric: str) -> Gain | None:
+def _gain(run: RunRecord, split: str, metric: str) -> Gain | None:
     """None without both numbers, over a baseline of zero, or where neither number is better."""
     ours, (_, best) = run.number(f"{split}/{metric}"), _best_baseline(run, split, metric)
     if ours is None or not best:
@@ -249,7 +249,7 @@ def _gain(run: RunFolder, split: str, metric: str) -> Gain | None:
     return Gain(text, run.metric(metric).improves(ours, best))
 
 
-def _certainty(run: RunFolder, split: str, names: list[str]) -> str:
+def _certainty(run: RunRecord, split: str, names: list[str]) -> str:
     """How far chance alone moves a hit rate over that many queries (normal approximation, 95 %)."""
     counts = run.data.get("split")
     n = finite(counts.get(split)) if isinstance(counts, dict) else None
@@ -264,7 +264,7 @@ def _certainty(run: RunFolder, split: str, names: list[str]) -> str:
     return f"{note}; {metric_label(run, rate)} of the model is {value:.3f} \u00b1 {margin:.3f} (95% interval)"
 
 
-def _progress(run: RunFolder) -> Card:
+def _progress(run: RunRecord) -> Card:
     step = run.number("step")
     step = run.step if step is None else step
     total = run.number("steps") or finite(run.setting("run", "steps"))

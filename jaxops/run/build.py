@@ -76,14 +76,14 @@ def build_task(
     resolved = dict(loaded.resolved)
     for field in dataclasses.fields(Given):
         if (factory := getattr(given, field.name)) is not None:
-            resolved[field.name] = written(factory)
+            resolved[field.name] = named_factory(factory)
     return family_of(loaded.config.task).build(dataclasses.replace(loaded, resolved=resolved), given)
 
 
-def written(factory: Callable[..., Any]) -> dict[str, Any]:
+def named_factory(factory: Callable[..., Any]) -> dict[str, Any]:
     """A factory given in Python as the config would name it."""
     if isinstance(factory, functools.partial):
         values = {name: value if isinstance(value, Scalar) else repr(value) for name, value in factory.keywords.items()}
-        return {**written(factory.func), **values}
+        return {**named_factory(factory.func), **values}
     named = factory if hasattr(factory, "__qualname__") else type(factory)
     return {"fn": f"{named.__module__}:{named.__qualname__}"}

@@ -214,7 +214,7 @@ class RunConfig:
         batch = self.batch
         if "://" in self.run.dir:
             try:
-                stores.parse(self.run.dir)
+                stores.parse_url(self.run.dir)
             except UserError as error:
                 found.append(("run.dir", str(error)))
         if (self.run.epochs is None) == (self.run.steps is None):

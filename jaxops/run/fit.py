@@ -59,9 +59,11 @@ def fit(
     mesh = mesh or make_mesh(**dataclasses.asdict(config.mesh))
     path = folder or os.path.join(config.run.dir, config.run.name)
     where = RunFolder(path, config.may_change_on_resume, completed)
-    progress = Progress(quiet or not distributed.first())
+    progress = Progress(quiet or not distributed.is_primary())
     distributed.announce_phase("open the run folder")
-    if (finished := distributed.on_first("open the run folder", lambda: _finished(task, where, progress))) is not None:
+    if (
+        finished := distributed.run_on_primary("open the run folder", lambda: _finished(task, where, progress))
+    ) is not None:
         return FinishedRun(where.dir, finished, "finished")
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         accumulation = accumulation_of(task, mesh)
@@ -73,8 +75,8 @@ def fit(
             stack.enter_context(where.locked(progress.say))
             where.check(task.resolved, task.inspection)  # again: now nobody else can begin it
 
-        distributed.on_first("lock the run folder", lock)
-        if not distributed.first():
+        distributed.run_on_primary("lock the run folder", lock)
+        if not distributed.is_primary():
             stack.enter_context(where.beside())
         _require_shared(where)
         return run.go(hooks)
@@ -105,7 +107,7 @@ def _require_shared(folder: RunFolder) -> None:
     Raises:
       UserError: some do not, as on several machines with a folder that only one of them has.
     """
-    if distributed.several() and "://" not in str(folder.checkpoints):
+    if distributed.is_distributed() and "://" not in str(folder.checkpoints):
         blind = distributed.gather("see the run folder", folder.path.is_dir())
         if missing := [rank for rank, sees in enumerate(blind) if not sees]:
             raise UserError(

@@ -17,7 +17,7 @@ def open_writers(
     config: RunConfig, resolved: Any, folder: RunFolder, own: Sequence[Writer], step: int, resumed: bool
 ) -> Writers:
     """`metrics.jsonl` and the config's loggers, cut off after `step`; none on processes that do not write."""
-    if not distributed.first():
+    if not distributed.is_primary():
         return Writers([])
     resume = step if resumed else None
     samples = SamplesWriter(folder.path / "samples.jsonl", resume_step=step)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxops.config.load import Loaded
 from jaxops.core.mesh import make_mesh
-from jaxops.core.weights import Rename, Source, from_checkpoint
+from jaxops.core.weights import Rename, WeightSource, from_checkpoint
 from jaxops.run.checkpoints import open_checkpoints
 from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.passes import Passes
@@ -45,7 +45,7 @@ class SavedRun:
             return read_weights(checkpoints, self.step)
 
     @contextlib.contextmanager
-    def source(self, match: str = "", rename: Sequence[Rename] = ()) -> Iterator[Source]:
+    def source(self, match: str = "", rename: Sequence[Rename] = ()) -> Iterator[WeightSource]:
         """The parameters that are served, as a source of weights: each device reads its own slices.
 
         Args:

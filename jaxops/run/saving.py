@@ -55,7 +55,7 @@ class Saving:
         limit = self._config.checkpoint.every.seconds
         if limit is None:
             return True
-        return bool(distributed.on_first("save", lambda: time.monotonic() - self._at >= limit))
+        return bool(distributed.run_on_primary("save", lambda: time.monotonic() - self._at >= limit))
 
     def save(
         self, at: Position, metrics: Mapping[str, float] | None, *, wait: bool = False, again: bool = False

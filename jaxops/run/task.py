@@ -15,8 +15,8 @@ from jaxops.core.metric import Metric
 from jaxops.core.sharding import Axes, Rule
 from jaxops.core.state import Params, State
 from jaxops.core.step import Extra, Step, TrainStep
-from jaxops.core.weights import Source
-from jaxops.data.protocol import Source as Examples
+from jaxops.core.weights import WeightSource
+from jaxops.data.protocol import Source
 from jaxops.run.config import RunConfig
 from jaxops.run.weights import Weights
 from jaxops.tables.spec import TableSpec
@@ -161,7 +161,7 @@ class Task:
     resolved: dict[str, Any]
     model: Model
     objective: Objective
-    source: Examples
+    source: Source
     rules: list[Rule]
     logical: Mapping[str, Axes] = dataclasses.field(default_factory=dict)
     loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -172,7 +172,7 @@ class Task:
     frozen: tuple[str, ...] = ()
     reads: tuple[str, ...] | None = None
     dtypes: Sequence[tuple[str, str]] = ()
-    start: Callable[[], Sequence[Source]] | None = None
+    start: Callable[[], Sequence[WeightSource]] | None = None
     carry_rows: CarryRows | None = None
     step: Callable[[StepParts], Step] | None = None
     update_batch: Callable[[int], Mapping[str, Any]] | None = None

@@ -95,7 +95,7 @@ class TrainingRun:
             at = self._begin()
             if self.task.step is not None:
                 self.parts.journal = stack.enter_context(Journal(self.folder.dir, fresh=self.saving.last < 0))
-            distributed.on_first("write the run folder", self._write_folder)
+            distributed.run_on_primary("write the run folder", self._write_folder)
             self.watch.begin()
             self._open_writers(at.step)
             try:
@@ -380,7 +380,7 @@ class TrainingRun:
             self.progress.say(f"report: {report}")
             return self.folder.summary()
 
-        return FinishedRun(self.folder.dir, distributed.on_first("summary", write), state)
+        return FinishedRun(self.folder.dir, distributed.run_on_primary("summary", write), state)
 
     def _ended(self, why: str) -> None:
         """Another process has failed, and this one is about to leave."""
@@ -388,7 +388,7 @@ class TrainingRun:
         self.folder.leave()
 
     def _failed(self, error: BaseException) -> None:
-        if distributed.first():
+        if distributed.is_primary():
             step = max(self.saving.last, self.logged)
             values = {"name": self.config.run.name, "step": step, "device": describe_devices(self.mesh)}
             write_failure(self.folder, error, values)

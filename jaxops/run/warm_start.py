@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
 from jaxops.core.state import State, join
-from jaxops.core.weights import Source, fill, load, targets_of
+from jaxops.core.weights import WeightSource, load_weights, targets_of, with_arrays
 from jaxops.run.config import InitFrom
 from jaxops.run.load import open_saved_run
 from jaxops.run.task import Task
@@ -40,7 +40,7 @@ class WarmStart:
         return "; ".join(parts)
 
 
-def begin_with(state: State, sources: Sequence[Source]) -> tuple[State, WarmStart]:
+def begin_with(state: State, sources: Sequence[WeightSource]) -> tuple[State, WarmStart]:
     """The fresh state with the parameters that the sources have for it; each device reads its own slices.
 
     The optimizer's state and the step stay fresh; a moving average begins where the parameters do.
@@ -48,8 +48,8 @@ def begin_with(state: State, sources: Sequence[Source]) -> tuple[State, WarmStar
     Raises:
       UserError: nothing of a source fits, or two sources have the same parameter.
     """
-    arrays, plan = load(targets_of(join(state.params, state.frozen)), sources)
-    params, frozen = fill(state.params, arrays), fill(state.frozen, arrays)
+    arrays, plan = load_weights(targets_of(join(state.params, state.frozen)), sources)
+    params, frozen = with_arrays(state.params, arrays), with_arrays(state.frozen, arrays)
     extra = dict(state.extra)
     if AVERAGED in extra:
         extra[AVERAGED] = jax.tree.map(lambda p: jnp.copy(p).astype(jnp.float32), params)

@@ -16,7 +16,7 @@ Axes = tuple[str, ...]
 Update = Callable[[Any, Int[Array, " n"], Float[Array, "n dim"]], Any]
 
 
-def gather(
+def gather_rows_of_slots(
     table: Float[Array, "size dim"], stored: Int[Array, " ids"], passes: Int[Array, ""], axes: Axes, capacity: int
 ) -> Float[Array, "ids dim"]:
     """The rows that this shard reads, zeros where `stored` is -1."""

@@ -41,7 +41,7 @@ class RowRule:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sgd(RowRule):
+class TableSgd(RowRule):
     """row -= lr * gradient."""
 
     kind: Literal["sgd"] = "sgd"
@@ -134,7 +134,7 @@ class LazyAdam(SparseAdam):
         return rows, {**moved, "last": jnp.broadcast_to(steps, slots["last"].shape)}
 
 
-Optimizer = Sgd | Adagrad | RowwiseAdagrad | SparseAdam | LazyAdam
+TableOptimizer = TableSgd | Adagrad | RowwiseAdagrad | SparseAdam | LazyAdam
 
 
 def clip_rows(grads: Float[Array, "n dim"], norm: float | None) -> Float[Array, "n dim"]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxops.core.failures import UserError
-from jaxops.tables.optimizers import Optimizer, RowwiseAdagrad
+from jaxops.tables.optimizers import RowwiseAdagrad, TableOptimizer
 
 GROUPS = 1024
 """Virtual shards, a power of two: row i lies in group i % GROUPS, and a device holds whole groups. So neighbours in a
@@ -58,7 +58,7 @@ class TableSpec:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     init: Init = "normal"
     scale: float = 0.01
-    optimizer: Optimizer = RowwiseAdagrad()
+    optimizer: TableOptimizer = RowwiseAdagrad()
     placement: Placement = "auto"
     ema: float | None = None
     capacity: int | None = None
@@ -130,7 +130,7 @@ def stack(specs: Mapping[str, TableSpec]) -> dict[str, TableSpec]:
     return dict(_stacked(specs, names) for names in sorts.values())
 
 
-def places(name: str, spec: TableSpec) -> dict[str, Callable[[Int[np.ndarray, "..."]], Int[np.ndarray, "..."]]]:
+def stored_rows(name: str, spec: TableSpec) -> dict[str, Callable[[Int[np.ndarray, "..."]], Int[np.ndarray, "..."]]]:
     """By table that this one holds (itself, or a stack's members), a function from its ids to stored rows."""
     if not spec.members:
         return {name: spec.stored}

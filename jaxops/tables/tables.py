@@ -156,7 +156,7 @@ class EmbeddingTables:
                 found = rows.at[exchange.beyond(stored[0], rows.shape[0])].get(mode="fill", fill_value=0)
             else:
                 most = jax.lax.pmax(passes[0], self.axes)
-                found = exchange.gather(rows, stored[0], most, self.axes, self.capacities[name])
+                found = exchange.gather_rows_of_slots(rows, stored[0], most, self.axes, self.capacities[name])
             return found.astype(wide_dtype(found.dtype))
 
         shards = P(self.axes)

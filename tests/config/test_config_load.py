@@ -17,11 +17,11 @@ from jaxops.config.dump import diff, digest, dump_yaml, plain_of
 from jaxops.config.errors import ConfigError
 from jaxops.config.files import find_config
 from jaxops.config.load import explain, from_dict, load
-from jaxops.config.node import plain
+from jaxops.config.node import plain_node
 from jaxops.config.schema import record_of
 from jaxops.config.shapes import ABSENT
 from jaxops.config.types import ByPath, Duration, Every
-from jaxops.config.yaml_text import parse
+from jaxops.config.yaml_text import parse_yaml
 from jaxops.core.failures import UserError
 
 pytestmark = pytest.mark.latest
@@ -270,7 +270,7 @@ def test_configs_are_found_beside_here_or_among_the_shipped(monkeypatch, tmp_pat
     ],
 )
 def test_scalars_are_those_of_yaml_1_2(text, value):
-    read = parse(text, "x.yaml").value
+    read = parse_yaml(text, "x.yaml").value
     assert read == value and type(read) is type(value)
 
 
@@ -288,9 +288,9 @@ def test_any_plain_value_survives_the_dump(value):
     loaded = from_dict(toy.Toy, {"path": "x", "extra": {"value": value}})
     assert loaded.config.extra == {"value": value}
     text = dump_yaml(loaded.resolved)
-    read = parse(text, "dump.yaml")
-    assert from_dict(toy.Toy, plain(read)).resolved == loaded.resolved
-    assert not diff(plain(read), loaded.resolved)
+    read = parse_yaml(text, "dump.yaml")
+    assert from_dict(toy.Toy, plain_node(read)).resolved == loaded.resolved
+    assert not diff(plain_node(read), loaded.resolved)
 
 
 def test_an_object_store_is_read_through_epath(monkeypatch):

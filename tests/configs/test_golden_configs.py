@@ -7,10 +7,10 @@ import pytest
 
 from jaxops.config.dump import diff, dump_yaml
 from jaxops.config.files import shipped_configs
-from jaxops.config.node import plain
+from jaxops.config.node import plain_node
 from jaxops.config.schema import children, record_of
 from jaxops.config.shapes import Record, Shape
-from jaxops.config.yaml_text import parse
+from jaxops.config.yaml_text import parse_yaml
 from jaxops.run.build import load_config
 from jaxops.run.family import SCHEMAS
 
@@ -47,7 +47,7 @@ def test_a_shipped_config_resolves_to_its_golden(name):
         golden.write_text(text)
     again = f"if that is meant: {WRITE}=1 python -m pytest tests/configs, then look at the diff"
     assert golden.exists(), f"configs/{name}.yaml has no golden yet; {again}"
-    before, after = (plain(parse(there, name)) for there in (golden.read_text(), text))
+    before, after = (plain_node(parse_yaml(there, name)) for there in (golden.read_text(), text))
     changed = "\n".join(f"  {path}: {old!r} -> {new!r}" for path, old, new in diff(before, after))
     assert golden.read_text() == text, f"configs/{name}.yaml resolves to something else now:\n{changed}\n{again}"
 

@@ -13,7 +13,7 @@ from jaxops.core.accumulate import build_gradients, choose_reduction, microbatch
 from jaxops.core.failures import UserError
 from jaxops.core.mesh import batch_axes
 from jaxops.core.random import example_keys
-from jaxops.core.sharding import named_leaves, shardings
+from jaxops.core.sharding import named_leaves, parameter_shardings
 from jaxops.core.step import build_step
 from jaxops.core.sums import Max, Sum, finalize
 
@@ -32,7 +32,7 @@ def gradients(batch, layout, accumulation, objective=regression, params=None, fr
         return objective({**both[0], **both[1]}, batch, key)
 
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings(params, RULES, mesh))
+        placed = jax.device_put(params, parameter_shardings(params, RULES, mesh))
         run = build_gradients(whole, mesh, accumulation=accumulation, **options)
 
         @jax.jit

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxops.core import manifest, orbax_io, store_paths, writing
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import RunFailed, UserError
-from jaxops.core.manifest import Leaf
+from jaxops.core.manifest import SavedArray
 
 P = PartitionSpec
 
@@ -195,10 +195,10 @@ def test_describe_needs_no_mesh(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, make_state(make_mesh(2, 4)), {})
     found = Checkpoints(tmp_path).describe(5)
-    assert Leaf("params/embed", (16, 8), "float32", 512) in found
-    assert Leaf("extra/ema/layers/1/w", (8, 8), "bfloat16", 128) in found
-    assert Leaf("opt_state/0/mu/embed", (16, 8), "float32", 512) in found
-    assert Leaf("step", (), "int32", 4) in found
+    assert SavedArray("params/embed", (16, 8), "float32", 512) in found
+    assert SavedArray("extra/ema/layers/1/w", (8, 8), "bfloat16", 128) in found
+    assert SavedArray("opt_state/0/mu/embed", (16, 8), "float32", 512) in found
+    assert SavedArray("step", (), "int32", 4) in found
 
 
 @pytest.mark.latest

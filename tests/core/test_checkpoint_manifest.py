@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from jaxops.core import manifest
-from jaxops.core.manifest import Damaged, File, Leaf, Manifest
+from jaxops.core.manifest import Damaged, File, Manifest, SavedArray
 
 ARRAYS = {("params", "layers", 0, "w"): ((2, 3), "bfloat16"), ("step",): ((), "int32")}
 
@@ -48,15 +48,15 @@ def test_nothing_is_left_beside_it(folder):
 
 def test_leaves_have_their_bytes():
     assert example().leaves() == [
-        Leaf("params/layers/0/w", (2, 3), "bfloat16", 12),
-        Leaf("step", (), "int32", 4),
+        SavedArray("params/layers/0/w", (2, 3), "bfloat16", 12),
+        SavedArray("step", (), "int32", 4),
     ]
 
 
 @pytest.mark.parametrize("meta", [{"x": float("nan")}, {"x": {1, 2}}, {"x": object()}])
 def test_what_is_not_json_is_refused(meta):
     with pytest.raises((TypeError, ValueError)):
-        manifest.encode(example(meta=meta))
+        manifest.to_json(example(meta=meta))
 
 
 def test_survey_lists_every_file_but_itself(folder):

@@ -71,10 +71,10 @@ def test_half_a_job_is_refused(joined, change, message):
 
 
 def test_alone_everything_is_decided_here():
-    assert distributed.on_first("x", lambda: {"a": 1}) == {"a": 1}
+    assert distributed.run_on_primary("x", lambda: {"a": 1}) == {"a": 1}
     assert distributed.gather("x", 3) == [3]
-    assert distributed.first() and not distributed.several()
-    distributed.meet("nobody")
+    assert distributed.is_primary() and not distributed.is_distributed()
+    distributed.barrier("nobody")
     distributed.announce_phase("x")
     distributed.announce_failure(ValueError("x"), "x")
     distributed.shut_down()

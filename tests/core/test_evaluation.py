@@ -10,7 +10,7 @@ from toys import RULES, init, mesh_of, predict, trainer
 from jaxops.core.compiles import Compiles
 from jaxops.core.evaluation import Evaluator, Interrupted, evaluated_params
 from jaxops.core.optimizer import ema
-from jaxops.core.sharding import constrain, shardings
+from jaxops.core.sharding import constrain, parameter_shardings
 from jaxops.core.sums import Max, Sum
 
 pytestmark = pytest.mark.latest
@@ -50,7 +50,7 @@ def test_padded_batches_are_numpys_average(layout):
     error = np.sum((hidden @ wide["down"]["kernel"] + wide["down"]["bias"] - Y) ** 2, -1)
     compiles = Compiles()
     with jax.set_mesh(mesh), compiles.watching():
-        placed = jax.device_put(params, shardings(params, RULES, mesh))
+        placed = jax.device_put(params, parameter_shardings(params, RULES, mesh))
         evaluate = Evaluator(metrics, mesh)
         assert evaluate.fresh
         found = evaluate(placed, batches())

@@ -15,7 +15,7 @@ from jaxops.core.fence import over_fsdp, refuse_unconstrained, unconstrained_ker
 from jaxops.core.mesh import make_mesh
 from jaxops.core.sharding import constrain, place
 from jaxops.core.sums import Sum
-from jaxops.testing import check, compare
+from jaxops.testing import check, compare_layouts
 
 pytestmark = pytest.mark.latest
 
@@ -220,7 +220,7 @@ def planted(use):
 def test_the_planted_program_is_wrong_is_refused_and_is_cured():
     """The day that the first assertion fails XLA is mended, and the fence can come down."""
     options = {"accumulations": (1,), "batch_size": 64, "steps": 1}
-    (wrong,) = compare(planted(lambda w: w), [CUBE], **options)
+    (wrong,) = compare_layouts(planted(lambda w: w), [CUBE], **options)
     assert wrong.gradient > 0.1
     with pytest.raises(UserError, match=r"  a \(fsdp, tensor\) reaches dot_general at .*test_fence.py:"):
         check(planted(lambda w: w), [CUBE], **options)

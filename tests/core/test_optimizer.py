@@ -18,7 +18,7 @@ from jaxops.core.optimizer import (
     AdamW,
     Common,
     Constant,
-    Linear,
+    LinearDecay,
     Lion,
     Muon,
     Sgd,
@@ -287,12 +287,12 @@ def test_warm_up_moves_at_once_and_ends_at_the_full_rate():
     found = lr_at(Constant(warmup=4), 10, 0, 1, 2, 3, 4, 9)
     np.testing.assert_allclose(found, [0.5, 1.0, 1.5, 2.0, 2.0, 2.0], rtol=1e-6)
     np.testing.assert_allclose(lr_at(Constant(warmup=1), 10, 0, 1), [2.0, 2.0], rtol=1e-6)
-    np.testing.assert_allclose(lr_at(Linear(warmup=3), 3, 0, 1, 2), [2 / 3, 4 / 3, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(lr_at(LinearDecay(warmup=3), 3, 0, 1, 2), [2 / 3, 4 / 3, 2.0], rtol=1e-6)
 
 
 def test_linear():
-    np.testing.assert_allclose(lr_at(Linear(), 10, 0, 5, 9, 10), [2.0, 1.0, 0.2, 0.0], atol=1e-6)
-    found = lr_at(Linear(warmup=2, end=0.1), 12, 1, 2, 7, 12)
+    np.testing.assert_allclose(lr_at(LinearDecay(), 10, 0, 5, 9, 10), [2.0, 1.0, 0.2, 0.0], atol=1e-6)
+    found = lr_at(LinearDecay(warmup=2, end=0.1), 12, 1, 2, 7, 12)
     np.testing.assert_allclose(found, [2.0, 2.0, 2.0 - 0.5 * 1.8, 0.2], rtol=1e-5)
 
 
@@ -314,11 +314,11 @@ def test_a_decay_longer_than_what_the_warm_up_leaves_still_ends_where_it_should(
 
 def test_a_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match=r"optimizer\.schedule\.warmup: 11 steps, but the run has 10"):
-        build_optimizer(AdamW(schedule=Linear(warmup=11)), 10)
+        build_optimizer(AdamW(schedule=LinearDecay(warmup=11)), 10)
 
 
 def test_the_schedule_drives_the_updates():
-    moved = after_three(build_optimizer(Sgd(lr=LR, schedule=Linear()), 4))
+    moved = after_three(build_optimizer(Sgd(lr=LR, schedule=LinearDecay()), 4))
     rates = [LR, 0.75 * LR, 0.5 * LR]
     for (path, x), (_, p), *grads in zip(
         named_leaves(moved), named_leaves(PARAMS), *map(named_leaves, GRADS), strict=True
@@ -339,7 +339,7 @@ def test_learning_rate_multipliers():
 
 def test_the_rate_is_that_of_the_loops_step_and_the_state_is_optaxs():
     """Numpy: SGD at the rates of the steps it is told, and at those of its own count where it is told none."""
-    config = Sgd(lr=LR, schedule=Linear())
+    config = Sgd(lr=LR, schedule=LinearDecay())
     tx, theirs = build_optimizer(config, 10), optax.sgd(build_schedule(config, 10))
     rate = lambda step: LR * (1 - step / 10)
     params = {"w": np.ones(3, np.float32)}
@@ -355,7 +355,7 @@ def test_the_rate_is_that_of_the_loops_step_and_the_state_is_optaxs():
 
 
 def test_a_skipped_update_shifts_no_schedule():
-    t = trainer(build_optimizer(Sgd(lr=LR, schedule=Linear(end=0.5)), 4))
+    t = trainer(build_optimizer(Sgd(lr=LR, schedule=LinearDecay(end=0.5)), 4))
     t.step(rows(0)), t.step(rows(1, y=np.full((32, 8), np.nan, np.float32)))
     before, reference = host(t.state.params), trainer(optax.sgd(LR * (1 - 2 / 4 * 0.5)))
     reference.state = dataclasses.replace(reference.state, params=jax.tree.map(jnp.asarray, before))

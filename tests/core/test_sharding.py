@@ -14,8 +14,8 @@ from jaxops.core.sharding import (
     logical_axes,
     map_named,
     named_leaves,
+    parameter_shardings,
     place,
-    shardings,
 )
 
 pytestmark = pytest.mark.latest
@@ -94,7 +94,7 @@ def test_rules_that_cannot_be(mesh, rule, message):
 def test_shardings_put_the_bytes_where_they_say(mesh):
     params = {"a": np.ones((4, 6), np.float32), "b": np.ones(5, np.float32)}
     rules = [("a", ("fsdp", "tensor")), ("b", ("fsdp",))]
-    placed = jax.device_put(params, shardings(params, rules, mesh))
+    placed = jax.device_put(params, parameter_shardings(params, rules, mesh))
     for (path, x), placement in zip(named_leaves(placed), place(params, rules, mesh), strict=True):
         assert path == placement.path
         assert {shard.data.nbytes for shard in x.addressable_shards} == {placement.bytes_per_device}

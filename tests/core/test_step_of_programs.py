@@ -20,7 +20,7 @@ from jaxops.core.flops import count_flops
 from jaxops.core.interrupt import Interrupted
 from jaxops.core.loop import check_finite, every, run_loop
 from jaxops.core.mesh import batch_axes, batch_sharding, serialise_dispatch
-from jaxops.core.optimizer import AdamW, Linear, build_optimizer
+from jaxops.core.optimizer import AdamW, LinearDecay, build_optimizer
 from jaxops.core.recovery import GoBack
 from jaxops.core.sharding import named_leaves
 from jaxops.core.state import State
@@ -30,7 +30,7 @@ from jaxops.core.turn import advanced
 
 SIZE, STEPS = 16, 6
 LAYOUTS = [{"data": 1}, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
-ADAMW = build_optimizer(AdamW(lr=0.02, eps=1e-3, schedule=Linear()), STEPS)
+ADAMW = build_optimizer(AdamW(lr=0.02, eps=1e-3, schedule=LinearDecay()), STEPS)
 COEF = Extra(lambda params: {"coef": jnp.float32(0.5)})
 
 

@@ -17,19 +17,22 @@ pytestmark = needs_moto
 
 
 def test_the_parts_of_a_url():
-    assert stores.parse("s3://bucket/a/b/") == stores.Location("s3", "bucket", "a/b")
-    assert str(stores.parse("gs://bucket//a")) == "gs://bucket/a" and str(stores.parse("gs://bucket")) == "gs://bucket"
+    assert stores.parse_url("s3://bucket/a/b/") == stores.Location("s3", "bucket", "a/b")
+    assert (
+        str(stores.parse_url("gs://bucket//a")) == "gs://bucket/a"
+        and str(stores.parse_url("gs://bucket")) == "gs://bucket"
+    )
     for url, said in [
         ("s4://bucket/a", r"s4:// is not known; object stores are s3://BUCKET/... and gs://BUCKET/..."),
         ("s3:///a", r"names no bucket; expected s3://BUCKET/FOLDER"),
     ]:
         with pytest.raises(UserError) as caught:
-            stores.parse(url)
+            stores.parse_url(url)
         assert said in str(caught.value)
 
 
 def test_objects_are_written_whole_and_on_condition(s3):  # noqa: F811
-    store = stores.open_store(stores.parse(s3))
+    store = stores.open_store(stores.parse_url(s3))
     first = store.write("a/b", b"one", only_if={})
     with pytest.raises(Changed):
         store.write("a/b", b"two", only_if={})
@@ -73,13 +76,13 @@ def test_paths_behave_like_folders(s3):  # noqa: F811
 
 
 def test_what_is_usable_passes_and_leaves_nothing(s3):  # noqa: F811
-    stores.check(f"{s3}/runs/x")
+    stores.check_access(f"{s3}/runs/x")
     assert objects(s3) == set()
 
 
 def test_a_missing_bucket_is_named(s3):  # noqa: F811
     with pytest.raises(UserError, match=r"there is no bucket 'no-such-bucket' at http://.*create it, or set run.dir"):
-        stores.check("s3://no-such-bucket/runs")
+        stores.check_access("s3://no-such-bucket/runs")
 
 
 @pytest.mark.parametrize("missing", [["AWS_ACCESS_KEY_ID"], ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]])
@@ -88,7 +91,7 @@ def test_missing_credentials_are_named(s3, monkeypatch, missing):  # noqa: F811
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{free_port()}")  # as on no cloud machine
     with pytest.raises(UserError, match=r"no credentials were found.*set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
-        stores.check(f"{s3}/runs")
+        stores.check_access(f"{s3}/runs")
 
 
 def test_a_profile_has_keys_and_an_endpoint(s3, monkeypatch, tmp_path):  # noqa: F811
@@ -99,14 +102,14 @@ def test_a_profile_has_keys_and_an_endpoint(s3, monkeypatch, tmp_path):  # noqa:
     monkeypatch.setenv("AWS_PROFILE", "mine")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    stores.check(f"{s3}/runs")
+    stores.check_access(f"{s3}/runs")
 
 
 def test_an_endpoint_that_does_not_answer_is_named(s3, monkeypatch):  # noqa: F811
     at = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", at)
     with pytest.raises(UserError, match=f"{at} does not answer; check AWS_ENDPOINT_URL and the network"):
-        stores.check(f"{s3}/runs")
+        stores.check_access(f"{s3}/runs")
 
 
 @pytest.mark.parametrize("method", ["PUT", "GET", "DELETE"])
@@ -114,7 +117,7 @@ def test_a_missing_permission_is_named(s3, monkeypatch, method, refusing):  # no
     monkeypatch.setenv("AWS_ENDPOINT_URL", refusing(method))
     what = {"PUT": "write", "GET": "list", "DELETE": "delete"}[method]
     with pytest.raises(UserError, match=f"may not {what} .*AccessDenied.*must be allowed there"):
-        stores.check(f"{s3}/runs")
+        stores.check_access(f"{s3}/runs")
 
 
 @pytest.fixture
@@ -159,7 +162,7 @@ def refusing():
 def test_without_the_package_its_installation_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
     with pytest.raises(UserError, match=r"gs:// needs a package that is not installed: pip install 'jaxops\[gcs\]'"):
-        stores.check("gs://bucket/runs")
+        stores.check_access("gs://bucket/runs")
 
 
 def tree(scale: float) -> dict:
@@ -251,11 +254,11 @@ def test_an_upload_that_fails_fails_the_save(s3):  # noqa: F811
 
 
 def test_the_same_in_googles_store(gs):  # noqa: F811
-    stores.check(f"{gs}/run")
+    stores.check_access(f"{gs}/run")
     assert objects(gs) == set()
     with pytest.raises(UserError, match="there is no bucket 'other' at http://"):
-        stores.check("gs://other/run")
-    store = stores.open_store(stores.parse(gs))
+        stores.check_access("gs://other/run")
+    store = stores.open_store(stores.parse_url(gs))
     first = store.write("a/b", b"one", only_if={})
     for version in ({}, {"version": "99"}):
         with pytest.raises(Changed):

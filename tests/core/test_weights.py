@@ -16,7 +16,7 @@ from jaxops.core.mesh import make_mesh
 from jaxops.core.named_arrays import HostArrays
 from jaxops.core.safetensors import open_safetensors, save_safetensors
 from jaxops.core.sharding import named_leaves
-from jaxops.core.weights import Rename, Source, cast_by_path, fill, from_checkpoint, from_safetensors
+from jaxops.core.weights import Rename, WeightSource, cast_by_path, from_checkpoint, from_safetensors, with_arrays
 
 RNG = np.random.default_rng(0)
 P = jax.P
@@ -74,7 +74,7 @@ MESHES = [None, {"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {
 def test_every_mesh_gets_the_same_bits_in_the_dtype_of_its_target(source, axes, dtype):
     mesh = None if axes is None else make_mesh(**axes)
     wanted = targets(mesh, dtype=dtype)
-    found, plan = weights.load(wanted, [source()])
+    found, plan = weights.load_weights(wanted, [source()])
     assert list(found) == list(FLAT) and plan.left == () and plan.skipped == {}
     for path, x in found.items():
         like = wanted[path]
@@ -99,7 +99,7 @@ def test_a_transposed_kernel(source, axes, dtype):
         Rename("^layers/up/", "up/", transpose=True),
         Rename("^layers/norm/", ""),
     ]
-    found, _ = weights.load(wanted, [source(*rules)])
+    found, _ = weights.load_weights(wanted, [source(*rules)])
     expected = {"out/kernel": FLAT["head/kernel"].T, "up/kernel": FLAT["layers/up/kernel"].swapaxes(1, 2)}
     for path, x in (expected | {"scale": FLAT["layers/norm/scale"]}).items():
         np.testing.assert_array_equal(np.asarray(found[path]), x.astype(dtype))
@@ -123,10 +123,10 @@ def test_each_slice_is_read_once_and_nothing_else(tmp_path):
     save_safetensors(tmp_path / "a.safetensors", FLAT)
     arrays = {name: Counted(x) for name, x in open_safetensors(tmp_path / "a.safetensors").items()}
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    source = Source("a", HostArrays(arrays))
+    source = WeightSource("a", HostArrays(arrays))
     plan = weights.plan(targets(mesh), [source])
     assert len(plan.loaded) == 5 and all(x.bytes == 0 for x in arrays.values())
-    weights.load(targets(mesh), [source])
+    weights.load_weights(targets(mesh), [source])
     assert {name: x.bytes for name, x in arrays.items()} == {
         name: x.nbytes for name, x in FLAT.items()
     }  # replicas once
@@ -144,7 +144,7 @@ def test_a_process_reads_what_its_devices_hold(tmp_path, monkeypatch):
         made.append((index, callback(index)))
 
     monkeypatch.setattr(jax, "make_array_from_callback", of_one_device)
-    weights.load({"x": like}, [Source("a", HostArrays({"x": array}))])
+    weights.load_weights({"x": like}, [WeightSource("a", HostArrays({"x": array}))])
     ((index, piece),) = made
     np.testing.assert_array_equal(piece, FLAT["layers/up/kernel"][index])
     assert array.bytes == FLAT["layers/up/kernel"].nbytes // 8
@@ -157,7 +157,7 @@ def test_a_loaded_array_outlives_its_file(tmp_path):
         jax.ShapeDtypeStruct((4096,), np.float32),
         jax.ShapeDtypeStruct((4096,), np.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
     ):
-        found, _ = weights.load({"x": like}, [from_safetensors(path)])
+        found, _ = weights.load_weights({"x": like}, [from_safetensors(path)])
         with open(path, "r+b") as file:
             file.seek(-4096 * 4, 2)
             file.write(b"\0" * 4096 * 4)
@@ -180,7 +180,7 @@ def test_several_sources_fill_one_tree(tmp_path, source):
     score = Rename(r"^model\.head\.score$", "reward/score")
     sft = source(Rename("^", "policy/"), name="sft"), source(Rename("^", "reference/"), name="sft again")
     rm = from_safetensors(tmp_path / "rm.safetensors", [score, *dots], name="rm")
-    found, plan = weights.load(wanted, [*sft, rm])
+    found, plan = weights.load_weights(wanted, [*sft, rm])
     for path, x in found.items():
         which, _, name = path.partition("/")
         expected = -FLAT[name] if which == "reward" else FLAT[name]
@@ -209,8 +209,8 @@ def test_arrays_are_filled_into_a_tree(source):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     state = jax.tree.map(np.zeros_like, TREE) | {"fresh": np.ones(2)}
     state = jax.device_put(state, jax.NamedSharding(mesh, P()))
-    found, plan = weights.load(weights.targets_of(state), [source()])
-    full = fill(state, found)
+    found, plan = weights.load_weights(weights.targets_of(state), [source()])
+    full = with_arrays(state, found)
     assert plan.left == ("fresh",) and jax.tree.structure(full) == jax.tree.structure(state)
     assert full["fresh"] is state["fresh"]
     for (path, x), (_, old) in zip(named_leaves(full), named_leaves(state), strict=True):
@@ -224,12 +224,12 @@ def test_a_target_on_an_abstract_mesh_goes_to_the_mesh_that_is_set(source):
         (8, 16), np.float32, sharding=jax.NamedSharding(mesh.abstract_mesh, P("fsdp", "tensor"))
     )
     with jax.set_mesh(mesh):
-        found, _ = weights.load({"head/kernel": like}, [source()])
+        found, _ = weights.load_weights({"head/kernel": like}, [source()])
     assert found["head/kernel"].sharding == jax.NamedSharding(mesh, P("fsdp", "tensor"))
 
 
 def one(name, array):
-    return Source(name, HostArrays({"w": array}), [Rename("w", "here/w")])
+    return WeightSource(name, HostArrays({"w": array}), [Rename("w", "here/w")])
 
 
 def test_two_arrays_that_lead_to_one_target_are_refused():
@@ -237,7 +237,7 @@ def test_two_arrays_that_lead_to_one_target_are_refused():
     x = np.ones(2, np.float32)
     with pytest.raises(UserError, match="weights: w of a and w of b both lead to here/w"):
         weights.plan(wanted, [one("a", x), one("b", x)])
-    both = Source("a", HostArrays({"v": x, "w": x}), [Rename("[vw]", "here/w")])
+    both = WeightSource("a", HostArrays({"v": x, "w": x}), [Rename("[vw]", "here/w")])
     with pytest.raises(UserError, match="v of a and w of a both lead to here/w"):
         weights.plan(wanted, [both])
 
@@ -269,7 +269,7 @@ def test_a_source_of_which_nothing_fits_is_refused_with_names_of_both_sides(sour
 def test_rules_that_are_no_patterns_are_refused(rename, match, message):
     wanted = {"w": jax.ShapeDtypeStruct((2,), np.float32)}
     with pytest.raises(UserError, match=message):
-        weights.plan(wanted, [Source("a", HostArrays({"w": np.ones(2, np.float32)}), rename, match)])
+        weights.plan(wanted, [WeightSource("a", HostArrays({"w": np.ones(2, np.float32)}), rename, match)])
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_a_dtype_never_changes_its_sort(there, here, fits):
     x = np.ones(2, there)
     wanted = {"here/w": jax.ShapeDtypeStruct((2,), here)}
     if fits:
-        found, _ = weights.load(wanted, [one("a", x)])
+        found, _ = weights.load_weights(wanted, [one("a", x)])
         assert found["here/w"].dtype == here and found["here/w"].tolist() == [1, 1]
     else:
         with pytest.raises(UserError, match=f"w of a is {np.dtype(there)}, but here/w is {np.dtype(here)}"):
@@ -306,26 +306,28 @@ def test_numbers_of_a_checkpoint_that_do_not_fit_are_refused(tmp_path, axes):
     sharding = axes and jax.NamedSharding(make_mesh(**axes), P("fsdp", "tensor"))
     wanted = {"w": jax.ShapeDtypeStruct((8, 2), np.float16, sharding=sharding)}
     with pytest.raises(UserError, match="w holds numbers that do not fit into float16"):
-        weights.load(wanted, [from_checkpoint(saved(tmp_path / "a", {"w": x}), 3)])
+        weights.load_weights(wanted, [from_checkpoint(saved(tmp_path / "a", {"w": x}), 3)])
     x[:] = np.inf
-    found, _ = weights.load(wanted, [from_checkpoint(saved(tmp_path / "b", {"w": x}), 3)])
+    found, _ = weights.load_weights(wanted, [from_checkpoint(saved(tmp_path / "b", {"w": x}), 3)])
     assert np.isinf(np.asarray(found["w"])).all()
 
 
 def test_numbers_that_do_not_fit_are_refused():
     wanted = {"here/w": jax.ShapeDtypeStruct((2,), np.float16)}
     with pytest.raises(UserError, match="w holds numbers that do not fit into float16"):
-        weights.load(wanted, [one("a", np.array([1.0, 1e6], np.float32))])
-    found, _ = weights.load(wanted, [one("a", np.array([1.0, np.inf], np.float32))])
+        weights.load_weights(wanted, [one("a", np.array([1.0, 1e6], np.float32))])
+    found, _ = weights.load_weights(wanted, [one("a", np.array([1.0, np.inf], np.float32))])
     assert found["here/w"].tolist() == [1, math.inf]
 
 
 def test_a_checkpoint_gives_its_frozen_and_other_parts_too(tmp_path):
     checkpoints = saved(tmp_path)
-    found, _ = weights.load({"base/w": jax.ShapeDtypeStruct((3,), np.float64)}, [from_checkpoint(checkpoints, 3)])
+    found, _ = weights.load_weights(
+        {"base/w": jax.ShapeDtypeStruct((3,), np.float64)}, [from_checkpoint(checkpoints, 3)]
+    )
     np.testing.assert_array_equal(found["base/w"], np.ones(3))
     average = from_checkpoint(checkpoints, 3, inside=["opt_state/mu"])
-    found, _ = weights.load({"head/kernel": jax.ShapeDtypeStruct((8, 16), np.float32)}, [average])
+    found, _ = weights.load_weights({"head/kernel": jax.ShapeDtypeStruct((8, 16), np.float32)}, [average])
     np.testing.assert_array_equal(found["head/kernel"], FLAT["head/kernel"])
     with pytest.raises(UserError, match="4"):
         from_checkpoint(checkpoints, 4)

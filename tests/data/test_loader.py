@@ -7,7 +7,7 @@ from jaxops.core.failures import UserError
 from jaxops.data.interactions.interactions import from_arrays
 from jaxops.data.interactions.splits import leave_one_out
 from jaxops.data.interactions.windows import SequenceSource
-from jaxops.data.loader import Loader, build
+from jaxops.data.loader import Loader, build_batches
 
 pytestmark = pytest.mark.latest
 
@@ -74,7 +74,7 @@ def test_a_process_builds_only_its_rows(windows):
             asked.append((cursor, size))
             return windows.batch(cursor, size)
 
-    part = build(Watched(), 32, 16, ranges)
+    part = build_batches(Watched(), 32, 16, ranges)
     assert asked == [(36, 2), (44, 4)]
     for name, value in whole.items():
         np.testing.assert_array_equal(part[name], np.concatenate([value[a:b] for a, b in ranges]))

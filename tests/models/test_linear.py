@@ -9,7 +9,7 @@ from toys import feature_batch, moved_params
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
 from jaxops.models.inputs import Input
-from jaxops.models.linear import Linear, LinearConfig
+from jaxops.models.linear import LinearConfig, LogisticRegression
 
 BATCH, NUMERIC = 5, 3
 
@@ -25,7 +25,7 @@ def example_batch(outputs=1):
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("numeric", [0, NUMERIC])
 def test_the_logits_are_numpys(numeric, outputs):
-    model = Linear(LinearConfig(), inputs_of(outputs), numeric, outputs)
+    model = LogisticRegression(LinearConfig(), inputs_of(outputs), numeric, outputs)
     params, batch = moved_params(model), example_batch(outputs)
     found = jax.jit(lambda params, batch: model.apply(params, batch, None))(params, batch)
     wide_params, wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, batch))
@@ -39,18 +39,18 @@ def test_the_logits_are_numpys(numeric, outputs):
 
 @pytest.mark.latest
 def test_it_begins_at_zero_and_says_its_shapes():
-    model = Linear(LinearConfig(), inputs_of(1), NUMERIC)
+    model = LogisticRegression(LinearConfig(), inputs_of(1), NUMERIC)
     params = model.init(jax.random.key(0))
     assert {path: x.shape for path, x in named_leaves(params)} == {"bias": (1,), "numeric": (NUMERIC, 1)}
     described = [(path, x.shape, x.dtype) for path, x in named_leaves(model.shapes)]
     assert described == [(path, x.shape, x.dtype) for path, x in named_leaves(params)]
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model.shapes))
     assert not any(np.any(x) for x in jax.tree.leaves(params))
-    assert set(Linear(LinearConfig(), inputs_of(1), 0).shapes) == {"bias"}
+    assert set(LogisticRegression(LinearConfig(), inputs_of(1), 0).shapes) == {"bias"}
 
 
 def test_half_precision_gives_float32_logits_and_finite_gradients():
-    model, batch = Linear(LinearConfig(), inputs_of(1), NUMERIC), example_batch()
+    model, batch = LogisticRegression(LinearConfig(), inputs_of(1), NUMERIC), example_batch()
     cast = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
     params, rows = cast(moved_params(model)), cast(batch["rows"])
     run = lambda params, rows: model.apply(params, {**batch, "rows": rows}, None)
@@ -62,7 +62,7 @@ def test_half_precision_gives_float32_logits_and_finite_gradients():
 @pytest.mark.parametrize(("dim", "outputs"), [(8, 1), (1, 2)])
 def test_tables_of_another_width_are_refused(dim, outputs):
     with pytest.raises(UserError, match=rf"rows of dim {outputs}.*set dim of user"):
-        Linear(LinearConfig(), [Input(name="user", dim=dim)], 0, outputs)
+        LogisticRegression(LinearConfig(), [Input(name="user", dim=dim)], 0, outputs)
 
 
 def test_it_has_nothing_to_get_wrong():

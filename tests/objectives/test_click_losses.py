@@ -13,7 +13,7 @@ from jaxops.core.sums import finalize, merge
 from jaxops.models.dcn import DCNv2, DCNv2Config
 from jaxops.models.dlrm import DLRM, DLRMConfig
 from jaxops.models.inputs import Input
-from jaxops.models.linear import Linear, LinearConfig
+from jaxops.models.linear import LinearConfig, LogisticRegression
 from jaxops.objectives.clicks import ClickModel, bce, binary_cross_entropy, multi_task
 
 BATCH, NUMERIC, TASKS = 16, 3, ("click", "buy")
@@ -34,7 +34,7 @@ def model_of(kind, outputs):
         return DLRM(DLRMConfig(bottom=(8,), top=(8,), dropout=0.3), inputs, NUMERIC, outputs), dim
     if kind == "dcnv2":
         return DCNv2(DCNv2Config(cross_layers=2, rank=2, deep=(8,), dropout=0.3), inputs, NUMERIC, outputs), dim
-    return Linear(LinearConfig(), inputs, NUMERIC, outputs), dim
+    return LogisticRegression(LinearConfig(), inputs, NUMERIC, outputs), dim
 
 
 def example_batch(dim, tasks):

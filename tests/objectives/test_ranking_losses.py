@@ -11,7 +11,7 @@ from jaxtyping import TypeCheckError
 from jaxops.core.random import example_keys
 from jaxops.objectives.ranking import (
     _NEGATIVES,
-    bce,
+    bce_loss,
     gbce,
     gbce_beta,
     gbce_loss,
@@ -202,7 +202,7 @@ def counts_of_draws(count, size=40):
         "weight": jnp.ones((size, 4)),
         "id": jnp.arange(size),
     }
-    loss = lambda params: bce(Dot(), count)(params, batch, KEY)["loss/bce"].total
+    loss = lambda params: bce_loss(Dot(), count)(params, batch, KEY)["loss/bce"].total
     grad = jax.grad(loss)({"item": jnp.zeros((ROWS, DIM))})["item"]
     return np.asarray(grad)[:, 0] * 2 * (1 + count), size * 4 * count
 
@@ -230,7 +230,7 @@ def test_the_first_and_the_last_item_may_be_targets(edge):
         "weight": jnp.ones((30, 4)),
         "id": jnp.arange(30),
     }
-    for make, name in ((bce(Dot(), 16), "bce"), (gbce_loss(Dot(), 16, 0.5), "gbce")):
+    for make, name in ((bce_loss(Dot(), 16), "bce"), (gbce_loss(Dot(), 16, 0.5), "gbce")):
         assert float(make({"item": jnp.asarray(items)}, batch, KEY)[f"loss/{name}"].total) < 1e-9
 
 
@@ -238,7 +238,9 @@ def test_the_first_and_the_last_item_may_be_targets(edge):
 @pytest.mark.parametrize("name", ["bce", "gbce"])
 def test_the_objectives_use_their_loss_and_their_beta(name):
     """All items score alike, so it does not matter which are drawn."""
-    make, beta = {"bce": (bce(Dot(), 5), 1.0), "gbce": (gbce_loss(Dot(), 5, 0.6), gbce_beta(5, N_ITEMS, 0.6))}[name]
+    make, beta = {"bce": (bce_loss(Dot(), 5), 1.0), "gbce": (gbce_loss(Dot(), 5, 0.6), gbce_beta(5, N_ITEMS, 0.6))}[
+        name
+    ]
     params = {"item": jnp.full((ROWS, DIM), 0.3)}
     score = 0.3 * wide(BATCH)["hidden"].sum(-1)
     check(make(params, BATCH, KEY), name, (beta * softplus(-score) + 5 * softplus(score)) / 6)
@@ -246,7 +248,7 @@ def test_the_objectives_use_their_loss_and_their_beta(name):
 
 @pytest.mark.latest
 def test_draws_belong_to_the_example():
-    loss = bce(Dot(), 3)
+    loss = bce_loss(Dot(), 3)
     per_row = lambda batch: [
         float(loss(PARAMS, {k: v[i : i + 1] for k, v in batch.items()}, KEY)["loss/bce"].total) for i in range(5)
     ]
@@ -260,13 +262,13 @@ def test_draws_belong_to_the_example():
 
 
 def test_evaluation_of_bce_repeats():
-    loss = bce(Dot(), 3)
+    loss = bce_loss(Dot(), 3)
     once = lambda key: float(loss(PARAMS, BATCH, key)["loss/bce"].total)
     assert once(None) == once(None) and once(KEY) != once(jax.random.fold_in(KEY, 1))
 
 
 @pytest.mark.latest
-@pytest.mark.parametrize("make", [softmax, sampled_softmax, bce, gbce_loss])
+@pytest.mark.parametrize("make", [softmax, sampled_softmax, bce_loss, gbce_loss])
 def test_a_batch_without_a_target_counts_nothing(make):
     empty = BATCH | {"weight": jnp.zeros_like(BATCH["weight"]), "targets": jnp.zeros_like(BATCH["targets"])}
     objective = make(Dot())
@@ -280,7 +282,7 @@ def test_a_batch_without_a_target_counts_nothing(make):
     ("make", "message"),
     [
         (lambda: sampled_softmax(Dot(), 0), "negatives must be at least 1, got 0"),
-        (lambda: bce(Dot(), 0), "negatives must be at least 1, got 0"),
+        (lambda: bce_loss(Dot(), 0), "negatives must be at least 1, got 0"),
         (lambda: gbce_loss(Dot(), 0), "got 0 and 0.75"),
         (lambda: gbce_loss(Dot(), 4, 1.5), r"t in \[0, 1\], got 4 and 1.5"),
     ],

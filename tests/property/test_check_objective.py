@@ -16,7 +16,7 @@ from jaxops.core.step import Extra
 from jaxops.core.sums import Sum
 from jaxops.tables.optimizers import Adagrad
 from jaxops.tables.spec import TableSpec
-from jaxops.testing import check, compare
+from jaxops.testing import check, compare_layouts
 
 QUICK = {"layouts": [{"data": 8}], "accumulations": (1, 4)}
 
@@ -71,7 +71,7 @@ def test_one_that_does_not_is_passed():
 
 def test_a_layout_is_held_against_one_device_even_alone():
     """A fault that every microbatch count shares shows only against the reference."""
-    (alone,) = compare(regression_task(mean_of_means), [{"data": 8}], (4,))
+    (alone,) = compare_layouts(regression_task(mean_of_means), [{"data": 8}], (4,))
     assert alone.gradient > 1e-3 and alone.parameter > 1e-3
 
 
@@ -81,7 +81,7 @@ class Nothing(Rows):
 
 
 def test_no_gradient_at_all_agrees():
-    (found,) = compare(regression_task(source=Nothing()), [{"data": 1}], (4,), steps=1)
+    (found,) = compare_layouts(regression_task(source=Nothing()), [{"data": 1}], (4,), steps=1)
     assert found.gradient == found.parameter == 0
 
 
@@ -99,7 +99,7 @@ def test_too_few_devices(monkeypatch):
     few = jax.devices()[:2]
     monkeypatch.setattr(testing.jax, "devices", lambda *kind: few)
     with pytest.raises(RuntimeError, match="needs 8 CPU devices"):
-        compare(regression_task())
+        compare_layouts(regression_task())
 
 
 def frozen_config(*frozen, compute="float32"):
@@ -215,5 +215,5 @@ def test_slots_of_tables_are_held_to_it():
     assert found.parameter < 1e-6
     seen = testing._run(task(regression), {"data": 1}, 1, [WithItems().batch(0, 32)], 32)
     assert seen.slots.keys() == {"sum", "count"} and seen.slots["sum"]["item"].shape[1:] == (8,)
-    (wrong,) = compare(task(lambda p, b, k: {"loss/mse": mean_of_means(p, b, k)["loss/mse"]}), **options)
+    (wrong,) = compare_layouts(task(lambda p, b, k: {"loss/mse": mean_of_means(p, b, k)["loss/mse"]}), **options)
     assert wrong.parameter > 1e-4

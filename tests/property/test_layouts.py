@@ -17,7 +17,7 @@ from jaxops.data.interactions.splits import leave_one_out
 from jaxops.data.interactions.windows import SequenceSource
 from jaxops.families.rec.config import RecObjective
 from jaxops.objectives.ranking import Bce, Gbce, SampledSoftmax, Softmax
-from jaxops.testing import LAYOUTS, compare
+from jaxops.testing import LAYOUTS, compare_layouts
 
 SHIPPED = {
     "softmax": Softmax(),
@@ -29,7 +29,7 @@ ONE, DATA, FSDP, CUBE, SLICES = LAYOUTS
 
 
 def agree(task, layouts, accumulations):
-    found = compare(task, layouts, accumulations)
+    found = compare_layouts(task, layouts, accumulations)
     for case in found:
         assert case.gradient <= 1e-6, case
         assert case.parameter <= 1e-5, case

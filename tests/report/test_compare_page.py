@@ -11,8 +11,8 @@ from web_page import Page, assert_loads_nothing, assert_pictures_suit_both_theme
 
 from jaxops.core.failures import RunFailed
 from jaxops.core.writers import JsonlWriter
-from jaxops.report.compare import MAX_RUNS, Side, compare, written
-from jaxops.report.compare_page import Line, render, write_compare
+from jaxops.report.compare import MAX_RUNS, Side, compare_sides, yaml_of
+from jaxops.report.compare_page import Line, render_comparison, write_compare
 from jaxops.report.folder import read_run
 
 CONFIG = {
@@ -65,7 +65,7 @@ def test_config_differences_are_by_path_as_written_and_without_name_and_folder(m
         make("b", {"optimizer.lr": 3e-4, "model.dim": 64.0, "run.dir": "elsewhere"}),
         make("c", {"objective": {"kind": "gbce", "negatives": 256}, "optimizer.betas": [0.9, 0.999]}),
     ]
-    found = {difference.path: difference.values for difference in compare(sides).differences}
+    found = {difference.path: difference.values for difference in compare_sides(sides).differences}
     assert found == {
         "model.dim": {"a": 64, "b": 64.0, "c": 64},
         "objective.kind": {"a": "softmax", "b": "softmax", "c": "gbce"},
@@ -74,17 +74,17 @@ def test_config_differences_are_by_path_as_written_and_without_name_and_folder(m
         "optimizer.betas": {"a": [0.9, 0.98], "b": [0.9, 0.98], "c": [0.9, 0.999]},
     }
     assert list(found)[1:3] == ["objective.kind", "objective.negatives"]  # together, whoever has them
-    assert [written(value) for value in (3e-4, "gbce", [0.9, 0.98], None, True, "1")] == [
+    assert [yaml_of(value) for value in (3e-4, "gbce", [0.9, 0.98], None, True, "1")] == [
         *("0.0003", "gbce", "[0.9, 0.98]", "null", "true", "'1'")
     ]
 
 
 def test_equal_configs_differ_in_nothing(make):
-    assert compare([make("a"), make("b")]).differences == []
+    assert compare_sides([make("a"), make("b")]).differences == []
 
 
 def test_the_best_is_the_best_of_runs_and_baselines(make):
-    comparison = compare(
+    comparison = compare_sides(
         [
             make("a", results={"test/ndcg@10": 0.09, "test/hr@10": 0.15, "test/loss": 2.5, **BASELINES}),
             make("b", results={"test/ndcg@10": 0.07, "test/hr@10": 0.12, "test/loss": 2.25, **BASELINES}),
@@ -99,7 +99,7 @@ def test_the_best_is_the_best_of_runs_and_baselines(make):
 def test_baselines_that_differ_are_shown_with_their_runs(make):
     other = {name: value + 0.01 for name, value in BASELINES.items()}
     measured = {"a": BASELINES, "b": other, "c": other}
-    comparison = compare([make(name, results={"test/ndcg@10": 0.09, **b}) for name, b in measured.items()])
+    comparison = compare_sides([make(name, results={"test/ndcg@10": 0.09, **b}) for name, b in measured.items()])
     rows, _ = scores(comparison)
     assert {key: values["ndcg@10"] for key, values in rows.items() if key[0] == "Item-kNN"} == {
         ("Item-kNN", "of a"): 0.06,
@@ -110,10 +110,10 @@ def test_baselines_that_differ_are_shown_with_their_runs(make):
 
 def test_nothing_is_called_best_where_the_data_differ(make):
     sides = [make("a", results={"test/hr@10": 0.2}), make("b", results={"test/hr@10": 0.1}, data="77aa")]
-    comparison = compare(sides)
+    comparison = compare_sides(sides)
     assert scores(comparison)[1] == {}
     assert "different data" in comparison.warnings[0] and "77aa: b" in comparison.warnings[0]
-    page = render(comparison)
+    page = render_comparison(comparison)
     assert 'class="best"' not in page and "Best test" not in page and "Before you compare" in page
 
 
@@ -122,7 +122,7 @@ def test_a_run_under_way_shows_its_best_so_far_and_a_longer_one_what_its_numbers
     under_way = make("b", state="running", curve=curve)
     ended = {"valid/ndcg@10": 0.05, "valid/hr@10": 0.11}
     longer = make("c", results=ended, curve=[(450, {"train/loss": 2.0})])
-    rows, best = scores(compare([make("a", results=ended), under_way, longer]), "valid")
+    rows, best = scores(compare_sides([make("a", results=ended), under_way, longer]), "valid")
     assert rows[("b", "best so far, step 100")] == {"ndcg@10": 0.04, "hr@10": 0.08}
     assert rows[("c", "of step 400")] == rows[("a", "")] == {"ndcg@10": 0.05, "hr@10": 0.11}
     assert best == {"ndcg@10": 0.05, "hr@10": 0.11}
@@ -130,7 +130,7 @@ def test_a_run_under_way_shows_its_best_so_far_and_a_longer_one_what_its_numbers
 
 def test_certainty_is_that_of_the_number_of_queries(make):
     sides = [make("a", results={"test/hr@10": 0.2}), make("b", results={"test/hr@10": 0.1})]
-    note = compare(sides).results[0].note  # 1.96 * sqrt(0.2 * 0.8 / 400)
+    note = compare_sides(sides).results[0].note  # 1.96 * sqrt(0.2 * 0.8 / 400)
     assert note == "400 queries: each HR@10 is known to \u00b1 0.039 (95% interval)"
 
 
@@ -140,10 +140,10 @@ def test_runs_without_a_readable_config_are_left_out_of_the_differences(make):
         config = side.run.path / "config.yaml"
         config.unlink() if text is None else config.write_text(text)
     sides[2:] = [Side(read_run(side.run.path), side.label, side.state) for side in sides[2:]]
-    comparison = compare(sides)
+    comparison = compare_sides(sides)
     assert [d.values for d in comparison.differences] == [{"a": 64, "b": 32}]
     assert comparison.warnings == ["c has no config.yaml: left out of the config differences."]
-    render(comparison)
+    render_comparison(comparison)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def page(make, tmp_path):
         make("a", results={"test/ndcg@10": 0.09, "test/hr@10": 0.15, **BASELINES}, curve=loss(7) + valid),
         make(odd, {"optimizer.lr": 0.01, "batch.global": 64}, {"test/ndcg@10": 0.08}, curve=loss(6)),
     ]
-    comparison = compare([sides[0], Side(sides[1].run, odd, "failed", "RunFailed: <nan>", 200, 400, 9.0)])
+    comparison = compare_sides([sides[0], Side(sides[1].run, odd, "failed", "RunFailed: <nan>", 200, 400, 9.0)])
     path = write_compare(comparison, tmp_path / "made" / "compare.html")
     assert os.listdir(path.parent) == ["compare.html"]
     return path.read_text(encoding="utf-8")
@@ -187,4 +187,4 @@ def test_no_two_runs_are_drawn_alike():
 def test_a_page_that_cannot_be_written_is_said(make, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFailed, match=r"cannot write .*file/compare\.html"):
-        write_compare(compare([make("a"), make("b")]), tmp_path / "file" / "compare.html")
+        write_compare(compare_sides([make("a"), make("b")]), tmp_path / "file" / "compare.html")

@@ -14,7 +14,7 @@ from web_page import Page, assert_loads_nothing, assert_pictures_suit_both_theme
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.writers import JsonlWriter
 from jaxops.report import figures, results
-from jaxops.report.folder import Series, finite, moment, read_run
+from jaxops.report.folder import Series, finite, read_run, utc_time
 from jaxops.report.page import write_report
 
 CONFIG = """task: rec
@@ -430,8 +430,8 @@ def test_durations(seconds, text):
 def test_values_of_the_wrong_kind_are_no_numbers():
     assert [finite(v) for v in (True, "1", None, math.nan, math.inf, 1e39, 10**400)] == [None] * 7
     assert finite(3) == 3.0 and finite(-0.5) == -0.5
-    assert [moment(v) for v in (None, "soon", 1e300, math.nan, [])] == [None] * 5
-    assert moment(0) == moment("1970-01-01") == moment("1970-01-01T01:00:00+01:00")
+    assert [utc_time(v) for v in (None, "soon", 1e300, math.nan, [])] == [None] * 5
+    assert utc_time(0) == utc_time("1970-01-01") == utc_time("1970-01-01T01:00:00+01:00")
 
 
 @pytest.mark.parametrize(

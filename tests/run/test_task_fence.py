@@ -15,11 +15,11 @@ from jaxops.core.sums import Sum
 from jaxops.objectives import ranking
 from jaxops.run.fence import find_unconstrained, require_constrained_kernels
 from jaxops.run.training import tables_on
-from jaxops.tables.optimizers import Sgd
+from jaxops.tables.optimizers import TableSgd
 from jaxops.tables.spec import TableSpec
 from jaxops.tables.tables import EmbeddingTables
 
-LOSSES = [ranking.softmax, ranking.sampled_softmax, ranking.bce, ranking.gbce_loss]
+LOSSES = [ranking.softmax, ranking.sampled_softmax, ranking.bce_loss, ranking.gbce_loss]
 
 
 @pytest.mark.latest
@@ -63,7 +63,7 @@ def test_rows_of_tables_and_what_extras_give_are_there():
         update=lambda value, params, sums, step, batch: value,
         read=lambda value, batch: {"shift": jnp.broadcast_to(value, batch["weight"].shape)},
     )
-    spec = TableSpec(rows=20, dim=8, features=("item",), optimizer=Sgd(lr=0.1))
+    spec = TableSpec(rows=20, dim=8, features=("item",), optimizer=TableSgd(lr=0.1))
     task = regression_task(reads_everything, tables={"item": spec}, extras={"shift": shift})
 
     class WithItems:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxops.core.mesh import batch_sharding, make_mesh
 from jaxops.tables.average import left
-from jaxops.tables.optimizers import Sgd
+from jaxops.tables.optimizers import TableSgd
 from jaxops.tables.spec import TableSpec
 from jaxops.tables.tables import EmbeddingTables, evaluated
 
@@ -32,7 +32,7 @@ def test_what_is_left_is_the_product_of_the_rates(decay):
 def test_it_is_the_average_of_all_rows_after_all_steps(placement, decay):
     mesh = make_mesh(data=8)
     spec = TableSpec(
-        rows=ROWS, dim=DIM, features=("item",), optimizer=Sgd(lr=0.3), scale=1, placement=placement, ema=decay
+        rows=ROWS, dim=DIM, features=("item",), optimizer=TableSgd(lr=0.3), scale=1, placement=placement, ema=decay
     )
     draw = np.random.default_rng(0)
     batches = [{"item": np.minimum(draw.zipf(1.4, (16, 3)) - 1, ROWS - 1).astype(np.int32)} for _ in range(40)]
@@ -61,7 +61,7 @@ def test_it_is_the_average_of_all_rows_after_all_steps(placement, decay):
 
 def test_a_skipped_step_leaves_it():
     mesh = make_mesh(data=2, devices=jax.devices()[:2])
-    spec = TableSpec(rows=ROWS, dim=DIM, features=("item",), optimizer=Sgd(lr=0.3), placement="row", ema=0.9)
+    spec = TableSpec(rows=ROWS, dim=DIM, features=("item",), optimizer=TableSgd(lr=0.3), placement="row", ema=0.9)
     batch = {"item": np.arange(16, dtype=np.int32)}
     with jax.set_mesh(mesh):
         tables = EmbeddingTables({"item": spec}, mesh, batch)

@@ -14,7 +14,7 @@ from jaxops.core.memory import bytes_per_device
 from jaxops.core.mesh import make_mesh
 from jaxops.core.step import build_step, init_state
 from jaxops.tables.explain import costs, require_room
-from jaxops.tables.optimizers import Adagrad, LazyAdam, RowwiseAdagrad, Sgd
+from jaxops.tables.optimizers import Adagrad, LazyAdam, RowwiseAdagrad, TableSgd
 from jaxops.tables.spec import TableSpec, stack
 from jaxops.tables.tables import EmbeddingTables
 
@@ -30,7 +30,7 @@ def tables_on(shards, specs=None):
 
 
 @pytest.mark.parametrize("shards", [1, 8])
-@pytest.mark.parametrize("optimizer", [Sgd(), RowwiseAdagrad(), LazyAdam()])
+@pytest.mark.parametrize("optimizer", [TableSgd(), RowwiseAdagrad(), LazyAdam()])
 def test_bytes_are_those_of_the_arrays_in_either_placement(shards, optimizer):
     specs = {name: dataclasses.replace(spec, optimizer=optimizer) for name, spec in SPECS.items()}
     other = {"row": "replicated", "replicated": "row"}

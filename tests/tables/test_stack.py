@@ -5,18 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxops.core.mesh import batch_sharding, make_mesh
-from jaxops.tables.optimizers import Adagrad, Sgd
+from jaxops.tables.optimizers import Adagrad, TableSgd
 from jaxops.tables.spec import TableSpec, stack
 from jaxops.tables.tables import EmbeddingTables, reading
 
 SPECS = {
-    "user": TableSpec(rows=3000, dim=4, features=("user",), placement="row", optimizer=Sgd(lr=1.0)),
-    "item": TableSpec(rows=500, dim=4, features=("item", "history"), placement="row", optimizer=Sgd(lr=1.0), unknown=3),
-    "genre": TableSpec(rows=20, dim=4, features=("genre",), optimizer=Sgd(lr=1.0)),
-    "wide": TableSpec(rows=20, dim=8, features=("wide",), optimizer=Sgd(lr=1.0)),
-    "hour": TableSpec(rows=24, dim=4, features=("hour",), optimizer=Sgd(lr=1.0)),
+    "user": TableSpec(rows=3000, dim=4, features=("user",), placement="row", optimizer=TableSgd(lr=1.0)),
+    "item": TableSpec(
+        rows=500, dim=4, features=("item", "history"), placement="row", optimizer=TableSgd(lr=1.0), unknown=3
+    ),
+    "genre": TableSpec(rows=20, dim=4, features=("genre",), optimizer=TableSgd(lr=1.0)),
+    "wide": TableSpec(rows=20, dim=8, features=("wide",), optimizer=TableSgd(lr=1.0)),
+    "hour": TableSpec(rows=24, dim=4, features=("hour",), optimizer=TableSgd(lr=1.0)),
     "other": TableSpec(rows=30, dim=4, features=("other",), optimizer=Adagrad()),
-    "own": TableSpec(rows=3000, dim=4, features=("own",), placement="row", optimizer=Sgd(lr=1.0), capacity=8),
+    "own": TableSpec(rows=3000, dim=4, features=("own",), placement="row", optimizer=TableSgd(lr=1.0), capacity=8),
 }
 
 

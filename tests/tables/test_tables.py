@@ -13,7 +13,7 @@ from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.mesh import make_mesh
 from jaxops.core.step import abstract_state, build_step, init_state
 from jaxops.core.sums import Sum
-from jaxops.tables.optimizers import Adagrad, LazyAdam, RowwiseAdagrad, Sgd, SparseAdam
+from jaxops.tables.optimizers import Adagrad, LazyAdam, RowwiseAdagrad, SparseAdam, TableSgd
 from jaxops.tables.planner import Planner
 from jaxops.tables.spec import TableSpec, stack
 from jaxops.tables.tables import EmbeddingTables
@@ -161,7 +161,7 @@ LAYOUTS = [
 
 
 @pytest.mark.latest
-@pytest.mark.parametrize("optimizer, tx", [(Sgd(lr=0.1), optax.sgd(0.1)), (Adagrad(lr=0.1), optax.adagrad(0.1))])
+@pytest.mark.parametrize("optimizer, tx", [(TableSgd(lr=0.1), optax.sgd(0.1)), (Adagrad(lr=0.1), optax.adagrad(0.1))])
 @pytest.mark.parametrize("layout, placement, accumulation", LAYOUTS)
 def test_fifty_steps_are_those_of_optax_on_the_dense_table(optimizer, tx, layout, placement, accumulation):
     ours = Trainer(optimizer, layout, placement, accumulation)
@@ -258,7 +258,7 @@ def test_how_wide_a_plan_is_changes_nothing(placement):
 
 
 def test_fresh_rows_are_the_same_on_every_mesh_and_no_two_alike():
-    wide, alone = Trainer(Sgd(), {"data": 8}).logical(), Trainer(Sgd(), {"data": 1}).logical()
+    wide, alone = Trainer(TableSgd(), {"data": 8}).logical(), Trainer(TableSgd(), {"data": 1}).logical()
     for name, rows in wide.items():
         assert np.array_equal(rows, alone[name])
         assert len(np.unique(rows[:, 0])) > 0.99 * len(rows) and np.std(rows) == pytest.approx(0.3, rel=0.1)
@@ -290,12 +290,12 @@ def test_a_skipped_step_writes_nothing():
 
 
 def test_ids_outside_of_the_table_read_the_row_for_the_unknown():
-    ours = Trainer(Sgd(), {"data": 8})
+    ours = Trainer(TableSgd(), {"data": 8})
     batch = batch_of(0)
     odd = batch | {"item": np.where(np.arange(BATCH) % 2, ROWS + 7, -9).astype(np.int32)}
     assert ours.tables.plan(odd)["slots"]["item"].min() >= 0
     same = batch | {"item": np.zeros(BATCH, np.int32)}
-    assert ours(odd) == Trainer(Sgd(), {"data": 8})(same)
+    assert ours(odd) == Trainer(TableSgd(), {"data": 8})(same)
 
 
 @pytest.mark.parametrize("layout", [{"data": 1}, {"data": 8}, {"data": 2, "fsdp": 4}])

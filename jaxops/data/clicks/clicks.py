@@ -73,7 +73,7 @@ def open_clicks(
       UserError: what reading raises; labels that are none; a part of the split that is empty; no such slice.
     """
     raw, has = read_raw(config), layout(config)
-    parts = split(config.split, raw)
+    parts = split_examples(config.split, raw)
     for name, at in ((name, at) for name in parts for at in range(len(has.labels))):
         if np.isnan(raw.labels[parts[name], at]).all():
             raise UserError(f"data.labels.{has.labels[at]}: no example of the {name} part has it")
@@ -149,7 +149,7 @@ def new_rows(
       UserError: what reading raises.
     """
     own, has = read_own(config, path), layout(config)
-    of = {kind: Ids.of(read(f"ids.{kind}"), first=0).places(own.who[kind]) for kind in set(has.sides.values())}
+    of = {kind: Ids.of(read(f"ids.{kind}"), first=0).positions(own.who[kind]) for kind in set(has.sides.values())}
     features: dict[str, Column] = {}
     for table, names in tables.items():
         fitted = restore_map(maps[table], functools.partial(_named, read, table))
@@ -181,7 +181,7 @@ def _column(raw: Raw, has: Layout, name: str, part: str = "") -> tuple[pa.Array,
     return raw.own.categorical[f"{name}{part}"], None
 
 
-def split(config: Fractions, raw: Raw) -> dict[str, Int64[np.ndarray, " n"]]:
+def split_examples(config: Fractions, raw: Raw) -> dict[str, Int64[np.ndarray, " n"]]:
     """Rows of `train`, `valid` and `test`, each in order of the file.
 
     Raises:

@@ -48,7 +48,7 @@ def layout(config: ClickDataConfig) -> Layout:
         features = {**own, "genre": True, "hour": False, "weekday": False}
         sides = {**dict.fromkeys(("age", "gender", "occupation"), "user"), "genre": "item", "year": "item"}
         return Layout(features, ("year",), sides, ("like",), False)
-    config = as_file(config)
+    config = as_clicks_file(config)
     features = {**dict.fromkeys(config.categorical, False), **dict.fromkeys(config.bags, True)}
     sides, weighted, numeric = {}, {*config.weights}, [*config.numeric]
     for kind, file in zip(KINDS, (config.user_features, config.item_features), strict=True):
@@ -96,7 +96,7 @@ def read_raw(config: ClickDataConfig) -> Raw:
     Raises:
       UserError: what reading raises; names that clash; labels, weights or times that are none.
     """
-    return _movielens(config) if isinstance(config, MovieLensClicks) else _file(as_file(config))
+    return _movielens(config) if isinstance(config, MovieLensClicks) else _file(as_clicks_file(config))
 
 
 def read_own(config: ClickDataConfig, path: str | os.PathLike[str]) -> Own:
@@ -109,7 +109,7 @@ def read_own(config: ClickDataConfig, path: str | os.PathLike[str]) -> Own:
     """
     if isinstance(config, MovieLensClicks):
         return _film_columns(side.read_columns(os.fspath(path), ("user", "item", "time")))
-    file, has = as_file(config), layout(config)
+    file, has = as_clicks_file(config), layout(config)
     path = os.fspath(path)
     there = side.columns_of(path, file.format, file.header)
     who = {kind: name for kind, name in _who(file).items() if name in there or kind in has.sides.values()}
@@ -118,7 +118,7 @@ def read_own(config: ClickDataConfig, path: str | os.PathLike[str]) -> Own:
     return _own(file, table, who)
 
 
-def as_file(config: ClicksFile | Criteo) -> ClicksFile:
+def as_clicks_file(config: ClicksFile | Criteo) -> ClicksFile:
     """Criteo's form as what it is: a file with columns."""
     if isinstance(config, ClicksFile):
         return config
@@ -240,7 +240,7 @@ def _movielens(config: MovieLensClicks) -> Raw:
     for kind, known in zip(KINDS, (people, films), strict=True):
         ids[kind], place = _by_id(side.column(known, kind), kind)
         lies[kind] = pa.array(np.argsort(place))
-        of[kind] = ids[kind].places(own.who[kind])
+        of[kind] = ids[kind].positions(own.who[kind])
     values = {name: side.column(people, name).take(lies["user"]) for name in ("age", "gender", "occupation")}
     values["genre"] = side.column(films, "genres", "|").take(lies["item"])
     year = numbers(side.column(films, "year"), "year")[np.asarray(lies["item"])]

@@ -27,7 +27,7 @@ def silent(stage: str, done: int, total: int | None) -> None:
     """A `Progress` that says nothing."""
 
 
-class Encoded(NamedTuple):
+class EncodedIds(NamedTuple):
     """Events in original order, ids as provisional codes."""
 
     user: Int32[np.ndarray, " rows"]
@@ -52,7 +52,7 @@ class Arranged(NamedTuple):
 
 
 def arrange(
-    events: Encoded,
+    events: EncodedIds,
     codes: tuple[IdCollector, IdCollector],
     min_count: MinCount,
     allocate: Allocate,
@@ -79,7 +79,7 @@ def arrange(
     counts = np.zeros(len(user_ids), np.int64)
     counts[user_rows[user_counts > 0]] = user_counts[user_counts > 0]
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    columns = Encoded(*(allocate((total, *column.shape[1:]), column.dtype) for column in events))
+    columns = EncodedIds(*(allocate((total, *column.shape[1:]), column.dtype) for column in events))
     _group_by_user(events, user_rows, item_rows, offsets, columns, chunk, progress)
     for start, stop in user_ranges(offsets, chunk):
         progress("sorting", int(offsets[stop]), total)
@@ -93,7 +93,7 @@ def arrange(
 
 
 def _k_core(
-    events: Encoded, sizes: tuple[int, int], min_count: MinCount, chunk: int, progress: Progress
+    events: EncodedIds, sizes: tuple[int, int], min_count: MinCount, chunk: int, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """Surviving events of each user and item code (0: dropped), once no more have to go."""
     keep_user, keep_item = (np.ones(n, bool) for n in sizes)
@@ -112,11 +112,11 @@ def _k_core(
 
 
 def _group_by_user(
-    events: Encoded,
+    events: EncodedIds,
     user_rows: Int32[np.ndarray, " codes"],
     item_rows: Int32[np.ndarray, " codes"],
     offsets: Int64[np.ndarray, " users_and_one"],
-    out: Encoded,
+    out: EncodedIds,
     chunk: int,
     progress: Progress,
 ) -> None:
@@ -137,7 +137,7 @@ def _group_by_user(
         out.context[place] = events.context[at][order]
 
 
-def _sort_by_time(columns: Encoded, offsets: np.ndarray, start: int, stop: int) -> None:
+def _sort_by_time(columns: EncodedIds, offsets: np.ndarray, start: int, stop: int) -> None:
     """Sort the events of users [start, stop) by time; equal times keep their order."""
     at = slice(int(offsets[start]), int(offsets[stop]))
     order = np.lexsort((columns.time[at], columns.user[at]))

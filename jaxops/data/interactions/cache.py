@@ -18,19 +18,19 @@ import numpy as np
 
 from jaxops.core.failures import UserError
 from jaxops.data import scratch
-from jaxops.data.files import DataFile, expand, summary
+from jaxops.data.files import DataFile, expand_paths, summary
 from jaxops.data.ids import Ids
 from jaxops.data.interactions import arrange, read
-from jaxops.data.interactions.interactions import Interactions, assemble, gather
+from jaxops.data.interactions.interactions import Interactions, assemble, gather_events
 from jaxops.data.interactions.spec import InteractionsFile
 
 VERSION = 2
 MANIFEST = "manifest.json"
-COLUMNS = arrange.Encoded._fields
+COLUMNS = arrange.EncodedIds._fields
 OTHERS = ("offsets", "user_ids", "item_ids")
 
 
-def build(
+def build_cache(
     config: InteractionsFile,
     out_dir: str | os.PathLike[str],
     progress: arrange.Progress = arrange.silent,
@@ -45,7 +45,7 @@ def build(
     target = Path(out_dir).expanduser()
     if target.exists() and any(target.iterdir()) and not (target / MANIFEST).exists():
         raise UserError(f"{target} exists and is not a jaxops data cache; give an empty or a new folder")
-    files = expand(config.path, config.format)
+    files = expand_paths(config.path, config.format)
     prints = _fingerprint(config, files)
     try:
         with scratch.folder_beside(target) as work:
@@ -54,7 +54,7 @@ def build(
             events = read.read_events(files, config.columns, config.header)
             with _Spill(work) as sink:
                 text, shown, context = read.is_text(files), summary(files), config.columns.context
-                gathered = gather(events, sink, text=text, shown=shown, progress=progress, context=context)
+                gathered = gather_events(events, sink, text=text, shown=shown, progress=progress, context=context)
             allocate = _Mapped(folder)
             columns = arrange.arrange(
                 sink.columns(), gathered.codes, config.min_count, allocate, chunk=chunk, progress=progress
@@ -83,10 +83,10 @@ def ensure(config: InteractionsFile, root: str | os.PathLike[str], progress: arr
     key = hashlib.sha256(json.dumps(_reading(config), sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(root).expanduser() / key
     if (folder / MANIFEST).exists():
-        prints = _fingerprint(config, expand(config.path, config.format))
+        prints = _fingerprint(config, expand_paths(config.path, config.format))
         if _manifest(folder)["fingerprint"] == prints:
             return folder
-    return build(config, folder, progress)
+    return build_cache(config, folder, progress)
 
 
 def open_cache(folder: str | os.PathLike[str], verify: bool = False) -> Interactions:
@@ -184,13 +184,13 @@ class _Spill:
     """Encoded batches, appended to one raw file a column and mapped back."""
 
     def __init__(self, folder: Path) -> None:
-        self._paths = [folder / f"{name}.raw" for name in arrange.Encoded._fields]
+        self._paths = [folder / f"{name}.raw" for name in arrange.EncodedIds._fields]
         self._files = [path.open("wb") for path in self._paths]
         self._types: list[np.dtype] = []
         self._shapes: list[tuple[int, ...]] = []
         self._rows = 0
 
-    def append(self, batch: arrange.Encoded) -> None:
+    def append(self, batch: arrange.EncodedIds) -> None:
         self._types = [column.dtype for column in batch]
         self._rows += len(batch.user)
         self._shapes = [(self._rows, *column.shape[1:]) for column in batch]
@@ -204,9 +204,9 @@ class _Spill:
         for file in self._files:
             file.close()
 
-    def columns(self) -> arrange.Encoded:
+    def columns(self) -> arrange.EncodedIds:
         described = zip(self._paths, self._types, self._shapes, strict=True)
-        return arrange.Encoded(*(_mapped(path, kind, shape) for path, kind, shape in described))
+        return arrange.EncodedIds(*(_mapped(path, kind, shape) for path, kind, shape in described))
 
 
 def _mapped(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Float64, Int32, Int64
 
 from jaxops.core.failures import UserError
-from jaxops.data.files import expand, summary
+from jaxops.data.files import expand_paths, summary
 from jaxops.data.ids import IdCollector, Ids
 from jaxops.data.interactions import arrange, read
 from jaxops.data.interactions.read import Events
@@ -56,7 +56,7 @@ class Interactions:
     def n_events(self) -> int:
         return len(self.item)
 
-    def places(self, events: Int64[np.ndarray, "..."]) -> dict[str, np.ndarray]:
+    def event_rows(self, events: Int64[np.ndarray, "..."]) -> dict[str, np.ndarray]:
         """For batches of sequences: "events", these rows of events, and "users", whose they are; int32, -1 for none."""
         users = np.where(events < 0, -1, self.user.take(events, mode="clip"))
         return {"events": events.astype(np.int32), "users": users.astype(np.int32)}
@@ -86,7 +86,7 @@ def read_interactions(
     Raises:
       UserError: what `files.expand` and `read.read_events` raise; no rows; nothing left after `min_count`.
     """
-    files = expand(path, format)
+    files = expand_paths(path, format)
     events = read.read_events(files, columns, header)
     text, shown = read.is_text(files), summary(files)
     return from_events(events, min_count, text=text, shown=shown, progress=progress, context=columns.context)
@@ -129,7 +129,7 @@ def from_events(
       UserError: there are none, or none is left after `min_count`.
     """
     sink = _Memory()
-    gathered = gather(events, sink, text=text, shown=shown, progress=progress, context=context)
+    gathered = gather_events(events, sink, text=text, shown=shown, progress=progress, context=context)
     columns = arrange.arrange(sink.columns(), gathered.codes, min_count, np.empty, progress=progress)
     return assemble(columns, gathered)
 
@@ -137,7 +137,7 @@ def from_events(
 class Sink(Protocol):
     """Where encoded batches go, in order."""
 
-    def append(self, batch: arrange.Encoded) -> None:
+    def append(self, batch: arrange.EncodedIds) -> None:
         """Take the next batch."""
         ...
 
@@ -146,13 +146,13 @@ class _Memory:
     """Keeps encoded batches in lists."""
 
     def __init__(self) -> None:
-        self._batches: list[arrange.Encoded] = []
+        self._batches: list[arrange.EncodedIds] = []
 
-    def append(self, batch: arrange.Encoded) -> None:
+    def append(self, batch: arrange.EncodedIds) -> None:
         self._batches.append(batch)
 
-    def columns(self) -> arrange.Encoded:
-        return arrange.Encoded(*(np.concatenate(column) for column in zip(*self._batches, strict=True)))
+    def columns(self) -> arrange.EncodedIds:
+        return arrange.EncodedIds(*(np.concatenate(column) for column in zip(*self._batches, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Gathered:
     contexts: Mapping[str, IdCollector]
 
 
-def gather(
+def gather_events(
     events: Iterable[Events],
     sink: Sink,
     *,
@@ -183,7 +183,7 @@ def gather(
         timed = batch.time is not None
         given = [contexts[name].add(values, batch.where) for name, values in zip(context, batch.context, strict=True)]
         sink.append(
-            arrange.Encoded(
+            arrange.EncodedIds(
                 users.add(batch.user, batch.where),
                 items.add(batch.item, batch.where),
                 row_numbers if batch.time is None else batch.time,

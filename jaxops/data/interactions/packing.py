@@ -19,19 +19,19 @@ class PackedSource:
     A user's transitions are cut into windows of `length` from the end, so the first window is the short one; every
     transition is a target exactly once an epoch. Batches: {"id" [B] int32 row, "items" and "targets" [B, L] int32,
     "weight" [B, L] float32, "segment" [B, L] int32 (1, 2, ... within the row, 0 where nothing is), "position" [B, L]
-    int32 (as if the window stood alone, padded on the left)}; with `places` also `Interactions.places` of the items,
-    [B, L].
+    int32 (as if the window stood alone, padded on the left)}; with `event_rows` also `Interactions.event_rows` of the
+    items, [B, L].
 
     Raises:
       UserError: nobody has two training events.
     """
 
-    def __init__(self, inter: Interactions, split: Split, length: int, seed: int, places: bool = False) -> None:
+    def __init__(self, inter: Interactions, split: Split, length: int, seed: int, event_rows: bool = False) -> None:
         users = np.flatnonzero(split.train_end >= 2)
         if not len(users):
             raise UserError("nobody has two training events, so there is no next item to learn from")
         self.length, self.seed = length, seed
-        self._inter, self._items, self._places = inter, inter.item, places
+        self._inter, self._items, self._event_rows = inter, inter.item, event_rows
         transitions = split.train_end[users] - 1
         count = -(-transitions // length)
         number = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
@@ -62,10 +62,10 @@ class PackedSource:
         out["segment"][place] = np.repeat(segment, width)
         out["position"][place] = _ranges(self.length - width, width)
         shaped = {name: values.reshape(size, self.length) for name, values in out.items()}
-        if self._places:
+        if self._event_rows:
             at = np.full(size * self.length, -1)
             at[place] = event
-            shaped |= self._inter.places(at.reshape(size, self.length))
+            shaped |= self._inter.event_rows(at.reshape(size, self.length))
         return {"id": rows, **shaped, "weight": (shaped["segment"] > 0).astype(np.float32)}
 
 

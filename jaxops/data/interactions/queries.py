@@ -20,7 +20,7 @@ class QueryBatches:
 
     Each is {"id" [B] int32 query, "items" [B, L] int32 latest history padded with 0 on the left, "target" [B]
     int32, "seen" [B, S] int32 all items of the history (0 where none), "weight" [B] float32, "user" [B]
-    int32, "event" [B] int32 the target's row of all events}; with `places` also `Interactions.places` of the
+    int32, "event" [B] int32 the target's row of all events}; with `event_rows` also `Interactions.event_rows` of the
     items, [B, L]. S is `seen` (default: `seen_width` of these queries); padding rows are zero in every entry (-1 in
     places).
 
@@ -36,9 +36,9 @@ class QueryBatches:
         size: int,
         *,
         seen: int | None = None,
-        places: bool = False,
+        event_rows: bool = False,
     ) -> None:
-        self.size, self.length, self._places = size, length, places
+        self.size, self.length, self._event_rows = size, length, event_rows
         self.seen = seen_width(queries) if seen is None else seen
         if len(queries) and int(queries.history.max()) > self.seen:
             raise ValueError(f"the longest history has {queries.history.max()} events, seen={self.seen}")
@@ -78,7 +78,7 @@ class QueryBatches:
             "weight": real.astype(np.float32),
             "user": np.where(real, user, 0).astype(np.int32),
             "event": np.where(real, first + history, 0).astype(np.int32),
-            **(self._inter.places(np.where(there, at, -1)) if self._places else {}),
+            **(self._inter.event_rows(np.where(there, at, -1)) if self._event_rows else {}),
         }
 
     def _take(self, at: Int64[np.ndarray, "rows columns"]) -> np.ndarray:

@@ -28,8 +28,8 @@ class SequenceSource:
     than two training events have none.
 
     Batches: {"id" [B] int32 window, "items" [B, L] int32 padded with 0 on the left, "targets" [B, L] int32
-    (0: none), "weight" [B, L] float32 (1 where there is a target)}; with `places` also `Interactions.places` of the
-    items, [B, L].
+    (0: none), "weight" [B, L] float32 (1 where there is a target)}; with `event_rows` also `Interactions.event_rows` of
+    the items, [B, L].
 
     Raises:
       UserError: nobody has two training events.
@@ -44,7 +44,7 @@ class SequenceSource:
         seed: int,
         stride: int | None = None,
         shift: bool = True,
-        places: bool = False,
+        event_rows: bool = False,
     ) -> None:
         stride = length if stride is None else stride
         if not 1 <= stride <= length or seed < 0:
@@ -53,7 +53,7 @@ class SequenceSource:
         if not len(users):
             raise UserError("nobody has two training events, so there is no next item to learn from")
         self.length, self.seed, self.stride, self.shift = length, seed, stride, shift
-        self._inter, self._items, self._places = inter, inter.item, places
+        self._inter, self._items, self._event_rows = inter, inter.item, event_rows
         self._begin = inter.offsets[users]
         self._transitions = split.train_end[users] - 1
         windows = np.maximum(-(-(self._transitions - length) // stride), 0) + 1
@@ -82,7 +82,7 @@ class SequenceSource:
             "items": events[:, :-1] * mask,
             "targets": events[:, 1:] * mask,
             "weight": real.astype(np.float32),
-            **(self._inter.places(np.where(real, at[:, :-1], -1)) if self._places else {}),
+            **(self._inter.event_rows(np.where(real, at[:, :-1], -1)) if self._event_rows else {}),
         }
 
     def _spans(self, cursor: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

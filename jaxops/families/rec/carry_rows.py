@@ -14,7 +14,7 @@ from jaxops.families.rec.config import RecConfig
 from jaxops.run.family import family_of
 from jaxops.run.saved_run import SavedRun
 from jaxops.tables.average import AVERAGE
-from jaxops.tables.spec import TableSpec, places, stack
+from jaxops.tables.spec import TableSpec, stack, stored_rows
 from jaxops.tables.tables import evaluated
 
 
@@ -50,12 +50,12 @@ def carry_rows(
     if not source.weights.tables:
         return state, {}
     stacks = stack(trained_tables(source))
-    known = {name: (whole, of) for whole, spec in stacks.items() for name, of in places(whole, spec).items()}
+    known = {name: (whole, of) for whole, spec in stacks.items() for name, of in stored_rows(whole, spec).items()}
     evaluated_rows: dict[str, np.ndarray] = {}
     taken: dict[str, tuple[int, int]] = {}
     tables = dict(state)
     for whole, spec in ours.items():
-        for name, stored in places(whole, spec).items():
+        for name, stored in stored_rows(whole, spec).items():
             if name not in known or not re.search(match, f"tables/{name}"):
                 continue
             there, stored_there = known[name]

@@ -55,7 +55,7 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
         raise UserError("evaluate.metrics: gauc needs to know whose an example is: data.columns.user")
     match(config.tables, dict.fromkeys(data.features, "data"), dict.fromkeys(data.features, "a column"))
     specs = {name: table.spec(data.rows[name], reads[name]) for name, table in config.tables.items()}
-    model = build_model(config, given, data.features, len(data.numeric), len(data.labels))
+    model = build_click_model(config, given, data.features, len(data.numeric), len(data.labels))
     return Task(
         **of_config(config, loaded.resolved, model),
         objective=objective_from(config.objective, given.objective, model, data.labels),
@@ -73,7 +73,7 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
     )
 
 
-def build_model(config: RecConfig, given: Given, features: Mapping[str, bool], numeric: int, outputs: int) -> Any:
+def build_click_model(config: RecConfig, given: Given, features: Mapping[str, bool], numeric: int, outputs: int) -> Any:
     """The model that the config or Python names, for these features (name -> whether it is a bag).
 
     Raises:
@@ -98,7 +98,7 @@ class ServedClicks:
         self.saved, config = saved, saved.config
         has, reads = layout(config.data), _reads(config)
         self.labels = has.labels
-        self.model = build_model(config, Given(), has.features, len(has.numeric), len(has.labels))
+        self.model = build_click_model(config, Given(), has.features, len(has.numeric), len(has.labels))
         maps = {name: table.ids for name, table in config.tables.items()}
         self.tables: dict[str, TableSpec] = {
             name: table.spec(int(saved.transform(f"map.{name}.rows")[0]), reads[name])

@@ -82,7 +82,7 @@ def _with_nobody(codes: np.ndarray, nothing: bool = False) -> np.ndarray:
     return np.concatenate([codes, nobody])
 
 
-def restore(
+def restore_features(
     tables: Mapping[str, TableConfig],
     owner: Mapping[str, str],
     weighted: Collection[str],
@@ -114,7 +114,7 @@ def restored_features(
     """
     owner = features_of(config.tables)
     weighted = {name for file in side_files(config.data) for name in file.weights}
-    return restore(config.tables, {name: owner[name] for name in names}, weighted, read, asked)
+    return restore_features(config.tables, {name: owner[name] for name in names}, weighted, read, asked)
 
 
 def side_files(data: Any) -> list[SideFile]:
@@ -197,7 +197,9 @@ def _check_names(named: Sequence[tuple[str, Iterable[str]]], reserved: Collectio
             owner[name] = path
 
 
-def encode(tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns: Mapping[str, EntityColumn]) -> Encoded:
+def encode_features(
+    tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns: Mapping[str, EntityColumn]
+) -> Encoded:
     """Codes and specs of the features of `owner` (feature to table); features of one table share its id map.
 
     Vocabularies of users, items and their columns are of all that the data keeps, as item rows themselves are.

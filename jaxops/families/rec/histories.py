@@ -81,7 +81,7 @@ def read_histories(
         given = side.read_columns(str(path), list(dict.fromkeys((columns.user, columns.item, *context))))
         queries = given.filter(pc.is_null(side.column(given, columns.item)))
         at = np.full(inter.n_users + 1, -1)
-        at[inter.user_ids.places(side.column(queries, columns.user))] = np.arange(len(queries))
+        at[inter.user_ids.positions(side.column(queries, columns.user))] = np.arange(len(queries))
         at = at[known]  # of who is not known, -1, the last place was
         brought = {name: _either(side.column(queries, name), at, values) for name, values in brought.items()}
     events = {name: inter.context_of(name, np.flatnonzero(keep)) for name in along}
@@ -114,7 +114,7 @@ def _known(
     same_items(item_ids, np.asarray(inter.item_ids.values))
     table = side.read_columns(str(path), [column, *(context if given else ())])
     asked = side.column(table, column)
-    rows = inter.user_ids.places(asked)
+    rows = inter.user_ids.positions(asked)
     known = rows[rows >= 0]
     if given:
         brought = {name: side.column(table, name).filter(pa.array(rows >= 0)) for name in context}

@@ -19,7 +19,7 @@ from jaxops.families.rec.config import RecConfig
 from jaxops.families.rec.entities import (
     Encoded,
     context_columns,
-    encode,
+    encode_features,
     feature_columns,
     feature_names,
     restored_features,
@@ -157,7 +157,7 @@ def _encoded(config: RecConfig, data: RecData) -> Encoded:
             raise UserError(
                 f"{path}: {min(wrong, key=names.index)!r} is a column of the other side (there are: {', '.join(side)})"
             )
-    encoded = encode(config.tables, owner, {**found, HISTORY: found["item"]})
+    encoded = encode_features(config.tables, owner, {**found, HISTORY: found["item"]})
     if HISTORY in encoded.codes:
         codes = encoded.codes[HISTORY].copy()
         codes[0] = -1  # fewer items than fit the bag

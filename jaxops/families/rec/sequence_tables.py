@@ -21,7 +21,7 @@ from jaxops.data.interactions.events import (
 from jaxops.data.interactions.open import RecData, user_columns
 from jaxops.families.rec.carry_rows import carry_rows
 from jaxops.families.rec.config import RecConfig
-from jaxops.families.rec.entities import Encoded, context_columns, encode, feature_columns, feature_names
+from jaxops.families.rec.entities import Encoded, context_columns, encode_features, feature_columns, feature_names
 from jaxops.families.rec.entities import restored_features as restored
 from jaxops.families.rec.ranking import Catalogue, Ranking, ranking_evaluation
 from jaxops.families.rec.tables_config import match
@@ -56,7 +56,7 @@ def entries_of(config: RecConfig) -> dict[str, str]:
     return {name: where(name) for name in table_inputs(config)}
 
 
-def on_tables(task: Task, ranking: Ranking, config: RecConfig, data: RecData) -> Task:
+def read_inputs_from_tables(task: Task, ranking: Ranking, config: RecConfig, data: RecData) -> Task:
     """The task of a model with `model.inputs`: its batches read tables, its item matrix is made by evaluation.
 
     Raises:
@@ -79,7 +79,7 @@ def on_tables(task: Task, ranking: Ranking, config: RecConfig, data: RecData) ->
         owner |= dict.fromkeys((TARGET, NEGATIVE), owner[ITEM])
         found |= dict.fromkeys((TARGET, NEGATIVE), found[ITEM])
         entries |= {TARGET: "targets", NEGATIVE: "negatives"}
-    encoded = encode(config.tables, owner, found)
+    encoded = encode_features(config.tables, owner, found)
     encoded.add_nobody(of_places)
     columns = encoded.columns(entries)
     whose = {"user_ids": np.asarray(inter.user_ids.values)} if "users" in entries.values() else {}
@@ -118,7 +118,7 @@ def with_tables(ranking: Ranking, config: RecConfig, encoded: Encoded) -> Rankin
     )
 
 
-def restored_features(config: RecConfig, read: Callable[[str], np.ndarray]) -> Encoded:
+def restored_inputs(config: RecConfig, read: Callable[[str], np.ndarray]) -> Encoded:
     """The frozen features of a trained model's inputs, of which `read` gives the arrays."""
     return restored(config, table_inputs(config), event_context(config), read)
 

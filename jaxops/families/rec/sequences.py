@@ -19,7 +19,13 @@ from jaxops.families.rec.config import RecConfig
 from jaxops.families.rec.own_model import require_parts
 from jaxops.families.rec.own_sequences import Opened, open_own
 from jaxops.families.rec.ranking import Ranking, about, baselines, ranking_evaluation
-from jaxops.families.rec.sequence_tables import entries_of, on_tables, restored_features, table_inputs, with_tables
+from jaxops.families.rec.sequence_tables import (
+    entries_of,
+    read_inputs_from_tables,
+    restored_inputs,
+    table_inputs,
+    with_tables,
+)
 from jaxops.families.rec.serving import ServedRanking
 from jaxops.families.rec.slices import slice_columns, with_slice_columns
 from jaxops.families.rec.tables_config import features_of
@@ -45,10 +51,10 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
         raise UserError(f"evaluate.slices: {config.data.kind} has no users and columns to slice by; leave slices out")
     if own_data:
         source = given.data() if given.data is not None else config.data.call()  # type: ignore[union-attr]
-        data, opened = None, open_own(source, config, functools.partial(build_model, config, given))
+        data, opened = None, open_own(source, config, functools.partial(build_sequence_model, config, given))
     else:
         data = open_data(config.data, sides=bool(inputs or config.evaluate.slices))  # type: ignore[arg-type]
-        opened = _open(config, data, build_model(config, given, data.inter.n_items))
+        opened = _open(config, data, build_sequence_model(config, given, data.inter.n_items))
     for path, value in (("evaluate.stop", config.evaluate.stop), ("checkpoint.best", config.checkpoint.best)):
         if value is not None and "valid" not in opened.batches:
             raise UserError(f"{path}: there are no validation queries to go by; set {path}=null")
@@ -63,10 +69,10 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
         baselines=functools.partial(baselines, data, config.evaluate) if data and config.evaluate.baselines else None,
         about=about(config, opened.inspection if data else {}),
     )
-    return on_tables(task, ranking, config, data) if inputs and data is not None else task
+    return read_inputs_from_tables(task, ranking, config, data) if inputs and data is not None else task
 
 
-def build_model(config: RecConfig, given: Given, n_items: int) -> Any:
+def build_sequence_model(config: RecConfig, given: Given, n_items: int) -> Any:
     """The model that the config or Python names, for a catalogue of this size; it has a `length`.
 
     Raises:
@@ -97,10 +103,10 @@ def restore(saved: SavedRun) -> ServedRanking:
     """
     config = saved.config
     items, users = Ids.of(saved.transform("item_ids"), first=1), None
-    model = build_model(config, Given(), len(items))
+    model = build_sequence_model(config, Given(), len(items))
     ranking = ranking_of(model)
     if table_inputs(config):
-        ranking = with_tables(ranking, config, restored_features(config, saved.transform))
+        ranking = with_tables(ranking, config, restored_inputs(config, saved.transform))
         if ranking.by_user:
             users = Ids.of(saved.transform("user_ids"), first=0)
     return ServedRanking(saved, ranking, items, users)
@@ -109,17 +115,19 @@ def restore(saved: SavedRun) -> ServedRanking:
 def _open(config: RecConfig, data: RecData, model: Any) -> Opened:
     inter, split, length = data.inter, data.split, model.length
     windows = PackedSource if config.batch.pack else SequenceSource
-    places = any(entry != "items" for entry in entries_of(config).values())
+    event_rows = any(entry != "items" for entry in entries_of(config).values())
     seen = seen_width(split.valid, split.test)
     slices = slice_columns(config.evaluate.slices, data)
     batches: dict[str, Callable[[int], EvalBatches]] = {
-        name: with_slice_columns(functools.partial(QueryBatches, inter, part, length, seen=seen, places=places), slices)
+        name: with_slice_columns(
+            functools.partial(QueryBatches, inter, part, length, seen=seen, event_rows=event_rows), slices
+        )
         for name, part in (("valid", split.valid), ("test", split.test))
         if len(part)
     }
     return Opened(
         model=model,
-        source=windows(inter, split, length, config.run.seed, places=places),
+        source=windows(inter, split, length, config.run.seed, event_rows=event_rows),
         batches=batches,
         inspection=inspect(data),
         item_ids=np.asarray(inter.item_ids.values),

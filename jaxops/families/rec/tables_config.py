@@ -8,7 +8,7 @@ from pydantic import Field
 
 from jaxops.core.failures import UserError, nearest
 from jaxops.data.idmaps import Hashed, IdMap, Range, Vocabulary
-from jaxops.tables.optimizers import Optimizer, RowwiseAdagrad
+from jaxops.tables.optimizers import RowwiseAdagrad, TableOptimizer
 from jaxops.tables.spec import Init, Placement, TableSpec
 
 Positive = Annotated[int, Field(ge=1)]
@@ -31,7 +31,7 @@ class TableConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     init: Init = "normal"
     scale: Annotated[float, Field(ge=0)] = 0.01
-    optimizer: Optimizer = RowwiseAdagrad()
+    optimizer: TableOptimizer = RowwiseAdagrad()
     pool: Literal["mean", "sum"] = "mean"
     placement: Placement = "auto"
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -73,7 +73,7 @@ def _made(out: str | os.PathLike[str]) -> Iterator[epath.Path]:
     target = store_paths.path(out)
     remote = stores.is_url(out)
     if remote:
-        stores.check(out)
+        stores.check_access(out)
     if target.exists() or (not remote and os.path.lexists(target)):
         raise UserError(f"there is something at {out} already: export makes a new folder")
     folder = target if remote else target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"

@@ -15,8 +15,8 @@ from jaxops.core import stores
 from jaxops.core.failures import UserError, nearest
 from jaxops.core.writers import read_metrics
 from jaxops.report import results
-from jaxops.report.compare import MAX_RUNS, Comparison, Side, compare
-from jaxops.report.folder import RunFolder, finite, moment, read_run
+from jaxops.report.compare import MAX_RUNS, Comparison, Side, compare_sides
+from jaxops.report.folder import RunRecord, finite, read_run, utc_time
 from jaxops.run.folder import lease, mirror
 from jaxops.run.folder.log_parts import parts_of
 
@@ -75,7 +75,7 @@ def list_runs(directory: str | os.PathLike[str]) -> list[Listed]:
       UserError: there is no such folder, or an object store cannot be read.
     """
     if stores.is_url(directory):
-        found = _list_stored(stores.parse(directory))
+        found = _list_stored(stores.parse_url(directory))
     else:
         top = existing_folder(directory)
         found = [_listed(path, top) for path in _find(top, DEPTH)]
@@ -83,7 +83,7 @@ def list_runs(directory: str | os.PathLike[str]) -> list[Listed]:
     return sorted(found, key=lambda run: (run.last_activity or never, run.name), reverse=True)
 
 
-def standing(run: RunFolder) -> Standing:
+def standing(run: RunRecord) -> Standing:
     """How a run stands: by its lock, then its summary unless the log goes on after that; else it was killed."""
     held = is_held(run.path)
     ended = run.number("step")
@@ -134,7 +134,7 @@ def compare_runs(paths: Sequence[str | os.PathLike[str]]) -> Comparison:
         stands = standing(run)
         steps = _steps(run, stands)
         sides.append(Side(run, label, stands.state, stands.reason, stands.step, steps, _wall_s(run)))
-    return compare(sides)
+    return compare_sides(sides)
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
@@ -229,22 +229,22 @@ def _listed(path: Path, top: Path) -> Listed:
     )
 
 
-def _goes_on(run: RunFolder) -> bool:
+def _goes_on(run: RunRecord) -> bool:
     """Whether something was logged after the summary was written.
 
     By the clock: a failed run's summary has the step of its last checkpoint, which the log has passed.
     """
     try:
-        written = moment((run.path / "summary.json").stat().st_mtime)
+        written = utc_time((run.path / "summary.json").stat().st_mtime)
     except OSError:
         written = None
-    written = moment(run.summary.get("finished")) or written
+    written = utc_time(run.summary.get("finished")) or written
     if written is not None and run.last_time is not None:
         return run.last_time > written + _LATE
     return False
 
 
-def _metric(run: RunFolder) -> str | None:
+def _metric(run: RunRecord) -> str | None:
     """What the run is chosen by: checkpoint.best, else evaluate.stop.metric, else the first metric."""
     metrics = run.setting("evaluate", "metrics")
     first = metrics[0] if isinstance(metrics, list) and metrics else None
@@ -253,7 +253,7 @@ def _metric(run: RunFolder) -> str | None:
     return name or results.headline(run)
 
 
-def _best(run: RunFolder, metric: str) -> tuple[float | None, float] | None:
+def _best(run: RunRecord, metric: str) -> tuple[float | None, float] | None:
     """(step, value) on validation, from the log, else from the summary."""
     logged = results.best_step(run, metric)
     if logged is not None:
@@ -262,29 +262,29 @@ def _best(run: RunFolder, metric: str) -> tuple[float | None, float] | None:
     return None if value is None else (run.number("best_step", "step"), value)
 
 
-def _steps(run: RunFolder, stands: Standing) -> int | None:
+def _steps(run: RunRecord, stands: Standing) -> int | None:
     """The length of the run; None where it went on past all that is written of it (run.steps was raised)."""
     steps = run.number("steps") or finite(run.setting("run", "steps"))
     return None if steps is None or steps < (stands.step or 0) else int(steps)
 
 
-def _wall_s(run: RunFolder) -> float | None:
+def _wall_s(run: RunRecord) -> float | None:
     """As the summary has it, else what the log spans without the pauses before each `resumed`."""
     measured = None if _goes_on(run) else run.number("wall_s")
     if measured is not None or run.first_time is None or run.last_time is None:
         return measured
     pauses, before = 0.0, run.first_time
     for line in read_metrics(run.path / "metrics.jsonl") if run.events else ():
-        now = moment(line.get("time")) or before
+        now = utc_time(line.get("time")) or before
         if line.get("event") == "resumed":
             pauses += (now - before).total_seconds()
         before = now
     return max((run.last_time - run.first_time).total_seconds() - pauses, 0.0)
 
 
-def _last_activity(run: RunFolder) -> dt.datetime | None:
+def _last_activity(run: RunRecord) -> dt.datetime | None:
     """The last thing that the run wrote of itself, else when its files were changed last."""
-    said = [time for time in (run.last_time, moment(run.summary.get("finished"))) if time is not None]
+    said = [time for time in (run.last_time, utc_time(run.summary.get("finished"))) if time is not None]
     if said:
         return max(said)
     changed = []
@@ -293,10 +293,10 @@ def _last_activity(run: RunFolder) -> dt.datetime | None:
             changed.append((run.path / name).stat().st_mtime)
         except OSError:
             continue
-    return moment(max(changed, default=None))
+    return utc_time(max(changed, default=None))
 
 
-def _labels(runs: Sequence[RunFolder]) -> list[str]:
+def _labels(runs: Sequence[RunRecord]) -> list[str]:
     """The names, or as much of the paths as tells the runs apart."""
     found = [run.name for run in runs]
     parts = [run.path.resolve().parts for run in runs]

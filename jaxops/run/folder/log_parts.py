@@ -19,7 +19,7 @@ _NUMBERED = re.compile(r"(.+)\.(\d{6})$")
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class LogPart:
     """What the store holds of a log: bytes from `start` on, `size` of them, with their CRC-32."""
 
     start: int
@@ -51,11 +51,11 @@ def parts_of(names: Iterable[str]) -> dict[str, list[str]]:
     return {log: parts for log, parts in found.items() if parts}
 
 
-def known(pieces: Iterable[bytes]) -> list[Part]:
+def known(pieces: Iterable[bytes]) -> list[LogPart]:
     """The parts that these contents are."""
-    parts: list[Part] = []
+    parts: list[LogPart] = []
     for piece in pieces:
-        parts.append(Part(parts[-1].end if parts else 0, len(piece), zlib.crc32(piece)))
+        parts.append(LogPart(parts[-1].end if parts else 0, len(piece), zlib.crc32(piece)))
     return parts
 
 
@@ -69,7 +69,7 @@ class LogParts:
     """
 
     def __init__(
-        self, file: Path, put: Callable[[int, bytes], None], drop: Callable[[int], None], parts: Iterable[Part] = ()
+        self, file: Path, put: Callable[[int, bytes], None], drop: Callable[[int], None], parts: Iterable[LogPart] = ()
     ) -> None:
         self.file, self._put, self._drop = file, put, drop
         self.parts = list(parts)
@@ -86,7 +86,7 @@ class LogParts:
         if state == self._state:
             return False
         same = about.st_ino == self._state[0] and about.st_size >= self._state[2]
-        last = self.parts[-1] if self.parts else Part(0, 0, 0)
+        last = self.parts[-1] if self.parts else LogPart(0, 0, 0)
         start, data = last.start, self._from(last.start)
         if not same or zlib.crc32(data[: last.size]) != last.crc32:  # an inode may be used again
             start, data = 0, self._from(0)
@@ -94,7 +94,7 @@ class LogParts:
         kept = self.parts[:-1] if self.parts and self.parts[-1].size <= PART_BYTES else self.parts
         number, at = len(kept), kept[-1].end if kept else 0
         for piece in pieces(self.file.name, data[at - start :]):
-            part = Part(at, len(piece), zlib.crc32(piece))
+            part = LogPart(at, len(piece), zlib.crc32(piece))
             if number >= len(self.parts) or self.parts[number] != part:
                 self._put(number, piece)
                 self.parts[number:] = [part]

@@ -42,7 +42,7 @@ class Mirror:
     """One run: `pull` to read it; `held` to write it."""
 
     def __init__(self, url: str) -> None:
-        self.place = stores.parse(url)
+        self.place = stores.parse_url(url)
         self.local = stand_in(self.place)
         self._store: Store | None = None
         self._logs: dict[str, LogParts] = {}

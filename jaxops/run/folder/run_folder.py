@@ -22,7 +22,7 @@ from jaxops.config.dump import diff, dump_yaml
 from jaxops.config.shapes import ABSENT
 from jaxops.core import stores
 from jaxops.core.failures import UserError
-from jaxops.core.writers import written
+from jaxops.core.writers import writing
 from jaxops.run.config import MAY_CHANGE_ON_RESUME
 from jaxops.run.folder.mirror import KEPT, Mirror
 
@@ -120,7 +120,7 @@ class RunFolder:
             be used (no package, bucket, credentials, permission or answer).
         """
         if self._mirror is not None and not self._fresh:
-            stores.check(self.where)
+            stores.check_access(self.where)
         parent = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
         if not parent.is_dir():
             raise UserError(f"run folder {self.path}: {parent} is a file")
@@ -135,7 +135,7 @@ class RunFolder:
                 )
             return False
         changed = [
-            f"  {path}: {show(old)} there, {show(new)} here"
+            f"  {path}: {shown_value(old)} there, {shown_value(new)} here"
             for path, old, new in diff(self._complete(self.config()), resolved)
             if not any(path == free or path.startswith(free + ".") for free in self._may_change)
         ]
@@ -180,7 +180,7 @@ class RunFolder:
 
     def create(self, resolved: Mapping[str, Any], transform: Mapping[str, np.ndarray], inspection: Any) -> None:
         """Makes the folder: config, what serving needs (`transform/`), what the data is."""
-        with written(self.path):
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             folder = self.path / "transform"
             folder.mkdir(exist_ok=True)
@@ -213,7 +213,7 @@ class RunFolder:
         """
         file = self.path / name
         scratch = file.with_name(f".{name}.tmp")
-        with written(file):
+        with writing(file):
             scratch.write_text(text)
             os.replace(scratch, file)
 
@@ -289,7 +289,7 @@ class RunFolder:
                             folder.rmdir()
 
 
-def show(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A config value as one writes it."""
     return "nothing" if value is ABSENT else json.dumps(value, default=str)
 

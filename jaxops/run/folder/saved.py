@@ -16,7 +16,7 @@ from jaxops.config.dump import digest
 from jaxops.core import manifest, store_paths, stores
 from jaxops.core.checkpoint_folder import CheckpointFolder, Retention, some
 from jaxops.core.failures import UserError
-from jaxops.core.manifest import Damaged, Leaf, Manifest
+from jaxops.core.manifest import Damaged, Manifest, SavedArray
 from jaxops.core.shared_parts import Known
 from jaxops.run.folder.listing import existing_folder
 
@@ -67,12 +67,12 @@ class Contents:
     wall_s: float | None
     config: dict[str, Any]
     digest: str | None
-    arrays: list[Leaf]
+    arrays: list[SavedArray]
 
     @property
     def groups(self) -> list[Group]:
         """Totals by the first part of the paths, in their order."""
-        found: dict[str, list[Leaf]] = {}
+        found: dict[str, list[SavedArray]] = {}
         for leaf in self.arrays:
             found.setdefault(leaf.path.split("/")[0], []).append(leaf)
         return [Group(name, len(leaves), *_totals(leaves)) for name, leaves in found.items()]
@@ -179,7 +179,7 @@ def open_saved(run: str | os.PathLike[str]) -> CheckpointFolder:
       UserError: there is no such folder, or an object store cannot be read.
     """
     if stores.is_url(run):
-        stores.check(run, write=False)
+        stores.check_access(run, write=False)
         folder = store_paths.path(run)
         if not folder.is_dir():
             raise UserError(f"there is nothing at {folder}")
@@ -285,6 +285,6 @@ def _verdict(place: CheckpointFolder, step: int, folder: epath.Path, known: Know
     return Verdict(step, os.fspath(folder), serial, len(files), size, unchecked, damage)
 
 
-def _totals(leaves: list[Leaf]) -> tuple[int, int]:
+def _totals(leaves: list[SavedArray]) -> tuple[int, int]:
     """Entries and bytes."""
     return sum(math.prod(leaf.shape) for leaf in leaves), sum(leaf.bytes for leaf in leaves)

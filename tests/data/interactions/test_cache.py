@@ -53,7 +53,7 @@ def test_cache_is_byte_for_byte_the_in_memory_reading(tmp_path, monkeypatch, str
     for part in range(2):
         write(tmp_path / f"part-{part}.parquet", seed=part, strings=strings)
     config = InteractionsFile(str(tmp_path / "*.parquet"), columns=COLUMNS, min_count=min_count)
-    folder = cache.build(config, tmp_path / "cache", chunk=chunk)
+    folder = cache.build_cache(config, tmp_path / "cache", chunk=chunk)
     mapped = cache.open_cache(folder, verify=True)
     monkeypatch.setattr(formats, "ROWS", 1 << 18)
     same_bytes(mapped, read_interactions(config.path, COLUMNS, min_count))
@@ -90,7 +90,7 @@ def test_ensure_builds_once_and_again_when_the_input_changes(tmp_path):
 def test_a_failed_build_leaves_the_old_cache_and_nothing_else(tmp_path):
     write(tmp_path / "a.parquet")
     config = InteractionsFile(str(tmp_path / "a.parquet"), columns=COLUMNS)
-    folder = cache.build(config, tmp_path / "cache")
+    folder = cache.build_cache(config, tmp_path / "cache")
     before = (folder / "manifest.json").read_text()
 
     def interrupt(stage, done, total):
@@ -98,9 +98,9 @@ def test_a_failed_build_leaves_the_old_cache_and_nothing_else(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache.build(config, folder, interrupt)
+        cache.build_cache(config, folder, interrupt)
     with pytest.raises(UserError, match="no event is left"):
-        cache.build(InteractionsFile(config.path, columns=COLUMNS, min_count=MinCount(9999, 9999)), folder)
+        cache.build_cache(InteractionsFile(config.path, columns=COLUMNS, min_count=MinCount(9999, 9999)), folder)
     assert (folder / "manifest.json").read_text() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.parquet", "cache"]
     cache.open_cache(folder, verify=True)
@@ -118,7 +118,7 @@ cache.build(InteractionsFile({config.path!r}), {str(tmp_path / "cache")!r},
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".cache.*"))) == 1
-    cache.build(config, tmp_path / "cache")
+    cache.build_cache(config, tmp_path / "cache")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.parquet", "cache"]
 
 
@@ -148,7 +148,7 @@ def manifest(**fields):
 )
 def test_damage_is_told(tmp_path, damage, fragment):
     write(tmp_path / "a.parquet")
-    folder = cache.build(InteractionsFile(str(tmp_path / "a.parquet"), columns=COLUMNS), tmp_path / "cache")
+    folder = cache.build_cache(InteractionsFile(str(tmp_path / "a.parquet"), columns=COLUMNS), tmp_path / "cache")
     damage(folder)
     with pytest.raises(UserError, match=r"data cache|damaged") as caught:
         cache.open_cache(folder, verify=True)
@@ -161,7 +161,7 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="memory-mapped, so it must be a local folder"):
         cache.ensure(config, "gs://bucket/cache")
     with pytest.raises(UserError, match="exists and is not a jaxops data cache"):
-        cache.build(config, tmp_path)
+        cache.build_cache(config, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot build the data cache"):
-        cache.build(config, tmp_path / "file" / "cache")
+        cache.build_cache(config, tmp_path / "file" / "cache")

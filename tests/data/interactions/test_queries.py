@@ -47,7 +47,7 @@ def test_batches_are_what_a_loop_would_build(part, size):
 
 def test_places_say_which_events_the_items_are_and_whose():
     inter, split, plain = make(8)
-    batch = QueryBatches(inter, split.test, 4, 8, seen=16, places=True)[0]
+    batch = QueryBatches(inter, split.test, 4, 8, seen=16, event_rows=True)[0]
     assert set(batch) - set(plain[0]) == {"events", "users"}
     real = batch["items"] > 0
     assert np.all(batch["events"][~real] == -1) and np.all(batch["users"][~real] == -1)

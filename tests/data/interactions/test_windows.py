@@ -54,7 +54,7 @@ def test_every_transition_is_a_target_exactly_once_an_epoch(train, length, seed,
 def test_places_say_which_events_the_items_are_and_whose(kind):
     inter, _ = source([9, 1, 4, 17], 6)
     split = leave_one_out(inter)
-    plain, placed = kind(inter, split, 6, 3), kind(inter, split, 6, 3, places=True)
+    plain, placed = kind(inter, split, 6, 3), kind(inter, split, 6, 3, event_rows=True)
     for cursor in (0, placed.examples):
         batch = placed.batch(cursor, placed.examples)
         real = batch["items"] > 0

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from jaxops.data.idmaps import Hashed
-from jaxops.families.rec.entities import EntityColumn, encode, query_codes
+from jaxops.families.rec.entities import EntityColumn, encode_features, query_codes
 from jaxops.families.rec.tables_config import TableConfig
 
 
@@ -14,7 +14,7 @@ def test_a_hashed_table_keeps_columns_apart_if_told(apart):
     words = [f"w{x}" for x in range(50)]
     first, other = EntityColumn(pa.array(words)), EntityColumn(pa.array(words))
     tables, owner = {"t": table}, dict.fromkeys("abc", "t")
-    encoded = encode(tables, owner, {"a": first, "b": first, "c": other})
+    encoded = encode_features(tables, owner, {"a": first, "b": first, "c": other})
     a, b, c = (encoded.codes[name] for name in "abc")
     assert np.array_equal(a, b) and np.mean(a == c) == (0 if apart else 1)
     again = query_codes(tables, {"c": pa.array(words[::-1])}, lambda name: encoded.maps[name])
@@ -29,7 +29,7 @@ def test_nobody_is_unknown_and_as_a_user_nothing():
         "likes": EntityColumn(pa.array([["a", "b"], []]), weights=pa.array([[1.0, 2.0], []])),
     }
     tables = {name: TableConfig(dim=4) for name in columns}
-    encoded = encode(tables, {name: name for name in columns}, columns)
+    encoded = encode_features(tables, {name: name for name in columns}, columns)
     encoded.add_nobody(list(columns))
     assert {name: codes.tolist() for name, codes in encoded.codes.items()} == {
         "user": [1, 2, -1],
