@@ -1,4 +1,4 @@
-"""What a step costs: parameters, microbatches, exact FLOPs, and the share of the chip's peak that was used."""
+"""The cost of a step: parameters, microbatches, exact FLOPs, and the share of the chip's peak that was used."""
 
 import math
 from typing import Any
@@ -13,7 +13,12 @@ from jaxops.run.task import Task
 
 
 class Accounting:
-    """Counts the FLOPs of a step once, then turns windows into rates."""
+    """Counts the FLOPs of a step once, then turns windows of the loop into rates.
+
+    Attributes:
+      flops: FLOPs of one step over all devices; None until `measure` was called.
+      programs: the names of the step's compiled programs.
+    """
 
     def __init__(self, task: Task, mesh: Mesh, accumulation: int):
         self._task, self._mesh, self._accumulation = task, mesh, accumulation
@@ -21,7 +26,7 @@ class Accounting:
         self.programs: list[str] = []
 
     def describe(self, step: Step) -> str:
-        """One line for people: parameters, examples, batch and where gradients are reduced."""
+        """Returns one line for people: parameters, examples, batch, microbatches and where gradients are reduced."""
         size = self._task.config.batch.global_
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._task.model.shapes))
         parts = [f"{count:,} parameters", f"{self._task.source.examples:,} examples an epoch", f"batch {size}"]
@@ -30,13 +35,13 @@ class Accounting:
         return ", ".join(parts)
 
     def measure(self, step: Step, state: Any, batch: Any) -> None:
-        """Counts the FLOPs of one step, over all its programs (arguments may be abstract)."""
+        """Counts the FLOPs of one step over all its programs; the arguments may be abstract."""
         programs = step.programs(state, batch)
         self.programs = [program.name for program in programs]
         self.flops = float(sum(program.times * count_flops(program.fn, *program.args).total for program in programs))
 
     def rates(self, window: Window) -> dict[str, float]:
-        """TFLOP/s over all devices, and MFU where the chip's peak is known."""
+        """Returns TFLOP/s over all devices, and MFU where the chip's peak is known."""
         if self.flops is None:
             return {}
         seconds = window.seconds / window.timed

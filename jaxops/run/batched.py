@@ -1,4 +1,4 @@
-"""Evaluation by batches on the mesh: the rows of each divided over the devices, sums merged, one fetch at the end."""
+"""Evaluation by batches on the mesh: devices divide the rows, sums are merged, and one fetch ends it."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -20,10 +20,10 @@ class BatchedEvaluation:
     """The evaluation of most tasks: sums over batches of one size.
 
     Attributes:
-      batches: by part, given a batch size, the batches (all of that size).
-      sums: (params, batch) -> Sums of one evaluation batch; it finds the rows of tables in its batch.
-      plots: names of sums that are arrays, for the summary and the report.
-      prepare: a pass over other data before the first batch, whose outcome joins the weights (vectors of all items).
+      batches: for each part, a function from a batch size to the batches, all of that size.
+      sums: (params, batch) -> Sums of one evaluation batch; the batch holds the rows of its tables.
+      plots: the names of sums that are arrays, for the summary and the report.
+      prepare: a pass over other data before the first batch. Its result joins the weights (the vectors of all items).
     """
 
     batches: Mapping[str, Callable[[int], EvalBatches]]
@@ -33,11 +33,11 @@ class BatchedEvaluation:
 
     @property
     def parts(self) -> Collection[str]:
-        """The parts that there are batches of."""
+        """The parts that have batches."""
         return self.batches
 
     def on(self, task: Task, mesh: Mesh) -> Evaluate:
-        """The evaluation on this mesh, compiled once, at the first batch."""
+        """Returns the evaluation on this mesh. It is compiled once, at the first batch."""
         wanted = dict.fromkeys(task.config.evaluate.metrics)
         passes = Passes.of(task.config, task.tables, mesh, task.config.evaluate.batch)
         evaluators: list[Evaluator] = []
@@ -59,7 +59,14 @@ class BatchedEvaluation:
 
 
 def evaluate_now(task: Task, mesh: Mesh, weights: Weights, parts: Collection[str]) -> dict[str, float]:
-    """Metrics of these weights on those of the parts that the task has, as `part/metric`."""
+    """Returns the metrics of these weights, as `part/metric`.
+
+    Args:
+      task: the task whose evaluation runs.
+      mesh: the mesh to evaluate on.
+      weights: the weights, placed on the mesh.
+      parts: parts such as `valid` and `test`; those that the task lacks are left out.
+    """
     out: dict[str, float] = {}
     with jax.set_mesh(mesh):
         evaluate = task.evaluation.on(task, mesh)

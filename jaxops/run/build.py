@@ -1,4 +1,4 @@
-"""From files to a task: `load_config` reads and checks, `build_task` opens the data and has the family build."""
+"""The way from files to a task: `load_config` reads and checks, `build_task` opens the data and builds the task."""
 
 import dataclasses
 import functools
@@ -18,7 +18,11 @@ Scalar = bool | int | float | str | None
 def load_config(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], overrides: Sequence[str] = ()
 ) -> Loaded[Any]:
-    """Reads a config (files merged left to right, then `a.b=value` overrides) into its family's frozen dataclass.
+    """Reads a config into its family's frozen dataclass: files merged left to right, then `a.b=value` overrides.
+
+    Example:
+      loaded = jaxops.load_config("configs/rec/my_interactions.yaml", ["data.path=plays.parquet", "run.epochs=2"])
+      print(loaded.config.run.epochs)  # 2
 
     Raises:
       ConfigError: everything that is wrong at once, each with its dotted path, origin and the nearest right name.
@@ -29,18 +33,22 @@ def load_config(
 def config_from_dict(
     values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "given", check_imports: bool = True
 ) -> Loaded[Any]:
-    """Reads a config from plain values (a run folder's, a sweep's point); `source` names them in errors.
+    """Reads a config from plain values, such as those of a run folder or of one point of a sweep.
 
-    With `check_imports` false nothing that the config names by import path is imported.
+    Args:
+      values: the nested values, as YAML would give them.
+      overrides: `a.b=value` texts, applied last.
+      source: names the values in error messages.
+      check_imports: false where nothing that the config names by import path may be imported.
 
     Raises:
-      ConfigError: as `load_config`.
+      ConfigError: the config is wrong, as in `load_config`.
     """
     return _ordered(from_dict(SCHEMAS, values, overrides, source=source, check_imports=check_imports))
 
 
 def completed(resolved: dict[str, Any]) -> dict[str, Any]:
-    """The resolved config of an older run, with the defaults of fields that are younger than the run."""
+    """Returns the resolved config of an older run, with the defaults of fields that were added since."""
     try:
         return config_from_dict(resolved, check_imports=False).resolved
     except ConfigError:
@@ -48,7 +56,7 @@ def completed(resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ordered(loaded: Loaded[Any]) -> Loaded[Any]:
-    """The same with the family's own sections written before the common ones."""
+    """Returns the same config with the family's own sections before the common ones."""
     common = [name for name in common_sections() if name in loaded.resolved]
     names = ["task", *(name for name in loaded.resolved if name not in ("task", *common)), *common]
     return dataclasses.replace(loaded, resolved={name: loaded.resolved[name] for name in names})
@@ -61,13 +69,18 @@ def build_task(
     model: Callable[..., Any] | None = None,
     data: Callable[..., Any] | None = None,
 ) -> Task:
-    """The task of a config; what Python hands in replaces what the config says.
+    """Builds the task of a config. A factory given here replaces what the config says.
+
+    Example:
+      loaded = jaxops.load_config("configs/rec/my_interactions.yaml", ["data.path=plays.parquet"])
+      task = jaxops.build_task(loaded)
+      print(task.steps, list(task.metrics))
 
     Args:
       loaded: a config of `load_config`.
-      objective: a factory, called with the model.
-      model: a factory, called with a description of the data.
-      data: a factory, called without arguments, of a source.
+      objective: a factory of the objective, called with the model.
+      model: a factory of the model, called with a description of the data.
+      data: a factory of the source, called without arguments.
 
     Raises:
       UserError: the data cannot be opened or does not fit.
@@ -81,7 +94,7 @@ def build_task(
 
 
 def named_factory(factory: Callable[..., Any]) -> dict[str, Any]:
-    """A factory given in Python as the config would name it."""
+    """Describes a factory given in Python as a config would: `{"fn": "module:name", ...keywords}`."""
     if isinstance(factory, functools.partial):
         values = {name: value if isinstance(value, Scalar) else repr(value) for name, value in factory.keywords.items()}
         return {**named_factory(factory.func), **values}

@@ -1,4 +1,4 @@
-"""Callables from a user's factory, held against how the run calls them before anything is compiled."""
+"""Checks of the callables that a user's factory returns, before anything is compiled."""
 
 import inspect
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from jaxops.core.failures import UserError
 
 
 def require_callable(what: str, fn: Any, *arguments: str) -> None:
-    """Holds `fn` against a call with these positional arguments; `what` begins the message.
+    """Checks that `fn` can be called with these positional arguments; `what` begins the error message.
 
     Raises:
-      UserError: it is not callable, or not like that.
+      UserError: it is not callable, or its signature does not take these arguments.
     """
     shown = f"({', '.join(arguments)})"
     if not callable(fn):
         raise UserError(f"{what}: expected a function {shown}, got {type(fn).__name__}")
     try:
         signature = inspect.signature(fn)
-    except (ValueError, TypeError):  # some builtins have none to look at
+    except (ValueError, TypeError):  # some builtins have no signature to check
         return
     try:
         signature.bind(*arguments)
@@ -29,13 +29,13 @@ def require_callable(what: str, fn: Any, *arguments: str) -> None:
 
 
 def objective_from(config: Any, given: Callable[..., Any] | None, model: Any, *about: Any) -> Objective:
-    """The objective for a model: of the factory given in Python, else of the config, which builds itself.
+    """Builds the objective for a model, with the factory given in Python if there is one, else from the config.
 
     Args:
-      config: an objective's config or a `ByPath`.
+      config: an objective's config, which has a `build` method, or a `ByPath`.
       given: a factory, called with the model alone.
       model: the model to train.
-      about: further arguments of the config's own `build`.
+      about: further arguments of the config's `build`.
 
     Raises:
       UserError: a user's factory returned nothing that can be called like an objective.

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, opened as its config says."""
+"""The checkpoints of a run, opened with the retention that its config asks for."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jaxops.core.checkpoint import Checkpoints
 def open_checkpoints(
     config: Any, directory: str | os.PathLike[str], before_commit: Callable[[], None] | None = None
 ) -> Checkpoints:
-    """The checkpoints in `directory`, of which the config says how many are kept and which is the best."""
+    """Opens the checkpoints in `directory`; the config says how many are kept and which metric names the best."""
     keep = config.checkpoint
     lower = keep.best is not None and config.metric(keep.best).better == "lower"
     return Checkpoints(

@@ -1,4 +1,4 @@
-"""RunConfig: the sections of a config that every family has, with their checks; a family's own config inherits it."""
+"""RunConfig: the sections of a config that every family has, with their checks. Each family's config inherits it."""
 
 import dataclasses
 import math
@@ -21,9 +21,12 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Examples a step over all devices; `microbatch` examples at a time (auto: as many as fit).
+    """The size of a step's batch.
 
-    With `pack` several short sequences share a row of model.length, and a row is an example.
+    Attributes:
+      global_: examples of one step over all devices.
+      microbatch: examples that are differentiated at a time; `auto` takes as many as fit into memory.
+      pack: true where several short sequences share a row of model.length. One row is then one example.
     """
 
     global_: Positive = 256
@@ -33,7 +36,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Dtype of the stored parameters and of the computation; totals, counts and norms are float32."""
+    """The dtypes of stored parameters and of the computation; totals, counts and norms are always float32."""
 
     params: Dtype = "float32"
     compute: Dtype = "float32"
@@ -41,7 +44,7 @@ class Precision:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EarlyStop:
-    """Stop after `patience` evaluations without a better `metric` on validation."""
+    """Stops the run after `patience` evaluations without a better `metric` on validation."""
 
     metric: str
     patience: Positive = 5
@@ -49,9 +52,15 @@ class EarlyStop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Evaluates every `every` steps on validation, and at the end on validation and test with the kept parameters.
+    """Evaluation: every `every` steps on validation, and at the end on validation and test with the kept parameters.
 
-    `slices` are parts of the data that have the same metrics too; `baselines` are computed where the family has any.
+    Attributes:
+      every: steps between two evaluations.
+      metrics: the names of the metrics.
+      slices: parts of the data that get the same metrics too.
+      batch: examples of one evaluation batch over all devices.
+      baselines: true to compute the family's baselines at the end.
+      stop: the rule of early stopping, if there is one.
     """
 
     every: Positive = 500
@@ -64,7 +73,14 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """When to save and what to keep: the latest `keep`, every `keep_every` steps, the best by `best` on validation."""
+    """The cadence and the retention of checkpoints.
+
+    Attributes:
+      every: steps or seconds between two saves.
+      keep: how many of the latest checkpoints are kept.
+      keep_every: checkpoints of multiples of this step are kept as well.
+      best: the validation metric whose best checkpoint is kept as well.
+    """
 
     every: Every = Every(seconds=600)
     keep: Positive = 3
@@ -81,7 +97,7 @@ class TensorBoard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wandb:
-    """Weights & Biases (`pip install 'jaxops[wandb]'`); a resumed run goes on in the same W&B run."""
+    """Weights & Biases (`pip install 'jaxops[wandb]'`); a resumed run continues the same W&B run."""
 
     kind: Literal["wandb"] = "wandb"
     project: str = "jaxops"
@@ -90,7 +106,7 @@ class Wandb:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
-    """A profiler trace of `steps` steps after step `start`, in the run folder (TensorBoard opens it)."""
+    """A profiler trace of `steps` steps after step `start`, written into the run folder (TensorBoard opens it)."""
 
     start: Annotated[int, Field(ge=0)] = 10
     steps: Positive = 5
@@ -112,14 +128,20 @@ class RunSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitFrom:
-    """Start from the parameters of another run: those whose path matches; its best checkpoint, else its latest."""
+    """Starts a run from the parameters of another run.
+
+    Attributes:
+      run: the other run's folder.
+      match: a regular expression; only parameters whose path matches are taken.
+      step: the step of the checkpoint. By default it is the best one that the run keeps, else its latest.
+    """
 
     run: str
     match: str = ".*"
     step: Positive | None = None
 
     def problems(self) -> list[tuple[str, str]]:
-        """A pattern that is none (dotted path, message)."""
+        """Returns (dotted path, message) where the pattern is not a regular expression."""
         try:
             re.compile(self.match)
         except re.error as error:
@@ -129,7 +151,10 @@ class InitFrom:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spike:
-    """The loss of a window of run.log_every steps, `zscore` standard deviations above the `windows` before it."""
+    """The definition of a leap of the loss: `zscore` standard deviations above the last `windows` windows.
+
+    A window is run.log_every steps.
+    """
 
     zscore: Annotated[float, Field(gt=0)] = 8.0
     windows: Annotated[int, Field(ge=2)] = 50
@@ -137,9 +162,9 @@ class Spike:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollback:
-    """Back to the last good checkpoint and past the bad batch, `most` times in a run.
+    """Recovery of a run: it goes back to its last good checkpoint and skips the bad batch, at most `most` times.
 
-    What sets it off: a non-finite step where `nonfinite: rollback`, and a leap of the loss where `spike` is given.
+    A non-finite step triggers it under `nonfinite: rollback`. A leap of the loss triggers it where `spike` is given.
     """
 
     most: Positive = 3
@@ -148,7 +173,12 @@ class Rollback:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """Rules tried before the model's own ([pattern, [axis of each dimension]]), and logical activation names."""
+    """Sharding rules of the user.
+
+    Attributes:
+      rules: (pattern of parameter paths, mesh axis of each dimension), tried before the model's own.
+      logical: mesh axes by logical name, for activations.
+    """
 
     rules: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] = ()
     logical: Mapping[str, str | tuple[str, ...] | None] = dataclasses.field(default_factory=dict)
@@ -173,12 +203,15 @@ MAY_CHANGE_ON_RESUME = (
     "rollback",
     "sharding",
 )
-"""Dotted paths (and all below them) that a resumed run may change; anything else makes it another run."""
+"""Dotted paths that a resumed run may change, with everything below them. Any other change makes it another run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run of any family; a family's config adds its own sections (data, model, objective), written first."""
+    """The config of a run of any family.
+
+    A family's config adds its own sections (data, model, objective). They are written before these.
+    """
 
     task: str
     loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -197,7 +230,7 @@ class RunConfig:
     may_change_on_resume: ClassVar[tuple[str, ...]] = MAY_CHANGE_ON_RESUME
 
     def metric(self, name: str) -> Metric:
-        """The metric of this name.
+        """Returns the metric of this name.
 
         Raises:
           UserError: the family has no such metric; the message names the nearest right one.
@@ -205,11 +238,11 @@ class RunConfig:
         return Metric(name)
 
     def metrics(self) -> dict[str, Metric]:
-        """The metrics of `evaluate.metrics` by name, in their order."""
+        """Returns the metrics of `evaluate.metrics` by name, in their order."""
         return {name: self.metric(name) for name in self.evaluate.metrics}
 
     def problems(self) -> list[tuple[str, str]]:
-        """Everything that does not go together, whatever the machine (dotted path, message)."""
+        """Returns (dotted path, message) of everything that cannot work on any machine."""
         found = []
         batch = self.batch
         if "://" in self.run.dir:
@@ -245,7 +278,10 @@ class RunConfig:
         return found
 
     def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
-        """Everything that does not go on a mesh of these sizes; an axis of -1 is judged once the devices are known."""
+        """Returns (dotted path, message) of everything that cannot work on a mesh of these sizes.
+
+        An axis of -1 counts as 1 here; it is checked again once the devices are known.
+        """
         found = []
         shards = math.prod(max(sizes[axis], 1) for axis in BATCH_AXES)
         for path, value in (("batch.global", self.batch.global_), ("batch.microbatch", self.batch.microbatch)):
@@ -255,5 +291,5 @@ class RunConfig:
 
 
 def common_sections() -> tuple[str, ...]:
-    """The names of RunConfig's fields without `task`, in the order in which they are written."""
+    """Returns the names of RunConfig's fields without `task`, in the order in which they are written."""
     return tuple(field.name for field in dataclasses.fields(RunConfig) if field.name != "task")

@@ -1,7 +1,7 @@
-"""Families by name or import path: each a value that puts a task together and reads a finished run back.
+"""Families by name or import path. A family is a value that puts a task together and reads a finished run back.
 
-`task: rec` is `jaxops.families.rec.family:FAMILY`; `task: mypkg.vision:FAMILY` is a user's own, which is as good.
-Importing this module loads no family.
+`task: rec` is `jaxops.families.rec.family:FAMILY`. `task: mypkg.vision:FAMILY` is a user's own family with the same
+rights. Importing this module loads no family.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ HOME = "jaxops.families"
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What Python hands in instead of the config: factories as the config's `{fn: ...}` would name them.
+    """Factories that Python hands in to replace those that the config names with `{fn: ...}`.
 
     Attributes:
-      objective: called with the model, returns the objective.
-      model: called with a description of the data, returns the model.
-      data: called without arguments, returns the source.
+      objective: it is called with the model and returns the objective.
+      model: it is called with a description of the data and returns the model.
+      data: it is called without arguments and returns the source.
     """
 
     objective: Callable[..., Any] | None = None
@@ -44,14 +44,20 @@ class NoOptions:
 
 
 class Served(Protocol):
-    """A trained model out of its run folder."""
+    """A trained model that was read from its run folder."""
 
     saved: SavedRun
 
     def predict(
         self, source: Any, options: Any = None, *, say: Callable[[str], None] = ..., **keywords: Any
     ) -> pa.Table:
-        """The model's answer to a source, with the ids that the source has; `say` gets what a person should know.
+        """Returns the model's predictions for a source, with the ids of the source.
+
+        Args:
+          source: a path, an Arrow table or a data frame.
+          options: the family's `predict` dataclass; None takes the defaults.
+          say: it is called with each line that a person should read.
+          keywords: fields of the options, given one by one.
 
         Raises:
           UserError: the source does not fit.
@@ -59,7 +65,7 @@ class Served(Protocol):
         ...
 
     def evaluate(self, parts: tuple[str, ...] = ...) -> dict[str, float]:
-        """Metrics on the run's own data, as `part/metric`.
+        """Returns metrics on the run's own data, as `part/metric`.
 
         Raises:
           UserError: the data cannot be opened, or have changed.
@@ -67,17 +73,17 @@ class Served(Protocol):
         ...
 
     def export(self, path: Path, options: Any = None, **keywords: Any) -> str:
-        """Writes the model in another form; what was written, for people.
+        """Writes the model in another format and returns one line for people that says what was written.
 
         Raises:
-          UserError: there is nothing of this form.
+          UserError: the model has no such format.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """The outcome of a command that looks: `json` for programs, `rows` of cells for people."""
+    """The result of a command that only reads: `json` for programs, `rows` of cells for people."""
 
     json: Any
     rows: Sequence[Sequence[str]]
@@ -91,8 +97,9 @@ class Family:
       config: its config, which inherits RunConfig.
       build: opens the data and puts a task together.
       load: reads the model of a run.
-      data: what `jaxops data ACTION CONFIG` does, by action: each takes the config.
-      predict: the options of `Served.predict`, a frozen dataclass; `export` those of `Served.export`.
+      data: the actions of `jaxops data ACTION CONFIG` by name; each takes the config.
+      predict: the options of `Served.predict`, a frozen dataclass.
+      export: the options of `Served.export`, a frozen dataclass.
     """
 
     config: type[RunConfig]
@@ -104,10 +111,10 @@ class Family:
 
 
 def family_of(task: str) -> Family:
-    """The family that `task:` names.
+    """Returns the family that `task:` names.
 
     Raises:
-      UserError: no such family or import path, or what is there is no Family.
+      UserError: there is no such family or import path, or the value there is not a Family.
     """
     if ":" in task:
         found = ByPath(task).resolve()
@@ -121,13 +128,13 @@ def family_of(task: str) -> Family:
 
 
 def shipped() -> list[str]:
-    """The names of the families that jaxops has: the folders of `jaxops/families`."""
+    """Returns the names of the families that come with jaxops: the folders of `jaxops/families`."""
     package = importlib.import_module(HOME)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 class _Schemas(Mapping[str, type]):
-    """The config of each family by what `task:` says; a family is imported when it is asked for."""
+    """The config class of each family by the value of `task:`. A family is imported when it is looked up."""
 
     def __getitem__(self, task: str) -> type:
         return family_of(task).config
@@ -143,4 +150,4 @@ class _Schemas(Mapping[str, type]):
 
 
 SCHEMAS: Mapping[str, type] = _Schemas()
-"""The schema of each `task`, for the config machinery."""
+"""The config class of each `task`, for the config loader."""

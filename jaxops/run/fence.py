@@ -1,4 +1,4 @@
-"""The fence of `jaxops.core.fence` around a task: its objective is traced as a step would trace it on this mesh."""
+"""The check of `jaxops.core.fence` on a task: its objective is traced as a step would trace it on this mesh."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,16 +20,19 @@ Batch = Mapping[str, Any]
 def require_constrained_kernels(
     task: Task, mesh: Mesh, tables: EmbeddingTables | None = None, batch: Batch | None = None
 ) -> None:
-    """Refuses a task whose parameters lie over fsdp when they are multiplied: their gradients may be wrong unsaid.
+    """Refuses a task with a parameter that is still sharded over fsdp where it is multiplied.
 
-    It only traces; where nothing lies over fsdp it does nothing. Call it outside `jit`.
+    Its gradients may be wrong without any error. The check only traces, and it does nothing where no parameter is
+    sharded over fsdp. Call it outside `jit`.
 
     Args:
-      tables: those of the task, built for this mesh (`tables_on`).
-      batch: what a step gets, with its plan where there are tables; by default the first of the config's size.
+      task: the task to check.
+      mesh: the mesh that the task would train on.
+      tables: the tables of the task, built for this mesh (`tables_on`).
+      batch: a batch as a step gets it, with its plan where there are tables; by default the first global batch.
 
     Raises:
-      UserError: naming each such parameter, the line of its product, and the cure; or what `place` raises.
+      UserError: the message names each such parameter, the line of its product, and the cure; or it is `place`'s own.
     """
     refuse_unconstrained(find_unconstrained(task, mesh, tables, batch))
 
@@ -37,7 +40,14 @@ def require_constrained_kernels(
 def find_unconstrained(
     task: Task, mesh: Mesh, tables: EmbeddingTables | None = None, batch: Batch | None = None
 ) -> list[Unconstrained]:
-    """What `require_constrained_kernels` would refuse."""
+    """Returns the parameters that `require_constrained_kernels` would refuse, each with its product.
+
+    Args:
+      task: the task to check.
+      mesh: the mesh that the task would train on.
+      tables: the tables of the task, built for this mesh.
+      batch: a batch as a step gets it; by default the first global batch.
+    """
     placed = place(task.model.shapes, task.rules, mesh)
     if not over_fsdp(placed):
         return []
@@ -48,7 +58,7 @@ def find_unconstrained(
 
 
 def _seen(task: Task, mesh: Mesh, tables: EmbeddingTables | None, batch: Batch | None) -> dict[str, Any]:
-    """Shapes of what an objective sees as its batch: examples, the rows of its tables, what extras give it to read."""
+    """Returns the shapes of the batch that an objective gets: examples, rows of its tables, and entries of extras."""
     if batch is not None:
         whole: dict[str, Any] = jax.tree.map(lambda x: _shape(x.shape, x), dict(batch))
     elif tables is not None:

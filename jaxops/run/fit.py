@@ -1,4 +1,4 @@
-"""`fit`: from a task to a finished run. Mesh, run folder and lock are seen to here; what runs is training_run.py."""
+"""`fit` takes a task to a finished run. It sees to mesh, run folder and lock; training_run.py does the training."""
 
 import contextlib
 import dataclasses
@@ -35,22 +35,27 @@ def fit(
     folder: str | Path | None = None,
     step: Callable[[StepParts], Step] | None = None,
 ) -> FinishedRun:
-    """Trains a task to its end, or on from where it stopped; Ctrl-C and SIGTERM save first.
+    """Trains a task to its end. A run that was stopped resumes; Ctrl-C and SIGTERM save before the run ends.
 
     Compiled programs are kept in the jaxops cache between processes, unless jax has a cache folder already.
 
+    Example:
+      loaded = jaxops.load_config("configs/rec/my_interactions.yaml", ["data.path=plays.parquet"])
+      run = jaxops.fit(jaxops.build_task(loaded))
+      print(run.state, run.dir)  # finished runs/my-interactions
+
     Args:
-      task: of `build_task`.
-      mesh: by default the config's, over all devices.
-      hooks: made by `jaxops.every`.
-      quiet: says nothing but warnings.
+      task: a task of `build_task`.
+      mesh: by default the config's mesh over all devices.
+      hooks: further hooks of the loop, made by `jaxops.every`.
+      quiet: true to print nothing but warnings.
       folder: the run folder, by default `run.dir/run.name`.
-      step: makes the step that the loop drives, in place of the task's own: a step of several programs (core/turn.py),
-        whose inner update is the built one, and which advances `state.step` itself.
+      step: makes the step that the loop drives, in place of the task's own. Such a step runs several programs
+        (core/turn.py), uses the built update inside, and advances `state.step` itself.
 
     Raises:
       UserError: the config does not fit the machine or the folder.
-      RunFailed: a non-finite loss, out of memory, a lost save.
+      RunFailed: the loss is not finite, memory ran out, or a save was lost.
     """
     config = task.config
     if step is not None:
@@ -73,7 +78,7 @@ def fit(
 
         def lock() -> None:
             stack.enter_context(where.locked(progress.say))
-            where.check(task.resolved, task.inspection)  # again: now nobody else can begin it
+            where.check(task.resolved, task.inspection)  # again: from here on no other process can begin it
 
         distributed.run_on_primary("lock the run folder", lock)
         if not distributed.is_primary():
@@ -83,10 +88,12 @@ def fit(
 
 
 def _finished(task: Task, folder: RunFolder, progress: Progress) -> dict[str, Any] | None:
-    """The summary of a run that has its steps already, or was stopped early by the rule that still holds.
+    """Returns the summary of a run that needs no further step, else None.
+
+    Such a run has all its steps, or was stopped early by a rule that the config still has.
 
     Raises:
-      UserError: the folder is not one that this task may go on in.
+      UserError: the folder holds another run, which this task may not continue.
     """
     if not folder.check(task.resolved, task.inspection):
         return None
@@ -102,10 +109,10 @@ def _finished(task: Task, folder: RunFolder, progress: Progress) -> dict[str, An
 
 
 def _require_shared(folder: RunFolder) -> None:
-    """All processes must see the folder that process 0 has locked: each of them saves its part there.
+    """Checks that all processes see the folder that process 0 has locked, since each of them saves its part there.
 
     Raises:
-      UserError: some do not, as on several machines with a folder that only one of them has.
+      UserError: some do not see it, as on several machines with a folder that only one of them has.
     """
     if distributed.is_distributed() and "://" not in str(folder.checkpoints):
         blind = distributed.gather("see the run folder", folder.path.is_dir())

@@ -1,4 +1,4 @@
-"""The source that a user gives to `predict`: a path, an Arrow table, or a data frame that hands out an Arrow stream."""
+"""The source that a user gives to `predict`: a path, an Arrow table, or a data frame that exports an Arrow stream."""
 
 import contextlib
 import os
@@ -12,15 +12,16 @@ import pyarrow.parquet as pq
 from jaxops.core.failures import UserError
 
 NAME = "given.parquet"
-"""The file that a table is written to, so that it is read and checked by the same code as a file is."""
+"""The name of the file that a table is written to, so that the same code reads and checks tables and files."""
 
 
 @contextlib.contextmanager
 def as_file(source: Any) -> Iterator[str | os.PathLike[str]]:
-    """The path of the source; a table lies in a temporary Parquet file meanwhile.
+    """Yields the path of the source; a table is written to a temporary Parquet file for the time of the context.
 
     Raises:
-      UserError: the source is neither a path nor a table; or what is raised inside, which calls a table "the table".
+      UserError: the source is neither a path nor a table. An error from inside is raised again, and the path of the
+        temporary file in it becomes "the table".
     """
     if isinstance(source, str | os.PathLike):
         yield source

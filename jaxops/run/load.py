@@ -1,4 +1,4 @@
-"""`load`: a trained model out of its run folder, whatever its family."""
+"""`load` reads a trained model of any family from its run folder."""
 
 import os
 from collections.abc import Callable
@@ -15,31 +15,33 @@ from jaxops.run.saved_run import SavedRun
 
 
 def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Served:
-    """The model of a run, ready to predict: the best checkpoint where the run keeps one, else the latest, or `step`'s.
+    """Loads the model of a run, ready to predict.
 
     Example:
-      model = jaxops.load("runs/mine"); model.predict("users.parquet")
+      model = jaxops.load("runs/my-interactions")
+      print(model.evaluate(("test",)))
+      table = model.predict("users.parquet")
 
     Args:
       run_dir: a run folder, or its s3:// or gs:// URL.
-      step: the step of the checkpoint to read.
+      step: the step of the checkpoint to read; by default the best one where the run keeps it, else the latest.
 
     Raises:
-      UserError: not a run folder, no checkpoint, a broken one, or no such step.
+      UserError: this is no run folder, it has no checkpoint or none of this step, or the checkpoint is damaged.
     """
     saved = open_saved_run(run_dir, step)
     return family_of(saved.config.task).load(saved)
 
 
 def open_saved_run(run_dir: str | os.PathLike[str], step: int | None = None) -> SavedRun:
-    """A run's config and weights: of the best checkpoint where the run keeps one, else the latest, or of `step`.
+    """Opens a run's config and the weights of one checkpoint.
 
     Args:
       run_dir: a run folder, or its s3:// or gs:// URL.
-      step: the step of the checkpoint to read.
+      step: the step of the checkpoint to read; by default the best one where the run keeps it, else the latest.
 
     Raises:
-      UserError: not a run folder, no checkpoint, a broken one, or no such step.
+      UserError: this is no run folder, it has no checkpoint or none of this step, or the checkpoint is damaged.
     """
     folder = RunFolder(run_dir)
     loaded = config_from_dict(folder.config(), source=folder.shown("config.yaml"), check_imports=False)
@@ -66,9 +68,9 @@ def open_saved_run(run_dir: str | os.PathLike[str], step: int | None = None) -> 
 def evaluate_saved(
     saved: SavedRun, parts: tuple[str, ...] = ("valid", "test"), check: Callable[[Any], None] = lambda task: None
 ) -> dict[str, float]:
-    """Metrics on the run's own data, on the devices that are here, as `part/metric`.
+    """Returns metrics on the run's own data, as `part/metric`, computed on the devices of this machine.
 
-    `check` gets the task that is built again, and refuses data that have changed.
+    The task is built again for that. `check` gets it and raises where the data have changed.
 
     Raises:
       UserError: the data cannot be opened, or `check` refuses them.

@@ -1,4 +1,4 @@
-"""Files that commands write: whole or not at all, where the user said."""
+"""Files that commands write where the user asked for them; each is written whole or not at all."""
 
 import os
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from jaxops.core.failures import UserError
 
 
 def parquet_target(path: str | os.PathLike[str]) -> Path:
-    """The file to write: the path itself if it ends in .parquet, else part-00000.parquet in that folder.
+    """Returns the file to write: the path itself if it ends in .parquet, else part-00000.parquet in that folder.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     target = Path(path)
     if target.suffix != ".parquet" or target.is_dir():
@@ -28,7 +28,9 @@ def parquet_target(path: str | os.PathLike[str]) -> Path:
 
 
 def write_parquet(path: str | os.PathLike[str], make: Callable[[], pa.Table], what: str) -> str:
-    """Writes a table, made once it is known that it can be written; what was written, for people.
+    """Writes the table that `make` returns, and returns one line for people that says what was written.
+
+    The path is checked before `make` is called, so that no work is lost. `what` names a row.
 
     Raises:
       UserError: the path cannot be written.
@@ -43,5 +45,5 @@ def write_parquet(path: str | os.PathLike[str], make: Callable[[], pa.Table], wh
 
 
 def counted(number: int, what: str) -> str:
-    """`1 row`, `2,000 rows`."""
+    """Returns a number with its noun, such as `1 row` or `2,000 rows`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Passes of a trained model over batches on a mesh, tables looked up: for evaluation and for serving."""
+"""Passes of a trained model over batches on a mesh, with table lookups: for evaluation and for serving."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -22,9 +22,16 @@ Batches = Iterable[Mapping[str, Any]]
 
 
 class Passes:
-    """Functions of (params, batch) over batches of `size` (made a multiple of the mesh's shards), one after another.
+    """Runs functions of (params, batch) over batches, one after another, inside `jax.set_mesh(mesh)`.
 
-    Batches of a kind have the same entries; a kind's function is compiled once. Call it inside `jax.set_mesh(mesh)`.
+    Batches of one kind have the same entries, and a kind's function is compiled once.
+
+    Args:
+      specs: the embedding tables by name.
+      mesh: the mesh to run on.
+      size: rows of a batch over all devices; it is rounded up to a multiple of the mesh's batch shards.
+      dtype: the dtype of the computation.
+      logical: mesh axes by logical name.
     """
 
     def __init__(self, specs: Mapping[str, TableSpec], mesh: Mesh, size: int, dtype: Any, logical: Mapping[str, Axes]):
@@ -36,11 +43,18 @@ class Passes:
 
     @staticmethod
     def of(config: Any, specs: Mapping[str, TableSpec], mesh: Mesh, size: int) -> "Passes":
-        """With the precision and the logical axes of a config."""
+        """Returns passes with the compute dtype and the logical axes of a config.
+
+        Args:
+          config: the run's config.
+          specs: the embedding tables by name.
+          mesh: the mesh to run on.
+          size: rows of a batch over all devices.
+        """
         return Passes(specs, mesh, size, config.precision.compute, config.sharding.logical)
 
     def weights(self, params: Params, tables: Mapping[str, Mapping[str, Any]]) -> Weights:
-        """Parameters and rows from the host, placed on the mesh."""
+        """Places parameters and table rows from the host on the mesh."""
         everywhere = jax.sharding.NamedSharding(self.mesh, P())
         lies = {name: sharding(spec, self.mesh) for name, spec in self._specs.items()}
         rows = {
@@ -50,7 +64,7 @@ class Passes:
         return self.with_averaged_rows(Weights(jax.device_put(params, everywhere), rows))
 
     def with_averaged_rows(self, weights: Weights) -> Weights:
-        """The weights with the averaged rows alone, of tables that keep a moving average; the rest as it is."""
+        """Returns the weights with averaged rows in place of trained ones, for tables that keep a moving average."""
         averaged = any(AVERAGE in table for table in weights.tables.values())
         if not averaged or not any(spec.ema for spec in self._specs.values()):
             return weights
@@ -61,7 +75,7 @@ class Passes:
         return Weights(weights.params, jax.block_until_ready(found) if serialise_dispatch(self.mesh) else found)
 
     def planned(self, kind: str, batches: Batches) -> tuple[Iterator[Mapping[str, Any]], EmbeddingTables | None]:
-        """The batches with plans, and the tables that can read them; one plan's shapes for all of a kind."""
+        """Returns the batches with lookup plans, and the tables that read them. Plans of one kind have equal shapes."""
         if not self._specs:
             return local_batches(batches, self.mesh, self.size), None
         if kind not in self._readers:
@@ -72,7 +86,14 @@ class Passes:
     def over(
         self, kind: str, function: Callable[[Params, Any], Any], weights: Weights, batches: Batches
     ) -> Iterator[Any]:
-        """What the function says of each batch, the same on every device."""
+        """Yields the function's result for each batch, replicated on every device.
+
+        Args:
+          kind: names the function and its batches; each kind is compiled once.
+          function: (params, batch) -> arrays.
+          weights: the weights, placed on the mesh.
+          batches: batches of `size` rows.
+        """
         planned, reader = self.planned(kind, batches)
         if kind not in self._compiled:
             run = on_batches(function, self.mesh, P(), self.dtype, self.logical, reader)

@@ -1,4 +1,4 @@
-"""What a run says while it runs: one line a window, compiles with their seconds, and the final table."""
+"""The console output of a run: one line for each window, compiles with their seconds, and the final table."""
 
 import math
 import sys
@@ -11,11 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 QUIET_SECONDS = 2.0
-"""Windows closer together than this share a line."""
+"""Windows that follow each other within these seconds share a line."""
 
 
 class Progress:
-    """Plain lines to a console, so that a log file reads like the terminal did; `quiet` says nothing."""
+    """Prints plain lines to a console, so that a log file reads like the terminal did; `quiet` prints warnings only."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None):
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
@@ -24,25 +24,25 @@ class Progress:
         self._began: tuple[str, float] | None = None
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Prints one line, unless quiet."""
         if not self.quiet:
             self._break()
             self.console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        """A line that is said even where the rest is not."""
+        """Prints one line, even where quiet."""
         self._break()
         self.console.print(text, markup=False)
 
     def compiling(self, name: str) -> None:
-        """Announces a compile that is about to happen."""
+        """Announces a compile that is about to begin."""
         if not self.quiet:
             self._break()
             self._began = (name, time.perf_counter())
             self.console.print(f"compiling {name} ...", end="", markup=False)
 
     def compiled(self, name: str) -> None:
-        """Says how long the announced compile took, tracing included."""
+        """Prints how long the announced compile took, including tracing."""
         if self._began and self._began[0] == name:
             self.console.print(f" {time.perf_counter() - self._began[1]:.1f} s", markup=False)
             self._began = None
@@ -53,7 +53,7 @@ class Progress:
             self._began = None
 
     def step(self, step: int, steps: int, values: Mapping[str, Any]) -> None:
-        """A window of training: loss, speed, and the time that is left."""
+        """Prints a window of training: loss, speed, and the time that is left."""
         now = time.perf_counter()
         if self.quiet or (now - self._last < QUIET_SECONDS and step < steps):
             return
@@ -65,22 +65,29 @@ class Progress:
         )
 
     def evaluated(self, step: int, part: str, values: Mapping[str, float], note: str = "") -> None:
-        """One evaluation."""
+        """Prints the metrics of one evaluation.
+
+        Args:
+          step: the step that was evaluated.
+          part: `valid` or `test`.
+          values: metrics by name.
+          note: some words to append.
+        """
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.say(f"step {step:>6}  {part}: {shown}{'  ' + note if note else ''}")
 
     def table(self, summary: Mapping[str, Any], metrics: tuple[str, ...], note: str = "") -> None:
-        """Prints the final numbers, model and baselines, on validation and test; `note` says how they were made."""
+        """Prints the final table of model and baselines on validation and test; `note` says how it was made."""
         if not self.quiet:
             self._break()
             self.console.print(results_table(summary, metrics, note))
 
 
 def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...], note: str = "") -> Table:
-    """Rows: the model and each baseline, of everything and then of each slice; columns: the metrics on validation and
-    test.
+    """Builds the final table. Rows are the model and the baselines, on all data and then on each slice.
 
-    More than six of those become the rows, since 80 columns would cut them, and the models the columns.
+    Columns are the metrics on validation and test. More than six of them would not fit into 80 characters, so that
+    they become the rows, and the models become the columns.
     """
     table = Table(title=escape(f"{summary.get('name', '')}{': ' if note else ''}{note}"))
     parts = [part for part in ("valid", "test") if any(key.startswith(part + "/") for key in summary)]

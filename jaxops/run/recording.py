@@ -1,4 +1,4 @@
-"""What a run puts on record: metrics of every window and events, to the writers of the config; by process 0 alone."""
+"""The writers of a run, which process 0 alone opens: they get the metrics of every window, samples and events."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -16,7 +16,16 @@ from jaxops.run.folder.run_folder import RunFolder
 def open_writers(
     config: RunConfig, resolved: Any, folder: RunFolder, own: Sequence[Writer], step: int, resumed: bool
 ) -> Writers:
-    """`metrics.jsonl` and the config's loggers, cut off after `step`; none on processes that do not write."""
+    """Opens `metrics.jsonl`, `samples.jsonl` and the config's loggers; other processes than 0 get no writers.
+
+    Args:
+      config: the run's config.
+      resolved: the same config as plain values, for loggers that record it.
+      folder: the run folder.
+      own: the user's loggers, made by `own_loggers`.
+      step: the step that the run begins at; records of later steps are cut off.
+      resumed: true where the run has records already.
+    """
     if not distributed.is_primary():
         return Writers([])
     resume = step if resumed else None
@@ -36,10 +45,10 @@ def open_writers(
 
 
 def own_loggers(configs: Sequence[TensorBoard | Wandb | ByPath]) -> list[Writer]:
-    """The loggers that come by import path, made before anything is written.
+    """Makes the loggers that the config names by import path, before anything is written.
 
     Raises:
-      UserError: one has no `write(step, values)`; wandb is asked for and not installed.
+      UserError: one has no `write(step, values)`, or wandb is asked for and not installed.
     """
     if any(isinstance(config, Wandb) for config in configs) and importlib.util.find_spec("wandb") is None:
         raise UserError("run.loggers: the wandb logger needs a package: pip install 'jaxops[wandb]'")

@@ -1,4 +1,4 @@
-"""A run out of its folder, whatever its family: config, frozen transform, and the weights of one checkpoint."""
+"""A run of any family as its folder holds it: config, frozen transform, and the weights of one checkpoint."""
 
 import contextlib
 import dataclasses
@@ -22,12 +22,12 @@ from jaxops.tables.spec import TableSpec
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-    """What a run has left of its model: everything that a family needs to serve it.
+    """Everything that a run has stored of its model and that a family needs to serve it.
 
     Attributes:
       folder: the run folder.
-      loaded: its config, of which nothing was imported.
-      step: of the checkpoint.
+      loaded: its config; nothing that it names by import path was imported.
+      step: the step of the checkpoint.
     """
 
     folder: RunFolder
@@ -36,7 +36,7 @@ class SavedRun:
 
     @functools.cached_property
     def weights(self) -> Weights:
-        """What is served, as numpy arrays; read when it is first asked for.
+        """The weights that are served, as numpy arrays; they are read at first use.
 
         Raises:
           UserError: a file of the checkpoint is missing or truncated.
@@ -46,11 +46,11 @@ class SavedRun:
 
     @contextlib.contextmanager
     def source(self, match: str = "", rename: Sequence[Rename] = ()) -> Iterator[WeightSource]:
-        """The parameters that are served, as a source of weights: each device reads its own slices.
+        """Yields the parameters that are served as a source of weights, from which each device reads its own slices.
 
         Args:
-          match: only paths are taken in which this pattern is found.
-          rename: rules from paths here to paths of what is to be filled.
+          match: a regular expression; only parameters whose path contains a match are taken.
+          rename: rules from paths of this run to paths of the state to be filled.
 
         Raises:
           UserError: the manifest of the checkpoint is damaged.
@@ -65,7 +65,7 @@ class SavedRun:
         return self.loaded.config
 
     def transform(self, name: str) -> np.ndarray:
-        """One array of the frozen transform.
+        """Returns one array of the frozen transform, by name.
 
         Raises:
           UserError: the file is missing or broken.
@@ -74,19 +74,19 @@ class SavedRun:
 
     @property
     def note(self) -> str:
-        """How the run's figures were made, for people."""
+        """A few words for people that say how the run's figures were made."""
         return str(self.folder.about().get("note", ""))
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """A mesh of all devices that are here."""
+        """A mesh over all devices of this machine, all on the data axis."""
         return make_mesh(data=-1)
 
     def passes(self, specs: Mapping[str, TableSpec], size: int) -> Passes:
-        """Passes of the model over batches of this size, on the devices that are here."""
+        """Returns passes of the model over batches of this size, on the devices of this machine."""
         return Passes.of(self.config, specs, self.mesh, size)
 
     def placed(self, passes: Passes) -> Weights:
-        """The weights on the mesh of the passes."""
+        """Places the weights on the mesh of the passes."""
         with jax.set_mesh(self.mesh):
             return passes.weights(self.weights.params, self.weights.tables)

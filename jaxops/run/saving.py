@@ -1,4 +1,4 @@
-"""When a run saves, what it puts beside the state, and what it goes on from."""
+"""The saves of a run: when they are due, what is stored beside the state, and how the run resumes from them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -14,11 +14,11 @@ from jaxops.run.training import abstract
 from jaxops.run.weights import Weights, placed_like, read_weights
 
 FORMAT = 1
-"""Of the metadata in a checkpoint."""
+"""The version of the metadata in a checkpoint."""
 
 
 class Position(NamedTuple):
-    """Where a run goes on: the state, its step, and the cursor of the next example."""
+    """The point that a run continues from: the state, its step, and the cursor of the next example."""
 
     state: State
     step: int
@@ -26,9 +26,14 @@ class Position(NamedTuple):
 
 
 class Saving:
-    """The checkpoints of one run.
+    """Saves and restores the checkpoints of one run.
 
-    `history()` is what the rest of the run wants to find again; it is given back by `restore`.
+    Args:
+      task: the task that runs.
+      mesh: the mesh of the state.
+      checkpoints: the checkpoints of the run folder.
+      fresh: makes the fresh state, whose structure a restore takes.
+      history: returns what else a checkpoint stores for the run; `restore` returns it again.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class Saving:
         return self._config.checkpoint.every.steps or self._config.run.log_every
 
     def due(self) -> bool:
-        """Whether enough steps or minutes have gone by; by process 0's clock."""
+        """Returns whether a save is due. Where the config counts seconds, the clock of process 0 decides for all."""
         limit = self._config.checkpoint.every.seconds
         if limit is None:
             return True
@@ -60,9 +65,15 @@ class Saving:
     def save(
         self, at: Position, metrics: Mapping[str, float] | None, *, wait: bool = False, again: bool = False
     ) -> None:
-        """Saves unless this step is saved already; `metrics` are those of this very step.
+        """Saves the state, unless this step is saved already.
 
-        What was saved before it was evaluated is saved again, so that the best can be told; `again` saves anyway.
+        A step that was saved before its evaluation is saved again, so that retention of the best sees its metrics.
+
+        Args:
+          at: the state with its step and cursor.
+          metrics: the metrics of this very step, if it was evaluated.
+          wait: true to return after the save is complete.
+          again: true to save even if this step is saved already.
         """
         self._at = time.monotonic()
         scored = self._config.checkpoint.best is not None and metrics is not None and not self._scored
@@ -80,11 +91,11 @@ class Saving:
             self._checkpoints.wait()
 
     def check(self) -> None:
-        """Raises the error of a save that failed; never waits."""
+        """Raises the error of a save that failed, without waiting for a save under way."""
         self._checkpoints.check()
 
     def restore(self, warn: Callable[[str], None]) -> tuple[Position, Mapping[str, Any]] | None:
-        """The newest good checkpoint and the history in it; None where nothing was saved yet."""
+        """Restores the newest good checkpoint and returns it with its history; None where nothing was saved yet."""
         latest = self._checkpoints.latest_good(warn)
         if latest is None:
             return None
@@ -98,17 +109,17 @@ class Saving:
         return Position(state, latest, meta["cursor"]), meta["history"]
 
     def oldest(self) -> int | None:
-        """The oldest step that is saved, without waiting for the save under way; None where nothing was."""
+        """Returns the oldest step that is saved, or None; it does not wait for a save under way."""
         return self._checkpoints.oldest()
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What was known of a saved step."""
+        """Returns the metrics that were saved with a step."""
         return self._checkpoints.metrics(step)
 
     def best(self) -> int | None:
-        """The best step on validation, where the config keeps it."""
+        """Returns the best step on validation, or None where the config keeps no best."""
         return self._checkpoints.best() if self._config.checkpoint.best else None
 
     def weights_of(self, step: int, like: Weights) -> Weights:
-        """The weights that are evaluated of a checkpoint, without the rest of its state, placed as `like` is."""
+        """Returns the weights of a checkpoint that evaluation reads, sharded as `like` is."""
         return placed_like(read_weights(self._checkpoints, step), like)

@@ -1,4 +1,4 @@
-"""How a run ends on disk: `summary.json` and the report, also where it failed."""
+"""The files that end a run: `summary.json` and the report, also where the run failed."""
 
 import dataclasses
 import importlib.metadata
@@ -13,14 +13,17 @@ from jaxops.run.folder.run_folder import SUMMARY_VERSION, RunFolder
 from jaxops.run.task import Task
 
 VERSIONS = ("jaxops", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-"""Packages whose versions a summary holds."""
+"""The packages whose versions a summary records."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """What `fit` returns: the folder, the final numbers, and how it ended.
+    """The result of `fit`.
 
-    `finished`, `interrupted` (Ctrl-C) or `preempted` (SIGTERM); after the last two the same call goes on.
+    Attributes:
+      dir: the run folder, as a path or URL.
+      summary: the contents of `summary.json`, with the final numbers.
+      state: `finished`, `interrupted` (Ctrl-C) or `preempted` (SIGTERM). After the last two the same call resumes.
     """
 
     dir: Path | str
@@ -29,7 +32,7 @@ class FinishedRun:
 
 
 def write_summary(folder: RunFolder, state: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Writes `summary.json` and `report.html`; what was written, and the report's path or URL."""
+    """Writes `summary.json` and `report.html`; returns the summary, and the report's path or URL."""
     from jaxops.report.page import write_report  # matplotlib takes a second to import
 
     summary = {
@@ -46,13 +49,16 @@ def write_summary(folder: RunFolder, state: str, values: Mapping[str, Any]) -> t
 
 
 def about_of(task: Task) -> dict[str, Any]:
-    """What reports and comparisons read of a task: names for people, and which way each metric is better."""
+    """Returns what reports and comparisons read about a task: names for people, and each metric's better direction."""
     metrics = {name: {"better": metric.better, "label": metric.shown} for name, metric in task.metrics.items()}
     return {"metrics": metrics, **dataclasses.asdict(task.about)}
 
 
 def write_failure(folder: RunFolder, error: BaseException, values: Mapping[str, Any]) -> None:
-    """Leaves word of why a run ended. The error itself matters more: if even this cannot be written, nothing is."""
+    """Writes a summary that says why a run failed.
+
+    A failure to write it is ignored, so that it does not hide the error that ended the run.
+    """
     reason = f"{type(error).__name__}: {error}".split("\n")[0]
     try:
         folder.write_json("summary.json", {"version": SUMMARY_VERSION, "state": "failed", "reason": reason, **values})

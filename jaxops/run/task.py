@@ -1,4 +1,4 @@
-"""A task: data, model, objective and evaluation as values, which a family hands to the run."""
+"""A task: data, model, objective and evaluation as values that a family hands to the run."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -23,13 +23,16 @@ from jaxops.tables.spec import TableSpec
 
 EvalBatches = Iterable[Mapping[str, np.ndarray]]
 Poll = Callable[[], bool]
-"""Asked in the middle of long work; true means that the run is to stop."""
+"""A function that long work calls in between; it returns true when the run is to stop."""
 
 
 class Model(Protocol):
-    """Fresh parameters, their shapes, and where they may lie: all that a run needs of a model.
+    """All that a run needs of a model.
 
-    `padding` says by parameter which part of it is padding, for `jaxops shardings`.
+    Attributes:
+      rules: sharding rules of its parameters.
+      shapes: the shapes and dtypes of its parameters.
+      padding: by parameter, the part of it that is padding, for `jaxops shardings`.
     """
 
     rules: list[Rule]
@@ -44,9 +47,9 @@ class Measured:
     """The outcome of one evaluation of one part.
 
     Attributes:
-      values: metrics by name; `ndcg@10[cold_item]` is that of a slice (or of another label).
+      values: metrics by name; `ndcg@10[cold_item]` is a metric of one slice (or of another label).
       plots: arrays by name, for the summary and the report.
-      samples: what the model wrote, one mapping of plain values each, for `samples.jsonl`.
+      samples: samples that the model wrote, one mapping of plain values each, for `samples.jsonl`.
     """
 
     values: dict[str, float]
@@ -55,25 +58,25 @@ class Measured:
 
 
 CarryRows = Callable[[PyTree, Mapping[str, TableSpec], Any, str], tuple[PyTree, dict[str, tuple[int, int]]]]
-"""Given the tables' state, its specs, a SavedRun and a pattern of `tables/NAME`: the state with the rows of that run
-that have an id here, and by table how many of how many those are."""
+"""Takes the state of the tables, their specs, a SavedRun and a pattern of `tables/NAME`. It returns the state with the
+rows of that run whose id this run has too, and by table (rows taken over, rows of the table)."""
 Evaluate = Callable[[Weights, str, int, Poll], Measured]
-"""Evaluates the weights on a part (`valid` or `test`) at a step; raises `core.evaluation.Interrupted` when told to."""
+"""Evaluates weights on a part (`valid` or `test`) at a step; raises `core.evaluation.Interrupted` when polled true."""
 
 
 class Evaluation(Protocol):
-    """How a task is evaluated: on which parts, and by what once the mesh is known.
+    """The way a task is evaluated.
 
-    `run/batched.py` evaluates batches on the mesh. A family may bring its own, with host work and text.
+    `run/batched.py` evaluates batches on the mesh. A family may have an evaluation of its own, with host work and text.
     """
 
     @property
     def parts(self) -> Collection[str]:
-        """The parts that there are, of `valid` and `test`."""
+        """The parts that can be evaluated, out of `valid` and `test`."""
         ...
 
     def on(self, task: "Task", mesh: Mesh) -> Evaluate:
-        """The evaluation of the task on this mesh; it is called inside `jax.set_mesh(mesh)`."""
+        """Returns the function that evaluates the task on this mesh; it is called inside `jax.set_mesh(mesh)`."""
         ...
 
 
@@ -84,21 +87,21 @@ class NoEvaluation:
     parts: tuple[str, ...] = ()
 
     def on(self, task: "Task", mesh: Mesh) -> Evaluate:
-        """Never called, as there are no parts."""
+        """Raises an AssertionError: it is never called, as there are no parts."""
         raise AssertionError("a task without evaluation was evaluated")
 
 
 @dataclasses.dataclass
 class StepParts:
-    """The parts that a task's own step is made of.
+    """The parts that a task with a step of its own builds it from.
 
     Attributes:
       update: the built TrainStep of the task's objective.
       fresh: makes the fresh state.
-      mesh: the mesh that all of it lies on.
+      mesh: the mesh of update and state.
       folder: the run folder, as a path or URL.
-      journal: what the host answered in this run (core/journal.py). The run opens it before the first step, so a step
-        keeps `parts` and asks for `parts.journal` when it is called.
+      journal: the answers of the host in this run (core/journal.py). The run opens it before the first step. So a step
+        keeps `parts` and reads `parts.journal` when it is called.
     """
 
     update: TrainStep
@@ -110,14 +113,14 @@ class StepParts:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What people read of a task, in the console and in reports; plain values, kept in the run folder.
+    """The description of a task for people, in the console and in reports; plain values, kept in the run folder.
 
     Attributes:
       labels: names for people, by the name of a model or baseline.
       model: the model's name for people.
-      data: rows of (what, value) about the data.
+      data: rows of (name, value) about the data.
       histogram: {"title", "label", "edges", "counts"} of some lengths, or nothing.
-      note: how the figures were made, in a few words for a heading.
+      note: the way the figures were made, in a few words for a heading.
       notes: the same in whole sentences, for the report.
     """
 
@@ -131,30 +134,35 @@ class About:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Everything that a run is made of but machines, folders and time.
+    """Everything that a run is made of, except machines, folders and time.
 
     Attributes:
-      config: the family's frozen config; `resolved` is the same as plain values.
+      config: the family's frozen config.
+      resolved: the same config as plain values.
+      model: the model, with its fresh parameters and their shapes.
+      objective: (params, batch, key) -> Sums.
+      source: the training examples.
       rules: sharding rules of the parameters, the config's before the model's.
-      logical: mesh axes of logical activation names, over the defaults.
-      evaluation: the parts that there are and how they are measured.
-      block: examples that an objective couples and microbatching must not part.
+      logical: mesh axes by logical activation name; they override the defaults.
+      loss_weights: weights of the terms named `loss/...`.
+      evaluation: the parts of the evaluation and how they are measured.
+      block: the number of neighbouring examples that an objective couples, which microbatching never splits.
       tables: specs of the embedding tables that batches read from.
       extras: further entries of the state, beside the moving average.
-      frozen: patterns of parameters that are held out of training, beside `optimizer.frozen`.
-      reads: patterns of the frozen parameters that the objective reads (default: all); the others are no arguments of
-        the update.
+      frozen: patterns of parameters that are not trained, beside `optimizer.frozen`.
+      reads: patterns of the frozen parameters that the objective reads (default: all). The update does not take the
+        others as arguments.
       dtypes: (pattern, dtype) of parameters that are stored in another dtype than `precision.params`.
-      start: gives the sources that a fresh state begins with, renamed onto its parameters (core/weights.py).
+      start: returns the sources that a fresh state takes its weights from, renamed to its parameters (core/weights.py).
       carry_rows: takes rows of tables over from another run, for `init_from`.
-      step: makes the step that the loop drives from the built TrainStep; default: that itself. A step of several
-        programs advances `state.step` itself (core/turn.py).
-      update_batch: given a number of examples, a batch as the objective's update reads it, where that is not the
-        source's own (a policy's update reads rollouts, its source has prompts).
-      baselines: {"most_popular": {"valid/hr@10": ...}}, computed when asked.
-      inspection: what the data is, for `data.json`; its `split.sha256` tells other data apart.
-      transform: what serving needs that is not a parameter (original ids), as named arrays.
-      about: what people read of it.
+      step: makes the step that the loop drives from the parts of the built one; by default the built TrainStep itself.
+        A step of several programs advances `state.step` itself (core/turn.py).
+      update_batch: maps a number of examples to a batch as the update reads it, where that is not a batch of the source
+        (a policy's update reads rollouts, its source has prompts).
+      baselines: computes {"most_popular": {"valid/hr@10": ...}}.
+      inspection: a description of the data, for `data.json`; its `split.sha256` detects that the data have changed.
+      transform: named arrays that serving needs and that are not parameters, such as the original ids.
+      about: the description for people.
     """
 
     config: Any
@@ -183,7 +191,7 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """The length of the run in steps: `run.steps`, or what `run.epochs` amount to."""
+        """The length of the run in steps: `run.steps`, or the steps that `run.epochs` take."""
         run, size = self.config.run, self.config.batch.global_
         return run.steps if run.steps is not None else -(-run.epochs * self.source.examples // size)
 
@@ -194,7 +202,7 @@ class Task:
 
 
 def of_config(config: RunConfig, resolved: dict[str, Any], model: Model) -> dict[str, Any]:
-    """The fields of a Task that the common sections of a config say."""
+    """Returns the fields of a Task that follow from the common sections of a config."""
     return {
         "config": config,
         "resolved": resolved,

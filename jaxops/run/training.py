@@ -1,4 +1,4 @@
-"""The training step of a task on a mesh: config in, jitted step and fresh state out."""
+"""The training step of a task on a mesh: a config becomes a jitted step and a fresh state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,10 +21,10 @@ from jaxops.tables.tables import EmbeddingTables
 
 
 class Training(NamedTuple):
-    """All that trains a task on a mesh.
+    """The update, the fresh state and the tables that train a task on a mesh.
 
     Attributes:
-      update: the jitted update of the task's objective, whose `reason` says where gradients are reduced.
+      update: the jitted update of the task's objective; its `reason` says where gradients are reduced.
       fresh: makes the fresh state.
       tables: the embedding tables on the mesh, if there are any.
     """
@@ -35,7 +35,7 @@ class Training(NamedTuple):
 
 
 def tables_on(task: Task, mesh: Mesh, size: int | None = None) -> EmbeddingTables | None:
-    """The tables of a task for batches of `size` (default: the config's); those of one sort lie together.
+    """Builds the tables of a task for batches of `size` examples (default: the config's); similar tables are stacked.
 
     Raises:
       UserError: a spec is wrong, or does not fit the mesh or the batches.
@@ -50,18 +50,18 @@ def tables_on(task: Task, mesh: Mesh, size: int | None = None) -> EmbeddingTable
 
 
 def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> Training:
-    """What trains a task on this mesh.
+    """Builds what trains a task on this mesh, with `accumulation` microbatches an update.
 
     Raises:
-      UserError: the batch does not divide over mesh and microbatches, the config does not fit the model, or parameters
-        are multiplied as they lie over fsdp.
+      UserError: the batch does not divide over mesh and microbatches, the config does not fit the model, or a parameter
+        is still sharded over fsdp where it is multiplied.
     """
     config = task.config
     problems = config.mesh_problems(mesh.shape)
     if problems:
         raise UserError("\n".join(f"{path}: {what}" for path, what in problems))
     shards = batch_shards(mesh)
-    # One microbatch is the batch as it is: its blocks may lie across devices.
+    # A single microbatch is the whole batch, so that its blocks may extend across devices.
     parts = shards if accumulation == 1 else shards * accumulation * task.block
     rows = update_rows(task)
     if rows % parts or rows % task.block:
@@ -111,7 +111,10 @@ def build_training(task: Task, mesh: Mesh, accumulation: int = 1) -> Training:
 
 
 def abstract(fresh: Callable[[], State], mesh: Mesh) -> State:
-    """Shapes, dtypes and shardings of what `fresh` would make; computes nothing. Inside `jax.set_mesh(mesh)`."""
+    """Returns shapes, dtypes and shardings of the state that `fresh` makes, without computing it.
+
+    Call it inside `jax.set_mesh(mesh)`.
+    """
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
@@ -121,13 +124,13 @@ def abstract(fresh: Callable[[], State], mesh: Mesh) -> State:
 
 
 def update_rows(task: Task) -> int:
-    """Examples of one update: those of the global batch, unless the task's update has a batch of its own."""
+    """Returns the number of examples of one update: the global batch's, unless the update has a batch of its own."""
     size = task.config.batch.global_
     return size if task.update_batch is None else len(task.update_batch(size)["id"])
 
 
 def abstract_update_batch(task: Task, tables: EmbeddingTables | None = None) -> dict[str, Any]:
-    """Shapes and dtypes of the batch that one update reads."""
+    """Returns shapes and dtypes of the batch that one update reads."""
     if task.update_batch is None:
         return abstract_batch(task, tables)
     batch = dict(task.update_batch(task.config.batch.global_))
@@ -135,7 +138,10 @@ def abstract_update_batch(task: Task, tables: EmbeddingTables | None = None) -> 
 
 
 def abstract_batch(task: Task, tables: EmbeddingTables | None = None) -> dict[str, Any]:
-    """Shapes and dtypes of a global batch, from its first row alone; with tables, of the first batch and its plan."""
+    """Returns shapes and dtypes of a global batch, with its plan where there are tables.
+
+    Without tables only the first example is read.
+    """
     size = task.config.batch.global_
     if tables is not None:
         planned = tables.plan(task.source.batch(0, size))
@@ -144,7 +150,9 @@ def abstract_batch(task: Task, tables: EmbeddingTables | None = None) -> dict[st
 
 
 def accumulation_of(task: Task, mesh: Mesh) -> int:
-    """Microbatches an update: what the config says; `auto` doubles them until the compiled update fits the device.
+    """Returns the number of microbatches of an update.
+
+    The config gives it; `auto` doubles it until the compiled update fits into the device's memory.
 
     Raises:
       UserError: batch.microbatch does not divide the update's batch.

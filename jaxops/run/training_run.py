@@ -1,7 +1,7 @@
-"""One run from its first step to its report: what the hooks of the loop share while it lasts.
+"""One run from its first step to its report, with the state that the hooks of the loop share.
 
-Resume is the default: the same task in the same folder goes on from the newest good checkpoint with the same global
-batches. Held by tests/run/test_resume.py (bitwise on the same mesh) and tests/recovery/.
+Resume is the default: the same task in the same folder continues from the newest good checkpoint with the same global
+batches. Tested in tests/run/test_resume.py (bitwise on the same mesh) and tests/recovery/.
 """
 
 import contextlib
@@ -48,7 +48,16 @@ from jaxops.run.weights import served_weights
 
 
 class TrainingRun:
-    """One call of `fit`: what the hooks share. It lives as long as the call."""
+    """The state of one call of `fit` that the hooks share; it lives as long as the call.
+
+    Args:
+      task: the task to run.
+      mesh: the mesh to train on.
+      folder: the run folder, locked by this process.
+      progress: the console.
+      training: the update, the fresh state and the tables on the mesh.
+      accumulation: microbatches of an update.
+    """
 
     def __init__(
         self,
@@ -68,7 +77,7 @@ class TrainingRun:
         self.compiles = Compiles(on_compile=progress.compiled)
         self.watch = Watch(folder.path, progress.warn, self._ended)
         self.validation = Validation(task, mesh, progress, self.watch.at)
-        # all at once: asking the device for one in the middle of a run would wait for every step before it
+        # All rates are computed here: to fetch one in the middle of a run would wait for every step before it.
         with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
             rates = build_schedule(self.config.optimizer, task.steps)(jnp.arange(task.steps))
         self.lr = np.broadcast_to(rates, task.steps)
@@ -82,7 +91,7 @@ class TrainingRun:
         self.logged = 0
 
     def measure(self) -> None:
-        """Traces the whole step: what is wrong with an objective or a rule is said before anything is written."""
+        """Traces the whole step, so that an error in an objective or a rule is raised before anything is written."""
         self.accounting.measure(self.step, abstract(self.fresh, self.mesh), abstract_batch(self.task, self.tables))
 
     def go(self, hooks: Sequence[Hook]) -> FinishedRun:
@@ -110,7 +119,7 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Errors of the backend, in words: out of memory, or another process that is gone."""
+        """Turns errors of the backend into explained ones: out of memory, or another process that is gone."""
         try:
             with explained(lambda: abstract(self.fresh, self.mesh)):
                 yield
@@ -122,7 +131,7 @@ class TrainingRun:
             raise told from error
 
     def _begin(self) -> Position:
-        """What to go on from: the newest good checkpoint, else a fresh state."""
+        """Returns the position to continue from: the newest good checkpoint, else a fresh state."""
         self.progress.say(
             f"{self.config.run.name}: {describe_devices(self.mesh)}, {self.accounting.describe(self.step)}"
         )
@@ -160,8 +169,8 @@ class TrainingRun:
     def _write_folder(self) -> None:
         if not self.folder.exists:
             self.folder.create(self.task.resolved, self.task.transform, self.task.inspection)
-        self.folder.write_about(about_of(self.task))  # what an older version did not write yet
-        self.folder.write_text("config.yaml", dump_yaml(self.task.resolved))  # what a resumed run may change
+        self.folder.write_about(about_of(self.task))  # a folder of an older version has none
+        self.folder.write_text("config.yaml", dump_yaml(self.task.resolved))  # a resumed run may change some of it
 
     def _open_writers(self, step: int) -> None:
         resumed = self.folder.metrics.exists()
@@ -218,10 +227,10 @@ class TrainingRun:
             )
 
     def _go_back(self, bad: GoBack) -> Position:
-        """The last good checkpoint (or the beginning), with the cursor past the bad batches, saved as such.
+        """Returns to the last good checkpoint (or the beginning) with the cursor past the bad batches, and saves that.
 
         Raises:
-          RunFailed: it has happened as often as the config allows.
+          RunFailed: the run has gone back as often as the config allows.
         """
         most = self.config.rollback.most
         if len(self.rollbacks) >= most:
@@ -247,7 +256,7 @@ class TrainingRun:
         return at
 
     def _conclude(self, ended: Ended) -> FinishedRun:
-        """After the last step: the last save and, unless interrupted, the final evaluation."""
+        """Ends the run after its last step: the last save and, unless interrupted, the final evaluation."""
         at = Position(ended.state, ended.step, ended.cursor)
         if ended.reason == "interrupted":
             self._save(at, wait=True)
@@ -263,11 +272,11 @@ class TrainingRun:
 
     @property
     def _stopped(self) -> str:
-        """The state of a run that was asked to stop: a scheduler sends SIGTERM, a person at a keyboard SIGINT."""
+        """The state of a run that was asked to stop. A scheduler sends SIGTERM, a person at a keyboard SIGINT."""
         return "preempted" if self.interrupt.signal == "SIGTERM" else "interrupted"
 
     def _poll(self) -> bool:
-        """Asked every step: raises the error of a save that failed, says whether someone asked to stop."""
+        """Returns whether the run was asked to stop; called at every step. Raises the error of a save that failed."""
         self.saving.check()
         self.folder.poll()
         if not self.warm and self.compiles.count:  # the first step is done
@@ -302,7 +311,7 @@ class TrainingRun:
         return values
 
     def _evaluate_hook(self, snapshot: Snapshot) -> None:
-        """Validation, early stopping, and a checkpoint where the best is kept."""
+        """Evaluates on validation, decides on early stopping, and saves where the best checkpoint is kept."""
         snapshot.flush()
         try:
             weights = served_weights(snapshot.state)
@@ -331,7 +340,10 @@ class TrainingRun:
         return self.wall_before + time.time() - self.began
 
     def _final(self, at: Position) -> dict[str, float]:
-        """The last save, and validation and test with the parameters that are kept: the best, else the last."""
+        """Saves a last time and returns the metrics on validation and test of the parameters that are kept.
+
+        These are the best on validation where the run keeps them, else the last.
+        """
         try:
             if self.validation.on and self.validation.step != at.step:
                 self._evaluate_hook(Snapshot(at.step, at.cursor, at.state))
@@ -353,7 +365,7 @@ class TrainingRun:
             return {}
 
     def _finish(self, step: int, state: str, values: Mapping[str, float], reason: str = "") -> FinishedRun:
-        """Summary and report, with the baselines beside where the run is finished; by process 0."""
+        """Writes summary and report on process 0, with the baselines where the run is finished."""
         self.watch.at("summary")
         found: dict[str, Any] = {
             "name": self.config.run.name,
@@ -383,7 +395,7 @@ class TrainingRun:
         return FinishedRun(self.folder.dir, distributed.run_on_primary("summary", write), state)
 
     def _ended(self, why: str) -> None:
-        """Another process has failed, and this one is about to leave."""
+        """Records that another process has failed, before this one leaves."""
         self._failed(RunFailed(why))
         self.folder.leave()
 

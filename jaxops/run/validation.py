@@ -1,4 +1,4 @@
-"""Evaluation of a run: validation while it trains, early stopping, and what is remembered of both."""
+"""The evaluation of a run: validation while it trains, early stopping, and the history that both need."""
 
 import contextlib
 import math
@@ -14,13 +14,19 @@ from jaxops.run.task import Evaluate, Task
 from jaxops.run.weights import Weights
 
 NO_HISTORY = {"metric": None, "best": None, "best_step": None, "since": 0, "at": 0}
-"""What early stopping remembers: the best value so far, evaluations since, and the last step that counted."""
+"""The empty history of early stopping: metric, best value and its step, evaluations since, and last step counted."""
 
 
 class Validation:
-    """Evaluates a task's parts, and keeps count of evaluations without a better value on validation.
+    """Evaluates a task's parts, and counts the evaluations without a better value on validation.
 
     `history` goes into every checkpoint, so that the count survives an interruption.
+
+    Args:
+      task: the task to evaluate.
+      mesh: the mesh to evaluate on.
+      progress: the console.
+      phase: reports the phase that the run is in and returns the one before.
     """
 
     def __init__(
@@ -41,13 +47,20 @@ class Validation:
 
     @property
     def on(self) -> bool:
-        """Whether there is anything to validate on."""
+        """True where the task has a validation part."""
         return "valid" in self._task.evaluation.parts
 
     def evaluate(
         self, weights: Weights, part: str, step: int, poll: Callable[[], bool], note: str = ""
     ) -> dict[str, float]:
-        """`valid/...` or `test/...` of these weights.
+        """Returns the metrics of these weights on one part, named `valid/...` or `test/...`.
+
+        Args:
+          weights: the weights, placed on the mesh.
+          part: `valid` or `test`.
+          step: the step of the weights, for the console.
+          poll: returns true when the evaluation is to stop.
+          note: some words for the console.
 
         Raises:
           Interrupted: `poll` said stop.
@@ -70,7 +83,7 @@ class Validation:
         self._phase(before)
 
     def record(self, step: int, values: Mapping[str, float]) -> str | None:
-        """Takes note of an evaluation and returns the reason to stop, if this one is one too many."""
+        """Records an evaluation of a step and returns the reason to stop the run, or None."""
         self.values, self.step = dict(values), step
         stop, best = self._config.evaluate.stop, self._config.checkpoint.best
         metric = stop.metric if stop else best or next(iter(self._config.evaluate.metrics), None)
@@ -86,25 +99,25 @@ class Validation:
         return self.stop_reason()
 
     def stop_reason(self) -> str | None:
-        """The reason to stop early, where there is one."""
+        """Returns the reason to stop early, or None."""
         stop, history = self._config.evaluate.stop, self.history
         if stop is None or history["metric"] != stop.metric or history["since"] < stop.patience:
             return None
         return stop_reason(stop)
 
     def missed_evaluation(self, step: int) -> bool:
-        """True where the run was interrupted after `step` and before the evaluation that was due there."""
+        """Returns whether the run was interrupted after `step` and before the evaluation that was due there."""
         due = self.on and step % self._config.evaluate.every == 0
         return 0 < step < self._task.steps and due and self.history["at"] < step
 
 
 def plain_lists(values: np.ndarray) -> Any:
-    """Nested lists with null where there is no number, as JSON has them."""
+    """Converts an array to nested lists for JSON, with None in place of NaN."""
     known = values.astype(object)
     known[np.isnan(values)] = None
     return known.tolist()
 
 
 def stop_reason(stop: EarlyStop) -> str:
-    """Why a run ended early, in its summary."""
+    """Returns the text by which a summary says that a run was stopped early."""
     return f"no better valid/{stop.metric} in {stop.patience} evaluations"

@@ -1,4 +1,4 @@
-"""The beginnings of a state from elsewhere: parameters straight onto their devices, rows of tables by their ids."""
+"""Warm starts: a fresh state takes parameters (read straight onto their devices) and table rows (by id) from others."""
 
 import contextlib
 import dataclasses
@@ -20,9 +20,13 @@ from jaxops.tables.spec import TableSpec
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
-    """The paths of parameters that were loaded, of another shape there (with both shapes), and left fresh.
+    """The report of a warm start.
 
-    `rows` are of tables: how many were taken over, and how many there are.
+    Attributes:
+      loaded: the paths of parameters that were loaded.
+      skipped: the paths of parameters whose shape differs there, with both shapes.
+      left: the paths of parameters that stay fresh.
+      rows: by table, (rows taken over, rows of the table).
     """
 
     loaded: tuple[str, ...]
@@ -41,9 +45,9 @@ class WarmStart:
 
 
 def begin_with(state: State, sources: Sequence[WeightSource]) -> tuple[State, WarmStart]:
-    """The fresh state with the parameters that the sources have for it; each device reads its own slices.
+    """Returns the fresh state with the parameters that the sources have for it; each device reads its own slices.
 
-    The optimizer's state and the step stay fresh; a moving average begins where the parameters do.
+    The optimizer's state and the step stay fresh. A moving average begins at the loaded parameters.
 
     Raises:
       UserError: nothing of a source fits, or two sources have the same parameter.
@@ -59,13 +63,13 @@ def begin_with(state: State, sources: Sequence[WeightSource]) -> tuple[State, Wa
 
 
 def init_from(state: State, task: Task, specs: Mapping[str, TableSpec], config: InitFrom) -> tuple[State, WarmStart]:
-    """The fresh state with what of another run matches: parameters by path, rows of `tables/NAME` by their ids.
+    """Returns the fresh state with the parameters of another run (by path) and rows of its `tables/NAME` (by id).
 
     Args:
       state: a fresh state.
-      task: of the run that begins.
+      task: the task of the run that begins.
       specs: the tables of the state.
-      config: the run, and the pattern that paths must match.
+      config: names the other run, and the pattern that paths must match.
 
     Raises:
       UserError: the run cannot be read, or nothing of it fits.

@@ -1,4 +1,4 @@
-"""What of a state is evaluated and served, said once: of a state in training, and of a checkpoint."""
+"""The weights that are evaluated and served, taken from a state in training or from a checkpoint."""
 
 from typing import Any, NamedTuple
 
@@ -13,20 +13,25 @@ from jaxops.core.state import Params, State, join
 from jaxops.tables.average import AVERAGE, SINCE
 
 SERVED_SLOTS = ("rows", AVERAGE, SINCE, "count")
-"""What of a table evaluation and serving need: never the optimizer's slots."""
+"""The slots of a table that evaluation and serving need; the optimizer's are not among them."""
 AVERAGED = "ema"
-"""The entry of `State.extra` that is served instead of the trained parameters, where it is there."""
+"""The entry of `State.extra` that is served instead of the trained parameters, if the state has it."""
 
 
 class Weights(NamedTuple):
-    """All that evaluation and serving read: parameters (with the frozen ones), and of tables `SERVED_SLOTS`."""
+    """All that evaluation and serving read.
+
+    Attributes:
+      params: the parameters, with the frozen ones.
+      tables: by table, the arrays of its `SERVED_SLOTS`.
+    """
 
     params: Params
     tables: dict[str, dict[str, Array]]
 
 
 def served_weights(state: State) -> Weights:
-    """The weights of a state in training: the moving average where there is one, else the parameters."""
+    """Returns the weights of a state in training: the moving average if there is one, else the parameters."""
     tables = {
         name: {slot: x for slot, x in table.items() if slot in SERVED_SLOTS} for name, table in state.tables.items()
     }
@@ -34,10 +39,10 @@ def served_weights(state: State) -> Weights:
 
 
 def read_weights(checkpoints: Checkpoints, step: int) -> Weights:
-    """The weights in the checkpoint of a step, as numpy arrays.
+    """Reads the weights in the checkpoint of a step, as numpy arrays.
 
     Raises:
-      UserError: no such step, or a file is missing or truncated.
+      UserError: there is no such step, or a file is missing or truncated.
     """
     parts = {leaf.path.split("/")[0] for leaf in checkpoints.describe(step)}
     params = checkpoints.load_params(step, served_part(checkpoints, step))
@@ -50,14 +55,14 @@ def read_weights(checkpoints: Checkpoints, step: int) -> Weights:
 
 
 def served_part(checkpoints: Checkpoints, step: int) -> str:
-    """The part of a checkpoint whose parameters are served: the moving average where there is one."""
+    """Returns the part of a checkpoint whose parameters are served: the moving average if there is one."""
     average = f"extra/{AVERAGED}"
     there = any(leaf.path.startswith(f"{average}/") for leaf in checkpoints.describe(step))
     return average if there else "params"
 
 
 def placed_like(weights: Weights, like: Weights) -> Weights:
-    """Weights from the host, placed as others are."""
+    """Places weights from the host with the shardings of other weights."""
 
     def place(value: Any, other: Any) -> Any:
         return put(np.asarray(value), other)
