@@ -1,7 +1,8 @@
-"""One checkpoint, copied with all that it needs, as a folder of checkpoints that has but this one.
+"""The export of one checkpoint with all that it needs, as a checkpoint folder that contains only this one.
 
-Every sum is checked while its file is copied. The copy is made beside its place and renamed when it is whole; in an
-object store, which cannot rename, its manifest comes last. Held by tests/cli/test_ckpt_export.py.
+Every checksum is checked while its file is copied. A local copy is made under a temporary name and renamed when it is
+complete. An object store cannot rename, so that the manifest is written last there. Tested in
+tests/cli/test_ckpt_export.py.
 """
 
 import contextlib
@@ -27,7 +28,15 @@ _CHUNK = 1 << 22
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A copy of a checkpoint; `unchecked` counts files whose checksum was never written."""
+    """A copy of a checkpoint.
+
+    Attributes:
+      step: the step of the checkpoint.
+      out: the folder or URL of the copy.
+      files: how many files were copied.
+      bytes: their total size.
+      unchecked: how many of them have no recorded checksum.
+    """
 
     step: int
     out: str
@@ -39,10 +48,10 @@ class Exported:
 def export_saved(run: str | os.PathLike[str], out: str | os.PathLike[str], step: int | None = None) -> Exported:
     """Copies the checkpoint of `step`, by default the best where the run keeps it, else the one saved last.
 
-    `jaxops ckpt verify OUT` and `Checkpoints(OUT).restore(step, ...)` take the copy as they take a run's.
+    `jaxops ckpt verify OUT` and `Checkpoints(OUT).restore(step, ...)` read the copy like the checkpoints of a run.
 
     Raises:
-      UserError: no such run or step, something is at `out`, or a file of the checkpoint is damaged or missing.
+      UserError: there is no such run or step, `out` exists, or a file of the checkpoint is damaged or missing.
       RunFailed: the copy cannot be written.
     """
     place = open_saved(run)
@@ -50,7 +59,7 @@ def export_saved(run: str | os.PathLike[str], out: str | os.PathLike[str], step:
     source = place.find(step)
     with _made(out) as folder:
         copied: dict[str, File] = {}
-        for name in dict.fromkeys(found.shared.values()):  # the checkpoint itself comes last
+        for name in dict.fromkeys(found.shared.values()):  # the checkpoint itself is copied last
             try:
                 part = manifest.read(source.parent / name)
             except Damaged as damage:
@@ -69,7 +78,7 @@ def export_saved(run: str | os.PathLike[str], out: str | os.PathLike[str], step:
 
 @contextlib.contextmanager
 def _made(out: str | os.PathLike[str]) -> Iterator[epath.Path]:
-    """A folder to write to, which is at `out` once the context ends well, and nowhere if it does not."""
+    """Yields a folder to write to. It is at `out` when the context ends without an error, and removed otherwise."""
     target = store_paths.path(out)
     remote = stores.is_url(out)
     if remote:
@@ -101,7 +110,7 @@ def _copy(source: epath.Path, target: epath.Path, files: Mapping[str, File]) -> 
     """Copies these files and no others.
 
     Raises:
-      UserError: one is missing, is not as it was written, or would lie outside.
+      UserError: a file is missing, differs from what was written, or has a path outside of the folder.
     """
     for name, expected in files.items():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -118,7 +127,7 @@ def _copy(source: epath.Path, target: epath.Path, files: Mapping[str, File]) -> 
 
 
 class _Unreadable(Exception):
-    """A file of the source that is not there or cannot be read."""
+    """A file of the source is missing or cannot be read."""
 
 
 def _next(file: IO[bytes]) -> bytes:
@@ -131,7 +140,7 @@ def _next(file: IO[bytes]) -> bytes:
 
 
 def _copy_file(source: epath.Path, target: epath.Path) -> tuple[int, int]:
-    """Size and CRC-32 of what was copied."""
+    """Copies a file and returns the size and the CRC-32 of its contents."""
     size = crc = 0
     if not stores.is_url(target):
         Path(target).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Who trains a run that lies in an object store: one small object, refreshed while its owner lives.
+"""The lease of a run in an object store: one small object that names the process that trains it.
 
-A holder is alive if its object changes while one watches; clocks of two machines are not compared. Held by
-tests/run/folder/test_mirror.py.
+The holder refreshes the object as long as it lives. It is alive if the object changes while another process watches,
+so that clocks of two machines are never compared. Tested in tests/run/folder/test_mirror.py.
 """
 
 import fcntl
@@ -22,11 +22,11 @@ NAME = ".owner.json"
 BEAT = 10.0
 """Seconds between two refreshes."""
 LAPSE = 60.0
-"""A holder that was not seen to refresh for so many seconds is gone."""
+"""Seconds without a refresh after which a holder counts as gone."""
 
 
 class Lease:
-    """The right to write a run. `hold`, then `lost` now and then, then `release`."""
+    """The right to write a run: call `hold` first, `lost` from time to time, and `release` at the end."""
 
     def __init__(self, store: Store, key: str, where: str) -> None:
         self._store, self._key, self._where = store, f"{key}/{NAME}".lstrip("/"), where
@@ -38,10 +38,10 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def hold(self, say: Callable[[str], None]) -> None:
-        """Takes the run, from a holder that is gone too; waits up to LAPSE to know.
+        """Takes the lease, also from a holder that is gone; waits up to LAPSE seconds to find that out.
 
         Raises:
-          UserError: somebody else holds it and lives.
+          UserError: another process holds the lease and is alive.
           StoreError: the store does not answer.
         """
         seen: Entry | None = None
@@ -73,16 +73,16 @@ class Lease:
         self._thread.start()
 
     def lost(self) -> None:
-        """Raises where somebody else has taken the run over.
+        """Checks that no other process has taken the lease over.
 
         Raises:
-          RunFailed: so it is; nothing more may be written.
+          RunFailed: another process has it, and nothing more may be written.
         """
         if self._lost:
             raise RunFailed(self._lost)
 
     def release(self) -> None:
-        """Lets others have it; nothing where it was lost."""
+        """Gives the lease up; does nothing where it was lost."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -90,12 +90,12 @@ class Lease:
             self._store.delete([self._key])
 
     def _take(self, entry: Entry | None) -> bool:
-        """Whether the object is ours now; False where somebody was quicker."""
+        """Writes the object and returns whether it is this process's now; False where another one was faster."""
         try:
             self._put(entry.version if entry else {})
         except Changed:
             return False
-        if not self._conditional:  # the last of two that wrote at once has it
+        if not self._conditional:  # of two that wrote at once, the last one has it
             time.sleep(min(BEAT / 5, 1.0))
             return self._holder().get("id") == self._id
         return True
@@ -125,7 +125,7 @@ class Lease:
                     entry, holder = self._store.head(self._key), self._holder()
                 except OSError:
                     continue
-                if entry is not None and holder.get("id") == self._id:  # ours: the answer to a write was lost
+                if entry is not None and holder.get("id") == self._id:  # our own write, whose answer was lost
                     self._version = entry.version
                     continue
                 self._lost = (
@@ -134,7 +134,7 @@ class Lease:
                 )
                 return
             except OSError:
-                continue  # the next beat may get through; who waits for us waits longer
+                continue  # the next refresh may succeed, and a process that waits for the lease waits longer
             except Exception as error:
                 self._lost = f"the lock of run {self._where} could not be refreshed: {error!r}"
                 return
@@ -148,7 +148,7 @@ class Lease:
 
 
 def is_fresh(text: str | bytes) -> bool:
-    """Whether a lock object, as it was read, is of a holder that lives, by this machine's clock."""
+    """Returns whether the holder in the text of a lock object is alive, judged by this machine's clock."""
     try:
         found = json.loads(text)
         return not _dead_here(found) and time.time() - float(found["time"]) < 2 * LAPSE
@@ -157,10 +157,10 @@ def is_fresh(text: str | bytes) -> bool:
 
 
 def held_here(folder: Path) -> bool | None:
-    """Whether a process of this machine trains in this folder; None where that cannot be found out."""
+    """Returns whether a process of this machine trains in this folder; None where that cannot be found out."""
     try:
         with open(folder / ".lock", "rb") as file:
-            # Shared and given back at once: two that ask do not take each other for a trainer.
+            # The lock is shared and given back at once, so that two callers do not take each other for a trainer.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -176,7 +176,7 @@ def _named(holder: dict[str, Any]) -> str:
 
 
 def _dead_here(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this very machine and is no more."""
+    """Returns whether the holder was a process of this machine that has ended."""
     if not holder or holder.get("machine") != _machine() or not isinstance(holder.get("pid"), int):
         return False
     try:
@@ -189,7 +189,7 @@ def _dead_here(holder: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """This boot of this machine and its process ids (containers have their own)."""
+    """Returns a name for this boot of this machine and its process id namespace (containers have their own)."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = file.read().strip()

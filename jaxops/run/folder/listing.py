@@ -1,7 +1,7 @@
-"""Which runs lie in a folder and how each stands, whatever state it left its folder in.
+"""The listing of the runs in a folder and of the state of each.
 
-Reads the small files alone and loads no jax. No folder, however broken, stops the listing.
-Held by tests/run/folder/test_runs_listing.py.
+It reads small files only and imports no jax. A broken run folder does not stop the listing.
+Tested in tests/run/folder/test_runs_listing.py.
 """
 
 import dataclasses
@@ -21,18 +21,21 @@ from jaxops.run.folder import lease, mirror
 from jaxops.run.folder.log_parts import parts_of
 
 MARKS = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints")
-"""A folder that holds one of these is a run, or what is left of one."""
+"""A folder with one of these is a run, or the rest of one."""
 DEPTH = 3
-"""Runs are looked for this many folders down: a sweep keeps its runs in a folder of its own."""
+"""Runs are searched this many folders deep, since a sweep keeps its runs in a folder of its own."""
 _LATE = dt.timedelta(seconds=2)
-"""The last line of the log may be written this much after the summary is dated."""
+"""The last line of the log may be this much younger than the summary."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """The state, why, and the last step known.
+    """The state of a run.
 
-    `running`, `finished`, `interrupted`, `preempted`, `failed`, `stopped` (killed), `unknown`, ...
+    Attributes:
+      state: `running`, `finished`, `interrupted`, `preempted`, `failed`, `stopped` (killed), `unknown`, ...
+      reason: the cause of the state, or nothing.
+      step: the last step known.
     """
 
     state: str
@@ -42,14 +45,21 @@ class Standing:
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """One run of a listing; what is not known is None.
+    """One run of a listing. A field whose value is not known is None.
 
     Attributes:
-      path: the folder (or URL), as one would give it to another command; `name` is the same below the folder listed.
+      name: the path of the run relative to the listed folder.
+      path: the folder (or URL), as another command takes it.
+      state: the state, as in `Standing`.
+      reason: the cause of the state, or nothing.
+      step: the last step known.
       steps: the length of the run.
-      metric: what the run is chosen by; `best` is its best value on validation, at `best_step`.
-      wall_s: seconds of training; what the log spans, pauses left out, while there is no summary.
-      problems: files that could not be read, and why.
+      metric: the metric that the run is judged by.
+      best: its best value on validation.
+      best_step: the step of that value.
+      wall_s: seconds of training. Without a summary it is the time that the log spans, without pauses.
+      last_activity: the time of the last record of the run.
+      problems: files that could not be read, with the reason.
     """
 
     name: str
@@ -67,9 +77,9 @@ class Listed:
 
 
 def list_runs(directory: str | os.PathLike[str]) -> list[Listed]:
-    """Every run in a folder (or the one that the folder is), the one with the latest activity first.
+    """Lists every run in a folder (or the folder itself, if it is a run), latest activity first.
 
-    Of runs in an object store the small files are fetched, into the jaxops cache.
+    For runs in an object store the small files are fetched into the jaxops cache.
 
     Raises:
       UserError: there is no such folder, or an object store cannot be read.
@@ -84,7 +94,10 @@ def list_runs(directory: str | os.PathLike[str]) -> list[Listed]:
 
 
 def standing(run: RunRecord) -> Standing:
-    """How a run stands: by its lock, then its summary unless the log goes on after that; else it was killed."""
+    """Returns the state of a run.
+
+    Its lock decides first, then its summary, unless the log is younger. A run with neither was killed.
+    """
     held = is_held(run.path)
     ended = run.number("step")
     current = "state" in run.summary and not _goes_on(run)
@@ -104,21 +117,21 @@ def standing(run: RunRecord) -> Standing:
 
 
 def is_held(path: Path) -> bool | None:
-    """Whether a live process trains in this folder; None where that cannot be found out."""
+    """Returns whether a live process trains in this folder; None where that cannot be found out."""
     held = lease.held_here(path)
     if held:
         return True
-    try:  # one of another machine, where the folder stands in for one in an object store
+    try:  # the lease of another machine, where the folder is the stand-in of one in an object store
         return lease.is_fresh((path / lease.NAME).read_bytes()) or held
     except OSError:
         return held
 
 
 def compare_runs(paths: Sequence[str | os.PathLike[str]]) -> Comparison:
-    """Two to MAX_RUNS runs beside each other.
+    """Compares two to MAX_RUNS runs.
 
     Raises:
-      UserError: too few or too many, one of them twice, no such folder, or a folder that is no run.
+      UserError: there are too few or too many, one is given twice, or a folder does not exist or is no run.
     """
     if not 2 <= len(paths) <= MAX_RUNS:
         raise UserError(f"compare: give 2 to {MAX_RUNS} runs (more cannot be told apart), got {len(paths)}")
@@ -138,10 +151,10 @@ def compare_runs(paths: Sequence[str | os.PathLike[str]]) -> Comparison:
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
-    """The path, if a folder is there; for the URL of a run the local folder that stands in for it, brought up to date.
+    """Returns the path of an existing folder; for a run's URL that of its local stand-in, brought up to date.
 
     Raises:
-      UserError: there is none, or an object store cannot be read.
+      UserError: there is no such folder, or an object store cannot be read.
     """
     if stores.is_url(path):
         run = mirror.Mirror(os.fspath(path))
@@ -175,7 +188,7 @@ def _find(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _list_stored(top: stores.Location) -> list[Listed]:
-    """As `list_runs`, in an object store: one listing a folder, several at once, then the runs' small files."""
+    """Lists runs in an object store: folders are listed level by level, in parallel, then small files are fetched."""
     try:
         store = stores.open_store(top, patient=False)
         runs: list[str] = []
@@ -195,7 +208,7 @@ def _list_stored(top: stores.Location) -> list[Listed]:
     except OSError as error:
         raise UserError(f"{top}: {stores.advice(top, error)}") from None
     if not places and not level:
-        existing_folder(str(top))  # says so where nothing is there at all
+        existing_folder(str(top))  # raises where nothing is there at all
     base = mirror.stand_in(top)
     listed = [_listed(path, base) for path in folders_here]
     return [dataclasses.replace(run, path=str(place)) for run, place in zip(listed, places, strict=True)]
@@ -204,7 +217,7 @@ def _list_stored(top: stores.Location) -> list[Listed]:
 def _is_run(folder: Path) -> bool:
     try:
         return any((folder / name).exists() for name in MARKS)
-    except OSError:  # one that may not be looked into is listed, with the reason
+    except OSError:  # an unreadable folder is listed, with the reason
         return True
 
 
@@ -230,9 +243,9 @@ def _listed(path: Path, top: Path) -> Listed:
 
 
 def _goes_on(run: RunRecord) -> bool:
-    """Whether something was logged after the summary was written.
+    """Returns whether something was logged after the summary was written.
 
-    By the clock: a failed run's summary has the step of its last checkpoint, which the log has passed.
+    Times are compared, not steps: a failed run's summary has the step of its last checkpoint, and its log is beyond it.
     """
     try:
         written = utc_time((run.path / "summary.json").stat().st_mtime)
@@ -245,7 +258,7 @@ def _goes_on(run: RunRecord) -> bool:
 
 
 def _metric(run: RunRecord) -> str | None:
-    """What the run is chosen by: checkpoint.best, else evaluate.stop.metric, else the first metric."""
+    """Returns the metric that the run is judged by: checkpoint.best, else evaluate.stop.metric, else the first one."""
     metrics = run.setting("evaluate", "metrics")
     first = metrics[0] if isinstance(metrics, list) and metrics else None
     wanted = (run.setting("checkpoint", "best"), run.setting("evaluate", "stop", "metric"), first)
@@ -254,7 +267,7 @@ def _metric(run: RunRecord) -> str | None:
 
 
 def _best(run: RunRecord, metric: str) -> tuple[float | None, float] | None:
-    """(step, value) on validation, from the log, else from the summary."""
+    """Returns (step, value) of the best validation, from the log or else from the summary."""
     logged = results.best_step(run, metric)
     if logged is not None:
         return logged
@@ -263,13 +276,13 @@ def _best(run: RunRecord, metric: str) -> tuple[float | None, float] | None:
 
 
 def _steps(run: RunRecord, stands: Standing) -> int | None:
-    """The length of the run; None where it went on past all that is written of it (run.steps was raised)."""
+    """Returns the length of the run; None where the run is beyond the recorded length (run.steps was raised)."""
     steps = run.number("steps") or finite(run.setting("run", "steps"))
     return None if steps is None or steps < (stands.step or 0) else int(steps)
 
 
 def _wall_s(run: RunRecord) -> float | None:
-    """As the summary has it, else what the log spans without the pauses before each `resumed`."""
+    """Returns seconds of training: the summary's, else the span of the log without the pause before each `resumed`."""
     measured = None if _goes_on(run) else run.number("wall_s")
     if measured is not None or run.first_time is None or run.last_time is None:
         return measured
@@ -283,7 +296,7 @@ def _wall_s(run: RunRecord) -> float | None:
 
 
 def _last_activity(run: RunRecord) -> dt.datetime | None:
-    """The last thing that the run wrote of itself, else when its files were changed last."""
+    """Returns the time of the last record of the run, else of the last change of its files."""
     said = [time for time in (run.last_time, utc_time(run.summary.get("finished"))) if time is not None]
     if said:
         return max(said)
@@ -297,7 +310,7 @@ def _last_activity(run: RunRecord) -> dt.datetime | None:
 
 
 def _labels(runs: Sequence[RunRecord]) -> list[str]:
-    """The names, or as much of the paths as tells the runs apart."""
+    """Returns the names of the runs, or the shortest ends of their paths that differ."""
     found = [run.name for run in runs]
     parts = [run.path.resolve().parts for run in runs]
     length = 1

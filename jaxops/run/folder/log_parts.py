@@ -1,9 +1,9 @@
 """Append-only logs as numbered objects, since an object store cannot append: `metrics.jsonl.000000`, `.000001`, ...
 
-Joined in order the parts are the log. Each ends with a whole line or record (every part of a TensorBoard log is one
-that TensorBoard reads); only the last is ever written again, until it is large. Where a resume has dropped lines, the
-parts that hold them go first, the last one before the others: at any moment what is there joins to the beginning of
-the old log or of the new. Held by tests/run/folder/test_mirror.py.
+The parts in order, joined, are the log. Each ends with a whole line or record, so that TensorBoard reads every part of
+its log. Only the last part is written again, until it is large. Where a resume has dropped lines, the parts that hold
+them are deleted first, from the last one backwards. So at any moment the joined parts are a beginning of the old log or
+of the new one. Tested in tests/run/folder/test_mirror.py.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _NUMBERED = re.compile(r"(.+)\.(\d{6})$")
 
 @dataclasses.dataclass(frozen=True)
 class LogPart:
-    """What the store holds of a log: bytes from `start` on, `size` of them, with their CRC-32."""
+    """One part of a log in the store: the bytes from `start` on, `size` of them, with their CRC-32."""
 
     start: int
     size: int
@@ -32,17 +32,17 @@ class LogPart:
 
 
 def is_log(name: str) -> bool:
-    """Whether a file only grows: JSON lines and TensorBoard events."""
+    """Returns whether a file of this name is only appended to: JSON lines and TensorBoard events."""
     return name.endswith(".jsonl") or "tfevents" in name
 
 
 def part_name(log: str, number: int) -> str:
-    """`metrics.jsonl.000002`."""
+    """Returns the name of a part, such as `metrics.jsonl.000002`."""
     return f"{log}.{number:06}"
 
 
 def parts_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """Log -> the names of its parts in order, out of any names; what follows a gap is left out."""
+    """Finds the parts of logs among any names and returns them in order, by log; parts after a gap are left out."""
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         match = _NUMBERED.fullmatch(name)
@@ -52,7 +52,7 @@ def parts_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def known(pieces: Iterable[bytes]) -> list[LogPart]:
-    """The parts that these contents are."""
+    """Describes the contents of consecutive parts."""
     parts: list[LogPart] = []
     for piece in pieces:
         parts.append(LogPart(parts[-1].end if parts else 0, len(piece), zlib.crc32(piece)))
@@ -63,9 +63,10 @@ class LogParts:
     """One log and its parts in the store.
 
     Args:
-      put: writes a part by its number.
-      drop: deletes a part by its number.
-      parts: what the store holds already.
+      file: the local log.
+      put: writes a part, given its number and contents.
+      drop: deletes a part, given its number.
+      parts: the parts that the store holds already.
     """
 
     def __init__(
@@ -76,10 +77,10 @@ class LogParts:
         self._state = (-1, -1, -1)
 
     def push(self) -> bool:
-        """Brings the store to what the file holds in whole lines; whether there was anything to do.
+        """Brings the store up to the whole lines of the file; returns whether the file has changed since the last call.
 
         Raises:
-          OSError: the file cannot be read, or what `put` and `drop` raise; the next call goes on from there.
+          OSError: the file cannot be read, or `put` or `drop` has raised it; the next call continues from there.
         """
         about = self.file.stat()
         state = (about.st_ino, about.st_mtime_ns, about.st_size)
@@ -88,7 +89,7 @@ class LogParts:
         same = about.st_ino == self._state[0] and about.st_size >= self._state[2]
         last = self.parts[-1] if self.parts else LogPart(0, 0, 0)
         start, data = last.start, self._from(last.start)
-        if not same or zlib.crc32(data[: last.size]) != last.crc32:  # an inode may be used again
+        if not same or zlib.crc32(data[: last.size]) != last.crc32:  # a new file may have the inode of a deleted one
             start, data = 0, self._from(0)
             self._withdraw(data)
         kept = self.parts[:-1] if self.parts and self.parts[-1].size <= PART_BYTES else self.parts
@@ -108,7 +109,7 @@ class LogParts:
             return file.read()
 
     def _withdraw(self, data: bytes) -> None:
-        """Deletes, the last one first, the parts from the first on that the file no longer holds as it is."""
+        """Deletes all parts from the first one that differs from the file, the last one first."""
         good = 0
         for part in self.parts:
             if part.end > len(data) or zlib.crc32(data[part.start : part.end]) != part.crc32:
@@ -120,7 +121,7 @@ class LogParts:
 
 
 def pieces(name: str, data: bytes) -> list[bytes]:
-    """The data in parts of whole lines (or TensorBoard records), each just over PART_BYTES; a torn end is left out."""
+    """Splits data into parts of whole lines (or TensorBoard records), each just over PART_BYTES; drops a torn end."""
     found, start = [], 0
     end_of = _line_end if name.endswith(".jsonl") else _record_end
     at = 0
@@ -135,12 +136,12 @@ def pieces(name: str, data: bytes) -> list[bytes]:
 
 
 def _line_end(data: bytes, at: int) -> int:
-    """Where the line that begins at `at` ends; 0 where it does not."""
+    """Returns the end of the line that begins at `at`; 0 where the line is not complete."""
     return data.find(b"\n", at) + 1
 
 
 def _record_end(data: bytes, at: int) -> int:
-    """As `_line_end`, of a TFRecord: length, its CRC, data, its CRC."""
+    """Returns the end of the TFRecord (length, its CRC, data, its CRC) that begins at `at`; 0 where it is torn."""
     if at + 12 > len(data):
         return 0
     end = at + 16 + struct.unpack_from("<Q", data, at)[0]

@@ -1,8 +1,8 @@
-"""A run folder in an object store, and the local folder that stands in for it.
+"""A run folder in an object store, and its local stand-in.
 
-The run, its writers and its report work in the stand-in, below the jaxops cache. It is brought up to the store
-before anything reads it, and a thread brings the store up to it: small files whole, logs in parts
-(log_parts.py). Checkpoints go to the store by themselves. Held by tests/run/folder/test_mirror.py.
+The run, its writers and its report work in the stand-in, a folder below the jaxops cache. It is updated from the store
+before anything reads it (a pull). A thread updates the store from it (pushes): small files whole, logs in parts
+(log_parts.py). Checkpoints are written to the store directly. Tested in tests/run/folder/test_mirror.py.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ from jaxops.run.folder.log_parts import LogParts, is_log, known, part_name, part
 INDEX = ".mirror.json"
 PULL = ".pull"
 KEPT = (INDEX, PULL, lease.NAME)
-"""Files of the stand-in that are not the run's."""
+"""Files of the stand-in that do not belong to the run."""
 EVERY = 5.0
 """Seconds between two pushes."""
 GIVE_UP = 300.0
-"""Seconds of failing pushes after which the run stops."""
+"""After so many seconds of failing pushes the run stops."""
 LARGE = 8 << 20
-"""Files above this go at the end of the run, and what W&B keeps for itself."""
+"""Files above this size are pushed at the end of the run, like W&B's own files."""
 _LAST = ("config.yaml", "report.html", "summary.json")
-"""Pushed after all else, in this order: a run is there when its config is, and over when its summary says so."""
+"""Files that are pushed last, in this order: a run exists once its config does, and has ended once its summary has."""
 
 
 class Mirror:
-    """One run: `pull` to read it; `held` to write it."""
+    """One run in an object store: `pull` before reading it, `held` while writing it."""
 
     def __init__(self, url: str) -> None:
         self.place = stores.parse_url(url)
@@ -52,7 +52,7 @@ class Mirror:
         self._failure: RunFailed | None = None
         self._lease: lease.Lease | None = None
         self.names: set[str] = set()
-        """What lies in the run's folder in the store, as of the last pull."""
+        """The names in the run's folder in the store, as of the last pull."""
 
     @property
     def store(self) -> Store:
@@ -61,14 +61,14 @@ class Mirror:
         return self._store
 
     def pull(self) -> None:
-        """Brings the stand-in up to the store, unless a process of this machine trains in it.
+        """Updates the stand-in from the store, unless a process of this machine trains in it.
 
         Raises:
-          UserError: the store cannot be read; with what to do about it.
+          UserError: the store cannot be read; the message says what to do about it.
         """
         self.local.mkdir(parents=True, exist_ok=True)
         with open(self.local / PULL, "a") as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)  # readers take turns; each is done in a moment
+            fcntl.flock(turn, fcntl.LOCK_EX)  # readers take turns, each for a moment
             store = stores.open_store(self.place, patient=False)
             for left in (2, 1, 0):
                 try:
@@ -76,7 +76,7 @@ class Mirror:
                     if not lease.held_here(self.local):
                         self._pull(store, here)
                     return
-                except FileNotFoundError as error:  # its run has replaced it since it was listed
+                except FileNotFoundError as error:  # the run has replaced it since it was listed
                     if not left:
                         raise UserError(f"{self.place}: {error}") from None
                 except OSError as error:
@@ -84,11 +84,11 @@ class Mirror:
 
     @contextlib.contextmanager
     def held(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Holds the run against other machines, and keeps the store up to the stand-in, to its last file.
+        """Holds the lease of the run, and pushes what the stand-in gets, to the last file.
 
         Raises:
-          UserError: another process trains it.
-          RunFailed: what the run has written last did not reach the store.
+          UserError: another process trains the run.
+          RunFailed: the last files of the run did not reach the store.
         """
         self._lease = lease.Lease(self.store, self.place.key, str(self.place))
         self._lease.hold(say)
@@ -112,7 +112,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
-        """For the other processes of a run, which write `processes/` alone: brings that there as well as it can."""
+        """Pushes `processes/`, which is all that the other processes of a run write; ignores errors of the store."""
 
         def send() -> None:
             while True:
@@ -132,7 +132,7 @@ class Mirror:
             thread.join()
 
     def leave(self, seconds: float) -> None:
-        """Before the process ends without unwinding: what can be brought there in that time, and the lease."""
+        """Pushes what it can in so many seconds and gives the lease up, before a process ends without unwinding."""
 
         def hurry() -> None:
             with contextlib.suppress(Exception):
@@ -146,13 +146,14 @@ class Mirror:
         thread.join(seconds)
 
     def push(self, *, last: bool = False, only: str = "") -> None:
-        """Brings the store up to the stand-in now, `last` with what waits for the end of the run.
+        """Updates the store from the stand-in now.
 
         Args:
-          only: what the names begin with.
+          last: true to push also the files that wait for the end of the run.
+          only: push only names that begin with this.
 
         Raises:
-          StoreError: the store does not take it; what is not there yet is tried again by the next push.
+          StoreError: the store refuses a write; the next push tries the remaining files again.
           RunFailed: another process has taken the run over.
         """
         with self._busy:
@@ -167,14 +168,14 @@ class Mirror:
                         self._log(name).push()
                     else:
                         self._send(name, file, last)
-                except FileNotFoundError:  # replaced or taken away since it was listed
+                except FileNotFoundError:  # replaced or deleted since it was listed
                     continue
 
     def poll(self) -> None:
-        """Raises what has become of the pushes in the background; costs nothing.
+        """Raises the error of pushes in the background, if there is one; it costs nothing.
 
         Raises:
-          RunFailed: they have failed for long, or the run is another's now.
+          RunFailed: pushes have failed for too long, or another process has taken the run over.
         """
         if self._failure is not None:
             raise self._failure
@@ -199,7 +200,7 @@ class Mirror:
                 return
 
     def _let_go(self, failed: BaseException | None) -> None:
-        """The last push, tried a few times, then the lease; an error of the run itself stays the one raised."""
+        """Pushes a last time, with a few attempts, and gives the lease up. An error of the run itself takes precedence."""
         trouble: BaseException | None = None
         for pause in (0.0, EVERY / 5, EVERY):
             time.sleep(pause)
@@ -231,7 +232,7 @@ class Mirror:
         )
 
     def _files(self) -> Iterator[str]:
-        """What there is to push, relative to the stand-in."""
+        """Yields the paths of all files to push, relative to the stand-in."""
         for folder, below, names in os.walk(self.local):
             below[:] = [name for name in below if not name.startswith(".") and name != "checkpoints"]
             for name in names:
@@ -266,15 +267,15 @@ class Mirror:
         return f"{self.place.key}/{name}".lstrip("/")
 
     def _look(self, store: Store) -> list[Entry]:
-        """The objects in the run's folder, without what is below its folders."""
+        """Lists the objects directly in the run's folder."""
         folders, here = store.children(self.place.key)
         self.names = {name for name in (*folders, *map(_name, here)) if not name.startswith(".")}
         return here
 
     def _pull(self, store: Store, here: list[Entry]) -> None:
-        """Downloads what changed since the last pull, and deletes what the store does not have.
+        """Downloads what changed since the last pull, and deletes files that the store does not have.
 
-        TensorBoard's logs, reports and profiles stay where they are: nothing here reads them.
+        TensorBoard's logs, reports and profiles are not downloaded, since nothing here reads them.
         """
         entries = {_name(entry): entry for entry in here}
         transform = store.entries(self._key("transform"))
@@ -321,13 +322,17 @@ _WANTED = re.compile(r"transform/[^/]+|[^/]+\.(json|yaml)")
 
 
 def stand_in(place: Location) -> Path:
-    """The local folder for a place in a store; one of its own for every endpoint."""
+    """Returns the local folder for a location in a store; every endpoint has folders of its own."""
     at = re.sub(r"[^A-Za-z0-9.-]+", "_", stores.endpoint(place.scheme).partition("://")[2])
     return cache_root() / "runs" / (place.scheme + (f"@{at}" if at else "")) / place.bucket / place.key
 
 
 def pulled(url: str) -> Path:
-    """The stand-in of a run, as the store has it now; raises as `Mirror.pull`."""
+    """Updates the stand-in of a run from the store and returns its path.
+
+    Raises:
+      UserError: the store cannot be read.
+    """
     mirror = Mirror(url)
     mirror.pull()
     return mirror.local

@@ -1,6 +1,6 @@
-"""The folder that a run leaves, and whether this config may go on in it.
+"""The folder of a run, and the check that a config may resume the run in it.
 
-One in an object store (s3://, gs://) has a local stand-in, in which all of this happens; see mirror.py.
+A folder in an object store (s3://, gs://) has a local stand-in, which all of this works in; see mirror.py.
 """
 
 import contextlib
@@ -30,19 +30,22 @@ SUMMARY_VERSION = 1
 ABOUT_VERSION = 1
 LOCK = ".lock"
 BEGUN = {LOCK, "transform", "data.json", ".data.json.tmp", ".config.yaml.tmp"}
-"""What a run that was killed while it made its folder leaves: the next one makes it again."""
+"""The files of a run that was killed while it made its folder. The next run makes the folder again."""
 
 
 class RunFolder:
-    """Paths and small files of one run; nothing is written before `create`.
+    """The paths and the small files of one run. Nothing is written before `create`.
 
-    `may_change` are the dotted paths of a config that a resumed run may change; `complete` gives the config of a run
-    the defaults of fields that are younger than it.
+    Args:
+      path: a path, or a URL in an object store.
+      may_change: the dotted paths of a config that a resumed run may change.
+      complete: gives the config of an older run the defaults of fields that were added since.
 
     Attributes:
-      where: the folder as one would name it: a path, or the URL of one in an object store.
-      path: the folder, or the local one that stands in for it; `metrics` lies in it.
-      checkpoints: where checkpoints go, as `Checkpoints` takes it: in the store itself.
+      where: the folder as people name it: a path, or a URL in an object store.
+      path: the folder, or the local stand-in of one in an object store.
+      checkpoints: the folder of checkpoints, in the store itself, as `Checkpoints` takes it.
+      metrics: the path of `metrics.jsonl`.
     """
 
     def __init__(
@@ -65,59 +68,59 @@ class RunFolder:
 
     @property
     def dir(self) -> Path | str:
-        """The folder to give to other commands: a path, or a URL."""
+        """The folder as other commands take it: a path, or a URL."""
         return self.path if self._mirror is None else self.where
 
     def shown(self, name: str) -> str:
-        """The path or URL of a file of the run."""
+        """Returns the path or URL of a file of the run, for people."""
         return f"{self.where}/{name}" if self._mirror else str(self.path / name)
 
     def poll(self) -> None:
-        """Raises what went wrong with the uploads of a run in an object store; costs nothing.
+        """Raises the error of uploads to an object store, if there is one; it costs nothing.
 
         Raises:
-          RunFailed: they have failed for long, or another process has taken the run over.
+          RunFailed: uploads have failed for too long, or another process has taken the run over.
         """
         if self._mirror is not None:
             self._mirror.poll()
 
     def push(self) -> None:
-        """Brings an object store up to what is written so far; a checkpoint must not be ahead of its logs.
+        """Uploads what is written so far to an object store, since a checkpoint must not be ahead of its logs.
 
         Raises:
-          RunFailed: the store does not take it.
+          RunFailed: the store refuses it.
         """
         if self._mirror is not None:
             self._mirror.push()
 
     def beside(self) -> contextlib.AbstractContextManager[None]:
-        """Held by the processes that do not hold the run: what they write in `processes/` goes to an object store."""
+        """Returns a context for the processes that do not hold the run; it uploads what they write in `processes/`."""
         return contextlib.nullcontext() if self._mirror is None else self._mirror.beside()
 
     def leave(self, seconds: float = 10.0) -> None:
-        """Before the process ends without unwinding: an object store gets what can be brought there in that time."""
+        """Uploads what it can within so many seconds, before the process ends without unwinding."""
         if self._mirror is not None:
             self._mirror.leave(seconds)
 
     def _refresh(self) -> None:
-        """Before the first look: the stand-in as the store has it."""
+        """Updates the stand-in from the store, before anything is read for the first time."""
         if self._mirror is not None and not self._fresh:
             self._mirror.pull()
             self._fresh = True
 
     @property
     def exists(self) -> bool:
-        """Whether a run has begun here."""
+        """True where a run has begun in this folder."""
         self._refresh()
         return (self.path / "config.yaml").is_file()
 
     def check(self, resolved: Mapping[str, Any], inspection: Mapping[str, Any] | None = None) -> bool:
-        """Whether a run is here that this config may resume (False: nothing is here yet).
+        """Returns True where the folder has a run that this config may resume, and False where it has nothing yet.
 
         Raises:
-          UserError: something else is here, the config differs in what may not change, the data (by the SHA-256 of
-            its split) is no longer what the run began with, the folder cannot be written, or an object store cannot
-            be used (no package, bucket, credentials, permission or answer).
+          UserError: the folder holds something else, the config differs in what may not change, the data has changed
+            (by the SHA-256 of its split), the folder cannot be written, or an object store cannot be used (no package,
+            bucket, credentials, permission or answer).
         """
         if self._mirror is not None and not self._fresh:
             stores.check_access(self.where)
@@ -158,7 +161,7 @@ class RunFolder:
             )
 
     def config(self) -> dict[str, Any]:
-        """The resolved config of the run.
+        """Returns the resolved config of the run.
 
         Raises:
           UserError: there is no run, or its config cannot be read.
@@ -175,11 +178,11 @@ class RunFolder:
         return values
 
     def write_about(self, about: Mapping[str, Any]) -> None:
-        """Writes `about.json`: names for people, and which way metrics are better."""
+        """Writes `about.json`: names for people, and the better direction of each metric."""
         self.write_json("about.json", {"version": ABOUT_VERSION, **about})
 
     def create(self, resolved: Mapping[str, Any], transform: Mapping[str, np.ndarray], inspection: Any) -> None:
-        """Makes the folder: config, what serving needs (`transform/`), what the data is."""
+        """Makes the folder with its config, the arrays for serving (`transform/`) and a description of the data."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             folder = self.path / "transform"
@@ -190,7 +193,7 @@ class RunFolder:
         self.write_text("config.yaml", dump_yaml(resolved))
 
     def transform(self, name: str) -> np.ndarray:
-        """One array of the frozen transform.
+        """Returns one array of the frozen transform.
 
         Raises:
           UserError: the file is missing or broken.
@@ -209,7 +212,7 @@ class RunFolder:
         """Writes a small file whole or not at all.
 
         Raises:
-          RunFailed: it cannot be written.
+          RunFailed: the file cannot be written.
         """
         file = self.path / name
         scratch = file.with_name(f".{name}.tmp")
@@ -218,15 +221,15 @@ class RunFolder:
             os.replace(scratch, file)
 
     def write_json(self, name: str, values: Any) -> None:
-        """As `write_text`; numbers that JSON has no word for become null."""
+        """Writes a small JSON file whole or not at all; NaN and infinities become null."""
         self.write_text(name, json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
 
     def summary(self) -> dict[str, Any]:
-        """`summary.json`, empty where there is none yet."""
+        """Returns the contents of `summary.json`, empty where there is none yet."""
         return self._json("summary.json")
 
     def about(self) -> dict[str, Any]:
-        """`about.json`: names for people, and which way metrics are better; empty in folders of older versions."""
+        """Returns the contents of `about.json`, as `write_about` has written it; empty in folders of older versions."""
         return self._json("about.json")
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -238,7 +241,7 @@ class RunFolder:
         return found if isinstance(found, dict) else {}
 
     def _names(self) -> set[str]:
-        """What lies in the folder."""
+        """Returns the names of the files and folders in the run folder."""
         if self._mirror is not None:
             return self._mirror.names
         return {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
@@ -251,14 +254,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> Iterator[None]:
-        """Holds the run for this process; folders made for it that are still empty afterwards are removed again.
+        """Locks the run for this process. Folders made for it that are still empty at the end are removed again.
 
-        One in an object store is kept up to date there meanwhile, and is so when this ends. Where a process that
-        is gone seems to hold it, this waits a minute and says so.
+        A run in an object store is uploaded meanwhile, and completely at the end. Where another process seems to hold
+        it, this waits up to a minute to see whether that process is alive, and reports that through `say`.
 
         Raises:
-          UserError: another process holds it.
-          RunFailed: the last of what was written did not reach the object store.
+          UserError: another process holds the run.
+          RunFailed: the last files did not reach the object store.
         """
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
@@ -290,12 +293,12 @@ class RunFolder:
 
 
 def shown_value(value: Any) -> str:
-    """A config value as one writes it."""
+    """Returns a config value as a config would write it."""
     return "nothing" if value is ABSENT else json.dumps(value, default=str)
 
 
 def _plain(value: Any) -> Any:
-    """Plain values for JSON: arrays as lists, NaN and infinities as null."""
+    """Converts values to plain ones for JSON: arrays to lists, NaN and infinities to None."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -308,7 +311,7 @@ def _plain(value: Any) -> Any:
 
 
 def _arrow(values: np.ndarray) -> pa.Array:
-    """Bytes as text; a matrix as lists of one length."""
+    """Converts an array to Arrow: bytes become text, and a matrix becomes lists of one length."""
     if values.ndim == 2:
         return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
     return pa.array(values if values.dtype.kind != "S" else np.char.decode(values, "utf-8"))

@@ -1,6 +1,6 @@
-"""What lies in a run's checkpoints, read without the mesh, the model or the devices that wrote it.
+"""The contents of a run's checkpoints, read without the mesh, the model or the devices that wrote them.
 
-No array is loaded and no device is touched. Held by tests/cli/test_runs_commands.py.
+No array is loaded and no device is touched. Tested in tests/cli/test_runs_commands.py.
 """
 
 import dataclasses
@@ -23,14 +23,21 @@ from jaxops.run.folder.listing import existing_folder
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """One checkpoint of a list; what its manifest would say is None where that cannot be read.
+    """One checkpoint of a list. Fields that come from its manifest are None where that cannot be read.
 
     Attributes:
-      written: when its manifest was written (a copy's: when it was copied).
-      files, bytes: of its own folder; shared_files, shared_bytes: of the folders that it shares with others.
-      shared: first part of a path -> the folder that holds the arrays below it.
-      latest: whether it was saved last; best: whether it is kept as the best.
-      damage: files that are missing or of another size; contents are not looked at.
+      step: the step of the checkpoint.
+      folder: its folder.
+      written: the time at which its manifest was written (for a copy, copied).
+      files: the number of files in its own folder.
+      bytes: their total size.
+      metrics: the metrics that were saved with it.
+      latest: true for the checkpoint that was saved last.
+      best: true for the checkpoint that is kept as the best.
+      damage: files that are missing or have another size; contents are not checked.
+      shared: by first part of an array's path, the shared folder that holds the arrays.
+      shared_files: the number of files in the folders that it shares with other checkpoints.
+      shared_bytes: their total size.
     """
 
     step: int
@@ -49,7 +56,7 @@ class Saved:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """What a part of the state (`params`, `opt_state`, ...) amounts to."""
+    """The totals of one part of the state (`params`, `opt_state`, ...): arrays, their entries and bytes."""
 
     name: str
     arrays: int
@@ -59,7 +66,17 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """All that a checkpoint holds but the values; `config` is the resolved one, `digest` its SHA-256."""
+    """Everything that a checkpoint holds, except the values of its arrays.
+
+    Attributes:
+      saved: the checkpoint itself.
+      cursor: the cursor of the data, in examples.
+      seed: the seed of the run.
+      wall_s: seconds of training up to it.
+      config: the resolved config.
+      digest: the SHA-256 of the config.
+      arrays: paths, shapes and dtypes of the arrays.
+    """
 
     saved: Saved
     cursor: int | None
@@ -71,7 +88,7 @@ class Contents:
 
     @property
     def groups(self) -> list[Group]:
-        """Totals by the first part of the paths, in their order."""
+        """The totals for each first part of the arrays' paths, in their order."""
         found: dict[str, list[SavedArray]] = {}
         for leaf in self.arrays:
             found.setdefault(leaf.path.split("/")[0], []).append(leaf)
@@ -84,10 +101,18 @@ class Contents:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What reading every byte of a checkpoint has shown: `damage` names files; without it all is as written.
+    """The result of reading every byte of a checkpoint.
 
-    What it shares with others is a part of it, and is read once for all of them.
-    `unchecked` counts files whose checksum was never written (a kill between save and check).
+    Folders that it shares with other checkpoints count as parts of it; they are read once for all of them.
+
+    Attributes:
+      step: the step of the checkpoint.
+      folder: its folder.
+      serial: the number of its save, which tells two saves of one step apart.
+      files: the number of files.
+      bytes: their total size.
+      unchecked: the number of files without a recorded checksum (a kill between save and check).
+      damage: the damaged files, with the reason; empty where all is as it was written.
     """
 
     step: int
@@ -100,12 +125,12 @@ class Verdict:
 
 
 def list_saved(run: str | os.PathLike[str]) -> tuple[list[Saved], list[tuple[str, str]]]:
-    """The checkpoints of a run by step, and (name, what it is) of every other folder beside them.
+    """Lists the checkpoints of a run by step, and (name, description) of every other folder beside them.
 
-    One that a running run deletes meanwhile is left out.
+    A checkpoint that a running run deletes meanwhile is left out.
 
     Raises:
-      UserError: no such run, or its checkpoints cannot be listed.
+      UserError: there is no such run, or its checkpoints cannot be listed.
     """
     place = open_saved(run)
     folders, readable = place.steps(), place.readable()
@@ -115,10 +140,10 @@ def list_saved(run: str | os.PathLike[str]) -> tuple[list[Saved], list[tuple[str
 
 
 def show_saved(run: str | os.PathLike[str], step: int | None = None) -> Contents:
-    """What is in the checkpoint of `step`, by default the one saved last.
+    """Describes the contents of the checkpoint of `step`, by default the one saved last.
 
     Raises:
-      UserError: no such run or step, or a manifest that cannot be read.
+      UserError: there is no such run or step, or a manifest cannot be read.
     """
     place = open_saved(run)
     folders, readable = place.steps(), place.readable()
@@ -140,10 +165,10 @@ def show_saved(run: str | os.PathLike[str], step: int | None = None) -> Contents
 
 
 def verify_saved(run: str | os.PathLike[str], step: int | None = None) -> Iterator[Verdict]:
-    """Reads every byte of the checkpoint of `step`, or of all; passes over what a running run deletes.
+    """Reads every byte of the checkpoint of `step`, or of all; skips checkpoints that a running run deletes.
 
     Raises:
-      UserError: no such run or step, or there is nothing to verify.
+      UserError: there is no such run or step, or there is nothing to verify.
     """
     place = open_saved(run)
     folders = place.steps()
@@ -159,10 +184,10 @@ def verify_saved(run: str | os.PathLike[str], step: int | None = None) -> Iterat
 
 
 def choose(run: str | os.PathLike[str], place: CheckpointFolder, step: int | None = None) -> tuple[int, Manifest]:
-    """The checkpoint of `step`; by default the best where the run keeps it, else the one saved last.
+    """Chooses the checkpoint of `step`, by default the best where the run keeps it, else the one saved last.
 
     Raises:
-      UserError: there is none, or its manifest cannot be read.
+      UserError: there is no such checkpoint, or its manifest cannot be read.
     """
     if step is None:
         readable = _some(run, place.steps(), place.readable())
@@ -173,7 +198,7 @@ def choose(run: str | os.PathLike[str], place: CheckpointFolder, step: int | Non
 
 
 def open_saved(run: str | os.PathLike[str]) -> CheckpointFolder:
-    """The checkpoints of a run folder; a folder of checkpoints may be named itself.
+    """Opens the checkpoints of a run folder; `run` may also be a folder of checkpoints itself.
 
     Raises:
       UserError: there is no such folder, or an object store cannot be read.
@@ -194,7 +219,7 @@ def open_saved(run: str | os.PathLike[str]) -> CheckpointFolder:
 def _some(
     run: str | os.PathLike[str], folders: dict[int, epath.Path], readable: dict[int, Manifest]
 ) -> dict[int, Manifest]:
-    """The checkpoints that can be read, of which there must be one."""
+    """Returns the checkpoints that can be read, and raises a UserError where there is none."""
     if not folders:
         raise UserError(f"{run} has no checkpoint yet")
     if not readable:
@@ -234,7 +259,7 @@ def _latest(readable: dict[int, Manifest]) -> int | None:
 
 
 def _best(readable: dict[int, Manifest]) -> int | None:
-    """The step kept as the best, by the config of the checkpoint saved last."""
+    """Returns the step that is kept as the best, by the config of the checkpoint saved last."""
     latest = _latest(readable)
     config = {} if latest is None else readable[latest].meta.get("config")
     keep = config.get("checkpoint") if isinstance(config, dict) else None
@@ -286,5 +311,5 @@ def _verdict(place: CheckpointFolder, step: int, folder: epath.Path, known: Know
 
 
 def _totals(leaves: list[SavedArray]) -> tuple[int, int]:
-    """Entries and bytes."""
+    """Returns the total entries and bytes of arrays."""
     return sum(math.prod(leaf.shape) for leaf in leaves), sum(leaf.bytes for leaf in leaves)
