@@ -1,4 +1,4 @@
-"""Rows of tables out of another run: by their original ids, wherever those lie there and here."""
+"""Table rows taken over from another run: rows are matched by original id, whatever their row numbers are."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from jaxops.tables.tables import evaluated
 
 
 def trained_tables(source: SavedRun) -> Mapping[str, TableSpec]:
-    """The specs of the tables of another run."""
+    """Returns the specs of the tables of another run."""
     served: Any = family_of(source.config.task).load(source)
     return served.tables
 
@@ -33,16 +33,16 @@ def carry_rows(
     source: SavedRun,
     match: str,
 ) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The tables with the rows that both runs have the id of, and how many of how many those are, by `tables/NAME`.
+    """Returns the tables with the rows whose id both runs have, and by `tables/NAME` (rows taken over, rows of it).
 
-    A row goes to the row here that has its id, wherever that lies; ids that are new stay fresh. Hashed rows are taken
-    over where salt and number of rows are the same.
+    A row is written to the row that has the same id in this run. Rows of ids that the other run lacks stay fresh.
+    Hashed rows are taken over where salt and number of rows are the same.
 
     Args:
-      config: of the run that begins; `transform` holds its id maps, `specs` its tables.
-      transform: named arrays.
-      specs: by table.
-      state: the tables' state, as stacks.
+      config: the config of the run that begins.
+      transform: its transform, which has its id maps, as named arrays.
+      specs: its tables by name.
+      state: the state of its tables, as stacks.
       ours: the specs of those stacks.
       source: the run to take rows from.
       match: a pattern that `tables/NAME` must match.
@@ -80,7 +80,7 @@ def carry_rows(
 def _shared(
     name: str, config: RecConfig, transform: Mapping[str, np.ndarray], source: SavedRun
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a table that are of the same id here and there, the unknown's among them."""
+    """Returns row numbers in this run and in the source that have the same id, with the row of unknown ids."""
     here, there = config.tables[name], source.config.tables.get(name)
     if there is None or here.ids.kind != there.ids.kind:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)

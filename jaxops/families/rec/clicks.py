@@ -1,4 +1,4 @@
-"""Click models put together: many features, binary cross-entropy, probabilities judged by order and by honesty."""
+"""Click models: a task from many features and binary cross-entropy, judged by AUC and calibration, and its serving."""
 
 import functools
 import os
@@ -40,10 +40,10 @@ from jaxops.tables.spec import TableSpec
 
 
 def build(loaded: Loaded[RecConfig], given: Given) -> Task:
-    """The task of a click model: every categorical feature of the data is read, each from the table that names it.
+    """Builds the task of a click model, which reads every categorical feature of the data from the table that names it.
 
     Raises:
-      UserError: the data cannot be opened; a feature without a table, or a table that nobody reads.
+      UserError: the data cannot be opened, a feature has no table, or nothing reads a table.
     """
     config = loaded.config
     if given.data is not None:
@@ -74,10 +74,17 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
 
 
 def build_click_model(config: RecConfig, given: Given, features: Mapping[str, bool], numeric: int, outputs: int) -> Any:
-    """The model that the config or Python names, for these features (name -> whether it is a bag).
+    """Builds the model that the config or Python names.
+
+    Args:
+      config: the run's config.
+      given: the factories of Python.
+      features: the categorical features, each with True where it is a bag.
+      numeric: the number of numeric features.
+      outputs: the number of labels.
 
     Raises:
-      UserError: the features do not suit the model, or a user's factory returned something that is none.
+      UserError: the features do not suit the model, or a user's factory returned something that is no click model.
     """
     table = {name: config.tables[owner] for name, owner in features_of(config.tables).items()}
     inputs = tuple(
@@ -92,7 +99,7 @@ def build_click_model(config: RecConfig, given: Given, features: Mapping[str, bo
 
 
 class ServedClicks:
-    """A trained click model: the probability of each label for rows of a file."""
+    """A trained click model, which predicts the probability of each label for rows of a file."""
 
     def __init__(self, saved: SavedRun):
         self.saved, config = saved, saved.config
@@ -127,13 +134,13 @@ class ServedClicks:
         batch: int = 512,
         **keywords: Any,
     ) -> pa.Table:
-        """The probability of each label, float32, for each row: with the columns that say whose it is, in order.
+        """Predicts the probability of each label, float32, for each row in order, beside the columns of its ids.
 
         Args:
           source: a file with the columns of the run's data, a pyarrow table or a data frame.
-          options: none of them means anything here.
-          say: gets what a person should know.
-          batch: rows at a time.
+          options: a click model takes none of them.
+          say: it is called with each line that a person should read.
+          batch: rows of a batch.
           keywords: the fields of `Predict`.
 
         Raises:
@@ -161,7 +168,7 @@ class ServedClicks:
         return jax.nn.sigmoid(logits.reshape(-1, len(self.labels)))
 
     def export(self, path: Path, options: Any = None, **keywords: Any) -> str:
-        """A click model has nothing of this kind to export.
+        """Raises an error, since a click model has no item vectors to export.
 
         Raises:
           UserError: always.
@@ -170,7 +177,7 @@ class ServedClicks:
         self.item_vectors()
 
     def item_vectors(self) -> NoReturn:
-        """A click model has no item vectors.
+        """Raises an error, since a click model has no item vectors.
 
         Raises:
           UserError: always.
@@ -178,7 +185,7 @@ class ServedClicks:
         raise UserError(f"{self.saved.config.model.kind} predicts clicks: it ranks no items and has no item vectors")
 
     def evaluate(self, parts: tuple[str, ...] = ("valid", "test")) -> dict[str, float]:
-        """Metrics on the run's own data, on the devices that are here.
+        """Returns metrics on the run's own data, computed on the devices of this machine.
 
         Raises:
           UserError: the data cannot be opened, or have changed.
@@ -187,7 +194,7 @@ class ServedClicks:
 
 
 def restore(saved: SavedRun) -> ServedClicks:
-    """The trained click model of a run.
+    """Restores the trained click model of a run.
 
     Raises:
       UserError: the run folder lacks a part of its transform.
@@ -196,17 +203,21 @@ def restore(saved: SavedRun) -> ServedClicks:
 
 
 def _reads(config: RecConfig) -> dict[str, tuple[str, ...]]:
-    """By table, the features that read it."""
+    """Returns the features of each table."""
     return {name: table.features or (name,) for name, table in config.tables.items()}
 
 
 def _sums(config: RecConfig, model: Any, data: ClickData) -> Callable[[Params, Mapping[str, Any]], Sums]:
-    """Of the first label under plain names, of the others as `auc[NAME]` and so on; GAUC of the first, by user."""
+    """Returns the function of evaluation sums.
+
+    Metrics of the first label have plain names, those of the others `auc[NAME]` and so on. GAUC is of the first label,
+    grouped by user.
+    """
     examples = data.examples
     by_user = "gauc" in config.evaluate.metrics and examples.user is not None
     groups = None
     if by_user and examples.user is not None:
-        label = np.where(examples.user < 0, np.nan, examples.labels[:, 0])  # examples of nobody are no group
+        label = np.where(examples.user < 0, np.nan, examples.labels[:, 0])  # examples without a user form no group
         groups = GroupAuc(label, examples.user)
 
     def sums(params: Params, batch: Mapping[str, Array]) -> Sums:

@@ -1,4 +1,4 @@
-"""The config of a recommender run: the sections of every run, and data, model, tables and objective of its own."""
+"""The config of a recommender run: the common sections, and its own data, model, tables and objective."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from jaxops.objectives.retrieval import InBatchSoftmax
 from jaxops.run.config import EarlyStop, Evaluate, RunConfig
 
 Sort = Literal["sequence", "retrieval", "click"]
-"""The three sorts of recommender: next items of a history, two towers, clicks of examples with features."""
+"""The three sorts of recommenders: next items of a history, two towers, and clicks on examples with features."""
 RecData = InteractionsConfig | ClickDataConfig | Annotated[ByPath, Factory(leading=0)]
 RecModel = (
     SASRecConfig
@@ -42,22 +42,22 @@ EXPECTED_DATA: Mapping[bool, str] = {
     True: "{model} learns from clicks: expected kind clicks, criteo or movielens_100k_clicks",
     False: "{model} learns from interactions: {got} is for dlrm, dcnv2 and linear",
 }
-"""By whether the model is a click model, what its data should be."""
+"""The error message for data of the wrong kind, under True for click models."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecEarlyStop(EarlyStop):
-    """Stop after `patience` evaluations without a better `metric` on validation."""
+    """Stops the run after `patience` evaluations without a better `metric` on validation."""
 
     metric: str = "ndcg@10"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecEvaluate(Evaluate):
-    """Every `every` steps on validation; at the end on validation and test, with the best checkpoint if one is kept.
+    """Evaluates every `every` steps on validation, and at the end on validation and test with the kept parameters.
 
-    `slices`: the same metrics of cold_user, warm_user, cold_item, warm_item (what training never saw, or did) and of
-    each value of a column of users, items or clicks.
+    `slices` adds the same metrics of parts of the data. A slice is cold_user or cold_item (training has no event of
+    it), warm_user or warm_item (it has), or a column of users, items or clicks, each value of which is a slice.
     """
 
     metrics: tuple[str, ...] = ("hr@10", "ndcg@10", "mrr@10")
@@ -66,7 +66,7 @@ class RecEvaluate(Evaluate):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecConfig(RunConfig):
-    """A recommender run."""
+    """The config of a recommender run."""
 
     task: str = "rec"
     data: RecData
@@ -77,19 +77,19 @@ class RecConfig(RunConfig):
 
     @property
     def sort(self) -> Sort:
-        """The sort of recommender; of a model of the user's own the data decide."""
+        """The sort of recommender; for a user's own model the data decide."""
         return self.model.sort or ("click" if self.data.sort == "clicks" else "sequence")  # type: ignore[return-value]
 
     def metric(self, name: str) -> Metric:
-        """The ranking or click metric of this name.
+        """Returns the ranking or click metric of this name.
 
         Raises:
-          UserError: another name; the message names the nearest right one.
+          UserError: there is no such metric; the message names the nearest right one.
         """
         return click_metric(name) if self.sort == "click" else ranking_metric(name)
 
     def problems(self) -> list[tuple[str, str]]:
-        """Everything that does not go together, whatever the machine (dotted path, message)."""
+        """Returns (dotted path, message) of everything that cannot work on any machine."""
         found = super().problems()
         sort, clicks = self.sort, self.sort == "click"
         if self.objective.sort not in ("", sort):
@@ -100,7 +100,10 @@ class RecConfig(RunConfig):
         return found + self.model.problems_in(self) + self.objective.problems_in(self)
 
     def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
-        """Everything that does not go on a mesh of these sizes; an axis of -1 is judged once the devices are known."""
+        """Returns (dotted path, message) of everything that cannot work on a mesh of these sizes.
+
+        An axis of -1 is checked again once the devices are known.
+        """
         found = super().mesh_problems(sizes) + self.model.mesh_problems(sizes)
         if sizes["sequence"] > 1:
             found.append(("mesh.sequence", f"{self.model.kind} has no sequence parallelism: leave it at 1"))

@@ -27,10 +27,10 @@ def build_data(config: RecConfig) -> Shown:
 
 
 def inspect_data(config: RecConfig) -> Shown:
-    """Counts, time range, lengths, the split and its hash, and what was dropped, of a config's interactions.
+    """Describes a config's interactions: counts, time range, lengths, the split and its hash, and what was dropped.
 
     Raises:
-      UserError: the data are no interactions, or cannot be read.
+      UserError: the data are not interactions, or cannot be read.
     """
     found = _not_by_path(config)
     if not isinstance(found, InteractionsConfig):

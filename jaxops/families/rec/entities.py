@@ -1,4 +1,4 @@
-"""Columns of users, items and events as table rows: encoded once for each, looked up by row in every batch."""
+"""Features of users, items and events as table rows: each entity is encoded once, and batches look its codes up."""
 
 import dataclasses
 import functools
@@ -23,14 +23,18 @@ RESERVED = frozenset(
     ("id", "event", "user", "item", "items", "seen", "target", "targets", "negatives", "target_item", "negative_item",
      "history", "weight", "log_q", "rows", "plan", "slots")
 )  # fmt: skip
-"""What else a batch of interactions has by name."""
+"""Names of the other entries of interaction batches, which no feature may have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EntityColumn:
-    """Values by row of their entity; a bag has a list a row and may have weights. `own`: the entity's own ids.
+    """One feature column of users, items or events.
 
-    `seen`: the values that training has, of which alone an id map is made (default: all).
+    Attributes:
+      values: one value for each row of the entity; a bag has lists.
+      own: true for the column of the entity's own ids.
+      weights: weights of a bag's values, with the same lengths.
+      seen: the values in training, which alone enter the id map (default: all values).
     """
 
     values: pa.Array
@@ -41,13 +45,13 @@ class EntityColumn:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """What features of users, items and events came to.
+    """Features of users, items and events, encoded as table rows.
 
     Attributes:
-      codes: by feature, the table rows by row of its entity, int32 [rows] or, of a bag, [rows, width] (-1: nothing).
-      specs: by table.
-      maps: id maps of values that are no ids of users or items, as named arrays.
-      weights: by bag that has them, float32 [rows, width].
+      codes: by feature, the table row of each entity row: int32 [rows], or [rows, width] for a bag (-1: nothing).
+      specs: the tables by name.
+      maps: the id maps of values that are not ids of users or items, as named arrays.
+      weights: by weighted bag, float32 [rows, width].
     """
 
     codes: dict[str, np.ndarray]
@@ -56,28 +60,34 @@ class Encoded:
     weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def columns(self, entries: Mapping[str, str]) -> dict[str, tuple[str, np.ndarray]]:
-        """Columns of a batch (interactions/events.py): of each feature its codes and weights, by rows of its entry."""
+        """Returns columns for batches (interactions/events.py): the codes and weights of each feature of `entries`.
+
+        `entries` names by feature the batch entry that holds the entity rows to look the codes up with.
+        """
         out = {name: (entry, self.codes[name]) for name, entry in entries.items() if name in self.codes}
         weights = {f"{name}{WEIGHT}": (entries[name], found) for name, found in self.weights.items() if name in entries}
         return out | weights
 
     def add_nobody(self, features: Collection[str]) -> None:
-        """Adds row -1 to these: of a user whom training never saw, or of no event. Unknown; of `user` itself nothing,
-        as no training example has an unknown one."""
+        """Appends one row to the codes of these features, which index -1 reads: an unknown user, or no event.
+
+        Its code is that of unknown values. For bags and for `user` itself it is nothing (-1), since no training example
+        has an unknown user.
+        """
         for name in features:
             self.codes[name] = _with_nobody(self.codes[name], name == "user")
             if name in self.weights:
                 self.weights[name] = np.pad(self.weights[name], ((0, 1), (0, 0)))
 
     def frozen(self, features: Collection[str]) -> dict[str, np.ndarray]:
-        """Named arrays for the run folder: what serving needs of these features, which it never encodes again."""
+        """Returns the named arrays by which serving restores these features, for the run folder."""
         rows = {f"table.{name}.rows": np.array([spec.rows]) for name, spec in self.specs.items()}
         weights = {f"weights.{feature}": self.weights[feature] for feature in features if feature in self.weights}
         return self.maps | rows | weights | {f"codes.{feature}": self.codes[feature] for feature in features}
 
 
 def _with_nobody(codes: np.ndarray, nothing: bool = False) -> np.ndarray:
-    """With a row for unknown values, or (as an empty bag is) for nothing."""
+    """Appends the code of unknown values, or that of nothing (for bags, and where asked)."""
     nobody = np.full((1, *codes.shape[1:]), -1 if nothing or codes.ndim > 1 else 0, codes.dtype)
     return np.concatenate([codes, nobody])
 
@@ -89,9 +99,14 @@ def restore_features(
     read: Callable[[str], np.ndarray],
     asked: Collection[str] = (),
 ) -> Encoded:
-    """What `Encoded.frozen` was taken of; `owner`: its features, some `weighted`; `read` gives arrays by name.
+    """Restores encoded features from the arrays of `Encoded.frozen`.
 
-    Features that are `asked` come with each query and have no codes here: `query_codes` makes them.
+    Args:
+      tables: the config's tables.
+      owner: the table of each feature.
+      weighted: the features that have weights.
+      read: returns an array of the transform by name.
+      asked: features whose values come with each query. They have no codes here; `query_codes` makes them.
     """
     specs = {}
     for name, table in tables.items():  # in the order of training, which is that of the rows in a stack
@@ -104,13 +119,13 @@ def restore_features(
 def restored_features(
     config: RecConfig, names: Collection[str], asked: Collection[str], read: Callable[[str], np.ndarray]
 ) -> Encoded:
-    """The frozen features of a trained model.
+    """Restores the frozen features of a trained model.
 
     Args:
-      config: of the run.
+      config: the config of the run.
       names: the features that the model reads.
-      asked: those of them that each query brings along.
-      read: gives the arrays of the run's transform.
+      asked: those of them whose values come with each query.
+      read: returns an array of the run's transform by name.
     """
     owner = features_of(config.tables)
     weighted = {name for file in side_files(config.data) for name in file.weights}
@@ -118,22 +133,30 @@ def restored_features(
 
 
 def side_files(data: Any) -> list[SideFile]:
-    """The side files that a data section names: those of users and of items."""
+    """Returns the side files of users and items that a data section names."""
     if not isinstance(data, InteractionsFile | ClicksFile):
         return []
     return [file for file in (data.user_features, data.item_features) if file is not None]
 
 
 def context_columns(data: Any) -> tuple[str, ...]:
-    """The context columns of events that a data section names."""
+    """Returns the context columns of events that a data section names."""
     return data.columns.context if isinstance(data, InteractionsFile) else ()
 
 
 def query_codes(
     tables: Mapping[str, TableConfig], values: Mapping[str, pa.Array], read: Callable[[str], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Table rows of what queries bring along, by feature, through the frozen id maps that `read` gives; row -1 of
-    nobody."""
+    """Encodes the values that come with queries through the frozen id maps; a last row (index -1) is for no event.
+
+    Args:
+      tables: the config's tables.
+      values: by feature, one value for each query or event.
+      read: returns an array of the run's transform by name.
+
+    Returns:
+      By feature, the table rows.
+    """
     owner, codes = features_of(tables), {}
     for feature, found in values.items():
         table = owner[feature]
@@ -147,18 +170,19 @@ def _named(read: Callable[[str], np.ndarray], table: str, part: str) -> np.ndarr
 
 
 def feature_names(data: RecData) -> list[str]:
-    """What a model could read: users and items themselves, and the columns of users, items and events."""
+    """Returns the features that a model can read: users and items themselves, and all columns of the data."""
     sides = [name for name in (*data.user_features, *data.item_features) if not name.endswith(WEIGHT)]
     return list(dict.fromkeys(["user", "item", *sides, *data.inter.contexts]))
 
 
 def feature_columns(data: RecData, names: Collection[str], reserved: Collection[str] = ()) -> dict[str, EntityColumn]:
-    """Those of these features that there are, by row of their entity; item row 0 is padding, and null in every column.
+    """Returns the columns of these features, as far as the data has them, by row of their entity.
 
-    Vocabularies of events' columns are of the training events alone. `reserved`: further names of batch entries.
+    Item row 0 is padding, and null in every column. Vocabularies of event columns are made from training events only.
+    `reserved` adds names of batch entries that no feature may have.
 
     Raises:
-      UserError: a feature named like an entry of batches, or that is a column of two of users, items and events.
+      UserError: a feature has the name of a batch entry, or is a column of two of users, items and events.
     """
     inter = data.inter
     asked = lambda columns: {name: values for name, values in columns.items() if name.removesuffix(WEIGHT) in names}
@@ -184,7 +208,7 @@ def feature_columns(data: RecData, names: Collection[str], reserved: Collection[
 
 
 def _check_names(named: Sequence[tuple[str, Iterable[str]]], reserved: Collection[str]) -> None:
-    """Every feature has a name of its own: batches are by name, and a later one would take an earlier one's place."""
+    """Checks that every feature has a name of its own, since an entry of a batch would replace another of its name."""
     owner: dict[str, str] = {}
     for path, names in named:
         for name in names:
@@ -200,9 +224,9 @@ def _check_names(named: Sequence[tuple[str, Iterable[str]]], reserved: Collectio
 def encode_features(
     tables: Mapping[str, TableConfig], owner: Mapping[str, str], columns: Mapping[str, EntityColumn]
 ) -> Encoded:
-    """Codes and specs of the features of `owner` (feature to table); features of one table share its id map.
+    """Encodes the features of `owner` (feature -> table); features of one table share its id map.
 
-    Vocabularies of users, items and their columns are of all that the data keeps, as item rows themselves are.
+    Vocabularies of users, items and their columns cover all rows that the data keeps, as item rows do.
     """
     codes: dict[str, np.ndarray] = {}
     specs: dict[str, TableSpec] = {}
@@ -215,7 +239,7 @@ def encode_features(
         seen = {id(one.values): flat(one.values if one.seen is None else one.seen) for one in mine.values()}
         if rows is None and isinstance(table.ids, Vocabulary) and len(whole) == len(mine) and len(seen) == 1:
             values = whole[0].values
-            first = int(values.null_count == 0)  # users: row 0 is left for unknown ones
+            first = int(values.null_count == 0)  # user rows begin at 1: row 0 is for unknown users
             codes |= dict.fromkeys(mine, np.arange(first, first + len(values), dtype=np.int32))
             specs[name] = table.spec(len(values) + first, features)
             maps[f"map.{name}.ids"] = values.drop_null().to_numpy(zero_copy_only=False)
@@ -223,7 +247,7 @@ def encode_features(
         fitted = fit_map(table.ids, name, joined(list(seen.values())), rows)
         called: dict[int, str] = {}
         for feature, column in mine.items():
-            # Features of one column (`item` and `history`) are one to a map that keeps features apart.
+            # Features of one column (`item` and `history`) have one name in a map that keeps features apart.
             same = called.setdefault(id(column.values), feature)
             codes[feature] = padded(column.values, fitted.encode(flat(column.values), same))
         specs[name] = table.spec(fitted.rows, features)

@@ -1,4 +1,4 @@
-"""The recommendation family: a config's sort of recommender says which module puts it together and reads it back."""
+"""The recommendation family: the config's sort of recommender chooses the module that builds and restores it."""
 
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from jaxops.run.task import Task
 
 
 class Recipe(Protocol):
-    """A module that knows one sort of recommender."""
+    """A module that builds and restores one sort of recommender."""
 
     def build(self, loaded: Loaded[Any], given: Given) -> Task: ...
 
@@ -33,7 +33,7 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
 
 
 def restore(saved: SavedRun) -> Served:
-    """The trained recommender of a run.
+    """Restores the trained recommender of a run.
 
     Raises:
       UserError: the run folder lacks a part of its transform.

@@ -1,4 +1,4 @@
-"""Whose next items are asked for: histories read from a file, and as batches that a trained ranker reads."""
+"""Histories of the users to predict for, read from a file, and the batches that a trained ranker reads."""
 
 import dataclasses
 import os
@@ -22,10 +22,16 @@ from jaxops.data.interactions.spec import Columns, InteractionsFile
 
 @dataclasses.dataclass(frozen=True)
 class Histories:
-    """Whose next items are asked for: original user ids and their item rows, oldest first, as CSR.
+    """The histories of users, in CSR form.
 
-    `unknown_users` have no event that the model knows and are left out, `unknown_items` counts events left out.
-    `context`, by name of the column: the circumstances that each user is asked for in; `along`: those of each event.
+    Attributes:
+      users: original user ids.
+      items: item rows of all histories, oldest first.
+      offsets: the history of user i is items[offsets[i]:offsets[i + 1]].
+      unknown_users: users left out, since they have no event that the model knows.
+      unknown_items: events left out, since the model does not know their item.
+      context: context columns of the prediction by name, one value for each user.
+      along: context columns of the events by name, one value for each event.
     """
 
     users: np.ndarray
@@ -44,19 +50,20 @@ def read_histories(
     context: Sequence[str] = (),
     along: Sequence[str] = (),
 ) -> Histories:
-    """Events (user, item, time) or, without an item column, users of the run's own data.
+    """Reads events (user, item, time) or, without an item column, users of the run's own data.
 
-    A user's context is that of the file's last row of them without an item (a query: nothing was chosen yet), else
-    that of their latest event.
+    The context of a user's prediction is taken from their last row without an item (a query), else from their latest
+    event.
 
     Args:
-      data: the run's data section, which says how the columns are called.
+      path: the file.
+      data: the run's data section, which has the names of the columns.
       item_ids: the items that the model knows.
-      context: the context columns in which the model is asked.
+      context: the context columns of the prediction that the model reads.
       along: the context columns of the history's events that the model reads.
 
     Raises:
-      UserError: the file cannot be read, or has no user column, or lacks one of `context` or `along`.
+      UserError: the file cannot be read, has no user column, or lacks one of `context` or `along`.
     """
     columns = data.columns if isinstance(data, InteractionsFile) else Columns()
     names = side.columns_of(str(path))
@@ -82,7 +89,7 @@ def read_histories(
         queries = given.filter(pc.is_null(side.column(given, columns.item)))
         at = np.full(inter.n_users + 1, -1)
         at[inter.user_ids.positions(side.column(queries, columns.user))] = np.arange(len(queries))
-        at = at[known]  # of who is not known, -1, the last place was
+        at = at[known]  # the position of unknown users, -1, is the last entry, which is dropped here
         brought = {name: _either(side.column(queries, name), at, values) for name, values in brought.items()}
     events = {name: inter.context_of(name, np.flatnonzero(keep)) for name in along}
     return Histories(users, rows[keep], offsets, inter.n_users - len(known), int((~keep).sum()), brought, events)
@@ -93,7 +100,7 @@ def _latest(inter: Interactions, users: Int64[np.ndarray, " users"], context: It
 
 
 def _either(first: pa.Array, at: Int64[np.ndarray, " n"], other: pa.Array) -> pa.Array:
-    """`first[at]`, or where that is -1 the other."""
+    """Returns `first[at]`, and the entry of `other` where `at` is -1."""
     first, other = joined([first, other]).slice(0, len(first)), joined([other, first]).slice(0, len(other))
     return pc.if_else(pa.array(at >= 0), first.take(pa.array(at, mask=at < 0)), other)
 
@@ -107,7 +114,7 @@ def _known(
     context: Sequence[str],
     along: Sequence[str],
 ) -> Histories:
-    """Users of the run's data; the file has the `given` columns of `context`: all, or none."""
+    """Reads users of the run's own data. `given` are the columns of `context` that the file has; it has all or none."""
     if isinstance(data, ByPath):
         raise UserError(f"{path} has no item column, and the run's data is a function: give events (user, item)")
     inter = open_data(data).inter
@@ -129,10 +136,10 @@ def _known(
 
 
 def same_items(known: Ids, values: np.ndarray) -> None:
-    """Whether data that was opened again has the items that a model was trained on.
+    """Checks that data that was opened again has the items that a model was trained on.
 
     Raises:
-      UserError: it has others.
+      UserError: it has other items.
     """
     if not np.array_equal(values, known.values):
         raise UserError(
@@ -142,11 +149,18 @@ def same_items(known: Ids, values: np.ndarray) -> None:
 
 
 class HistoryBatches:
-    """Batches of `size` histories: {"id" [B], "items" [B, length] latest last, 0 on the left, "seen" [B, S] all of
-    them, "user" [B]: `users` (the model's row of each, -1: nobody it knows)}, int32; the last one padded. And of the
-    items, [B, length], "users" and "events", rows of the histories' events, -1 where there is none.
+    """Batches of `size` histories, all entries int32; the last batch is padded.
 
-    S is as wide as the longest of all, so that there is one shape.
+    Entries: "id" [B]; "items" [B, length], latest last, padded with 0 on the left; "seen" [B, S], all items of the
+    history; "user" [B], the model's row of the user; "users" [B, length], the same for each item; "events" [B, length],
+    rows of the histories' events. Rows are -1 where there is none. S is the longest history of all, rounded up to a
+    multiple of 8, so that all batches have one shape.
+
+    Args:
+      given: the histories.
+      users: the model's row of each user, -1 for users that it does not know.
+      length: items of a history that the model reads.
+      size: histories of a batch.
     """
 
     def __init__(self, given: Histories, users: Int32[np.ndarray, " users"], length: int, size: int) -> None:
@@ -161,7 +175,7 @@ class HistoryBatches:
         return (self.rows(k, 0, self._size) for k in range(len(self)))
 
     def rows(self, k: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows `[start, stop)` of batch k alone."""
+        """Returns rows `[start, stop)` of batch k."""
         index = np.minimum(np.arange(k * self._size + start, k * self._size + stop), len(self._users) - 1)
         first, count = self._given.offsets[:-1][index], self._counts[index]
         column, wide = np.arange(self._length), np.arange(self._seen)

@@ -6,9 +6,11 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Predict:
-    """The options of `predict`: the `top` items of each user, and how the items are searched.
+    """The options of `predict`; a click model takes none of them.
 
-    `approx` finds nearly all and is faster on a TPU; `auto` takes it there alone. A model of clicks takes neither.
+    Attributes:
+      top: how many items each user gets.
+      index: the search of the items. `approx` finds nearly all and is faster on a TPU; `auto` uses it on TPUs only.
     """
 
     top: int | None = None

@@ -1,4 +1,4 @@
-"""A user's own model by import path: looked at before anything is compiled, and given what it left out."""
+"""A user's own model: it is checked before anything is compiled, and optional parts that it lacks are added."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -20,20 +20,20 @@ def require_parts(
     numbers: Sequence[str] = (),
     n_items: int | None = None,
 ) -> Any:
-    """The model of a user's factory, if it has `init(key)`, these methods and these positive whole numbers.
+    """Checks that a user's model has `init(key)`, these methods and these positive whole numbers, and returns it.
 
-    `rules` (none: parameters are replicated), `shapes` and `padding` are added where they are missing; to a model of
-    items also `n_items`, `logits` (products of states and item vectors) and `apply`.
+    `rules` (empty: parameters are replicated), `shapes` and `padding` are added where they are missing. A model of
+    items also gets `n_items`, `logits` (products of states and item vectors) and `apply`.
 
     Args:
-      model: what the factory returned.
-      what: what it should be, for the message.
-      methods: names of methods and the arguments that they are called with.
-      numbers: names of attributes.
-      n_items: the size of the catalogue, of a model of items.
+      model: the value that the factory returned.
+      what: names the expected kind of model in the error message.
+      methods: the names of methods, with the arguments of their calls.
+      numbers: the names of attributes that are positive whole numbers.
+      n_items: the size of the catalogue, for a model of items.
 
     Raises:
-      UserError: something is missing, or is not what it should be.
+      UserError: a part is missing, or is not what it should be.
     """
     name = f"model: what the factory returned ({type(model).__name__})"
     needed = {"init": ("key",), **methods}
@@ -60,7 +60,7 @@ def require_parts(
 
 
 def item_logits(model: Any, params: Any, hidden: Float[Array, "... dim"]) -> Float[Array, "... rows"]:
-    """Products of states with all item vectors, float32; rows that are no items are at -1e9."""
+    """Returns the products of states with all item vectors, float32, and -1e9 for rows that are not items."""
     vectors = model.item_vectors(params)
     scores = jnp.einsum("...d,vd->...v", hidden, vectors, preferred_element_type=jnp.float32)
     row = jnp.arange(vectors.shape[0])

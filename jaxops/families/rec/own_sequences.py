@@ -1,4 +1,4 @@
-"""A user's own source of sequences, by import path or from Python, looked at before anything is compiled."""
+"""A user's own source of sequences, by import path or from Python; it is checked before anything is compiled."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,12 +13,20 @@ from jaxops.run.callables import require_callable
 from jaxops.run.task import EvalBatches
 
 ITEMS = ("items", "targets", "target", "seen")
-"""Entries of a batch that hold items."""
+"""The entries of a batch that hold item rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """The data of a sequence model and the model that was built for them, wherever they are from."""
+    """The data of a sequence model, from files or from a user's source, and the model that was built for them.
+
+    Attributes:
+      model: the sequence model.
+      source: the training examples.
+      batches: for each part, a function from a batch size to the evaluation batches.
+      inspection: a description of the data.
+      item_ids: the original ids of items, in the order of their rows.
+    """
 
     model: Any
     source: Source
@@ -28,13 +36,13 @@ class Opened:
 
 
 def open_own(source: Any, config: RecConfig, build_model: Callable[[int], Any]) -> Opened:
-    """A user's source: `n_items`, `examples`, `batch(cursor, size)`; `valid` and `test` are optional.
+    """Opens a user's source, which has `n_items`, `examples`, `batch(cursor, size)`, and perhaps `valid` and `test`.
 
-    `valid` and `test` are functions of a batch size that return evaluation batches (see
-    data/interactions/queries.py). `build_model` gets the number of items.
+    `valid` and `test` are functions from a batch size to evaluation batches (see data/interactions/queries.py).
+    `build_model` is called with the number of items.
 
     Raises:
-      UserError: something is missing, or the first batches are not what they should be.
+      UserError: a part is missing, or the first batches are not what they should be.
     """
     name = f"data {config.data.kind}"
     missing = [part for part in ("n_items", "examples", "batch") if not hasattr(source, part)]
@@ -60,7 +68,7 @@ def open_own(source: Any, config: RecConfig, build_model: Callable[[int], Any]) 
 
 
 def _check_batch(name: str, source: Any, config: RecConfig, length: int) -> None:
-    """Looks at the first batches of a user's source before anything is compiled."""
+    """Checks the first batches of a user's source before anything is compiled."""
     size = config.batch.global_
     shapes: dict[str, tuple[int | None, ...]]
     shapes = {"id": (size,), "items": (size, length), "targets": (size, length), "weight": (size, length)}
@@ -83,7 +91,7 @@ def _check_batch(name: str, source: Any, config: RecConfig, length: int) -> None
 
 
 def _check_arrays(what: str, batch: Any, shapes: Mapping[str, tuple[int | None, ...]], n_items: int) -> None:
-    """Names, shapes (None: any size), kinds and the range of items."""
+    """Checks the names, shapes (None: any size) and dtypes of a batch's arrays, and the range of items."""
     if not isinstance(batch, Mapping):
         raise UserError(f"{what}: expected a dict of arrays ({', '.join(shapes)}), got {type(batch).__name__}")
     wrong = []

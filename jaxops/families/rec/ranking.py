@@ -1,4 +1,4 @@
-"""Models that rank items for users, whatever they are: what evaluation and serving ask of one."""
+"""Models that rank items for users, in the form that evaluation and serving use, whatever the model is."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from jaxops.run.weights import Weights
 from jaxops.tables.spec import TableSpec
 
 BASELINES = {"most_popular": "Most popular", "item_knn": "Item-kNN"}
-"""What a ranker has to beat, with names for people."""
+"""The baselines that a ranker is compared with, with names for people."""
 RANKED = (
     "Each target is ranked against the whole catalogue without the items its user has already seen; equal scores are"
     " ordered by item."
@@ -39,11 +39,13 @@ NOTE = "ranked over the whole catalogue, seen items removed"
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
-    """Vectors of all items, made by a pass over them; a scorer finds them as `params["catalogue"]` [rows, dim].
+    """Vectors of all items, made by a pass over the items; scorers read them from `params["catalogue"]` [rows, dim].
 
     Attributes:
-      batches: given a size, the items' features by row 0, 1, ... (what is beyond `rows` in the last is dropped).
-      vectors: (params, batch) -> [batch, dim].
+      rows: the number of item rows.
+      batches: a function from a batch size to batches of the items' features, in the order of rows. Entries of the last
+        batch beyond `rows` are dropped.
+      vectors: (params, batch) -> vectors [batch, dim].
     """
 
     rows: int
@@ -53,16 +55,20 @@ class Catalogue:
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """A model whose scores are products of a user's vector with those of the items.
+    """A model whose scores are products of a user's vector with the vectors of items.
 
     Attributes:
+      model: the model itself.
+      n_items: the number of items.
       length: how many of the latest items a query holds, `items` [batch, length].
-      queries: (params, batch) -> [batch, dim].
-      items: params -> [rows, dim]; row i is item i, 1 <= i <= n_items.
-      columns: features of a batch: the entry whose rows they are read by, and their codes by row.
-      context: columns of events that a query brings along, by name the entry whose rows they are read by: `id`, the
-        circumstances that are asked in, or `events`, those of each event of the history.
-      by_user: the model reads the row of the user who asks.
+      queries: (params, batch) -> vectors of users [batch, dim].
+      items: params -> vectors of items [rows, dim]; row i is item i, 1 <= i <= n_items.
+      columns: by feature, the batch entry with the rows to look it up, and its codes by row.
+      context: context columns whose values come with a query, each with the batch entry with the rows to look it up:
+        `id` for a column of the prediction, `events` for one of each event of the history.
+      tables: the embedding tables by name.
+      catalogue: the pass over all items, for a model whose item vectors are not a parameter.
+      by_user: true where the model reads the user's row.
     """
 
     model: Any
@@ -77,13 +83,13 @@ class Ranking:
     by_user: bool = False
 
     def scores(self, params: Params, batch: Mapping[str, Any]) -> Float[Array, "batch rows"]:
-        """The score of every item for each query, float32 out of the product itself: rounded scores would tie."""
+        """Returns the score of every item for each query. The product itself is float32, since rounded scores tie."""
         users, items = self.queries(params, batch), self.items(params)
         return jnp.einsum("ud,id->ui", users, items, preferred_element_type=jnp.float32)
 
 
 def with_catalogue(catalogue: Catalogue, passes: Passes, weights: Weights) -> Weights:
-    """The weights with the vectors of all items beside them, as `params["catalogue"]`."""
+    """Computes the vectors of all items and returns the weights with them as `params["catalogue"]`."""
     parts = passes.over("catalogue", catalogue.vectors, weights, catalogue.batches(passes.size))
     vectors = jnp.concatenate(list(parts))[: catalogue.rows]
     return Weights({**weights.params, "catalogue": vectors}, weights.tables)
@@ -92,7 +98,7 @@ def with_catalogue(catalogue: Catalogue, passes: Passes, weights: Weights) -> We
 def ranking_evaluation(
     ranking: Ranking, metrics: tuple[str, ...], batches: Mapping[str, Callable[[int], EvalBatches]]
 ) -> BatchedEvaluation:
-    """The evaluation of a ranker over the whole catalogue, and over the slices that its batches carry."""
+    """Returns the evaluation of a ranker over the whole catalogue, on all queries and on the slices in its batches."""
 
     def sums(params: Params, batch: Mapping[str, Array]) -> Sums:
         scores = ranking.scores(params, batch)
@@ -105,7 +111,7 @@ def ranking_evaluation(
 
 
 def baselines(data: RecData, evaluate: Evaluate) -> dict[str, dict[str, float]]:
-    """What most-popular and item-kNN reach on the same queries, as {"item_knn": {"valid/hr@10": ...}}."""
+    """Computes the metrics of most-popular and item-kNN on the same queries: {"item_knn": {"valid/hr@10": ...}}."""
     inter, split = data.inter, data.split
     slices = slice_columns(evaluate.slices, data)
     out: dict[str, dict[str, float]] = {}
@@ -131,7 +137,7 @@ def baselines(data: RecData, evaluate: Evaluate) -> dict[str, dict[str, float]]:
 
 
 def about(config: RecConfig, inspection: dict[str, Any]) -> About:
-    """What people read of a ranker; of data of the user's own nothing is known."""
+    """Returns the description of a ranker for people; `inspection` is empty for data of the user's own."""
     return About(
         model=getattr(type(config.model), "label", config.model.kind),
         labels=BASELINES,

@@ -1,4 +1,4 @@
-"""Two-tower retrieval put together: features of users and items, in-batch softmax with logQ, full ranking."""
+"""Two-tower retrieval: a task from features of users and items, in-batch softmax with logQ, and full ranking."""
 
 import functools
 from typing import Any
@@ -37,14 +37,14 @@ from jaxops.run.saved_run import SavedRun
 from jaxops.run.task import EvalBatches, Task, of_config
 
 HISTORY = "history"
-"""The feature that holds what a user did before: a bag of items, which shares the items' ids."""
+"""The feature of a user's earlier items: a bag of items that shares the items' ids."""
 
 
 def build(loaded: Loaded[RecConfig], given: Given) -> Task:
-    """The task of `model: {kind: two_tower}`.
+    """Builds the task of `model: {kind: two_tower}`.
 
     Raises:
-      UserError: a feature that the data lacks, that has no table, or a table that nobody reads.
+      UserError: the data lacks a feature, a feature has no table, or nothing reads a table.
     """
     config = loaded.config
     assert isinstance(config.model, TwoTowerConfig)
@@ -92,7 +92,7 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
 
 
 def restore(saved: SavedRun) -> ServedRanking:
-    """The trained two-tower model of a run.
+    """Restores the trained two-tower model of a run.
 
     Raises:
       UserError: the run folder lacks a part of its transform.
@@ -105,7 +105,7 @@ def restore(saved: SavedRun) -> ServedRanking:
 
 
 def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Ranking:
-    """Both towers for these features."""
+    """Builds the ranking of both towers for these features."""
     assert isinstance(config.model, TwoTowerConfig)
     features = TowerFeatures(*(_inputs(names, config, encoded) for names in (config.model.user, config.model.item)))
     model = config.model.build(features)
@@ -133,13 +133,13 @@ def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Rank
 
 
 def query_context(config: RecConfig) -> tuple[str, ...]:
-    """The context columns that the user's tower reads: a query brings them along."""
+    """Returns the context columns that the user's tower reads; their values come with each query."""
     assert isinstance(config.model, TwoTowerConfig)
     return tuple(name for name in config.model.user if name in context_columns(config.data))
 
 
 def _encoded(config: RecConfig, data: RecData) -> Encoded:
-    """Codes and specs of the features that both towers read."""
+    """Encodes the features that both towers read."""
     model = config.model
     assert isinstance(model, TwoTowerConfig)
     context = data.inter.contexts
@@ -160,7 +160,7 @@ def _encoded(config: RecConfig, data: RecData) -> Encoded:
     encoded = encode_features(config.tables, owner, {**found, HISTORY: found["item"]})
     if HISTORY in encoded.codes:
         codes = encoded.codes[HISTORY].copy()
-        codes[0] = -1  # fewer items than fit the bag
+        codes[0] = -1  # item row 0 is padding: the user has fewer items than the bag holds
         encoded.codes[HISTORY] = codes
     encoded.add_nobody([name for name in model.user if name not in (HISTORY, *context)])
     return encoded
@@ -180,7 +180,7 @@ def _extras(objective: Any, encoded: Encoded) -> dict[str, Extra]:
 
 
 def frequencies(items: int, decay: float) -> Extra:
-    """How often items come up, counted in the state; a step reads what was known before it."""
+    """Returns the extra that counts in the state how often items occur; a step reads the counts before it."""
     return Extra(
         init=lambda params: no_frequencies(items),
         update=lambda value, params, sums, step, batch: count_items(value, batch["item"], decay),

@@ -1,6 +1,6 @@
-"""Sequence models on tables: of their items, and of what is known of them, of the user and of the history's events.
+"""Sequence models that read tables: of items and their features, of the user, and of the history's events.
 
-Evaluation makes the vectors of the whole catalogue; no step does.
+Evaluation computes the vectors of the whole catalogue; a training step never does.
 """
 
 import dataclasses
@@ -31,25 +31,25 @@ from jaxops.run.batched import BatchedEvaluation
 from jaxops.run.task import EvalBatches, Task
 
 ITEM, TARGET, NEGATIVE = "item", "target_item", "negative_item"
-"""Features of the items' table: what was seen, what comes next, and what did not."""
+"""Features that read the items' table: items of the history, target items, and sampled negatives."""
 PLACES = ("events", "users", "segment", "position")
-"""Entries that batches of sequences have beside those of all interactions."""
+"""Entries that sequence batches have beside those of all interaction batches."""
 
 
 def table_inputs(config: RecConfig) -> tuple[str, ...]:
-    """The features that the model reads from tables; none of a model whose item matrix is a parameter."""
+    """Returns the features that the model reads from tables; none where the item matrix is a parameter."""
     return config.model.inputs if isinstance(config.model, SASRecConfig) else ()
 
 
 def event_context(config: RecConfig) -> tuple[str, ...]:
-    """The inputs that are context columns of the history's events."""
+    """Returns the inputs that are context columns of the history's events."""
     return tuple(name for name in table_inputs(config) if name in context_columns(config.data))
 
 
 def entries_of(config: RecConfig) -> dict[str, str]:
-    """By input, the entry of a batch whose rows tell its own at each place of a sequence.
+    """Returns by input the batch entry that holds, at each position of a sequence, the row to look the input up.
 
-    `items` for the items themselves, `users` for the users whose places they are, `events` for their events.
+    The entry is `items` for inputs of items, `users` for those of users, and `events` for those of events.
     """
     users, context = {"user", *user_columns(config.data)}, event_context(config)
     where = lambda name: "events" if name in context else "users" if name in users else "items"
@@ -57,11 +57,19 @@ def entries_of(config: RecConfig) -> dict[str, str]:
 
 
 def read_inputs_from_tables(task: Task, ranking: Ranking, config: RecConfig, data: RecData) -> Task:
-    """The task of a model with `model.inputs`: its batches read tables, its item matrix is made by evaluation.
+    """Returns the task of a model with `model.inputs`, whose batches read tables.
+
+    Its evaluation computes the item matrix.
+
+    Args:
+      task: the task without tables.
+      ranking: the ranking of the model.
+      config: the run's config.
+      data: the opened data.
 
     Raises:
-      UserError: inputs that do not begin with `item`; an input that the data lacks or that has no table; a table that
-        nobody reads.
+      UserError: the inputs do not begin with `item`, the data lacks an input, an input has no table, or nothing reads a
+        table.
     """
     inputs = table_inputs(config)
     if inputs[0] != ITEM:
@@ -98,7 +106,7 @@ def read_inputs_from_tables(task: Task, ranking: Ranking, config: RecConfig, dat
 
 
 def with_tables(ranking: Ranking, config: RecConfig, encoded: Encoded) -> Ranking:
-    """The ranking of a model whose inputs are `encoded`: its items' vectors are the rows of their table."""
+    """Returns the ranking of a model with these encoded inputs; its item vectors are the rows of the items' table."""
     entries = entries_of(config)
     columns = encoded.columns(entries)
     of_items = {ITEM: columns[ITEM]}
@@ -119,7 +127,7 @@ def with_tables(ranking: Ranking, config: RecConfig, encoded: Encoded) -> Rankin
 
 
 def restored_inputs(config: RecConfig, read: Callable[[str], np.ndarray]) -> Encoded:
-    """The frozen features of a trained model's inputs, of which `read` gives the arrays."""
+    """Restores the frozen features of a trained model's inputs; `read` returns an array of the transform by name."""
     return restored(config, table_inputs(config), event_context(config), read)
 
 

@@ -1,4 +1,4 @@
-"""Sequence models put together: interactions, SASRec or a user's own model, a ranking loss, the whole catalogue."""
+"""Sequence models: a task from interactions, SASRec or a user's own model, a ranking loss, and full ranking."""
 
 import functools
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from jaxops.run.task import EvalBatches, Task, of_config
 
 
 def build(loaded: Loaded[RecConfig], given: Given) -> Task:
-    """The task of a sequence model.
+    """Builds the task of a sequence model.
 
     Raises:
       UserError: the data cannot be opened, or does not fit the config.
@@ -73,10 +73,10 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
 
 
 def build_sequence_model(config: RecConfig, given: Given, n_items: int) -> Any:
-    """The model that the config or Python names, for a catalogue of this size; it has a `length`.
+    """Builds the model that the config or Python names, for a catalogue of `n_items` items.
 
     Raises:
-      UserError: a user's factory returned something that is no sequence model.
+      UserError: a user's factory returned something that is not a sequence model.
     """
     owner = features_of(config.tables)
     pools = {name: config.tables[owner[name]].pool for name in table_inputs(config) if name in owner}
@@ -90,13 +90,13 @@ def build_sequence_model(config: RecConfig, given: Given, n_items: int) -> Any:
 
 
 def ranking_of(model: Any) -> Ranking:
-    """A sequence model as evaluation and serving ask it: its last position is the query."""
+    """Returns a sequence model as evaluation and serving use it; the state at the last position is the query vector."""
     queries = lambda params, batch: model.encode(params, batch, None)[:, -1]
     return Ranking(model, model.n_items, model.length, queries, model.item_vectors)
 
 
 def restore(saved: SavedRun) -> ServedRanking:
-    """The trained sequence model of a run.
+    """Restores the trained sequence model of a run.
 
     Raises:
       UserError: the run folder lacks a part of its transform.

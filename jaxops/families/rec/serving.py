@@ -1,6 +1,7 @@
-"""A trained ranker out of its run folder: the best items for users, item vectors, metrics on the run's own data.
+"""A trained ranker of a run folder: it gives the best items for users, item vectors, and metrics on the run's own data.
 
-The transform (original ids, id maps, features, statistics) is frozen in the run folder: serving sees what training saw.
+The transform (original ids, id maps, features, statistics) is frozen in the run folder, so that serving sees the same
+inputs as training.
 """
 
 import functools
@@ -30,16 +31,17 @@ from jaxops.run.weights import Weights
 from jaxops.tables.spec import TableSpec
 
 TOP = 10
-"""Items a user, where nothing else is asked for."""
+"""The default number of items for each user."""
 
 
 class ServedRanking:
     """A trained ranker with its frozen transform.
 
     Attributes:
-      saved: the run that it is of.
-      ranking: the model as it is asked.
-      item_ids: the original ids of items by row; `user_ids` those of users, of a model that reads them.
+      saved: the run that trained it.
+      ranking: the model in the form that serving uses.
+      item_ids: the original ids of items by row.
+      user_ids: the original ids of users by row, for a model that reads them.
     """
 
     def __init__(self, saved: SavedRun, ranking: Ranking, item_ids: Ids, user_ids: Ids | None = None):
@@ -49,7 +51,7 @@ class ServedRanking:
 
     @property
     def model(self) -> Any:
-        """The model as training has it, whose methods take `params`."""
+        """The model as in training; its methods take `params`."""
         return self.ranking.model
 
     @property
@@ -73,9 +75,9 @@ class ServedRanking:
         return self.saved.step
 
     def histories(self, source: Any) -> Histories:
-        """Reads whom to predict for: events (user, item, time) or, with a user column alone, users of the run's data.
+        """Reads histories: events (user, item, time) or, with a user column alone, users of the run's data.
 
-        Items that the model does not know are left out of a history and counted; so are users it has no history of.
+        Items that the model does not know, and users without a known item, are left out and counted.
 
         Raises:
           UserError: the source cannot be read, or has no user column.
@@ -92,17 +94,18 @@ class ServedRanking:
         batch: int = 512,
         **keywords: Any,
     ) -> pa.Table:
-        """The best items that each user has not seen: user, rank (from 1), item, score; original ids.
+        """Predicts the best items that each user has not seen: columns user, rank (from 1), item, score; original ids.
 
         Args:
           source: a file as in `histories`, a pyarrow table, a data frame, or histories.
-          options: how many items, and how they are searched; a number alone is how many.
-          say: gets what a person should know: who was left out, and the recall of an approximate search.
-          batch: users at a time.
+          options: the number of items and their search; an integer is the number of items.
+          say: it is called with each line that a person should read: users left out, and the recall of an approximate
+            search.
+          batch: users of a batch.
           keywords: the fields of `Predict`, where `options` is left out.
 
         Raises:
-          UserError: what `histories` raises; `top` is below one.
+          UserError: the source does not fit (see `histories`), or `top` is below one.
         """
         wanted = Predict(top=options) if isinstance(options, int) else options or Predict(**keywords)
         top, method = TOP if wanted.top is None else wanted.top, wanted.index or "auto"
@@ -134,34 +137,34 @@ class ServedRanking:
         return pa.table({name: pa.array(np.concatenate(parts)) for name, parts in columns.items()})
 
     def index(self, method: str = "auto") -> Index:
-        """The items' vectors, to be searched by those of users; on all devices that are here.
+        """Returns the index of item vectors over all devices of this machine, which vectors of users search.
 
         Raises:
-          UserError: an unknown method.
+          UserError: the method is unknown.
         """
         if method not in self._indices:
             self._indices[method] = Index(self._items, self.saved.mesh, real=self.ranking.n_items, method=method)
         return self._indices[method]
 
     def recall(self, source: Any, top: int = TOP, *, method: str = "auto") -> float:
-        """The share of the exact best items that `predict` with this method finds, of the first 512 users.
+        """Returns the share of the exact best items that `predict` with this method finds, for the first 512 users.
 
         Raises:
-          UserError: as `predict`.
+          UserError: the source does not fit, or `top` is below one.
         """
         given = source if isinstance(source, Histories) else self.histories(source)
         _, vectors, seen = next(self._vectors(given, 512))
         return self.index(method).recall(vectors[: len(given.users)], top, seen[: len(given.users)])
 
     def item_vectors(self) -> pa.Table:
-        """Original item ids and their vectors: item, vector (fixed-size list of float32)."""
+        """Returns the original item ids and their vectors: columns item, vector (fixed-size list of float32)."""
         rows = np.arange(1, self.ranking.n_items + 1)
         vectors = np.asarray(self._items, np.float32)[rows]
         flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         return pa.table({"item": pa.array(self.item_ids.originals(rows)), "vector": flat})
 
     def export(self, path: Path, options: Export | None = None, **keywords: Any) -> str:
-        """Writes the item vectors to a Parquet file (or into a folder); what was written, for people.
+        """Writes the item vectors to a Parquet file (or into a folder); returns one line for people.
 
         Raises:
           UserError: the path cannot be written.
@@ -170,7 +173,7 @@ class ServedRanking:
         return write_parquet(path, self.item_vectors, "item vector")
 
     def evaluate(self, parts: tuple[str, ...] = ("valid", "test")) -> dict[str, float]:
-        """Metrics on the run's own data, on the devices that are here.
+        """Returns metrics on the run's own data, computed on the devices of this machine.
 
         Raises:
           UserError: the data cannot be opened, or have changed.
@@ -184,18 +187,18 @@ class ServedRanking:
         return evaluate_saved(self.saved, parts, check)
 
     def _context(self, entry: str) -> list[str]:
-        """The columns that a query brings along, by the entry of its batch that tells their rows."""
+        """Returns the context columns that come with a query and are looked up by this batch entry."""
         return [name for name, found in self.ranking.context.items() if found == entry]
 
     def _passes(self, size: int) -> Passes:
-        """Passes over batches of this size; kept, as is every index, for what it has compiled."""
+        """Returns passes over batches of this size. They are kept, since they hold compiled functions."""
         if size not in self._passes_by_size:
             self._passes_by_size[size] = self.saved.passes(self.ranking.tables, size)
         return self._passes_by_size[size]
 
     @functools.cached_property
     def _weights(self) -> Weights:
-        """Everything on the mesh, and once: with every batch of users it would take longer than their answers."""
+        """The weights on the mesh. They are placed once, since placing them takes longer than one batch of users."""
         passes, catalogue = self._passes(512), self.ranking.catalogue
         weights = self.saved.placed(passes)
         if catalogue is None:
@@ -205,13 +208,13 @@ class ServedRanking:
 
     @functools.cached_property
     def _items(self) -> np.ndarray:
-        """Vectors of all items by row, in the dtype that scores are computed in."""
+        """The vectors of all items by row, in the dtype of the computation."""
         with jax.set_mesh(self.saved.mesh):
             vectors = self.ranking.items(self._weights.params)
             return np.asarray(vectors.astype(self.config.precision.compute))
 
     def _vectors(self, given: Histories, size: int) -> Iterator[tuple[int, Any, Any]]:
-        """By batches: the first user, the users' vectors and the items they have seen; the last batch padded."""
+        """Yields (first user, vectors of users, items they have seen) for each batch; the last batch is padded."""
         ranking, passes = self.ranking, self._passes(size)
         users = np.full(len(given.users), -1) if self.user_ids is None else self.user_ids.rows(given.users)
         values = {**given.context, **given.along}
@@ -231,10 +234,10 @@ class ServedRanking:
 
 
 def same_transform(saved: SavedRun, transform: Mapping[str, np.ndarray]) -> None:
-    """Refuses data, opened again, whose values lie in other rows than training gave them.
+    """Checks that data that was opened again has its values in the same rows as in training.
 
     Raises:
-      UserError: they do.
+      UserError: the transform differs.
     """
     for name in (name for name in transform if name.startswith(("map.", "table.", "numeric."))):
         if not np.array_equal(_text(transform[name]), _text(saved.transform(name))):
@@ -246,7 +249,7 @@ def same_transform(saved: SavedRun, transform: Mapping[str, np.ndarray]) -> None
 
 
 def _text(values: np.ndarray) -> np.ndarray:
-    """The values as they compare with what was written and read again: bytes as text."""
+    """Converts bytes and objects to text, so that values compare with values that were written and read again."""
     if values.dtype.kind == "S":
         return np.char.decode(values, "utf-8")
     return values.astype(str) if values.dtype.kind == "O" else values

@@ -1,4 +1,4 @@
-"""Slices of a ranking evaluation: by the target item, its event's context, or the user, of each query."""
+"""Slices of a ranking evaluation, by the target item, its event's context, or the user of each query."""
 
 from collections.abc import Callable, Mapping
 
@@ -16,12 +16,12 @@ Columns = Mapping[str, tuple[str, np.ndarray]]
 
 
 def slice_columns(names: tuple[str, ...], data: RecData) -> dict[str, tuple[str, np.ndarray]]:
-    """By batch entry `slice/NAME`, the entry whose rows it is read by and which rows belong: columns for a batch.
+    """Returns columns for batches: by entry `slice/NAME`, the batch entry with the rows to look up, and a mask by row.
 
-    Cold is who has no event in training: a target item, or a user.
+    A target item or a user is cold if it has no event in training.
 
     Raises:
-      UserError: no such slice, or a column of too many values.
+      UserError: there is no such slice, or a column has too many values.
     """
     inter, split = data.inter, data.split
     position = np.arange(inter.n_events) - inter.offsets[:-1].repeat(inter.lengths)
@@ -49,12 +49,12 @@ def slice_columns(names: tuple[str, ...], data: RecData) -> dict[str, tuple[str,
 
 
 def with_slice_columns(batches: Callable[[int], EvalBatches], columns: Columns) -> Callable[[int], EvalBatches]:
-    """Evaluation batches that carry these slices."""
+    """Returns evaluation batches that also have these slices."""
     return (lambda size: ColumnBatches(batches(size), columns)) if columns else batches
 
 
 def slice_masks(columns: Columns, inter: Interactions, queries: Queries) -> dict[str, np.ndarray]:
-    """By the slice's name, which queries belong to it: what the batches of `with_slice_columns` say, all at once."""
+    """Returns by slice the mask of its queries, equal to those in the batches of `with_slice_columns`."""
     asked = {"user": queries.user, "target": queries.target, "event": inter.offsets[queries.user] + queries.history}
     found = with_columns(asked, columns)
     return {name.removeprefix(SLICE): found[name] for name in columns}

@@ -1,4 +1,4 @@
-"""The `tables:` section: how a user writes down an embedding table, and the spec that it becomes."""
+"""The `tables:` section of a config: an embedding table as a user writes it, and the spec that it becomes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,12 +16,21 @@ Positive = Annotated[int, Field(ge=1)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    """An embedding table for the features named (default: the one of the table's own name); row 0 is for unknown ids.
+    """An embedding table; row 0 is for unknown ids.
 
-    `rows: auto` is as many as the vocabulary needs; hashing and ranges must be told. `ema` is the decay of a moving
-    average of the rows, which is evaluated and served, as `optimizer.ema` is of the parameters. Rows begin as draws of
-    `init`: a normal with standard deviation `scale`, or uniform between -scale and scale. `pool`: what becomes of the
-    rows of a bag.
+    Attributes:
+      dim: the width of a row.
+      rows: the number of rows. `auto` takes as many as the vocabulary needs; hashed ids and ranges need a number.
+      features: the features that read the table (default: the one with the table's own name).
+      ids: the map from ids to rows.
+      dtype: the dtype of the rows.
+      init: the distribution of fresh rows: normal with standard deviation `scale`, or uniform in [-scale, scale].
+      scale: the scale of fresh rows.
+      optimizer: the sparse optimizer of the rows.
+      pool: how the rows of a bag are combined.
+      placement: how the table is placed on the mesh.
+      ema: the decay of a moving average of the rows, which is evaluated and served (like `optimizer.ema`).
+      capacity: rows that a device requests from another in one exchange (default: measured on a first batch).
     """
 
     dim: Positive
@@ -38,7 +47,7 @@ class TableConfig:
     capacity: Positive | None = None
 
     def problems(self) -> list[tuple[str, str]]:
-        """What no other section could make right (dotted path, message)."""
+        """Returns (dotted path, message) of everything that is wrong whatever the other sections say."""
         found = [(f"optimizer.{name}", what) for name, what in self.optimizer.problems()]
         if isinstance(self.ids, Hashed | Range) and self.rows == "auto":
             found.append(("rows", f"ids: {self.ids.kind} needs a number of rows"))
@@ -49,7 +58,7 @@ class TableConfig:
         return found
 
     def spec(self, rows: int, features: tuple[str, ...]) -> TableSpec:
-        """The table as it is built, once its rows are counted."""
+        """Returns the spec of the table, once its rows are counted."""
         return TableSpec(
             rows=rows,
             dim=self.dim,
@@ -65,10 +74,10 @@ class TableConfig:
 
 
 def features_of(tables: Mapping[str, TableConfig]) -> dict[str, str]:
-    """The table of each feature.
+    """Returns the table of each feature.
 
     Raises:
-      UserError: a feature is read from two tables.
+      UserError: two tables name one feature.
     """
     owner: dict[str, str] = {}
     for name, table in tables.items():
@@ -79,14 +88,15 @@ def features_of(tables: Mapping[str, TableConfig]) -> dict[str, str]:
 
 
 def match(tables: Mapping[str, TableConfig], wanted: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
-    """The table of each wanted feature: all have one, and no table is left over.
+    """Returns the table of each wanted feature, and checks that every feature has one and that every table is read.
 
     Args:
-      wanted: the features that the model reads, with the path of the config that says so.
-      known: the features that the data has, with what they are.
+      tables: the config's tables.
+      wanted: the features that the model reads, with the path in the config that names them.
+      known: the features that the data has, with a word for each.
 
     Raises:
-      UserError: a feature that the data lacks or that has no table; a table that nobody reads.
+      UserError: the data lacks a feature, a feature has no table, or nothing reads a table.
     """
     owner = features_of(tables)
     for feature, path in wanted.items():

@@ -200,7 +200,7 @@ class Mirror:
                 return
 
     def _let_go(self, failed: BaseException | None) -> None:
-        """Pushes a last time, with a few attempts, and gives the lease up. An error of the run itself takes precedence."""
+        """Pushes a last time, with a few attempts, and gives the lease up. An error of the run itself goes first."""
         trouble: BaseException | None = None
         for pause in (0.0, EVERY / 5, EVERY):
             time.sleep(pause)
