@@ -1,4 +1,4 @@
-"""`jaxops ckpt list | show | verify | export RUN`: what checkpoints hold, whether they are whole, a copy of one."""
+"""`jaxops ckpt list | show | verify | export RUN`: the contents of checkpoints, their verification, a copy of one."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The action that was asked for."""
+    """Runs the action that the arguments name and returns the exit status."""
     return {"list": _list, "show": _show, "verify": _verify, "export": _export}[args.action](args)
 
 

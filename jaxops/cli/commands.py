@@ -1,4 +1,4 @@
-"""The commands: each takes the parsed arguments, calls one function of the library, prints, returns the status."""
+"""The commands. Each takes the parsed arguments, calls one function of the library, prints, and returns the status."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from jaxops.run.build import build_task, load_config
 
 
 def train(args: argparse.Namespace) -> int:
-    """`jaxops train CONFIG [a.b=VALUE ...] [--smoke]`."""
+    """Runs `jaxops train CONFIG [a.b=VALUE ...] [--smoke]`."""
     from jaxops.core import distributed
     from jaxops.run.fit import fit
 
@@ -30,7 +30,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def _smoke(args: argparse.Namespace) -> int:
-    """Two steps, evaluation and a save; then a third step from what was restored. Nothing is left behind."""
+    """Trains two steps, evaluates and saves, then restores and trains a third step. Nothing is left behind."""
     from jaxops.core import distributed
     from jaxops.run.fit import fit
     from jaxops.run.load import load
@@ -61,7 +61,7 @@ def _smoke(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """`jaxops evaluate RUN`."""
+    """Runs `jaxops evaluate RUN`."""
     from jaxops.run.load import load
     from jaxops.run.progress import results_table
 
@@ -76,7 +76,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """`jaxops predict RUN SOURCE [--OPTION VALUE ...] --out OUT`; the options are those of the run's family."""
+    """Runs `jaxops predict RUN SOURCE [--OPTION VALUE ...] --out OUT` with the options of the run's family."""
     from jaxops.run.load import open_saved_run
     from jaxops.run.outputs import parquet_target, write_parquet
 
@@ -90,7 +90,7 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """`jaxops export RUN OUT [--OPTION VALUE ...]`; the options are those of the run's family."""
+    """Runs `jaxops export RUN OUT [--OPTION VALUE ...]` with the options of the run's family."""
     from jaxops.run.load import open_saved_run
 
     family, options = _family_options(args, "export")
@@ -99,10 +99,10 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _family_options(args: argparse.Namespace, command: str) -> tuple[Any, Any]:
-    """The family of a run and the options that were given for one of its commands, read as a config is.
+    """Returns the family of a run, and the options of one of its commands, read like a config.
 
     Raises:
-      UserError: no run, or an option that its family does not have.
+      UserError: there is no such run, or its family does not have an option.
     """
     from jaxops.cli.options import read_options
     from jaxops.run.family import family_of
@@ -113,7 +113,7 @@ def _family_options(args: argparse.Namespace, command: str) -> tuple[Any, Any]:
 
 
 def config(args: argparse.Namespace) -> int:
-    """`jaxops config CONFIG` and `jaxops config --diff A B`."""
+    """Runs `jaxops config CONFIG` and `jaxops config --diff A B`."""
     if args.diff:
         a, b = (_resolved(name) for name in args.diff)
         rows = differences(a, b)
@@ -136,17 +136,19 @@ def config(args: argparse.Namespace) -> int:
 
 
 def _resolved(name: str) -> dict[str, Any]:
-    """The resolved config of a file, a shipped name or a run folder."""
+    """Returns the resolved config of a file, a shipped name or a run folder."""
     from jaxops.run.folder.run_folder import RunFolder
 
     return RunFolder(name).config() if "://" in name or Path(name).is_dir() else load_config(name).resolved
 
 
 def shardings(args: argparse.Namespace) -> int:
-    """`jaxops shardings CONFIG`: parameter, shape, spec, bytes a device; tables, their placement and its runner-up.
+    """Runs `jaxops shardings CONFIG`.
+
+    It prints path, shape, spec and bytes a device of each parameter, and each table's placement with its runner-up.
 
     Raises:
-      UserError: after all of it, where kernels are multiplied as they lie over fsdp (core/fence.py).
+      UserError: a kernel is still sharded over fsdp where it is multiplied (core/fence.py). It is raised at the end.
     """
     import dataclasses
     import math
@@ -189,7 +191,7 @@ def shardings(args: argparse.Namespace) -> int:
 
 
 def _tables(laid: list[Any]) -> list[str]:
-    """Each table with what it takes and exchanges, and the placement that was not chosen."""
+    """Returns lines that show each table with its bytes and its exchange, and the placement that was not chosen."""
     rows = [("table", "rows x dim", "optimizer", "placement", "bytes a device", "bytes exchanged a step")]
     for one in laid:
         size = f"{one.rows:,} x {one.dim}"
@@ -202,13 +204,13 @@ def _tables(laid: list[Any]) -> list[str]:
 
 
 def _spec(spec: Any) -> str:
-    """The mesh axes of each dimension: `fsdp, -, tensor`."""
+    """Returns the mesh axes of each dimension, such as `fsdp, -, tensor`."""
     named = ["-" if axis is None else axis if isinstance(axis, str) else "+".join(axis) for axis in spec]
     return ", ".join(named) or "replicated"
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """`jaxops doctor`."""
+    """Runs `jaxops doctor`."""
     from jaxops.cli.doctor import examine
 
     report = examine()
@@ -224,7 +226,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def data(args: argparse.Namespace) -> int:
-    """`jaxops data list | get NAME | build CONFIG | inspect CONFIG`."""
+    """Runs `jaxops data list | get NAME | build CONFIG | inspect CONFIG`."""
     return {"list": _data_list, "get": _data_get}.get(args.action, _data_of_family)(args)
 
 
@@ -255,7 +257,7 @@ def _data_get(args: argparse.Namespace) -> int:
 
 
 def _data_of_family(args: argparse.Namespace) -> int:
-    """`jaxops data ACTION CONFIG`, where the config's family knows the action; a named data set stands for a config."""
+    """Runs an action that the config's family has: `jaxops data ACTION CONFIG`. CONFIG may be a named data set."""
     from jaxops.run.family import family_of
 
     config = _named_data(args) or load_config(args.config, args.overrides).config
@@ -273,7 +275,7 @@ def _data_of_family(args: argparse.Namespace) -> int:
 
 
 def _named_data(args: argparse.Namespace) -> Any:
-    """The smallest config of a named data set, of the first family that knows it; None for any other name."""
+    """Returns a minimal config of a named data set, from the first family that reads it; None for any other name."""
     from jaxops.config.errors import ConfigError
     from jaxops.data import sources
     from jaxops.run.build import config_from_dict

@@ -1,4 +1,4 @@
-"""What this machine has: versions, backend, devices, memory, folders; and what about it will hurt."""
+"""The examination of this machine: versions, backend, devices, memory, folders, and what is wrong with them."""
 
 import glob
 import importlib.metadata
@@ -13,7 +13,7 @@ PACKAGES = ("jaxops", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ten
 
 
 def examine() -> dict[str, Any]:
-    """{"facts": {what: value}, "problems": [sentence, ...]}; never raises."""
+    """Returns {"facts": {name: value}, "problems": [sentence, ...]}; it never raises."""
     facts: dict[str, str] = {"python": platform.python_version()}
     problems: list[str] = []
     for name in PACKAGES:
@@ -56,7 +56,7 @@ def _devices(facts: dict[str, str], problems: list[str]) -> None:
 
 
 def accelerators() -> list[str]:
-    """Accelerators whose device files are here, whatever jax sees."""
+    """Returns the accelerators whose device files exist on this machine, whatever jax sees."""
     found = []
     if glob.glob("/dev/accel*") or os.environ.get("TPU_ACCELERATOR_TYPE"):
         found.append("TPU")

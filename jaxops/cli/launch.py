@@ -1,7 +1,7 @@
 """`jaxops train CONFIG --processes N`: N processes on this machine, for development.
 
-Each is the same command with JAXOPS_COORDINATOR, JAXOPS_NUM_PROCESSES and JAXOPS_PROCESS_ID set; what they print is
-forwarded with the number of the process in front. One that fails takes the others with it, at once.
+Each process runs the same command with JAXOPS_COORDINATOR, JAXOPS_NUM_PROCESSES and JAXOPS_PROCESS_ID set. Its output
+is forwarded with the number of the process in front. Where one fails, the others are ended after a short grace period.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserErr
 
 EXIT_STOPPED = 130
 GRACE_SECONDS = 15.0
-"""How long the others have after one has ended badly: time to hear of it and to say why."""
+"""Seconds that the other processes have after one has failed, to learn of it and to report it."""
 
 
 def launch(argv: Sequence[str], count: int) -> int:
-    """Runs `jaxops argv` as `count` processes; the exit status of the first that failed, else theirs.
+    """Runs `jaxops argv` as `count` processes and returns the exit status of the first that failed, else theirs.
 
     Raises:
-      UserError: fewer than one process, or this is one of several already.
+      UserError: `count` is below one, or this process is part of a job already.
     """
     if count < 1:
         raise UserError(f"--processes: expected at least 1, got {count}")
@@ -58,7 +58,7 @@ script()
 
 def _start(command: list[str], address: str, count: int, rank: int) -> subprocess.Popen[str]:
     job = {"JAXOPS_COORDINATOR": address, "JAXOPS_NUM_PROCESSES": str(count), "JAXOPS_PROCESS_ID": str(rank)}
-    # A session of its own: Ctrl-C reaches the launcher alone, which asks one process, and all agree.
+    # Each has a session of its own, so that Ctrl-C reaches the launcher alone. It signals one process, and all agree.
     return subprocess.Popen(
         command,
         env={**os.environ, **job, "JAXOPS_LAUNCHER": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
@@ -71,7 +71,7 @@ def _start(command: list[str], address: str, count: int, rank: int) -> subproces
 
 
 class _Job:
-    """The processes, their output, and how they end."""
+    """The processes of a job: it forwards their output and ends them."""
 
     def __init__(self, processes: list[subprocess.Popen[str]]):
         self._processes = processes
@@ -79,14 +79,14 @@ class _Job:
         self._threads = []
         for rank, process in enumerate(processes):
             for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
-                # What a program reads from stdout (--json) comes from process 0, as it is.
+                # Programs read the stdout of process 0 (--json), so that it has no prefix.
                 prefix = f"[{rank}] " if target is sys.stderr or rank else ""
                 thread = threading.Thread(target=_forward, args=(source, target, prefix), daemon=True)
                 thread.start()
                 self._threads.append(thread)
 
     def ask(self, number: int, frame: object) -> None:
-        """A signal to the launcher goes to one process, and all agree on a step; a second Ctrl-C ends them."""
+        """Passes a signal on to one process, and all agree on a step to stop at; a second Ctrl-C ends them at once."""
         del frame
         if self._asked and number == signal.SIGINT:
             self.kill()
@@ -97,7 +97,7 @@ class _Job:
             alive.send_signal(number)
 
     def wait(self) -> int:
-        """Returns when all have ended; the others are ended after the first that failed."""
+        """Waits until all processes have ended, ends the others after a failure, and returns the exit status."""
         failed: tuple[int, int] | None = None
         deadline = float("inf")
         while any(process.poll() is None for process in self._processes):
@@ -120,7 +120,7 @@ class _Job:
         return code
 
     def _end(self) -> None:
-        """SIGABRT first, which leaves their stacks in the run folder; then SIGKILL."""
+        """Ends processes with SIGABRT, which leaves their stacks in the run folder, and then with SIGKILL."""
         alive = [(rank, process) for rank, process in enumerate(self._processes) if process.poll() is None]
         for rank, process in alive:
             print(f"jaxops: process {rank} did not end by itself: its stacks are in the run folder", file=sys.stderr)
@@ -131,7 +131,7 @@ class _Job:
         self.kill()
 
     def kill(self) -> None:
-        """Ends whatever is left, at once."""
+        """Ends all remaining processes at once."""
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
@@ -140,13 +140,13 @@ class _Job:
 
 def _forward(source: IO[str] | None, target: IO[str], prefix: str) -> None:
     for line in source or ():
-        if not line.startswith("[Gloo]"):  # greetings of the CPU collectives, on the stdout that --json needs
+        if not line.startswith("[Gloo]"):  # the CPU collectives greet on stdout, which --json needs
             target.write(prefix + line)
             target.flush()
 
 
 def _without_processes(argv: Sequence[str]) -> list[str]:
-    """The arguments without `--processes N` or `--processes=N`."""
+    """Returns the arguments without `--processes N` or `--processes=N`."""
     kept, skip = [], False
     for arg in argv:
         if skip:

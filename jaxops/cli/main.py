@@ -1,4 +1,4 @@
-"""`jaxops ...`: parse, call one function, print.
+"""The command line `jaxops ...`: it parses, calls one function, and prints.
 
 Exit status: 0 done; 1 the run failed (non-finite loss, out of memory, an error in code); 2 the input is wrong and
 nothing was written; 75 interrupted and saved, the same command resumes; 130 stopped at once (a second Ctrl-C, or
@@ -28,6 +28,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**kwargs, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        """Raises a usage error.
+
+        Raises:
+          UserError: always; the message names the nearest right command.
+        """
         match = re.search(r"argument (?:COMMAND|ACTION): invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if match:
             known = match[2].replace("'", "").split(", ")
@@ -37,17 +42,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of one command; overrides may also follow a flag.
+    """Parses the arguments of one command; overrides may also follow a flag.
 
     Raises:
-      UserError: an unknown command or flag (with the nearest right one), or one too few or too many.
+      UserError: a command or flag is unknown (the nearest right one is named), or arguments are missing or too many.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     for action in ("command", "action"):
         if (name := getattr(args, action, None)) is not None:
             parser = _subparser(parser, name)
-    if hasattr(args, "options"):  # those of the run's family, known once the run is read
+    if hasattr(args, "options"):  # options of the run's family, which are known once the run is read
         args.options, rest = rest, []
     flags = [arg.partition("=")[0] for arg in rest if arg.startswith("-")]
     if flags:
@@ -149,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_distributed() -> bool:
-    """Whether this process is one of a job's; asks jax only if it was loaded."""
+    """Returns whether this process is part of a job, without importing jax."""
     return "jaxops.core.distributed" in sys.modules and sys.modules["jaxops.core.distributed"].is_distributed()
 
 
@@ -158,7 +163,7 @@ def _is_primary() -> bool:
 
 
 def _leave(status: int) -> int:
-    """The end of a process that did its part: out of the job, in order."""
+    """Leaves the job in order, after this process has done its part."""
     from jaxops.core import distributed
 
     distributed.shut_down()
@@ -166,7 +171,7 @@ def _leave(status: int) -> int:
 
 
 def _abandon(error: BaseException, status: int) -> int:
-    """The end of one that did not: the others hear of it, and nobody waits for anybody."""
+    """Announces the failure of this process to the others and leaves the job without waiting for them."""
     if _is_distributed():
         from jaxops.core import distributed
 
@@ -176,7 +181,7 @@ def _abandon(error: BaseException, status: int) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> bool:
-    """Devices, compilation cache and the other processes, before anything uses a backend; whether there are others."""
+    """Sets up devices, compilation cache and the job before anything uses a backend; returns whether there is a job."""
     count = getattr(args, "cpu_devices", None)
     if count is not None:
         if count < 1:
@@ -198,7 +203,7 @@ def _prepare(args: argparse.Namespace) -> bool:
 def _run(args: argparse.Namespace) -> int:
     if args.command in runs.COMMANDS:
         return getattr(runs, args.command)(args)
-    # Imported here: `jaxops --help` must not wait for jax.
+    # It is imported here, since `jaxops --help` must not wait for jax.
     from jaxops.cli import commands as run
 
     if args.command == "data":
@@ -207,5 +212,5 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def script() -> None:
-    """The console script."""
+    """Runs `main` as the console script and exits with its status."""
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Flags of a command that a family adds: read against a frozen dataclass by the config machinery."""
+"""The flags that a family adds to a command: the config loader reads them into a frozen dataclass."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,16 +8,16 @@ from jaxops.core.failures import UserError
 
 
 def read_options(schema: type, given: Sequence[str], command: str) -> Any:
-    """An instance of `schema` from `--top 100 --index exact` or `--top=100`.
+    """Reads flags such as `--top 100 --index exact` or `--top=100` into an instance of `schema`.
 
     Raises:
-      UserError: a flag without a value, or that the schema does not have, or a value that does not fit.
+      UserError: a flag has no value, the schema lacks a flag, or a value does not fit.
     """
     return from_dict(schema, {}, list(_overrides(given, command)), source=command).config
 
 
 def _overrides(given: Sequence[str], command: str) -> Iterator[str]:
-    """`top=100` of each `--top 100`."""
+    """Yields `top=100` for each `--top 100`."""
     words = iter(given)
     for word in words:
         if not word.startswith("--"):

@@ -1,4 +1,4 @@
-"""How commands print: plain tables that survive a pipe, units for people, one JSON object for programs."""
+"""The output of commands: plain tables that survive a pipe, units for people, one JSON object for programs."""
 
 import dataclasses
 import datetime as dt
@@ -17,7 +17,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def console() -> "Console":
-    """As wide as the terminal; into a file or a pipe as wide as the text, so that a row stays a line."""
+    """Returns a console for stdout. It is as wide as a terminal; in a file or pipe, so wide that no row is broken."""
     from rich.console import Console
 
     out = Console(highlight=False)
@@ -25,12 +25,15 @@ def console() -> "Console":
 
 
 def say(out: "Console", words: str, style: str = "") -> None:
-    """One line as it is: no markup, never broken."""
+    """Prints one line without markup and without breaking it."""
     out.print(words, style=style, markup=False, soft_wrap=True)
 
 
 def grid(*columns: str, title: str | None = None) -> "Table":
-    """A plain table; of a name, a last `|` keeps its column on one line, `>` also aligns it to the right."""
+    """Returns a plain table with these columns.
+
+    A name that ends in `|` makes a column that is never broken. One that ends in `>` makes it right-aligned as well.
+    """
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="dim")
@@ -42,19 +45,19 @@ def grid(*columns: str, title: str | None = None) -> "Table":
 
 
 def cell(words: str, style: str = "") -> "Text":
-    """Shown as it is: brackets in a name are no markup."""
+    """Returns a table cell that shows its text literally, since brackets in a name are not markup."""
     from rich.text import Text
 
     return Text(words, style=style)
 
 
 def when(time: dt.datetime | None) -> str:
-    """`2026-11-23 16:35:30 UTC`."""
+    """Returns a time such as `2026-11-23 16:35:30 UTC`, and nothing for None."""
     return "" if time is None else f"{time:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def ago(time: dt.datetime, now: dt.datetime) -> str:
-    """`5 min ago`; after a week (and for a clock that is ahead) the date."""
+    """Returns an age such as `5 min ago`; the date after a week, and for a time in the future."""
     seconds = (now - time).total_seconds()
     if seconds > 7 * 86400 or seconds < -60:
         return f"{time:%Y-%m-%d}"
@@ -65,13 +68,16 @@ def ago(time: dt.datetime, now: dt.datetime) -> str:
 
 
 def size(count: int) -> str:
-    """`1.4 MiB`."""
+    """Returns a size such as `1.4 MiB`."""
     power = min((count.bit_length() - 1) // 10, len(_UNITS) - 1) if count else 0
     return f"{count / 2 ** (10 * power):.{1 if power else 0}f} {_UNITS[power]}"
 
 
 def print_json(values: Any) -> int:
-    """One JSON object; dataclasses as objects, times as ISO text, what is not finite as null."""
+    """Prints values as JSON and returns exit status 0.
+
+    Dataclasses become objects, times ISO text, and NaN and infinities null.
+    """
     print(json.dumps(_plain(values), indent=1, allow_nan=False, default=str))
     return EXIT_OK
 

@@ -1,6 +1,6 @@
-"""`jaxops runs`, `compare` and `ckpt`: what runs there are, how they differ, what their checkpoints hold.
+"""`jaxops runs`, `compare` and `ckpt`: the list of runs, their differences, and the contents of their checkpoints.
 
-Nothing here touches a device, so that looking at a run never disturbs the one that trains.
+Nothing here touches a device, so that these commands never disturb a run that trains.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxops.core.failures import EXIT_OK, UserError
 
-# Imported when called: `jaxops --help` must not wait for numpy, yaml and rich.
+# The commands import these when they are called, since `jaxops --help` must not wait for numpy, yaml and rich.
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -57,7 +57,7 @@ def add_commands(sub: Any) -> None:
 
 
 def runs(args: argparse.Namespace) -> int:
-    """`jaxops runs [DIR]`."""
+    """Runs `jaxops runs [DIR]`."""
     from jaxops.cli.printing import console, print_json, say
     from jaxops.run.folder.listing import list_runs
 
@@ -99,7 +99,7 @@ def _runs_table(found: Sequence["Listed"]) -> "Table":
 
 
 def compare(args: argparse.Namespace) -> int:
-    """`jaxops compare RUN RUN ... [--out compare.html]`."""
+    """Runs `jaxops compare RUN RUN ... [--out compare.html]`."""
     from jaxops.cli.printing import console, print_json, say
     from jaxops.run.folder.listing import compare_runs
 
@@ -121,7 +121,7 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def _page(args: argparse.Namespace) -> Path:
-    """Where the page goes: the file or folder of --out, else beside the first run; of one in a store, here."""
+    """Returns the path of the page: --out, else beside the first run, or in this folder for a run in a store."""
     if args.out is None:
         if "://" in args.runs[0]:
             return Path("compare.html")
@@ -141,7 +141,7 @@ def _write(found: "Comparison", page: Path) -> str:
 
 
 def _results_table(found: "Comparison") -> "Table | None":
-    """A row for each run and baseline, the metrics of both splits beside each other; best is bold."""
+    """Returns a table with a row for each run and baseline and the metrics of both splits; the best are bold."""
     from jaxops.cli.printing import cell, grid
 
     columns = [(result, name) for result in found.results for name in result.metrics]
@@ -203,7 +203,7 @@ def _differences_table(found: "Comparison") -> "Table | None":
 
 
 def _compared(found: "Comparison") -> dict[str, Any]:
-    """For programs: a run's values by its label, baselines with `side` null."""
+    """Returns the comparison for programs. Rows of baselines have a `side` of null."""
     known = ("label", "state", "reason", "step", "steps", "wall_s")
     return {
         "runs": [
@@ -222,7 +222,7 @@ def _compared(found: "Comparison") -> dict[str, Any]:
 
 
 def ckpt(args: argparse.Namespace) -> int:
-    """`jaxops ckpt list | show | verify | export RUN`."""
+    """Runs `jaxops ckpt list | show | verify | export RUN`."""
     from jaxops.cli import ckpt as actions
 
     return actions.run(args)

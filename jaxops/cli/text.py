@@ -1,4 +1,4 @@
-"""Plain lines: columns as wide as their widest cell, so that no path or name is cut in a pipe."""
+"""Plain lines for the console: columns are as wide as their widest cell, so that no path or name is cut in a pipe."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,19 +10,19 @@ from jaxops.config.shapes import ABSENT
 
 
 def flow(value: Any) -> str:
-    """A config value as YAML has it, on one line."""
+    """Returns a config value as YAML on one line."""
     if value is ABSENT:
         return "(absent)"
     return yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize).removesuffix("\n...\n").strip()
 
 
 def count(number: int, what: str) -> str:
-    """`1 user`, `2,000 users`."""
+    """Returns a number with its noun, such as `1 user` or `2,000 users`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
-    """Lines with their cells in columns, two spaces apart; the columns `right` are right-aligned."""
+    """Yields lines with their cells in columns, two spaces apart; the columns numbered in `right` are right-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (

@@ -133,7 +133,7 @@ class InitFrom:
     Attributes:
       run: the other run's folder.
       match: a regular expression; only parameters whose path matches are taken.
-      step: the step of the checkpoint. By default it is the best one that the run keeps, else its latest.
+      step: the step of the checkpoint. The default is the best one that the run keeps, else its latest.
     """
 
     run: str

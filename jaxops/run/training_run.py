@@ -48,16 +48,7 @@ from jaxops.run.weights import served_weights
 
 
 class TrainingRun:
-    """The state of one call of `fit` that the hooks share; it lives as long as the call.
-
-    Args:
-      task: the task to run.
-      mesh: the mesh to train on.
-      folder: the run folder, locked by this process.
-      progress: the console.
-      training: the update, the fresh state and the tables on the mesh.
-      accumulation: microbatches of an update.
-    """
+    """The state of one call of `fit` that the hooks share; it lives as long as the call."""
 
     def __init__(
         self,
@@ -95,6 +86,7 @@ class TrainingRun:
         self.accounting.measure(self.step, abstract(self.fresh, self.mesh), abstract_batch(self.task, self.tables))
 
     def go(self, hooks: Sequence[Hook]) -> FinishedRun:
+        """Runs the task to its end, with these hooks beside its own; a failure is recorded in the folder and raised."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.watch)
             stack.enter_context(self._explained())

@@ -28,6 +28,7 @@ class LogPart:
 
     @property
     def end(self) -> int:
+        """The offset in the log at which the part ends."""
         return self.start + self.size
 
 

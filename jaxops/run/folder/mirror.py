@@ -56,6 +56,7 @@ class Mirror:
 
     @property
     def store(self) -> Store:
+        """The object store, opened at first use."""
         if self._store is None:
             self._store = stores.open_store(self.place)
         return self._store

@@ -96,6 +96,7 @@ class Contents:
 
     @property
     def total(self) -> Group:
+        """The totals of all arrays."""
         return Group("total", len(self.arrays), *_totals(self.arrays))
 
 
