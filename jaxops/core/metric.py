@@ -48,5 +48,7 @@ class Metric:
 def label_of(name: str) -> str:
     """A name for people, by its spelling alone: `ndcg@10` gives `NDCG@10`, `log_loss` gives `Log loss`."""
     word, at, k = name.partition("@")
+    if not word.isidentifier():  # an import path, say
+        return name
     text = word.upper() if len(word) <= 4 and "_" not in word else word.replace("_", " ").capitalize()
     return text + at + k

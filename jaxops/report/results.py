@@ -85,10 +85,10 @@ def metrics(run: RunRecord, split: str) -> list[str]:
     keys = [key for key in run.summary if key.startswith(f"{split}/") and finite(run.summary[key]) is not None]
     if not keys and split == "valid":
         keys = [key for key in run.series if key.startswith("valid/") and len(run.series[key])]
-    usual = ("hr", "recall", "ndcg", "mrr")
     names = [key.removeprefix(f"{split}/") for key in keys if "[" not in key]
-    ranked = sorted((n for n in names if n.split("@")[0] in usual), key=lambda n: usual.index(n.split("@")[0]))
-    return ranked + [name for name in names if name not in ranked]
+    asked = run.setting("evaluate", "metrics")
+    order = {name: at for at, name in enumerate(asked)} if isinstance(asked, list) else {}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
 def slices(run: RunRecord, split: str) -> list[str]:
@@ -100,7 +100,12 @@ def slices(run: RunRecord, split: str) -> list[str]:
 def headline(run: RunRecord) -> str | None:
     """What the run is about: what checkpoints or early stopping go by, else NDCG@10, else the first."""
     there = dict.fromkeys(name for split in EVALUATED for name in metrics(run, split))
-    wanted = (run.setting("checkpoint", "best"), run.setting("evaluate", "stop", "metric"), "ndcg@10", *there)
+    wanted = (
+        run.setting("checkpoint", "best"),
+        run.setting("evaluate", "stop", "metric"),
+        run.about.get("headline"),
+        *there,
+    )
     return next((name for name in wanted if isinstance(name, str) and name in there), None)
 
 

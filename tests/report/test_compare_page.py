@@ -43,6 +43,7 @@ def make(tmp_path):
         folder.mkdir()
         (folder / "config.yaml").write_text(yaml.safe_dump(values))
         (folder / "data.json").write_text(json.dumps({"split": {"sha256": data, "test": 400, "valid": 400}}))
+        (folder / "about.json").write_text(json.dumps({"labels": {"item_knn": "Item-kNN"}, "metrics": {}}))
         ended = {"name": name, "state": state, "step": 400, "best_step": 300, "device": "1 x cpu"}
         (folder / "summary.json").write_text(json.dumps({**ended, **(results or {}), **summary}))
         writer = JsonlWriter(folder / "metrics.jsonl")
