@@ -122,7 +122,7 @@ class DCNv2:
         return self._pure.init(key)
 
     def apply(self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None) -> Float[Array, "batch ..."]:
-        """Returns the logits, float32: [batch] for one label, else [batch, outputs]. Without a key there is no dropout."""
+        """Returns the logits, float32: [batch] for one label, else [batch, outputs]. A key turns dropout on."""
         dtype = params["cross_0"]["up"]["kernel"].dtype
         first = gathered(batch, self.inputs, self.numeric, dtype)
         return self._pure.bind(params)(first, example_keys(key, batch["id"]))

@@ -102,7 +102,7 @@ class DLRM:
         return self._pure.init(key)
 
     def apply(self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None) -> Float[Array, "batch ..."]:
-        """Returns the logits, float32: [batch] for one label, else [batch, outputs]. Without a key there is no dropout."""
+        """Returns the logits, float32: [batch] for one label, else [batch, outputs]. A key turns dropout on."""
         dtype = params["heads"]["head_0"]["out"]["kernel"].dtype
         rows = [pooled(batch, feature).astype(dtype) for feature in self.inputs]
         numbers = batch["numeric"].astype(dtype) if self.numeric else None

@@ -11,9 +11,10 @@ from jaxops.core.sharding import Rule, constrain
 from jaxops.models.dense import Dense
 
 MLP_RULES: list[Rule] = [(r"layer_\d+/kernel$", (None, "tensor")), (r"kernel$", ()), (r"bias$", ())]
-"""No kernel is sharded over fsdp: these kernels are small beside the tables. A config may shard them
-(`sharding.rules`); they are then gathered over fsdp where they are used. (Before they were gathered, jax computed wrong
-updates of such kernels for some widths on meshes with a third axis.)
+"""No kernel is sharded over fsdp, since these kernels are small beside the tables.
+
+A config may shard them (`sharding.rules`); they are then gathered over fsdp where they are used. (Before they were
+gathered, jax computed wrong updates of such kernels for some widths on meshes with a third axis.)
 """
 
 

@@ -138,7 +138,7 @@ def count_items(seen: Frequencies, item: Int[Array, " batch"], decay: float = 0.
 
 
 def log_frequency(seen: Frequencies, item: Int[Array, " n"], decay: float = 0.999) -> Float[Array, " n"]:
-    """Returns the log of the estimated share of each item among the examples; an item never seen has a count of 0.5."""
+    """Returns the log of the estimated share of each item among the examples; the least count is 0.5."""
     count = seen.counts[item] * decay ** (seen.step - seen.last[item]).astype(jnp.float32)
     total = jnp.sum(seen.counts * decay ** (seen.step - seen.last).astype(jnp.float32))
     return jnp.log(jnp.maximum(count, 0.5) / jnp.maximum(total, 1.0))
