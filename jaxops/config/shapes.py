@@ -234,7 +234,7 @@ class Choice:
         return nearest(word, [*self.tagged, *words]) if isinstance(word, str) else ""
 
     def tag(self, entries: Mapping[str, Node], default: Any = ABSENT) -> tuple[str, Any] | None:
-        """Returns the (key, value) that chooses the member, by the mapping or else the default; None if neither does."""
+        """Returns the (key, value) that chooses the member, from the mapping or else the default, or None."""
         if self.tagged and "kind" in entries:
             return "kind", entries["kind"].value
         if "fn" in entries and isinstance(self.keyed.get("fn"), Call):
