@@ -85,7 +85,7 @@ def flatten_config(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Returns the differences of two resolved configurations, (dotted path, value in a, in b); a value may be ABSENT."""
+    """Returns where two configurations differ, as (dotted path, value in a, value in b); a value may be ABSENT."""
     left, right = dict(flatten_config(a)), dict(flatten_config(b))
     paths = [*left, *(path for path in right if path not in left)]
     pairs = ((path, left.get(path, ABSENT), right.get(path, ABSENT)) for path in paths)

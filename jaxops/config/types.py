@@ -67,7 +67,7 @@ class Duration:
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """How often something is done: every `steps` steps, or every `seconds` seconds; the other one is None."""
+    """An interval of steps or of seconds; the other one is None."""
 
     steps: int | None = None
     seconds: float | None = None

@@ -140,7 +140,7 @@ def item_similarity(train: sp.csr_array, *, neighbours: int, shrinkage: float) -
         row, column = pairs.row, pairs.col
         similarity = pairs.data / (norms[row + start] * norms[column] + shrinkage)
         similarity[row + start == column] = -1.0
-        # Sorts by row, similarity and column: stable sorts, least key first (numpy sorts int16 by radix).
+        # Sorts by row, similarity and column: stable sorts, least significant key first (numpy sorts int16 by radix).
         order = np.argsort(-similarity, kind="stable")
         order = order[np.argsort(row[order].astype(np.int16), kind="stable")]
         row, column, similarity = row[order] + start, column[order], similarity[order]

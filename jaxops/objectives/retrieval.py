@@ -107,7 +107,7 @@ def in_batch_softmax(
 
 
 class Frequencies(NamedTuple):
-    """How often items appeared lately: counts that fade.
+    """Fading counts of how often each item appeared.
 
     Attributes:
       counts: count of each item, as of the step in `last`.
