@@ -228,7 +228,8 @@ class Validator:
         found = ByPath(fn, {python_name(key): value for key, value in entries.items()})
         if self.check_imports:
             for key, message in found.complaints(factory.leading, factory.note):
-                self._wrong(fn_path if key == "fn" else join_path(path, key), node.value[key], message)
+                written = next(entry for entry in node.value if spelled(entry) == key)  # `lambda_` stands for `lambda`
+                self._wrong(fn_path if key == "fn" else join_path(path, written), node.value[written], message)
         return found
 
 

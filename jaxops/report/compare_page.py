@@ -204,7 +204,7 @@ def _overlay(
     words += [f"Not logged by {', '.join(absent)}." if absent else ""]
     lost = sum(points.left_out for points in drawn.values())
     words += [f"{lost} non-finite value{'s' * (lost > 1)} left out." if lost else ""]
-    label = "step" if scales[0] == scales[-1] == 1 else "examples seen"
+    label = "step" if scales is not sizes else "examples seen"
     alt = f"over the {label}: " + "; ".join(
         f"{sides[place].label} ends at {points.values[-1]:.4g} after {points.steps[-1]:,.0f}, "
         f"lowest {points.values.min():.4g}, highest {points.values.max():.4g}"
