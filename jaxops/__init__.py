@@ -1,6 +1,6 @@
 """jaxops trains recommendation, reward and policy models with one functional core on any JAX mesh.
 
-The names below are imported at first use, so `import jaxops` costs nothing and touches no device.
+Each public name is imported at its first use, so `import jaxops` is quick and touches no device.
 """
 
 import importlib
