@@ -82,7 +82,7 @@ def compare_layouts(
 ) -> list[Agreement]:
     """Compares gradients and parameters of every layout with one device and one microbatch; dropout and draws are on.
 
-    Parameters that `optimizer.frozen` names are frozen. It runs on virtual CPU devices, also where there is an accelerator.
+    Parameters that `optimizer.frozen` names are frozen. It runs on CPU devices, even if there is an accelerator.
 
     Args:
       task: the task.
