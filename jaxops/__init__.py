@@ -1,6 +1,6 @@
 """jaxops trains recommendation, reward and policy models with one functional core on any JAX mesh.
 
-The names below are imported at first use, so `import jaxops` costs nothing and touches no device.
+Each public name is imported at its first use, so `import jaxops` is quick and touches no device.
 """
 
 import importlib
@@ -19,6 +19,11 @@ _NAMES = {
     "State": "jaxops.core.state",
     "build_step": "jaxops.core.step",
     "init_state": "jaxops.core.step",
+    "Metric": "jaxops.core.metric",
+    "RunConfig": "jaxops.run.config",
+    "Family": "jaxops.run.family",
+    "Task": "jaxops.run.task",
+    "Measured": "jaxops.run.task",
     "build_task": "jaxops.run.build",
     "load_config": "jaxops.run.build",
     "fit": "jaxops.run.fit",

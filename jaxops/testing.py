@@ -1,4 +1,10 @@
-"""Checks that users run on their own tasks: every layout and microbatch must agree with one device."""
+"""Checks for users' own tasks: every mesh layout and number of microbatches must train like one device.
+
+Example:
+    >>> jaxops.use_cpu_devices(8)
+    >>> task = jaxops.build_task(jaxops.load_config("configs/rec/ctr_linear.yaml"))
+    >>> found = jaxops.testing.check(task)  # AssertionError names the layouts that do not agree
+"""
 
 import contextlib
 import dataclasses
@@ -32,24 +38,29 @@ LAYOUTS: tuple[dict[str, int], ...] = (
 
 
 BFLOAT16 = 2.0**-3
-"""How far gradients in bfloat16 may be from those in float32: the norm of the difference over the norm.
+"""The bound on the difference of gradients in bfloat16 and in float32: the norm of the difference over the norm.
 
-A bfloat16 has eight bits, so a rounding is off by 2^-9 at most: next to nothing, were it not for ReLUs. An input within
-a rounding of zero, as about one of 2^-8 is, switches its unit on or off; where a share of 2^-8 of a gradient is another
-one, that is 2^-4 of its norm, in every such layer. (So the largest entry tells nothing: it may be one that switched.)
-Four such layers make 2^-3; shipped losses measured 2^-4.5 at most. Sums over a batch or a catalogue that are kept in
-bfloat16 go beyond."""
+A bfloat16 has eight bits of precision, so the relative error of a rounding is at most 2^-9, which alone would be
+negligible. With ReLUs it is not: an input within a rounding error of zero switches its unit on or off, and that happens
+to a share of about 2^-8 of the inputs. If a share of 2^-8 of a gradient's entries differs, the difference is 2^-4 of
+its norm, for each such layer. (So the largest entry is no measure: it may be one that switched.) Four such layers make
+2^-3. The shipped losses measured at most 2^-4.5. Sums over a batch or a catalogue that are accumulated in bfloat16
+exceed the bound."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far one layout is from one device with one microbatch in float32.
+    """The difference between one layout and one device with one microbatch in float32.
 
-    `gradient` is the largest difference of any gradient entry over the largest entry; `parameter` the largest
-    difference of any parameter after five steps of gradient descent, relative to the largest parameter; rows of tables
-    are held to it too, and the slots of their optimizers, each relative to the largest of its name. `compute` is the
-    dtype that the objective saw its parameters in; in bfloat16 `gradient` is the norm of the difference of all
-    gradients over their norm.
+    Attributes:
+      layout: sizes of the mesh axes.
+      accumulation: number of microbatches.
+      reduction: the reduction that the step used.
+      gradient: in float32 the largest difference of a gradient entry, over the largest entry; in bfloat16 the norm of
+        the difference of all gradients, over their norm.
+      parameter: the largest difference of a parameter after the steps of gradient descent, over the largest parameter.
+        Rows of tables count as parameters. Slots of table optimizers count too, over the largest entry of their name.
+      compute: dtype in which the objective received its parameters.
     """
 
     layout: dict[str, int]
@@ -69,16 +80,21 @@ def compare_layouts(
     steps: int = 5,
     bfloat16: bool = False,
 ) -> list[Agreement]:
-    """Gradients and parameters of every layout against one device with one microbatch; dropout and draws are on.
+    """Compares gradients and parameters of every layout with one device and one microbatch; dropout and draws are on.
 
-    What `optimizer.frozen` names is frozen. It runs on virtual CPU devices, whatever accelerator is here.
+    Parameters that `optimizer.frozen` names are frozen. It runs on CPU devices, even if there is an accelerator.
 
     Args:
-      bfloat16: every layout, with the first of the accumulations, is tried in bfloat16 as well.
+      task: the task.
+      layouts: mesh layouts, each with the sizes of its axes.
+      accumulations: numbers of microbatches to try with each layout.
+      batch_size: examples per step.
+      steps: steps of gradient descent.
+      bfloat16: also try every layout in bfloat16, with the first of the accumulations.
 
     Raises:
-      RuntimeError: fewer than eight devices (ask for them before the first computation: `use_cpu_devices(8)`).
-      UserError: the objective asks its batch for what is not there.
+      RuntimeError: there are fewer than eight CPU devices (call `use_cpu_devices(8)` before the first computation).
+      UserError: the objective reads an entry that its batch does not have.
     """
     if len(jax.devices("cpu")) < 8:
         raise RuntimeError("comparing layouts needs 8 CPU devices: call jaxops.use_cpu_devices(8) first")
@@ -109,22 +125,28 @@ def check(
     steps: int = 5,
     bfloat16: bool | None = None,
 ) -> list[Agreement]:
-    """`compare_layouts`, and an error that names the layouts which do not agree.
+    """Runs `compare_layouts`, and raises an error that names the layouts which do not agree.
 
-    First it refuses parameters that are multiplied as they lie over fsdp: there a small batch may agree and a large one
-    not (core/fence.py).
+    First it refuses parameters that are multiplied while they are sharded over fsdp: there a small batch may agree
+    where a large one does not (core/fence.py).
 
     Args:
-      gradient: how far a gradient may be off, over the largest entry; `BFLOAT16` in bfloat16.
-      parameter: how far a parameter may be off, over the largest; `BFLOAT16` in bfloat16.
-      bfloat16: whether to try it as well; by default where the task's config computes in it (`precision.compute`).
+      task: the task.
+      layouts: mesh layouts, each with the sizes of its axes.
+      accumulations: numbers of microbatches to try with each layout.
+      gradient: largest allowed difference of a gradient in float32, over the largest entry; in bfloat16 the bound is
+        `BFLOAT16`.
+      parameter: largest allowed difference of a parameter in float32, over the largest; in bfloat16 it is `BFLOAT16`.
+      batch_size: examples per step.
+      steps: steps of gradient descent.
+      bfloat16: also try bfloat16; None does so if the task's config computes in it (`precision.compute`).
 
     Raises:
-      UserError: parameters are multiplied as they lie over fsdp, or the objective asks its batch for what is not there.
-      AssertionError: a gradient differs by more than `gradient` of the largest entry, or a parameter by more than
-        `parameter`.
+      UserError: parameters are multiplied while sharded over fsdp, or the objective reads an entry that its batch does
+        not have.
+      AssertionError: a gradient or a parameter differs by more than its bound.
     """
-    with contextlib.suppress(RuntimeError):  # jax is in use already: then the devices are what they are
+    with contextlib.suppress(RuntimeError):  # jax is in use already, so its devices cannot change
         use_cpu_devices(8)
     if bfloat16 is None:
         bfloat16 = task.config is not None and task.config.precision.compute == "bfloat16"
@@ -154,7 +176,7 @@ def check(
 
 
 class _Update(NamedTuple):
-    """Gradients of the first step; parameters and rows, and the other arrays of tables by name, after the last."""
+    """The first step's gradients, and the parameters, table rows and table slots (by name) after the last step."""
 
     grads: PyTree
     params: PyTree
@@ -174,7 +196,7 @@ def _run(
     batch_size: int,
     compute: str = "float32",
 ) -> _Update:
-    """Steps of gradient descent over these batches; NaN gradients of a skipped step."""
+    """Runs gradient descent over these batches; a skipped step makes the gradients NaN, so that no bound holds."""
     mesh = _mesh(layout)
     remember = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, old, params=None: (grads, grads)
@@ -216,7 +238,7 @@ def _run(
 
 
 def _told(task: Task) -> Objective:
-    """The objective, which says in words what it misses in its batch."""
+    """Returns the objective, wrapped so that a missing batch entry raises an error with advice."""
 
     def objective(params: PyTree, batch: Any, key: Array | None) -> Sums:
         try:
@@ -235,14 +257,14 @@ def _told(task: Task) -> Objective:
 
 
 def _difference(a: PyTree, b: PyTree) -> float:
-    """The largest difference of any entry, over the largest entry of `b` if any is not zero; NaN if one is NaN."""
+    """Returns the largest difference of an entry, over the largest entry of `b` unless that is zero; NaN if one is."""
     pairs = [(x, y) for (_, x), (_, y) in zip(named_leaves(a), named_leaves(b), strict=True)]
     largest = float(np.max([np.max(np.abs(y)) for _, y in pairs]))
     return float(np.max([np.max(np.abs(x - y)) for x, y in pairs])) / (largest or 1.0)
 
 
 def _distance(a: PyTree, b: PyTree) -> float:
-    """The norm of the difference over the norm of `b`, of all entries together; NaN if one is NaN."""
+    """Returns the norm of the difference over the norm of `b`, of all entries together; NaN if any is NaN."""
     norm = lambda trees: float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in trees)))
     of_both = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     return norm(x - y for x, y in of_both) / (norm(y for _, y in of_both) or 1.0)

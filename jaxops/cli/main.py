@@ -77,7 +77,7 @@ def _parser() -> Parser:
     def command(name: str, text: str, *, config: bool = False, run: bool = False, as_json: bool = False) -> Parser:
         made = sub.add_parser(name, help=text, description=text, epilog=EPILOG)
         if config:
-            made.add_argument("config", help="a YAML file, or the name of a shipped config (rec/movielens_sasrec)")
+            made.add_argument("config", help="a YAML file, or the name of a shipped config (a path below `configs`)")
             made.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="override a field, in YAML")
         if run:
             made.add_argument("run", help="the folder of a run")

@@ -1,1 +1,1 @@
-"""How a frozen dataclass is read from YAML and overrides, with errors that help; knows no model, no jax."""
+"""Reads a frozen dataclass from YAML and overrides, with errors that help; it knows no model and no jax."""

@@ -1,4 +1,4 @@
-"""Anything of the user's own comes in by import path; that it can be called as intended is known at load."""
+"""A user's own code is imported by path; its signature is checked when the configuration is loaded."""
 
 import dataclasses
 import importlib
@@ -21,11 +21,11 @@ IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_
 
 @dataclasses.dataclass(frozen=True)
 class Factory:
-    """Says, inside `Annotated[...]`, how the callable behind a `ByPath` is called.
+    """A marker for `Annotated[...]` that says how the callable behind a `ByPath` is called.
 
     Attributes:
-      leading: positional arguments that come before the user's keywords.
-      note: what it must be, for the error message ("a factory, called once as fn(model, ...)").
+      leading: number of positional arguments before the user's keywords.
+      note: what the callable must be, for the error message ("a factory, called once as fn(model, ...)").
     """
 
     leading: int = 1
@@ -34,9 +34,11 @@ class Factory:
 
 @dataclasses.dataclass(frozen=True)
 class ByPath(Part):
-    """A callable of the user's own: `{fn: "pkg.mod:name", gamma: 2}`, or `pkg.mod:name` alone.
+    """A user's own callable: `{fn: "pkg.mod:name", gamma: 2}`, or `pkg.mod:name` alone.
 
-    `kwargs` holds Python names (`lambda_` for the key `lambda`) and must not be changed.
+    Attributes:
+      fn: the import path.
+      kwargs: the keywords, by their Python names (`lambda_` for the key `lambda`); the mapping must not be changed.
     """
 
     fn: str
@@ -44,14 +46,14 @@ class ByPath(Part):
 
     @property
     def kind(self) -> str:
-        """The import path, which stands in messages where a choice of ours has its kind."""
+        """The import path, which messages show in the place of a built-in choice's kind."""
         return self.fn
 
     def resolve(self) -> Any:
-        """Imports what `fn` names; the current folder is searched first, as it is for `python -m`.
+        """Imports the object that `fn` names; the current folder is searched first, as for `python -m`.
 
         Raises:
-          UserError: no such module or attribute (with the nearest names), or the import itself fails.
+          UserError: there is no such module or attribute (the nearest names are given), or the import itself fails.
         """
         if not IMPORT_PATH.fullmatch(self.fn):
             raise UserError(f"expected an import path 'package.module:name', got {self.fn!r}")
@@ -66,14 +68,14 @@ class ByPath(Part):
         return found
 
     def call(self, *leading: Any) -> Any:
-        """What the callable returns for these positional arguments and the keywords of the configuration."""
+        """Calls it with these positional arguments and the keywords of the configuration."""
         return self.resolve()(*leading, **self.kwargs)
 
     def check(self, leading: int = 1, note: str = "") -> None:
-        """Holds the callable's signature against `leading` positional arguments and the keywords.
+        """Checks the callable's signature against `leading` positional arguments and the keywords.
 
         Raises:
-          UserError: it cannot be imported or called like that; all complaints in one message.
+          UserError: it cannot be imported or called like that; one message holds all complaints.
         """
         complaints = [
             message if key == "fn" else f"{key}: {message}" for key, message in self.complaints(leading, note)
@@ -82,7 +84,7 @@ class ByPath(Part):
             raise UserError(f"{self.fn}: " + "; ".join(complaints))
 
     def complaints(self, leading: int = 1, note: str = "") -> Iterator[tuple[str, str]]:
-        """Everything that `check` would say, as (key in the mapping, message)."""
+        """Yields everything that `check` would report, as (key in the mapping, message)."""
         try:
             found = self.resolve()
         except UserError as error:
@@ -95,12 +97,12 @@ class ByPath(Part):
 
 
 def spelled(name: str) -> str:
-    """The name in YAML: `global_`, `lambda_`, `in_` (words that Python reserves) lose their underscore."""
+    """Returns the name in YAML: words that Python reserves (`global_`, `lambda_`, `in_`) lose their underscore."""
     return name[:-1] if name.endswith("_") and keyword.iskeyword(name[:-1]) else name
 
 
 def python_name(name: str) -> str:
-    """The opposite of `spelled`."""
+    """Returns the Python name of a key in YAML, the inverse of `spelled`."""
     return f"{name}_" if keyword.iskeyword(name) else name
 
 
@@ -113,7 +115,7 @@ def _signature_complaints(
 ) -> Iterator[tuple[str, str]]:
     try:
         parameters = list(inspect.signature(found).parameters.values())
-    except (ValueError, TypeError):  # some builtins have no signature to look at
+    except (ValueError, TypeError):  # some builtins have no signature
         return
     name = getattr(found, "__name__", type(found).__name__)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -165,7 +167,7 @@ def _not_found(name: str) -> NoReturn:
 
 
 def _failed(name: str, error: Exception) -> NoReturn:
-    """Importing ran the user's code and that failed: their line, not a traceback through importlib."""
+    """Reports a failure of the user's code while it is imported: the user's own line, without importlib's traceback."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     theirs = [frame for frame in frames if frame.filename != __file__]
     line = f" ({os.path.relpath(theirs[-1].filename)}:{theirs[-1].lineno})" if theirs else ""

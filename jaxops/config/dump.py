@@ -1,4 +1,4 @@
-"""A configuration as plain values and as YAML again: equal configurations give equal bytes."""
+"""A configuration as plain values and as YAML: equal configurations give equal bytes."""
 
 import dataclasses
 import datetime
@@ -18,10 +18,10 @@ from jaxops.config.yaml_text import Dumper
 
 
 def plain_of(value: Any) -> Any:
-    """Nested dicts, lists and scalars as YAML would hold them: `global` for `global_`, tuples as lists.
+    """Converts a value to nested dicts, lists and scalars as YAML holds them: `global` for `global_`, lists for tuples.
 
     Raises:
-      TypeError: a value that YAML has no word for.
+      TypeError: YAML cannot express a value.
     """
     match value:
         case ByPath():
@@ -55,7 +55,7 @@ Dumper.add_representer(list, _list)
 
 
 def dump_yaml(resolved: Mapping[str, Any]) -> str:
-    """Plain values as YAML text: keys in their order, block style, lists of scalars on one line."""
+    """Writes plain values as YAML text: keys in their order, block style, lists of scalars on one line."""
     return yaml.dump(
         dict(resolved),
         Dumper=Dumper,
@@ -67,12 +67,12 @@ def dump_yaml(resolved: Mapping[str, Any]) -> str:
 
 
 def digest(resolved: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of plain values; the order of keys does not matter."""
+    """Returns the SHA-256 (hex) of plain values; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
 def flatten_config(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of every leaf; lists of scalars and empty mappings and lists are leaves."""
+    """Yields the dotted path and the value of every leaf; lists of scalars and empty mappings and lists are leaves."""
     if isinstance(value, Mapping) and value:
         entries: Iterator[tuple[Any, Any]] = iter(value.items())
     elif isinstance(value, list) and any(isinstance(entry, Mapping | list) for entry in value):
@@ -85,7 +85,7 @@ def flatten_config(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Where two resolved configurations differ: (dotted path, value in a, in b), a value may be ABSENT."""
+    """Returns where two configurations differ, as (dotted path, value in a, value in b); a value may be ABSENT."""
     left, right = dict(flatten_config(a)), dict(flatten_config(b))
     paths = [*left, *(path for path in right if path not in left)]
     pairs = ((path, left.get(path, ABSENT), right.get(path, ABSENT)) for path in paths)

@@ -1,4 +1,4 @@
-"""`${env:NAME}` and `${env:NAME:default}` in any string, replaced only in what is left after the merge."""
+"""References `${env:NAME}` and `${env:NAME:default}` in any string, replaced after the files are merged."""
 
 import os
 import re
@@ -15,7 +15,7 @@ def expand_text(text: str) -> str:
     """Replaces every reference in `text`.
 
     Raises:
-      UserError: a variable that is not set and has no default, or a reference that is misspelt.
+      UserError: a variable is not set and has no default, or a reference is misspelt.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -33,9 +33,9 @@ def expand_text(text: str) -> str:
 
 
 def expand_variables(node: Node, path: str, problems: list[Problem]) -> Node:
-    """The same tree with every reference replaced; what cannot be is added to `problems` and left BROKEN.
+    """Returns the same tree with every reference replaced; a failure is added to `problems` and leaves BROKEN.
 
-    An unquoted scalar is read again afterwards (`steps: ${env:STEPS}` is a number), a quoted one stays text.
+    An unquoted scalar is parsed again afterwards (`steps: ${env:STEPS}` is a number); a quoted one stays text.
     """
     if isinstance(node.value, dict):
         entries = {key: expand_variables(entry, join_path(path, key), problems) for key, entry in node.value.items()}

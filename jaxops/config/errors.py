@@ -1,4 +1,4 @@
-"""How a broken configuration is told: every problem at once: where, what stands there, what would fit."""
+"""Errors of a configuration: every problem is reported at once, with its path, its value and what would be right."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,12 +10,12 @@ from jaxops.core.failures import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One error in a configuration.
 
     Attributes:
-      path: dotted, "" for a whole file or the command line.
+      path: dotted path; "" for a whole file or the command line.
       origin: "file.yaml:12", "override 'a.b=3'" or "default".
-      value: what stands there, as plain values.
+      value: the value found there, as plain values.
       message: what is wrong with it and what would be right.
     """
 
@@ -31,7 +31,7 @@ class Problem:
 
 
 class ConfigError(UserError):
-    """Everything that is wrong with a configuration, one line a problem (also as data, in `problems`)."""
+    """All errors of a configuration, one line for each (also as data, in `problems`)."""
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(problems)
@@ -42,7 +42,7 @@ class ConfigError(UserError):
 
 
 class Refused(Exception):
-    """A single value does not fit: `of_type` where it is of the wrong type, else it breaks a limit."""
+    """A single value does not fit: it has the wrong type if `of_type`, else it breaks a limit."""
 
     def __init__(self, message: str, *, of_type: bool = False):
         self.of_type = of_type
@@ -50,7 +50,7 @@ class Refused(Exception):
 
 
 def show(value: Any, width: int = 60) -> str:
-    """A value as it would be written in YAML, in one short line."""
+    """Writes a value as YAML would, in one short line."""
     text = _flow(plain_node(value) if isinstance(value, Node) else value)
     return text if len(text) <= width else text[: width - 3] + "..."
 
@@ -66,12 +66,19 @@ def _flow(value: Any, nested: bool = False) -> str:
 
 
 def one_of(options: Sequence[str]) -> str:
-    """`a, b or c`."""
+    """Joins options as `a, b or c`."""
     return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} or {options[-1]}"
 
 
 def unknown(what: str, name: str, known: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
-    """`unknown key; did you mean 'lr'? (known: lr, clip)`; `elsewhere` are paths where such a key exists."""
+    """Returns `unknown key; did you mean 'lr'? (known: lr, clip)`; `what` is its first words.
+
+    Args:
+      what: the complaint.
+      name: the unknown name.
+      known: the names that are allowed.
+      elsewhere: paths where such a key exists, for when no known name is near.
+    """
     names = list(known)
     hint = nearest(name, names)
     if not hint and elsewhere:
@@ -95,7 +102,7 @@ _LIMITS = {
 
 
 def wording(details: Mapping[str, Any], expected: str, value: Any) -> Refused:
-    """Pydantic's error details (one entry of `ValidationError.errors()`) in our words."""
+    """Puts pydantic's error details (one entry of `ValidationError.errors()`) into our words."""
     kind, context = details["type"], details.get("ctx", {})
     value = plain_node(value) if isinstance(value, Node) else value
     if kind in _LIMITS:

@@ -1,4 +1,4 @@
-"""Where configurations lie: the user's own folders, then those shipped; `base:` is followed here."""
+"""Finds configuration files, in the user's own folders and then among those shipped, and follows `base:`."""
 
 import difflib
 import os
@@ -15,19 +15,19 @@ ConfigPath = str | os.PathLike[str]
 
 
 def shipped_configs() -> Path:
-    """The configurations that came with jaxops: inside the package in a wheel, beside it in a checkout."""
+    """Returns the folder of the shipped configurations: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def find_config(name: ConfigPath, beside: Path | None = None) -> Path:
-    """The file that `name` means, with or without `.yaml`: in `beside`, here, or among the shipped.
+    """Finds the file `name`, with or without `.yaml`: in `beside`, in the current folder, or among the shipped ones.
 
-    `rec/movielens_sasrec`, `configs/rec/movielens_sasrec.yaml` and a path of one's own all work.
+    `rec/movielens_sasrec`, `configs/rec/movielens_sasrec.yaml` and a path of the user's own all work.
 
     Raises:
-      UserError: there is none; the nearest names are listed.
+      UserError: there is no such file; the nearest names are listed.
     """
     wanted = Path(name).expanduser()
     inside = Path(*wanted.parts[1:]) if wanted.parts[:1] == ("configs",) else wanted
@@ -55,13 +55,13 @@ def _near(wanted: Path, inside: Path, folder: Path) -> str:
 
 
 def read_files(paths: Sequence[ConfigPath]) -> list[Node]:
-    """The files and everything in their `base:`, in the order in which they are merged (the last one wins).
+    """Reads the files and all files in their `base:`, in the order in which they are merged (the last one wins).
 
-    A base is looked for beside the file that names it, in the current folder, then among the shipped ones.
-    Paths with a scheme (`gs://...`) are read through etils.epath.
+    A base is searched beside the file that names it, in the current folder, then among the shipped ones. Paths with a
+    scheme (`gs://...`) are read through etils.epath.
 
     Raises:
-      ConfigError: a file that is missing, unreadable, not YAML or no mapping; a circle of bases.
+      ConfigError: a file is missing, unreadable, not YAML or not a mapping, or the bases form a circle.
     """
     trees: list[Node] = []
     for path in paths:
@@ -94,7 +94,7 @@ def _read(name: ConfigPath, origin: str, beside: Path | None, chain: tuple[str, 
 
 
 def _open(name: ConfigPath, origin: str, beside: Path | None) -> tuple[str, str, Path | None]:
-    """Text, the name to show for it, and the folder that it lies in (None where it is not a local one)."""
+    """Returns the text, the name to show for it, and its folder (None where the file is not local)."""
     if "://" in os.fspath(name):
         return _remote(os.fspath(name)), os.fspath(name), None
     try:
@@ -114,13 +114,13 @@ def _remote(name: str) -> str:
         from etils import epath
 
         return epath.Path(name).read_text()
-    except Exception as error:  # the clients of object stores raise whatever they like
+    except Exception as error:  # clients of object stores raise errors of any class
         message = f"cannot be read: {type(error).__name__}: {error}"
         raise ConfigError([Problem("", name, name, message)]) from error
 
 
 def _shown(path: Path) -> str:
-    """Relative to the current folder or to the shipped ones where it can be, so that messages are short."""
+    """Returns the path relative to the current folder or the shipped ones, if it can, to keep messages short."""
     full = path.resolve()
     for folder, prefix in ((Path.cwd(), Path()), (shipped_configs(), Path("configs"))):
         if full.is_relative_to(folder.resolve()):

@@ -1,4 +1,4 @@
-"""The one way in: files, their bases and overrides become a validated, frozen configuration, or all problems.
+"""Loads a configuration: files, their bases and overrides become a frozen instance, or one error with all problems.
 
 loaded = load(RunConfig, "my.yaml", ["optimizer.lr=3e-4"])
 loaded.config.optimizer.lr
@@ -26,12 +26,12 @@ Variants = Mapping[str, type]
 
 @dataclasses.dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """A configuration that holds.
+    """A valid configuration.
 
     Attributes:
       config: the instance of the schema.
-      resolved: the same as plain values with every default, which `dump_yaml`, `diff` and `digest` take.
-      origins: where each dotted path came from: "my.yaml:12", "override 'a.b=3'" or "default".
+      resolved: the same as plain values with every default; `dump_yaml`, `diff` and `digest` take it.
+      origins: the origin of each dotted path: "my.yaml:12", "override 'a.b=3'" or "default".
     """
 
     config: T
@@ -48,7 +48,10 @@ def load(
     by: str = "task",
     check_imports: bool = True,
 ) -> Loaded[T]:
-    """One schema: `config` is an instance of it."""
+    """Reads with one schema; `config` is an instance of it.
+
+    Args: see the implementation below.
+    """
 
 
 @overload
@@ -60,7 +63,10 @@ def load(
     by: str = "task",
     check_imports: bool = True,
 ) -> Loaded[Any]:
-    """Several schemas: `config` is an instance of the one that the files choose."""
+    """Reads with several schemas; `config` is an instance of the one that the files choose.
+
+    Args: see the implementation below.
+    """
 
 
 def load(
@@ -78,11 +84,11 @@ def load(
       paths: files by name or path (see `find_config`), or one of them.
       overrides: `dotted.path=VALUE`, the value in YAML; later ones win.
       by: the key that chooses among several schemas.
-      check_imports: import what `fn:` names and check its signature; False to read the configuration of a run
+      check_imports: True imports what each `fn:` names and checks its signature. False reads the configuration of a run
         whose code is not here.
 
     Raises:
-      ConfigError: everything that is wrong, each with its dotted path and origin.
+      ConfigError: the configuration is wrong; each problem has its dotted path and origin.
       UserError: there is no such file.
     """
     named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
@@ -99,7 +105,10 @@ def from_dict(
     by: str = "task",
     check_imports: bool = True,
 ) -> Loaded[T]:
-    """One schema: `config` is an instance of it."""
+    """Reads with one schema; `config` is an instance of it.
+
+    Args: see the implementation below.
+    """
 
 
 @overload
@@ -112,7 +121,10 @@ def from_dict(
     by: str = "task",
     check_imports: bool = True,
 ) -> Loaded[Any]:
-    """Several schemas: `config` is an instance of the one that the files choose."""
+    """Reads with several schemas; `config` is an instance of the one that `values` chooses.
+
+    Args: see the implementation below.
+    """
 
 
 def from_dict(
@@ -124,10 +136,18 @@ def from_dict(
     by: str = "task",
     check_imports: bool = True,
 ) -> Loaded[Any]:
-    """As `load`, from plain values (a checkpoint's, a sweep's point); `source` names them in errors.
+    """Validates plain values (a checkpoint's, a sweep point's) and overrides as `load` does.
+
+    Args:
+      schema: a frozen dataclass, or several by the value of the top-level key `by`.
+      values: nested mappings, lists and scalars.
+      overrides: `dotted.path=VALUE`, the value in YAML; later ones win.
+      source: the origin of `values` in errors.
+      by: the key that chooses among several schemas.
+      check_imports: True imports what each `fn:` names and checks its signature.
 
     Raises:
-      ConfigError: everything that is wrong, each with its dotted path and origin.
+      ConfigError: the configuration is wrong; each problem has its dotted path and origin.
     """
     return _resolve(schema, [node_of(values, source)], overrides, by, check_imports)
 
@@ -161,7 +181,7 @@ def _resolve(
 
 
 def _tag(variants: Variants, trees: Sequence[Node], by: str) -> Node:
-    """Which of several schemas all the trees are written for: the last to say so."""
+    """Returns the node that chooses among several schemas, the last one given; all trees must agree with it."""
     said = [tree.value[by] for tree in trees if by in tree.value]
     if not said:
         origin = next((tree.origin for tree in reversed(trees) if not tree.implied), "")
@@ -186,5 +206,5 @@ def _origins(resolved: Mapping[str, Any], origins: Mapping[str, str]) -> dict[st
 
 
 def explain(loaded: Loaded[Any]) -> list[tuple[str, Any, str]]:
-    """(dotted path, value, origin) of every leaf, in the order of the schema: what `jaxops config` prints."""
+    """Returns (dotted path, value, origin) of every leaf, in the order of the schema, as `jaxops config` prints it."""
     return [(path, value, loaded.origins[path]) for path, value in flatten_config(loaded.resolved)]

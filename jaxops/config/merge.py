@@ -1,4 +1,4 @@
-"""Later wins, mapping by mapping; one of another `kind` replaces the earlier one whole."""
+"""Merges trees: the later value wins, mapping by mapping, and a mapping of another `kind` replaces the earlier one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +12,18 @@ from jaxops.config.yaml_text import parse_yaml
 def merge_nodes(
     shape: Shape | None, old: Node, new: Node, problems: list[Problem], path: str = "", default: Any = ABSENT
 ) -> Node:
-    """`new` over `old`: mappings entry by entry, everything else whole.
+    """Merges `new` over `old`: mappings entry by entry, everything else whole.
 
-    A mapping whose `kind` or `fn` is another than the old one's replaces it whole, and so does a list.
-    `shape` says where a word is short for a mapping (`adamw` for `{kind: adamw}`), None: there is no schema;
-    `default` is the field's, whose kind holds where none is written.
-    An override beneath a scalar or a list is added to `problems`.
+    A mapping whose `kind` or `fn` differs from the old one's replaces it whole, and so does a list.
+
+    Args:
+      shape: the schema, by which a word may be short for a mapping (`adamw` for `{kind: adamw}`); None without a
+        schema.
+      old: the earlier tree.
+      new: the later tree.
+      problems: receives an error for each override beneath a scalar or a list.
+      path: dotted path of both trees.
+      default: default of the field, whose kind holds where none is written.
     """
     while isinstance(shape, Checked):
         shape = shape.inner
@@ -28,7 +34,7 @@ def merge_nodes(
             return new
         problems.append(_beneath(path, old, new))
         return old
-    # Among overrides, model.layers=3 and model.kind=hstu may come in any order; the files' kind is unknown.
+    # Overrides such as model.layers=3 and model.kind=hstu may come in any order; the files' kind is not yet known.
     known = ABSENT if old.implied else default
     if _another_kind(shape, old.value, new.value, known) and not (old.implied and new.implied):
         return new
@@ -53,18 +59,18 @@ def _another_kind(shape: Shape | None, old: dict[str, Node], new: dict[str, Node
     if isinstance(shape, Choice):
         before, after = shape.tag(old, default), shape.tag(new)
         return before is not None and after is not None and before != after
-    if isinstance(shape, Anything):  # the user's own keywords: no schema, the same custom
+    if isinstance(shape, Anything):  # The user's own keywords have no schema, but follow the same rule.
         return any(key in old and key in new and old[key].value != new[key].value for key in ("kind", "fn"))
     return False
 
 
 def _child(shape: Shape | None, entries: dict[str, Node], key: str, default: Any) -> tuple[Shape | None, Any]:
-    """The shape beneath `key` and the default that it has there."""
+    """Returns the shape beneath `key` and the default that it has there."""
     if isinstance(shape, Choice):
         member = shape.member(entries, default)
         if member is not None:
             return _child(member, entries, key, default)
-        # A kind that only another file names: any member that has this key will do.
+        # Only another file names the kind: any member that has this key will do.
         members = [*shape.tagged.values(), *shape.others]
         found = (_child(other, entries, key, ABSENT) for other in members)
         return next((child for child in found if child[0]), (None, ABSENT))
@@ -77,10 +83,11 @@ def _child(shape: Shape | None, entries: dict[str, Node], key: str, default: Any
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Node]:
-    """Each `a.b=3` as a tree of its own, the value read as YAML.
+    """Parses each `a.b=3` into a tree of its own, with the value read as YAML.
 
     Raises:
-      ConfigError: no `=`, an empty name in the path, or a value that is not YAML: all of them at once.
+      ConfigError: overrides have no `=`, an empty name in the path, or a value that is not YAML; all are reported at
+        once.
     """
     trees, problems = list[Node](), list[Problem]()
     for override in overrides:
@@ -94,7 +101,14 @@ def parse_overrides(overrides: Sequence[str]) -> list[Node]:
 
 
 def merge_all(shape: Shape, trees: Sequence[Node], overrides: Sequence[Node], problems: list[Problem]) -> Node:
-    """Files in their order, then the overrides, which are merged among themselves first."""
+    """Merges files in their order, then the overrides, which are merged among themselves first.
+
+    Args:
+      shape: the schema.
+      trees: the files' trees.
+      overrides: a tree for each override.
+      problems: receives the errors.
+    """
     command_line = Node({}, "the command line", implied=True)
     for tree in overrides:
         command_line = merge_nodes(shape, command_line, tree, problems)

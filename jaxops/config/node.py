@@ -1,4 +1,4 @@
-"""A configuration on its way in: plain values, each of which remembers where it was written."""
+"""The tree that a configuration is read into: plain values, each of which keeps its origin."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,11 +7,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Node:
-    """A value read from YAML: a dict of str to Node, a list of Nodes, or a scalar, with its origin.
+    """A value read from YAML, with its origin.
 
-    `text` is the spelling of an unquoted scalar that came through the shell (an override, the environment),
-    where quoting is awkward: a string field takes it as it stands. `implied` marks a mapping that nobody
-    wrote: the `{model: {` around an override of `model.kind`.
+    Attributes:
+      value: a dict of str to Node, a list of Nodes, or a scalar.
+      origin: "file.yaml:12", "override 'a.b=3'" or another name of the source.
+      text: spelling of an unquoted scalar that came through the shell (an override, the environment), where quoting is
+        awkward; a string field takes it unchanged.
+      implied: True for a mapping that nobody wrote: the `{model: {` around an override of `model.kind`.
     """
 
     value: Any
@@ -21,11 +24,11 @@ class Node:
 
 
 BROKEN = object()
-"""The value of a node whose problem has been reported already."""
+"""The value of a node whose problem has already been reported."""
 
 
 def plain_node(node: Node) -> Any:
-    """The value without origins: nested dicts, lists and scalars."""
+    """Returns the value without origins: nested dicts, lists and scalars."""
     if isinstance(node.value, dict):
         return {key: plain_node(entry) for key, entry in node.value.items()}
     if isinstance(node.value, list):
@@ -34,7 +37,7 @@ def plain_node(node: Node) -> Any:
 
 
 def node_of(value: Any, origin: str) -> Node:
-    """Wraps nested plain values (mappings, lists or tuples, scalars), all with the same origin."""
+    """Wraps nested plain values (mappings, lists or tuples, scalars) in nodes that all have the same origin."""
     if isinstance(value, Mapping):
         return Node({str(key): node_of(entry, origin) for key, entry in value.items()}, origin)
     if isinstance(value, list | tuple):
@@ -43,5 +46,5 @@ def node_of(value: Any, origin: str) -> Node:
 
 
 def join_path(path: str, key: str | int) -> str:
-    """`a.b` and `c` make `a.b.c`; list entries are numbered from 0."""
+    """Joins `a.b` and `c` to `a.b.c`; list entries are numbered from 0."""
     return f"{path}.{key}" if path else str(key)

@@ -1,4 +1,4 @@
-"""What a frozen dataclass allows, worked out from its annotations alone: a schema is plain dataclasses."""
+"""Derives from a frozen dataclass's annotations what its YAML may hold: a schema is plain dataclasses."""
 
 import dataclasses
 import datetime
@@ -21,10 +21,10 @@ _NAMES = _STRICT | {Path: "a path", datetime.date: "a date such as 2026-11-15"}
 
 
 def shape_of(annotation: Any, factory: Factory | None = None) -> Shape:
-    """The shape of an annotation.
+    """Returns the shape of an annotation.
 
     Raises:
-      TypeError: a mistake in the schema itself: an annotation that YAML cannot fill.
+      TypeError: the schema itself is wrong: YAML cannot fill the annotation.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
@@ -59,10 +59,10 @@ def shape_of(annotation: Any, factory: Factory | None = None) -> Shape:
 
 
 def record_of(schema: type) -> Record:
-    """The shape of a top-level configuration.
+    """Returns the shape of a top-level configuration.
 
     Raises:
-      TypeError: not a frozen dataclass.
+      TypeError: the schema is not a frozen dataclass.
     """
     return _record(schema)
 
@@ -120,7 +120,7 @@ def _choice(members: tuple[Any, ...], factory: Factory | None) -> Choice:
 
 
 def children(shape: Shape) -> Iterator[tuple[str, Shape]]:
-    """What lies directly beneath: (key, shape), the key empty where it adds nothing to a dotted path."""
+    """Yields (key, shape) for each shape directly beneath; the key is empty where it adds nothing to a dotted path."""
     if isinstance(shape, Record):
         yield from ((name, field.shape) for name, field in shape.fields.items())
     elif isinstance(shape, Choice):
@@ -140,7 +140,7 @@ def children(shape: Shape) -> Iterator[tuple[str, Shape]]:
 
 
 def paths_to(root: Shape, key: str) -> list[str]:
-    """Dotted paths of all fields called `key`, to say where a misplaced one belongs."""
+    """Returns the dotted paths of all fields called `key`, to report where a misplaced one belongs."""
     found: dict[str, None] = {}
     waiting: list[tuple[Shape, str, tuple[type, ...]]] = [(root, "", ())]
     while waiting:

@@ -1,7 +1,7 @@
-"""The shapes that a configuration can have: each knows what fits it, none knows where a value stands.
+"""The shapes that a configuration can have: each knows which values fit it, and none knows its position.
 
-Record (a dataclass), Choice (a union: by `kind`, by key, or by type), Items (tuple, list), Entries (dict),
-Leaf (a scalar, judged by pydantic), Word (a `Spelled` type), Call (`ByPath`), Anything.
+Record (a dataclass), Choice (a union: chosen by `kind`, by key, or by type), Items (tuple, list), Entries (dict), Leaf
+(a scalar, validated by pydantic), Word (a `Spelled` type), Call (`ByPath`), Anything.
 """
 
 import dataclasses
@@ -18,19 +18,19 @@ from jaxops.config.node import Node
 from jaxops.core.failures import nearest
 
 ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "(absent)"})()
-"""No value at all, where None would be one."""
+"""A marker for no value, where None would be a value."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Anything:
-    """Any YAML value, as it stands."""
+    """Any YAML value, unchanged."""
 
     expected: str = "any value"
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A `ByPath`: `fn` and the keywords of what it names."""
+    """A `ByPath`: `fn` and the keywords of the callable that it names."""
 
     factory: Factory
     expected: str = "an import path 'package.module:name'"
@@ -47,7 +47,11 @@ class Word:
         return self.cls.expected  # type: ignore[attr-defined]
 
     def take(self, node: Node) -> Any:
-        """The value; Refused where it does not fit."""
+        """Returns the value.
+
+        Raises:
+          Refused: the value does not fit.
+        """
         try:
             return self.cls.from_config(node.value)  # type: ignore[attr-defined]
         except ValueError as error:
@@ -57,7 +61,7 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A scalar: pydantic's TypeAdapter decides, strictly for what YAML itself can tell apart."""
+    """A scalar: pydantic's TypeAdapter validates it, strictly for the types that YAML itself tells apart."""
 
     base: Any
     adapter: TypeAdapter
@@ -66,12 +70,16 @@ class Leaf:
     options: tuple[Any, ...] = ()
 
     def take(self, node: Node) -> Any:
-        """The value; Refused where it does not fit."""
+        """Returns the value.
+
+        Raises:
+          Refused: the value does not fit.
+        """
         value = node.value
         if self.base is str and node.text is not None and isinstance(value, int | float):
             value = node.text
         if self.base is int and isinstance(value, float) and value.is_integer():
-            value = int(value)  # 1e6 steps
+            value = int(value)  # so that 1e6 is a number of steps
         if isinstance(value, dict | list) or value != value or not self._may_hold(value):
             raise self._refused(node)
         try:
@@ -83,7 +91,7 @@ class Leaf:
             raise wording(details, self.expected, node) from None
 
     def _may_hold(self, value: Any) -> bool:
-        # 1 == True: Literal[1, 2] must not take `true`.
+        # In Python 1 == True, but Literal[1, 2] must not take `true`.
         return not self.options or any(value == option and type(value) is type(option) for option in self.options)
 
     def _refused(self, node: Node) -> Refused:
@@ -93,7 +101,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """A list: any number of `item`, or exactly `fixed`."""
+    """A list: any number of `item`, or exactly the shapes in `fixed`."""
 
     make: type
     item: "Shape | None"
@@ -115,7 +123,7 @@ class Entries:
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """A shape with constraints on the whole: `Annotated[tuple[int, ...], Field(min_length=1)]`."""
+    """A shape with constraints on the whole value: `Annotated[tuple[int, ...], Field(min_length=1)]`."""
 
     inner: "Shape"
     adapter: TypeAdapter
@@ -125,7 +133,11 @@ class Checked:
         return self.inner.expected
 
     def take(self, value: Any) -> Any:
-        """The value again; Refused where a constraint does not hold."""
+        """Returns the value unchanged.
+
+        Raises:
+          Refused: a constraint does not hold.
+        """
         try:
             return self.adapter.validate_python(value)
         except ValidationError as error:
@@ -135,16 +147,16 @@ class Checked:
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of a dataclass; `name` is Python's (`global_`)."""
+    """One field of a dataclass; `name` is its Python name (`global_`)."""
 
     name: str
     shape: "Shape"
     source: dataclasses.Field
 
     def default(self, instance: Any = ABSENT) -> Any:
-        """Its value where none is given, ABSENT where it must be (a `kind` of one possible value need not).
+        """Returns the field's default; ABSENT where a value must be given (a `kind` of one possible value need not be).
 
-        `instance` is the default of the dataclass around it, which says more than the class does.
+        `instance` is the default of the dataclass around the field, and overrides the defaults of the class.
         """
         if instance is not ABSENT:
             return getattr(instance, self.name)
@@ -167,7 +179,7 @@ class Record:
 
     @functools.cached_property
     def fields(self) -> Mapping[str, Field]:
-        # Only when asked for: a dataclass may contain itself.
+        # The fields are worked out on demand, because a dataclass may contain itself.
         hints = typing.get_type_hints(self.cls, include_extras=True)
         return {
             spelled(source.name): Field(source.name, self.shape_of(hints[source.name]), source)
@@ -184,10 +196,13 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A union: a mapping is told by its `kind`, else by a key (a member's first field), else by default.
+    """A union: `kind` chooses the member of a mapping, else a key (a member's first field), else the default.
 
-    `tagged` holds the dataclasses with a `kind`; `keyed` those without, by the name of their first field, and
-    ByPath by `fn`; `only` is the single dataclass that needs neither; `others` is all that is no dataclass.
+    Attributes:
+      tagged: the dataclasses with a `kind`, by kind.
+      keyed: the dataclasses without a `kind`, by the name of their first field, and ByPath by `fn`.
+      only: the single dataclass that needs neither.
+      others: all members that are not dataclasses.
     """
 
     tagged: Mapping[str, Record]
@@ -203,7 +218,7 @@ class Choice:
         return one_of(said + [option for other in self.others for option in _options(other)])
 
     def spelled_out(self, node: Node) -> Node:
-        """`adamw` is short for `{kind: adamw}`, `pkg.mod:name` for `{fn: pkg.mod:name}`."""
+        """Expands a word to its mapping: `adamw` to `{kind: adamw}`, `pkg.mod:name` to `{fn: pkg.mod:name}`."""
         word = node.value
         if not isinstance(word, str):
             return node
@@ -214,12 +229,12 @@ class Choice:
         return node
 
     def near(self, word: Any) -> str:
-        """`; did you mean 'auto'?` where `word` is a misspelling of one of the words that are allowed."""
+        """Returns `; did you mean 'auto'?` where `word` is a misspelling of an allowed word."""
         words = [str(option) for other in self.others if isinstance(other, Leaf) for option in other.options]
         return nearest(word, [*self.tagged, *words]) if isinstance(word, str) else ""
 
     def tag(self, entries: Mapping[str, Node], default: Any = ABSENT) -> tuple[str, Any] | None:
-        """What the mapping, else the default, says about which member it is; None where neither does."""
+        """Returns the (key, value) that chooses the member, from the mapping or else the default, or None."""
         if self.tagged and "kind" in entries:
             return "kind", entries["kind"].value
         if "fn" in entries and isinstance(self.keyed.get("fn"), Call):
@@ -230,7 +245,7 @@ class Choice:
         return None if key is None else (key, None)
 
     def member(self, entries: Mapping[str, Node], default: Any = ABSENT) -> Record | Call | None:
-        """The dataclass that a mapping stands for, None where that cannot be told."""
+        """Returns the dataclass that a mapping stands for, None where that is not known."""
         if self.tagged and "kind" in entries:
             kind = entries["kind"].value
             return self.tagged.get(kind) if isinstance(kind, str) else None

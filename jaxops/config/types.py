@@ -1,4 +1,4 @@
-"""Small values that configurations are made of, each with one spelling in YAML that the dump gives back."""
+"""Small value types of configurations; each has one spelling in YAML, which the dump reproduces."""
 
 import dataclasses
 import re
@@ -14,27 +14,31 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 @runtime_checkable
 class Spelled(Protocol):
-    """A dataclass that is written as one YAML value, read by these and not by its fields."""
+    """A dataclass that is written as one YAML value; these methods read and write it, not its fields."""
 
     expected: ClassVar[str]
-    """What to write, for the error message: "a duration such as 30s"."""
+    """The value to write, for the error message: "a duration such as 30s"."""
 
     @classmethod
     def from_config(cls, value: Any) -> Self:
-        """The value that YAML holds; ValueError where it does not fit."""
+        """Returns the value that YAML holds.
+
+        Raises:
+          ValueError: the value does not fit.
+        """
         ...
 
     def to_config(self) -> Any:
-        """The inverse, in plain YAML values."""
+        """Returns the spelling in plain YAML values, the inverse of `from_config`."""
         ...
 
 
 @runtime_checkable
 class CrossChecked(Protocol):
-    """A dataclass whose fields depend on each other: it is asked once each of them is valid."""
+    """A dataclass whose fields depend on each other; it is checked once all its fields are valid."""
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        """(dotted path from this dataclass on, what is wrong) for all that does not go together."""
+        """Returns what does not go together, as (dotted path from this dataclass on, message)."""
         ...
 
 
@@ -52,18 +56,18 @@ class Duration:
         """Reads `30s`.
 
         Raises:
-          ValueError: another spelling, or nothing above zero.
+          ValueError: the spelling is another, or the duration is not above zero.
         """
         return cls(_seconds(value), value)
 
     def to_config(self) -> str:
-        """The spelling that it was read from, else the shortest that is exact."""
+        """Returns the spelling that it was read from, else the shortest that is exact."""
         return self.text or _spell(self.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """How often something is done: each `steps` steps, or each `seconds` seconds; the other one is None."""
+    """An interval of steps or of seconds; the other one is None."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -80,7 +84,7 @@ class Every:
         """Reads `1000` or `10min`.
 
         Raises:
-          ValueError: another spelling, or nothing above zero.
+          ValueError: the spelling is another, or the value is not above zero.
         """
         if isinstance(value, int) and not isinstance(value, bool):
             if value < 1:
@@ -89,7 +93,7 @@ class Every:
         return cls(seconds=_seconds(value), text=value)
 
     def to_config(self) -> int | str:
-        """The spelling that it was read from, else the shortest that is exact."""
+        """Returns the spelling that it was read from, else the shortest that is exact."""
         if self.steps is not None:
             return self.steps
         assert self.seconds is not None

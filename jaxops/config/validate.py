@@ -1,4 +1,4 @@
-"""A merged tree becomes an instance of its schema, or all that is wrong with it is known at once."""
+"""Validates a merged tree: the result is an instance of its schema, or all errors at once."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +27,7 @@ from jaxops.core.failures import UserError, nearest
 
 
 class Validator:
-    """Reads nodes by shape; then `problems` is what was wrong and `origins` where each value came from."""
+    """Reads nodes by shape; afterwards `problems` holds the errors and `origins` the origin of each value."""
 
     def __init__(self, root: Record, *, check_imports: bool = True):
         self.root, self.check_imports = root, check_imports
@@ -35,7 +35,14 @@ class Validator:
         self.origins: dict[str, str] = {}
 
     def read(self, shape: Shape, node: Node, path: str = "", default: Any = ABSENT) -> Any:
-        """The value of `node`, or BROKEN; a partial mapping goes over the field's `default`."""
+        """Returns the value of `node`, or BROKEN; a partial mapping is filled from the field's `default`.
+
+        Args:
+          shape: shape of the value.
+          node: the value as it was read.
+          path: dotted path of the value.
+          default: default of the field.
+        """
         self.origins[path] = node.origin
         if node.value is BROKEN:
             return BROKEN
@@ -73,7 +80,7 @@ class Validator:
             return self._wrong(path, node, str(refused))
 
     def _anything(self, node: Node, path: str) -> Any:
-        """Plain values as they stand; BROKEN where an environment variable inside was."""
+        """Returns plain values unchanged, or BROKEN where an environment variable inside is."""
         self.origins[path] = node.origin
         if isinstance(node.value, dict):
             entries = {key: self._anything(entry, join_path(path, key)) for key, entry in node.value.items()}
@@ -130,14 +137,14 @@ class Validator:
         except UserError as error:
             self.problems.append(Problem(path, origin_of(path, self.origins), None, str(error)))
         except Exception:
-            # What an inner check has just refused may be what this one stands on; else the fault is its own.
+            # This check may rely on a value that an inner check has just refused; otherwise the fault is its own.
             if not known:
                 raise
 
     def _choice(self, shape: Choice, node: Node, path: str, default: Any) -> Any:
         long = shape.spelled_out(node)
         if isinstance(long.value, dict):
-            # What was written as a word is at fault itself, not a key that nobody wrote.
+            # A value written as a word is reported at its own path, not at a key that nobody wrote.
             return self._member(shape, long, path, default, written=long is node)
         if isinstance(node.value, list):
             lists = [other for other in shape.others if _holds_list(other)]
@@ -169,7 +176,7 @@ class Validator:
         return self._wrong(path, node, f"expected a mapping with {one_of(wanted)}, got {show(node)}{hint}")
 
     def _scalar(self, shape: Choice, node: Node, path: str) -> Any:
-        """The first of the members that takes the value as it is, else the first that takes it at all."""
+        """Returns the value of the first member that takes it unconverted, else of the first that takes it at all."""
         taken, refused = [], []
         for other in shape.others:
             inner = other.inner if isinstance(other, Checked) else other
@@ -221,12 +228,13 @@ class Validator:
         found = ByPath(fn, {python_name(key): value for key, value in entries.items()})
         if self.check_imports:
             for key, message in found.complaints(factory.leading, factory.note):
-                self._wrong(fn_path if key == "fn" else join_path(path, key), node.value[key], message)
+                written = next(entry for entry in node.value if spelled(entry) == key)  # `lambda_` stands for `lambda`
+                self._wrong(fn_path if key == "fn" else join_path(path, written), node.value[written], message)
         return found
 
 
 def origin_of(path: str, origins: Mapping[str, str]) -> str:
-    """Where the value at `path`, or the nearest thing around it, was written."""
+    """Returns where the value at `path`, or the nearest value around it, was written."""
     while path not in origins and path:
         path = path.rpartition(".")[0]
     return origins.get(path, "")

@@ -1,7 +1,7 @@
-"""YAML text into nodes that know their line, scalars as YAML 1.2 has them: `1e-4` is a number, `no` a word.
+"""Parses YAML into nodes that know their line, with the scalars of YAML 1.2: `1e-4` is a number and `no` a word.
 
-PyYAML follows YAML 1.1, where `1e-4` is a string, `on` is true, `1:30` is 90 and a date is an object. Here
-null, true, false, integers (decimal, 0x, 0o, 0b; underscores allowed) and floats are special, all else text.
+PyYAML follows YAML 1.1, where `1e-4` is a string, `on` is true, `1:30` is 90 and a date is an object. Here null, true,
+false, integers (decimal, 0x, 0o, 0b; underscores allowed) and floats are special, and everything else is text.
 """
 
 import re
@@ -29,7 +29,7 @@ _RESOLVERS = {
 
 
 class YamlLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars; used to compose nodes only, never to construct objects."""
+    """SafeLoader with YAML 1.2's scalars; it composes nodes only, and never constructs objects."""
 
     yaml_implicit_resolvers: dict = {}
 
@@ -39,7 +39,7 @@ for _tag, (_pattern, _first) in _RESOLVERS.items():
 
 
 class Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes a string wherever this reader, or a YAML 1.1 one, would see something else."""
+    """SafeDumper that quotes a string wherever this reader, or one of YAML 1.1, would read something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -50,7 +50,7 @@ for _tag, (_pattern, _first) in _RESOLVERS.items():
 
 
 def scalar_of(text: str) -> Any:
-    """The value of an unquoted scalar: `5` is an int, `1e-4` a float, `null` None, anything else a string."""
+    """Returns the value of an unquoted scalar: `5` is an int, `1e-4` a float, `null` None, anything else a string."""
     for tag, (pattern, _) in _RESOLVERS.items():
         if re.fullmatch(pattern, text):
             return _construct(tag, text)
@@ -75,11 +75,11 @@ def _construct(tag: str, text: str) -> Any:
 def parse_yaml(text: str, name: str, *, lines: bool = True) -> Node:
     """Reads one YAML document; an empty one is null.
 
-    With `lines` each origin is "name:line"; without, it is `name` as it stands (an override), and unquoted
-    scalars keep their text.
+    With `lines` each origin is "name:line". Without, it is `name` unchanged (an override), and unquoted scalars keep
+    their text.
 
     Raises:
-      ConfigError: not YAML, a key twice in one mapping, a key that is no scalar, an unknown tag.
+      ConfigError: the text is not YAML, or has a key twice in one mapping, a key that is no scalar, or an unknown tag.
     """
     loader = YamlLoader(text)
     try:
@@ -109,7 +109,7 @@ def _syntax(error: yaml.MarkedYAMLError) -> str:
 
 
 class _Converter:
-    """PyYAML's nodes to ours; problems are gathered so that all duplicates are told at once."""
+    """Converts PyYAML's nodes to ours, and collects problems so that all duplicates are reported at once."""
 
     def __init__(self, name: str, lines: bool):
         self.name, self.lines, self.problems = name, lines, list[Problem]()

@@ -1,8 +1,8 @@
-"""From an objective to gradients: microbatches, one normalisation by global counts, and where the reduction happens.
+"""Gradients of an objective: microbatches, normalisation by global counts, and the reduction over devices.
 
 The loss is the weighted sum of total / count over the terms named `loss/...`, each over the count of the whole
-global batch. Counts come first in a pass of their own (XLA removes the model from it), so the number of microbatches
-cannot change an update. Held by tests/property/test_layouts.py.
+global batch. The counts come first in a pass of their own (XLA removes the model from it), so the number of
+microbatches cannot change an update. Tested in tests/property/test_layouts.py.
 """
 
 import contextlib
@@ -28,10 +28,16 @@ Gradients = Callable[[PyTree, PyTree, PyTree, Batch, Array], tuple[Sums, PyTree,
 def choose_reduction(
     sizes: Mapping[str, int], *, replicated: bool, accumulation: int, tables: bool
 ) -> tuple[Reduction, str]:
-    """Where gradients are summed over devices, and why; every row of this table is covered by a test.
+    """Chooses where gradients are summed over devices, and says why; every row of this table is covered by a test.
 
-    `after_loop` accumulates on each device and reduces once; it needs every device to hold all parameters and the
-    mesh to cut nothing but the batch. Everything else is `plain`: XLA places the reductions, inside the loop too.
+    `after_loop` accumulates on each device and reduces once. It requires that every device holds all parameters and
+    that the mesh divides nothing but the batch. All else is `plain`: XLA places the reductions, inside the loop too.
+
+    Args:
+      sizes: the size of each mesh axis.
+      replicated: whether every device holds all parameters.
+      accumulation: the number of microbatches.
+      tables: whether the model has embedding tables.
     """
     if accumulation == 1:
         return "plain", "one microbatch: XLA reduces once after the backward pass"
@@ -48,7 +54,7 @@ def choose_reduction(
 
 
 def weighted_loss(sums: Sums, counts: Mapping[str, Float[Array, ""]], weights: Mapping[str, float]) -> Float[Array, ""]:
-    """The scalar to minimise: sum of weight * total / count over loss terms; a count of zero contributes zero."""
+    """Returns the scalar to minimise: the sum of weight * total / count over loss terms, zero for a count of zero."""
     loss = jnp.zeros((), jnp.float32)
     for name, count in counts.items():
         entry = sums[name]
@@ -59,7 +65,7 @@ def weighted_loss(sums: Sums, counts: Mapping[str, Float[Array, ""]], weights: M
 
 
 def loss_counts(sums: Sums) -> dict[str, Float[Array, ""]]:
-    """The counts of the loss terms, by name, as constants of differentiation."""
+    """Returns the counts of the loss terms by name; no gradient flows through them."""
     return {
         name: jax.lax.stop_gradient(entry.count)
         for name, entry in sums.items()
@@ -68,11 +74,11 @@ def loss_counts(sums: Sums) -> dict[str, Float[Array, ""]]:
 
 
 def check_sums(sums: Any, weights: Mapping[str, float]) -> None:
-    """Refuses, while tracing, what an objective must not return.
+    """Refuses, while tracing, sums that an objective must not return.
 
     Raises:
-      UserError: not a dict of Sum / Max, no `loss/...` term, a loss term that is not a scalar Sum, or a weight for
-        a term that does not exist.
+      UserError: the sums are no dict of Sum and Max, have no `loss/...` term or one that is not a scalar Sum, or a
+        weight names a term that does not exist.
     """
     if not isinstance(sums, dict) or not all(isinstance(entry, Sum | Max) for entry in sums.values()):
         got = {k: type(v).__name__ for k, v in sums.items()} if isinstance(sums, dict) else type(sums).__name__
@@ -90,7 +96,7 @@ def check_sums(sums: Any, weights: Mapping[str, float]) -> None:
 
 
 def zeros_like_sums(shapes: Sums) -> Sums:
-    """The identity of `merge` for sums of these shapes."""
+    """Returns the identity of `merge` for sums of these shapes."""
     return {
         name: Sum(jnp.zeros(s.total.shape, jnp.float32), jnp.zeros(s.count.shape, jnp.float32), s.finalize)
         if isinstance(s, Sum)
@@ -100,9 +106,9 @@ def zeros_like_sums(shapes: Sums) -> Sums:
 
 
 def microbatches(batch: Batch, count: int, block: int) -> Batch:
-    """[batch, ...] to [count, batch / count, ...], never splitting a block of `block` neighbours.
+    """Reshapes [batch, ...] to [count, batch / count, ...] without splitting a block of `block` neighbours.
 
-    Microbatch k takes every count-th block, so each device keeps its own rows and nothing moves.
+    Microbatch k takes every count-th block from block k on, so each device keeps its own rows and no data moves.
 
     Raises:
       UserError: the batch does not divide.
@@ -120,7 +126,7 @@ def microbatches(batch: Batch, count: int, block: int) -> Batch:
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """What sums of this floating dtype are kept in: float32, or float64 where it is that."""
+    """Returns the dtype in which values of this floating dtype are summed: float64 for float64, otherwise float32."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
@@ -133,10 +139,17 @@ def build_gradients(
     weights: Mapping[str, float] | None = None,
     reduction: Reduction = "plain",
 ) -> Gradients:
-    """A function (params, frozen, rows, batch, key) -> (sums, d/d params, d/d rows), all of the whole global batch.
+    """Builds (params, frozen, rows, batch, key) -> (sums, d/d params, d/d rows), each for the whole global batch.
 
-    `objective` takes (joined parameters, batch, key); looked-up rows reach it as `batch["rows"]`. Gradients are in
-    the dtype of what they belong to, accumulated in `wide_dtype` of it.
+    Gradients have the dtype of their parameters or rows, and are accumulated in the `wide_dtype` of it.
+
+    Args:
+      objective: is called with ((params, frozen), batch, key); looked-up rows are in `batch["rows"]`.
+      mesh: the mesh that the batch is sharded over.
+      accumulation: the number of microbatches.
+      block: the number of neighbouring examples that no microbatch splits.
+      weights: the weight of each loss term (default 1).
+      reduction: the place of the sum over devices, from `choose_reduction`.
     """
     weights = weights or {}
 
@@ -176,7 +189,7 @@ def _accumulated(
     block: int,
     weights: Mapping[str, float],
 ) -> Gradients:
-    """Gradients of `run`, microbatch by microbatch; `reduce_counts` makes counts those of the global batch."""
+    """Returns the gradients of `run`, microbatch by microbatch; `reduce_counts` sums counts over the global batch."""
 
     def gradients(
         params: PyTree, frozen: PyTree, rows: PyTree, batch: Batch, key: Array
@@ -224,7 +237,7 @@ def _accumulated(
 
 @contextlib.contextmanager
 def _told_of_blocks(batch: Batch, count: int, block: int) -> Iterator[None]:
-    """A shape that does not fit inside an objective comes with what the objective was given."""
+    """Adds the size of the microbatch and the block to an error of shapes inside an objective."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -237,7 +250,7 @@ def _told_of_blocks(batch: Batch, count: int, block: int) -> Iterator[None]:
 
 
 def _over_devices(sums: Sums, axes: tuple[str, ...]) -> Sums:
-    """Inside a `shard_map`: the sums of all devices."""
+    """Merges the sums of all devices, inside a `shard_map`."""
     return {
         name: Sum(jax.lax.psum(s.total, axes), jax.lax.psum(s.count, axes), s.finalize)
         if isinstance(s, Sum)
@@ -247,5 +260,5 @@ def _over_devices(sums: Sums, axes: tuple[str, ...]) -> Sums:
 
 
 def loss_counts_shape(shapes: Sums) -> dict[str, Any]:
-    """The shapes of `loss_counts`, from the shapes of the sums."""
+    """Returns the shapes of `loss_counts`, from the shapes of the sums."""
     return {name: s.count for name, s in shapes.items() if name.startswith(LOSS) and isinstance(s, Sum)}

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: saved while it goes on, restored to any mesh, never a partial one taken for whole.
+"""Checkpoints of a run, saved in the background and restored to any mesh; a partial save never counts as one.
 
-A save is orbax's files first and `jaxops.json` (manifest.py) last, in a new folder (checkpoint_folder.py): a
-folder without it is not a checkpoint. An old one goes only after every file of a newer one has been read.
-What hardly ever changes is written once and shared (shared_parts.py). Orbax is behind orbax_io.py. Held by
-tests/core/test_checkpoint*.py, which kill real processes in mid-save.
+A save writes orbax's files first and `jaxops.json` (manifest.py) last, into a new folder (checkpoint_folder.py). A
+folder without a manifest is not a checkpoint. An old checkpoint is deleted only after every file of a newer one has
+been read back. Entries that hardly ever change are written once and shared (shared_parts.py). Orbax is used through
+orbax_io.py only. Tested in tests/core/test_checkpoint*.py, which kill real processes in mid-save.
 """
 
 import dataclasses
@@ -32,24 +32,24 @@ from jaxops.core.writing import Write
 
 
 class Checkpoints:
-    """The checkpoints in one folder (local, gs:// or s3://); use as a context, or call `close()`.
+    """The checkpoints in one folder (local, gs:// or s3://); use it as a context manager, or call `close()`.
 
-    Every method but `check` and `oldest` first waits for the save under way, and raises RunFailed if it failed;
-    an error is raised once, at the next call. With several processes all of them make the same calls; process 0
-    decides, writes the manifests and deletes. Opening reads and writes nothing.
+    Every method but `check` and `oldest` first waits for the save under way, and raises RunFailed if it failed.
+    Each error is raised once, at the next call. With several processes all of them must make the same calls;
+    process 0 decides, writes the manifests and deletes. The constructor reads and writes nothing.
 
     Args:
-      directory: where the checkpoints lie; made by the first save.
-      keep: how many of those saved last to keep.
+      directory: the folder of the checkpoints; the first save creates it.
+      keep: number of most recently saved checkpoints to keep.
       keep_every: also keep steps that are a multiple of this.
-      best: also keep the best by this name of `metrics`.
-      best_mode: whether more of it is better.
-      compress: zstd; little smaller on disk (weights hardly compress), much slower.
-      checksums: read every save (in the background) and note its CRC-32; sizes alone otherwise.
-      before_commit: called on process 0 in the background before a save counts (the logs must not be older than
-        the checkpoint, where both go to an object store); its error fails the save.
-      shared: top-level entries of a state that hardly ever change: each is written once, to a folder that all
-        checkpoints with the same values in it name. Every save takes its fingerprint, so that a change is seen.
+      best: also keep the checkpoint that is best by this name of `metrics`.
+      best_mode: "max" where a larger metric is better, else "min".
+      compress: compress with zstd; the files are little smaller (weights hardly compress) and writing is much slower.
+      checksums: read back every save (in the background) and store its CRC-32; otherwise only sizes are stored.
+      before_commit: called on process 0 in the background before a save counts (in an object store the logs must not
+        be older than the checkpoint); its error fails the save.
+      shared: top-level entries of a state that hardly ever change. Each is written once, to a folder that all
+        checkpoints with the same values refer to. Every save fingerprints these entries, so that a change is noticed.
     """
 
     def __init__(
@@ -83,15 +83,17 @@ class Checkpoints:
         *,
         wait: bool = False,
     ) -> None:
-        """Starts to save `state`, a pytree of arrays; it may be donated or overwritten once this returns.
+        """Starts to save `state`, which may be donated or overwritten once this method returns.
 
-        A step that is there already is saved again: the new one counts from the moment it is whole, and the
-        old one is deleted then (a run that went back may reach the same step with another state).
+        A step that exists already is saved again (a run that went back may reach it with another state). The old
+        checkpoint is deleted once the new one is complete.
 
         Args:
-          meta: JSON to keep with it (cursor, seed, resolved config).
-          metrics: numbers known at this step, from which `best` picks; what is not finite is left out.
-          wait: return when the save is complete.
+          step: the step to save under.
+          state: a pytree of arrays.
+          meta: JSON to store with the arrays (cursor, seed, resolved config).
+          metrics: numbers known at this step, which `best` compares; numbers that are not finite are left out.
+          wait: return only when the save is complete.
 
         Raises:
           RunFailed: an earlier save failed, or this one could not be started.
@@ -106,7 +108,7 @@ class Checkpoints:
             metrics={name: float(x) for name, x in (metrics or {}).items() if math.isfinite(x)},
             arrays={path: (np.shape(leaf), str(plain.dtype(leaf))) for path, leaf in leaves.items()},
         )
-        manifest.to_json(draft)  # what is not JSON is an error here, not in the background
+        manifest.to_json(draft)  # so that a `meta` that is not JSON raises here, not in the background
         folder = self._folder.at(draft.step, _agreed(lambda: self._folder.edition(draft.step)))
         try:
             if jax.process_index() == 0 and not self._swept:
@@ -114,7 +116,7 @@ class Checkpoints:
                 self._folder.sweep()
                 self._swept = True
             writes = self._writes(folder, draft, leaves)
-            # With several processes orbax copies to the host, and writes what is shared before it begins with the rest.
+            # With several processes orbax makes the copies, and the shared folders are written before the rest begins.
             ours = jax.process_count() == 1 and (len(writes) > 1 or all(map(writing.on_cpu, leaves.values())))
             begun = [write.hold(copied=ours, wait=write.folder != folder) for write in writes]
         except Exception as error:
@@ -125,7 +127,7 @@ class Checkpoints:
             self._settle()
 
     def check(self) -> None:
-        """Raises the error of a save that has failed; never waits, costs nothing: call it every step."""
+        """Raises the error of a save that has failed; it never waits and is cheap enough for every step."""
         if self._failures:
             message, cause = self._failures.pop()
             raise RunFailed(message) from cause
@@ -134,12 +136,12 @@ class Checkpoints:
         """Returns when no save is under way.
 
         Raises:
-          RunFailed: it failed.
+          RunFailed: the save failed.
         """
         self._settle()
 
     def close(self) -> None:
-        """As `wait`. A process that exits without it loses the save under way, and says so on stderr."""
+        """Waits as `wait` does; a process that exits without it loses the save under way and prints its error."""
         self._settle()
 
     def __enter__(self) -> Self:
@@ -149,7 +151,7 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and jax.process_count() > 1:
-            return  # the others may know nothing of this error, or be gone: the save under way would wait for them
+            return  # other processes may not see this error, or be gone: the save under way would wait for them
         try:
             self._settle()
         except RunFailed as failure:
@@ -158,32 +160,32 @@ class Checkpoints:
             error.add_note(str(failure))
 
     def steps(self) -> list[int]:
-        """Every saved step, ascending, damaged ones too.
+        """Returns every saved step in ascending order, damaged ones too.
 
         Raises:
-          UserError: the folder cannot be read (so do all the methods below).
+          UserError: the folder cannot be read (the same holds for all the methods below).
         """
         self._settle()
         return sorted(self._folder.steps())
 
     def oldest(self) -> int | None:
-        """The lowest saved step, without waiting for the save under way; None where nothing was saved."""
+        """Returns the lowest saved step without waiting for the save under way; None if nothing was saved."""
         return min(self._folder.steps(), default=None)
 
     def latest(self) -> int | None:
-        """The step saved last (not the highest, where a run went back), unchecked; see `latest_good`."""
+        """Returns the step saved last (not the highest, if a run went back), unchecked; see `latest_good`."""
         self._settle()
         saved = self._folder.readable()
         return max(saved, key=lambda step: saved[step].serial) if saved else None
 
     def latest_good(self, warn: Callable[[str], None]) -> int | None:
-        """The step saved last of those whose files are as they were written; None if none was saved.
+        """Returns the step saved last among the undamaged checkpoints; None if none was saved.
 
-        Reads every byte of what it returns (CRC-32 runs at 1 to 4 GB/s). Each damaged one that is passed over
-        is told to `warn` (on process 0); nothing is deleted.
+        It reads every byte of that checkpoint (CRC-32 runs at 1 to 4 GB/s). Each damaged checkpoint that is passed
+        over is reported to `warn` (on process 0); nothing is deleted.
 
         Raises:
-          UserError: all are damaged.
+          UserError: all checkpoints are damaged.
         """
         self._settle()
         found = _agreed(lambda: -1 if (step := self._folder.newest_good(warn)) is None else step)
@@ -195,34 +197,34 @@ class Checkpoints:
         return None if found < 0 else found
 
     def best(self) -> int | None:
-        """The step whose metric `best` is best, the one saved first of equals; None if none has it."""
+        """Returns the step whose metric `best` is best, the earliest save of equals; None if none has it."""
         self._settle()
         return self._retention.best_of(self._folder.readable())
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `meta`.
+        """Returns the `meta` that `save` was given.
 
         Raises:
-          UserError: no such step, or its manifest is damaged.
+          UserError: the step was not saved, or its manifest is damaged.
         """
         self._settle()
         return self._folder.open(step)[1].meta
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What `save` was given as `metrics`, without what was not finite; raises as `meta`."""
+        """Returns the finite `metrics` that `save` was given; raises as `meta` does."""
         self._settle()
         return self._folder.open(step)[1].metrics
 
     def describe(self, step: int) -> list[SavedArray]:
-        """(path, shape, dtype, bytes) of every array, without reading them; raises as `meta`."""
+        """Returns path, shape, dtype and bytes of every array without reading the arrays; raises as `meta` does."""
         self._settle()
         return self._folder.open(step)[1].leaves()
 
     def verify(self, step: int) -> list[str]:
-        """Reads every byte and says what is wrong, naming each file; empty where all is well.
+        """Reads every byte and returns one line per problem, each naming its file; an empty list means undamaged.
 
         Raises:
-          UserError: no such step.
+          UserError: the step was not saved.
         """
         self._settle()
         folder = self._folder.find(step)
@@ -236,14 +238,14 @@ class Checkpoints:
         return found
 
     def restore(self, step: int, abstract: Any) -> Any:
-        """The state saved at `step`, as a tree like `abstract` and placed as its shardings say, on any mesh.
+        """Returns the state saved at `step` as a tree like `abstract`, with the shardings of its leaves, on any mesh.
 
-        `abstract` is a pytree of jax.ShapeDtypeStruct (or arrays). A sharding on an abstract mesh means the
-        mesh of `jax.set_mesh`; a leaf without sharding is loaded as a numpy array.
+        `abstract` is a pytree of jax.ShapeDtypeStruct (or arrays). A sharding on an abstract mesh is placed on the
+        mesh of `jax.set_mesh`; a leaf without a sharding is loaded as a numpy array.
 
         Raises:
-          UserError: no such step, a file is missing or truncated, or a path, shape or dtype differs: all are
-            named, before anything is loaded.
+          UserError: the step was not saved, a file is missing or truncated, or a path, shape or dtype differs. The
+            message names every difference, and is raised before anything is loaded.
         """
         self._settle()
         folder, saved = self._folder.open(step)
@@ -264,13 +266,18 @@ class Checkpoints:
     def load_params(
         self, step: int, prefix: str = "params", sharding: Sharding | None = None, leaves: Collection[str] = ()
     ) -> Any:
-        """The arrays under `prefix` as nested dicts, without the mesh or the model that wrote them.
+        """Returns the arrays under `prefix` as nested dicts; neither the mesh nor the model that wrote them is needed.
 
-        Numpy arrays, or jax arrays placed by `sharding`. Positions (lists, integer keys) are int keys. With
-        `leaves` only the arrays of these names: the rows of tables, without their slots.
+        Positions (of lists, or integer keys) become int keys.
+
+        Args:
+          step: a saved step.
+          prefix: path of the subtree, "" for the whole state.
+          sharding: of the jax arrays to return; None returns numpy arrays.
+          leaves: only load arrays with these last path parts (the rows of tables without their slots, say).
 
         Raises:
-          UserError: no such step or prefix, or a file is missing or truncated.
+          UserError: the step or the prefix does not exist, or a file is missing or truncated.
         """
         self._settle()
         folder, saved = self._folder.open(step)
@@ -287,13 +294,13 @@ class Checkpoints:
         return plain.nest({path[len(at) :]: leaf for path, leaf in loaded.items()})
 
     def load_leaves(self, step: int, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-        """Some of the arrays, by the paths that `describe` gives, each placed by its sharding; numpy without one.
+        """Returns some of the arrays, keyed by the paths that `describe` gives, each placed by its sharding.
 
-        Each process reads what its devices hold.
+        A leaf without a sharding becomes a numpy array. Each process reads the parts that its devices hold.
 
         Raises:
-          UserError: no such step or path, or a file is missing or truncated.
-          ValueError: an array has another shape or dtype there.
+          UserError: the step or a path does not exist, or a file is missing or truncated.
+          ValueError: a stored array has another shape or dtype.
         """
         self._settle()
         folder, saved = self._folder.open(step)
@@ -310,7 +317,7 @@ class Checkpoints:
         return {name: found[paths[name]] for name in leaves}
 
     def _settle(self) -> None:
-        """Waits for the save under way and raises its error, on all processes if process 0 had it."""
+        """Waits for the save under way and raises its error; an error of process 0 is raised on all processes."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -319,7 +326,7 @@ class Checkpoints:
         self.check()
 
     def _writes(self, folder: epath.Path, draft: Manifest, leaves: Mapping[plain.Path, Any]) -> list[Write]:
-        """The folders to write: shared ones that are not there yet, and last that of the step, which names them."""
+        """Returns the folders to write: shared ones that do not exist yet, then the step's own, which names them."""
         parts = shared_parts.split_shared({path: leaf for path, leaf in leaves.items() if np.size(leaf)}, self._shared)
         own, writes, named = parts.pop("", {}), [], {}
         for entry, part in parts.items():
@@ -333,7 +340,7 @@ class Checkpoints:
         return [Write(*write, compress=self._compress, checksums=self._checksums) for write in writes]
 
     def _complete(self, writes: Sequence[Write], begun: Sequence[Callable[[], None]]) -> None:
-        """In the background: files and manifest of each folder, what is shared before what names it; then retention."""
+        """Writes each folder and its manifest in the background, shared folders first; then applies retention."""
         try:
             for write, begin in zip(writes[:-1], begun[:-1], strict=True):
                 write.run(begin, None, early=False)
@@ -348,7 +355,7 @@ class Checkpoints:
     def _load(
         self, folder: epath.Path, saved: Manifest, wanted: Mapping[plain.Path, jax.ShapeDtypeStruct]
     ) -> dict[plain.Path, Any]:
-        """The wanted leaves; sizes of files are checked first, so that a truncated file has a name."""
+        """Loads the wanted leaves; file sizes are checked first, so that the error for a truncated file names it."""
         homes: dict[epath.Path, dict[str, jax.ShapeDtypeStruct]] = {}
         for path, leaf in wanted.items():
             if leaf.size:
@@ -368,14 +375,14 @@ class Checkpoints:
 
 
 def _agreed(decide: Callable[[], int]) -> int:
-    """What process 0 decides, on all processes."""
+    """Returns the decision of process 0 on all processes."""
     if jax.process_count() == 1:
         return decide()
     return int(multihost_utils.broadcast_one_to_all(np.int32(decide() if jax.process_index() == 0 else 0)))
 
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What to restore for a leaf of an abstract tree."""
+    """Returns shape, dtype and concrete sharding to restore for a leaf of an abstract tree."""
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
         sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
@@ -383,13 +390,13 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _empty(leaf: jax.ShapeDtypeStruct) -> Any:
-    """An array without entries: orbax refuses those, so only the manifest knows of them."""
+    """Returns an array without entries; orbax cannot store those, so only the manifest records them."""
     zeros = np.zeros(leaf.shape, leaf.dtype)
     return zeros if leaf.sharding is None else jax.device_put(zeros, leaf.sharding)
 
 
 def _last_words(failures: list[tuple[str, BaseException | None]]) -> None:
-    """An error that nobody asked for is at least printed, when the object or the process ends."""
+    """Prints the errors that no call has raised, when the object or the process ends."""
     for message, _ in failures:
         print(f"{message} (Checkpoints.close() was not called)", file=sys.stderr)
 

@@ -1,9 +1,9 @@
-"""The folder that a run's checkpoints lie in: which steps are there, which are whole, and which may go.
+"""The folder of a run's checkpoints: it lists the steps, finds the undamaged ones, and deletes old ones.
 
-A checkpoint is a folder `20` (or `20-2` where step 20 was saved again: beside the older, never over it) that
-has a manifest. Nothing damaged is deleted, and nothing goes before something newer is whole. What checkpoints have in
-common lies beside them (shared_parts.py), as long as one of them names it.
-Held by tests/core/test_checkpoint_folder.py.
+A checkpoint is a folder `20` with a manifest (or `20-2` where step 20 was saved again: a new save is put beside the
+older one, never over it). Damaged checkpoints are never deleted, and no checkpoint is deleted before a newer one is
+complete. Arrays that checkpoints have in common are stored beside them (shared_parts.py) as long as one of them names
+them. Tested in tests/core/test_checkpoint_folder.py.
 """
 
 import contextlib
@@ -28,7 +28,14 @@ _UNFINISHED = re.compile(r"\d+(-\d+)?\.orbax-checkpoint-tmp.*")
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the `keep` saved last, multiples of `keep_every`, and the best by a metric."""
+    """The rule for which checkpoints stay: the `keep` saved last, multiples of `keep_every`, and the best by a metric.
+
+    Attributes:
+      keep: number of most recently saved checkpoints to keep.
+      keep_every: also keep steps that are a multiple of this.
+      best: name of the metric whose best checkpoint is kept too.
+      best_mode: "max" where a larger metric is better, else "min".
+    """
 
     keep: int = 3
     keep_every: int | None = None
@@ -44,7 +51,7 @@ class Retention:
             raise UserError(f"best_mode must be 'max' or 'min', got {self.best_mode!r}")
 
     def best_of(self, saved: Mapping[int, Manifest]) -> int | None:
-        """The step with the best metric, the one saved first of equals; None if none has it."""
+        """Returns the step with the best metric, the earliest save of equals; None if none has the metric."""
         if self.best is None:
             return None
         sign = -1 if self.best_mode == "max" else 1
@@ -54,7 +61,7 @@ class Retention:
         return min(scored)[2] if scored else None
 
     def kept(self, saved: Mapping[int, Manifest]) -> set[int]:
-        """The steps of `saved` that stay."""
+        """Returns the steps of `saved` that stay."""
         kept = set(sorted(saved, key=lambda step: saved[step].serial)[-self.keep :])
         if self.keep_every is not None:
             kept |= {step for step in saved if step % self.keep_every == 0}
@@ -63,9 +70,9 @@ class Retention:
 
 
 class CheckpointFolder:
-    """The checkpoints under one path, local or gs:// or s3://; every call looks anew.
+    """The checkpoints under one path (local, gs:// or s3://); every call reads the folder afresh.
 
-    Every method raises StoreError (a RunFailed) where an object store does not answer.
+    Every method raises StoreError (a RunFailed) if an object store does not answer.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -75,10 +82,11 @@ class CheckpointFolder:
 
     @property
     def remote(self) -> bool:
+        """True where the path is in an object store."""
         return stores.is_url(self.path)
 
     def steps(self) -> dict[int, epath.Path]:
-        """Step -> its newest folder that has a manifest, damaged or not; empty where nothing was saved.
+        """Maps each step to its newest folder with a manifest, damaged or not; empty if nothing was saved.
 
         Raises:
           UserError: the path cannot be listed.
@@ -88,16 +96,16 @@ class CheckpointFolder:
         return {step: folder for (folder, step, _), there in zip(listing, whole, strict=True) if there}
 
     def readable(self) -> dict[int, Manifest]:
-        """Step -> manifest, without those whose manifest cannot be read."""
+        """Maps each step to its manifest, without the steps whose manifest cannot be read."""
         folders = self.steps()
         found = self._each(_readable, folders.values())
         return {step: one for step, one in zip(folders, found, strict=True) if one is not None}
 
     def find(self, step: int) -> epath.Path:
-        """The folder of `step`.
+        """Returns the folder of `step`.
 
         Raises:
-          UserError: there is none.
+          UserError: the step was not saved.
         """
         folders = self.steps()
         if step not in folders:
@@ -106,10 +114,10 @@ class CheckpointFolder:
         return folders[step]
 
     def open(self, step: int) -> tuple[epath.Path, Manifest]:
-        """Folder and manifest of `step`.
+        """Returns folder and manifest of `step`.
 
         Raises:
-          UserError: there is none, or its manifest is damaged.
+          UserError: the step was not saved, or its manifest is damaged.
         """
         folder = self.find(step)
         try:
@@ -118,31 +126,32 @@ class CheckpointFolder:
             raise UserError(f"checkpoint {folder} is damaged: {damage}") from damage
 
     def edition(self, step: int) -> int:
-        """The number of the next save of `step`: 1, or one more than what is there, whole or not."""
+        """Returns the number of the next save of `step`: 1, or one more than the newest save, complete or not."""
         return 1 + max((edition for _, there, edition in self._listing() if there == step), default=0)
 
     def at(self, step: int, edition: int) -> epath.Path:
+        """Returns the path for one save of a step, which need not exist."""
         return self.path / (str(step) if edition == 1 else f"{step}-{edition}")
 
     def home(self, folder: epath.Path, saved: Manifest, path: plain.Path) -> epath.Path:
-        """The folder that holds this array of a checkpoint: its own, or one that it shares with others."""
+        """Returns the folder that holds this array of a checkpoint: its own, or one that it shares with others."""
         name = saved.shared.get(str(path[0])) if path else None
         return folder if name is None else self.path / name
 
     def files(self, saved: Manifest) -> dict[str, File]:
-        """All files of a checkpoint, of its own and shared, as far as their manifests can be read."""
+        """Returns all files of a checkpoint, its own and shared ones, as far as their manifests can be read."""
         return saved.files | self.shared.files(saved)
 
     def problems(
         self, folder: epath.Path, saved: Manifest, *, checksums: bool, known: Known | None = None
     ) -> list[str]:
-        """What is wrong with the files of a checkpoint, those that it shares with others among them.
+        """Returns one line for each problem with the files of a checkpoint, shared ones included.
 
         Args:
-          folder: of the checkpoint.
+          folder: the checkpoint's folder.
           saved: its manifest.
           checksums: read every byte.
-          known: as `SharedParts.problems` takes it.
+          known: findings about shared folders so far, as in `SharedParts.problems`.
 
         Raises:
           StoreError: an object store does not answer.
@@ -151,9 +160,9 @@ class CheckpointFolder:
         return [*own, *self.shared.problems(saved, checksums=checksums, known=known)]
 
     def newest_good(self, warn: Callable[[str], None]) -> int | None:
-        """The step saved last whose files are as they were written; tells `warn` of each passed over."""
+        """Returns the step saved last among the undamaged; reports each damaged one that it passes over to `warn`."""
         folders, readable, known = self.steps(), self.readable(), Known()
-        # Without a readable manifest there is no serial: such a one is told of first.
+        # Without a readable manifest there is no serial: such checkpoints are reported first.
         serials = {step: readable[step].serial if step in readable else math.inf for step in folders}
         for step in sorted(folders, key=lambda step: (serials[step], step), reverse=True):
             try:
@@ -167,7 +176,7 @@ class CheckpointFolder:
         return None
 
     def sweep(self) -> None:
-        """Removes what killed or failed saves left behind; no save may be under way."""
+        """Removes the leftovers of killed or failed saves; no save may be under way."""
         for path in list(self.shared.sweep(self._named())):
             _delete(path)
         for path in self.path.iterdir():
@@ -176,9 +185,10 @@ class CheckpointFolder:
                 _delete(path)
 
     def retire(self, retention: Retention) -> None:
-        """Deletes what `retention` does not keep; what is known to be damaged neither counts nor goes.
+        """Deletes the checkpoints that `retention` does not keep.
 
-        That knowledge is left in its folder, for the runs to come.
+        A checkpoint known to be damaged neither counts as kept nor is deleted. Its problems are written into its
+        folder, so that later runs know them.
         """
         for folder, found in self._damaged.items():
             with contextlib.suppress(OSError):
@@ -201,20 +211,20 @@ class CheckpointFolder:
                 _delete(folder)
 
     def _named(self) -> set[str] | None:
-        """The shared folders that checkpoints name, damaged ones too; None where a manifest cannot be read."""
+        """Returns the shared folders that checkpoints name, damaged ones too; None if a manifest cannot be read."""
         whole = [folder for folder, _, _ in self._listing() if (folder / manifest.FILE).exists()]
         read = self._each(_readable, whole)
         return None if None in read else {name for saved in read for name in saved.shared.values()}
 
     def _each(self, ask: Callable[[Any], Any], about: Iterable[Any]) -> list[Any]:
-        """Asks of each; a store at once, since every answer takes it as long as a megabyte."""
+        """Calls `ask` on each; in parallel for an object store, where a request takes as long as reading a megabyte."""
         if not self.remote:
             return [ask(one) for one in about]
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(ask, about))
 
     def _listing(self) -> list[tuple[epath.Path, int, int]]:
-        """(folder, step, edition) of everything named like a checkpoint."""
+        """Returns (folder, step, edition) of everything named like a checkpoint."""
         try:
             paths = list(self.path.iterdir())
         except FileNotFoundError:
@@ -233,12 +243,12 @@ def _readable(folder: epath.Path) -> Manifest | None:
 
 
 def some(items: list[Any], most: int = 10) -> str:
-    """`1, 2, 3 and 4 more`."""
+    """Returns the first `most` items as text, such as `1, 2, 3 and 4 more`."""
     shown = ", ".join(str(item) for item in items[:most])
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
 
 
 def _delete(folder: epath.Path) -> None:
-    """Manifest first: a process killed in between leaves no checkpoint rather than a damaged one."""
+    """Deletes a checkpoint, manifest first: a process killed in between leaves no checkpoint, not a damaged one."""
     (folder / manifest.FILE).unlink(missing_ok=True)
     folder.rmtree(missing_ok=True)

@@ -1,7 +1,7 @@
-"""CRC-32 of files, several at a time, and of files that are still being written while the disk is the one to wait for.
+"""CRC-32 of files, computed in parallel, and already while other files of the same save are being written.
 
-A checksum taken early counts only while the file is the one that was read: `Early` notes inode, size and time of
-change before it reads, and who asks later is answered only where all three still hold. Held by
+A checksum computed early counts only while the file is unchanged: `Early` notes device, inode, size and modification
+time before it reads, and returns the checksum later only if all of them still hold. Tested in
 tests/core/test_checksums.py.
 """
 
@@ -20,33 +20,33 @@ from etils import epath
 _THREADS = 4
 _CHUNK = 1 << 22
 _WORTH_IT = 1 << 20
-"""Bytes below which a file is read when all is written: there is nothing to win."""
+"""Files with fewer bytes are not read early: there is nothing to gain."""
 
 _Stamp = tuple[int, int, int, int]
 
 
 def of_file(path: epath.Path | pathlib.Path) -> int:
-    """Reads it all.
+    """Returns the CRC-32 of a file, reading all of it.
 
     Raises:
-      OSError: it cannot be read.
+      OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         return _of(file)
 
 
 def side_by_side(ask: Callable[[Any], Any], about: Iterable[Any]) -> list[Any]:
-    """`ask` of each, in the order given, a few at a time (zlib lets go of Python's lock); raises as `ask`."""
+    """Calls `ask` on each, a few at a time (zlib releases the GIL), and returns the results in order."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(ask, about))
 
 
 class Early:
-    """While the context lasts, a thread reads what is written below the folders that `find` names.
+    """A context in which a thread computes checksums of the files that are written below the folders of `find`.
 
-    A file is read once it was the same at two looks, `quiet` seconds apart, so that a change after that has a later
-    time of change, however coarse the clock of the file system. For files that this machine writes: a network file
-    system may tell of another's changes late.
+    A file is read once it was the same at two checks, `quiet` seconds apart. So any later change has a later
+    modification time, however coarse the clock of the file system. It is for files that this machine writes: a network
+    file system may report changes by other machines late.
     """
 
     def __init__(self, find: Callable[[], Iterable[pathlib.Path]], quiet: float = 0.03) -> None:
@@ -57,7 +57,7 @@ class Early:
         self._thread = threading.Thread(target=self._follow, name="checksums", daemon=True)
 
     def known(self, path: str | os.PathLike[str]) -> int | None:
-        """The CRC-32 of this file, wherever it was moved to, if it was read and has not changed since."""
+        """Returns the CRC-32 of this file, even if it was moved since; None if it was not read or has changed."""
         return self._known.get(_stamp(path))
 
     def __enter__(self) -> Self:
@@ -72,7 +72,7 @@ class Early:
 
     def _follow(self) -> None:
         while not self._stop.wait(self._quiet):
-            with contextlib.suppress(OSError):  # what is not known here is read at the end
+            with contextlib.suppress(OSError):  # a file that fails here is read after the save instead
                 self._look()
 
     def _look(self) -> None:
@@ -81,7 +81,7 @@ class Early:
             for path in top.rglob("*"):
                 if self._stop.is_set():
                     return
-                with contextlib.suppress(OSError):  # moved or deleted under our eyes
+                with contextlib.suppress(OSError):  # the file was moved or deleted meanwhile
                     self._read(path, seen)
 
     def _read(self, path: pathlib.Path, seen: set[_Stamp]) -> None:

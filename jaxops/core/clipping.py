@@ -1,7 +1,7 @@
 """Clipping of gradients by their global norm: one norm for all of them, or one for each group of paths.
 
-Several models in one state (policy and value) have gradients of different size: a norm over both would let the larger
-one scale the smaller one down.
+Several models in one state (policy and value) have gradients of different size. With one norm over both, the larger
+gradient would scale the smaller one down.
 """
 
 import re
@@ -16,24 +16,24 @@ from jaxops.core.sharding import named_leaves
 from jaxops.core.sums import Max, Sum, Sums
 
 Clip = float | Mapping[str, float] | None
-"""A norm for all leaves together, or by pattern of their paths, or none. The key `default` is for leaves that no
-pattern matches; without it those are not clipped."""
+"""The largest norm of all leaves together, or one for each path pattern, or None for no clipping. The key `default` is
+for leaves that no pattern matches; without it those are not clipped."""
 DEFAULT = "default"
 
 
 def global_norm(tree: PyTree) -> Float[Array, ""]:
-    """The Euclidean norm of all leaves together, in float32."""
+    """Returns the Euclidean norm of all leaves together, in float32."""
     return jnp.sqrt(sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)), jnp.float32(0)))
 
 
 def clip_gradients(grads: PyTree, clip: Clip) -> tuple[PyTree, Float[Array, ""], Sums]:
-    """Gradients whose norm is at most `clip`, the norm that all had together, and the metrics of these norms.
+    """Returns gradients whose norm is at most `clip`, the norm of all leaves before clipping, and metrics of the norms.
 
-    The metrics are `grad_norm` and `grad_norm_max` over all leaves, and with a mapping `grad_norm/NAME` for each group.
-    NAME is the pattern without a leading `^` and trailing `/`: `grad_norm/policy` for `^policy/`.
+    The metrics are `grad_norm` and `grad_norm_max` over all leaves and, where `clip` is a mapping, `grad_norm/NAME` for
+    each group. NAME is the pattern without a leading `^` and trailing `/`: `grad_norm/policy` for `^policy/`.
 
     Raises:
-      UserError: what `groups_of` raises.
+      UserError: a pattern of `clip` matches no path, or two match the same one.
     """
     norm = global_norm(grads)
     metrics: Sums = {"grad_norm": Sum.of(norm), "grad_norm_max": Max(norm)}
@@ -54,7 +54,7 @@ def clip_gradients(grads: PyTree, clip: Clip) -> tuple[PyTree, Float[Array, ""],
 
 
 def groups_of(paths: list[str], clip: Mapping[str, float]) -> dict[str, list[int]]:
-    """The positions of the paths that each pattern matches; `default` has those that none does, if there are any.
+    """Returns the positions of the paths that each pattern matches, and under `default` those that none matches.
 
     Raises:
       UserError: a pattern matches no path, or two match the same one.
@@ -76,11 +76,11 @@ def groups_of(paths: list[str], clip: Mapping[str, float]) -> dict[str, list[int
 
 
 def group_name(pattern: str) -> str:
-    """How metrics call the group of a pattern: `policy` for `^policy/`."""
+    """Returns the name of a pattern's group in metrics: `policy` for `^policy/`."""
     return pattern.removeprefix("^").rstrip("/$") or pattern
 
 
 def _scaled(grads: PyTree, norm: Float[Array, ""], most: float) -> PyTree:
-    """The gradients of this norm, scaled down to `most` where it is larger."""
+    """Scales gradients whose norm is `norm` down to the norm `most` where it is larger."""
     scale = most / jnp.maximum(norm, most)
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)

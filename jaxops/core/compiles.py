@@ -1,4 +1,4 @@
-"""What was compiled, how often and for how long, by name: a compile after warm-up is a bug that hides as slowness."""
+"""Counts and times of compiles by function name: a compile after warm-up is a bug that shows only as slowness."""
 
 import collections
 import contextlib
@@ -13,7 +13,7 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class Compiles:
-    """Counts compiles by function name while `watching`."""
+    """Counts compiles by function name, and calls `on_compile(name)` after each, while `watching`."""
 
     def __init__(self, on_compile: Callable[[str], None] = lambda name: None) -> None:
         self._on_compile = on_compile
@@ -29,11 +29,11 @@ class Compiles:
             self._on_compile(name)
 
     def warm(self) -> None:
-        """Everything compiled until now was expected."""
+        """Marks everything compiled until now as expected."""
         self._warm = self.count.copy()
 
     def again(self, programs: Iterable[str]) -> dict[str, int]:
-        """Which of these programs were compiled again since `warm`, and how many times."""
+        """Returns the programs among these that were compiled again since `warm`, with the number of times."""
         if self._warm is None:
             return {}
         since = self.count - self._warm
@@ -50,7 +50,7 @@ class Compiles:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the jaxops cache between processes, unless jax was given a folder already."""
+    """Keeps compiled programs in the jaxops cache between processes, unless jax has a cache folder already."""
     if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 (mypy knows no flags)
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,9 +1,9 @@
-"""One run as several processes: how they find each other, what they decide together, how they end.
+"""A run of several processes: how they find each other, agree on decisions, and end.
 
-Every process runs the same program on the same global batches; process 0 alone writes. What must be decided once is
-decided there and handed on through jax's coordination service, never by waiting without a bound: who does not come
-is named, with what it did last. This is the only module that touches that service.
-Held by tests/recovery/, which run and kill real processes.
+Every process runs the same program on the same global batches; process 0 alone writes. Process 0 also makes the
+decisions that must be made once, and sends them through jax's coordination service. No wait is unbounded: an error
+names the processes that are missing, with the phase in which each was last seen. This is the only module that uses the
+coordination service. Tested in tests/recovery/, which run and kill real processes.
 """
 
 import contextlib
@@ -26,34 +26,33 @@ from jaxops.core.failures import EXIT_FAILED, EXIT_USAGE, RunFailed, UserError
 VARIABLES = ("JAXOPS_COORDINATOR", "JAXOPS_NUM_PROCESSES", "JAXOPS_PROCESS_ID")
 INITIALIZATION_SECONDS = 300
 HEARTBEAT_SECONDS = 100
-"""Without a sign of life for this long a process counts as lost: jax then ends all the others."""
+"""Seconds without a heartbeat after which a process counts as lost; jax then ends all the others."""
 BARRIER_SECONDS = 600
-"""How long the processes wait for each other outside of a step."""
+"""Seconds for which the processes wait for each other outside of a step."""
 SHUTDOWN_SECONDS = 15
 _SLICE = 2.0
-"""Who waits looks this often whether another process has failed."""
+"""Seconds between two checks of a waiting process whether another process has failed."""
 _FAILED, _GONE, _PHASE = "jaxops/failed", "jaxops/gone", "jaxops/phase"
 
 _count: dict[str, int] = {}
-"""How often each name was waited for: all processes make the same calls, so the numbers agree."""
+"""The number of waits so far by name; all processes make the same calls, so their numbers agree."""
 
 
 def initialize(environment: Mapping[str, str] | None = None) -> bool:
-    """Joins the job that the environment describes; whether there is one. Before any computation.
+    """Joins the job that the environment describes, and returns whether there is one; call it before any computation.
 
-    JAXOPS_COORDINATOR (host:port), JAXOPS_NUM_PROCESSES and JAXOPS_PROCESS_ID name a job by hand; under Slurm, Open
-    MPI and on TPU VMs jax finds the others itself. JAXOPS_INIT_SECONDS, JAXOPS_HEARTBEAT_SECONDS and
-    JAXOPS_BARRIER_SECONDS bound the waiting.
+    JAXOPS_COORDINATOR (host:port), JAXOPS_NUM_PROCESSES and JAXOPS_PROCESS_ID describe a job by hand; under Slurm, Open
+    MPI and on TPU VMs jax finds the other processes itself. JAXOPS_INIT_SECONDS, JAXOPS_HEARTBEAT_SECONDS and
+    JAXOPS_BARRIER_SECONDS bound the waiting. If the other processes do not come in time, this process prints a message
+    and exits, since the wait inside jax cannot be interrupted.
 
     Raises:
-      UserError: only some of the variables are set, or they are no numbers in range.
-
-    Where the others do not come in time the process ends with a message: jax cannot be stopped from waiting.
+      UserError: only some of the variables are set, or a value is not a number in range.
     """
     env = os.environ if environment is None else environment
     limit = seconds("JAXOPS_INIT_SECONDS", INITIALIZATION_SECONDS, env)
     options: dict[str, Any] = {
-        "initialization_timeout": limit + 60,  # where jax's own runs out it aborts; ours says why
+        "initialization_timeout": limit + 60,  # at its own timeout jax aborts without a reason, so ours comes first
         "heartbeat_timeout_seconds": seconds("JAXOPS_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS, env),
         "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
     }
@@ -88,7 +87,7 @@ def _nobody_came(job: tuple[str, int, int] | None, limit: int) -> None:
 
 
 def _by_hand(env: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """(coordinator, processes, this one) as JAXOPS_... have it, None where none of them is set."""
+    """Returns (coordinator, number of processes, this process) from the JAXOPS_... variables; None if none is set."""
     given = [name for name in VARIABLES if env.get(name)]
     if not given:
         return None
@@ -106,7 +105,7 @@ def _by_hand(env: Mapping[str, str]) -> tuple[str, int, int] | None:
 
 
 def _found_by_jax(env: Mapping[str, str]) -> bool:
-    """Whether jax can find the other processes by itself: several Slurm or MPI tasks, or a TPU VM."""
+    """Returns whether jax can find the other processes by itself: several Slurm or MPI tasks, or a TPU VM."""
     for size, also in (("SLURM_NTASKS", "SLURM_STEP_NODELIST"), ("OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri")):
         if env.get(size, "1").isdigit() and int(env.get(size, "1")) > 1 and also in env:
             return True
@@ -114,10 +113,10 @@ def _found_by_jax(env: Mapping[str, str]) -> bool:
 
 
 def seconds(name: str, default: int, env: Mapping[str, str] = os.environ) -> int:
-    """A number of seconds from the environment.
+    """Reads a number of seconds from the environment.
 
     Raises:
-      UserError: it is none.
+      UserError: the value is not a positive whole number.
     """
     text = env.get(name, str(default))
     if not text.isdigit() or int(text) < 1:
@@ -126,23 +125,25 @@ def seconds(name: str, default: int, env: Mapping[str, str] = os.environ) -> int
 
 
 def is_distributed() -> bool:
-    """Whether this run is several processes."""
+    """Returns whether this run has several processes."""
     return jax.process_count() > 1
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, the one that writes."""
+    """Returns whether this is process 0, the one that writes."""
     return jax.process_index() == 0
 
 
 def _client() -> Any:
-    from jax._src import distributed  # no public door to the coordination service
+    from jax._src import distributed  # jax has no public access to the coordination service
 
     return distributed.global_state.client
 
 
 def run_on_primary(what: str, fn: Callable[[], Any]) -> Any:
-    """What `fn` returns (JSON) on process 0, on all processes; its UserError or RunFailed is raised on all.
+    """Runs `fn` on process 0 and returns its result (JSON) on all processes.
+
+    A UserError or RunFailed of `fn` is raised on all processes.
 
     Raises:
       RunFailed: process 0 has not answered within JAXOPS_BARRIER_SECONDS, or another process failed meanwhile.
@@ -169,7 +170,7 @@ def run_on_primary(what: str, fn: Callable[[], Any]) -> Any:
 
 
 def gather(what: str, value: Any) -> list[Any]:
-    """What every process has for `value` (JSON), by number of the process; raises as `barrier`."""
+    """Returns the `value` (JSON) of every process, ordered by process; raises as `barrier` does."""
     if not is_distributed():
         return [value]
     key = _next(f"jaxops/gather/{what}")
@@ -180,10 +181,10 @@ def gather(what: str, value: Any) -> list[Any]:
 
 
 def barrier(what: str) -> None:
-    """Returns when all processes are here.
+    """Returns when all processes have called it with the same `what`.
 
     Raises:
-      RunFailed: some did not come within JAXOPS_BARRIER_SECONDS; it names them and what they did last.
+      RunFailed: some did not come within JAXOPS_BARRIER_SECONDS; the message names them with their last phase.
     """
     if not is_distributed():
         return
@@ -197,7 +198,7 @@ _LONGER = " (JAXOPS_BARRIER_SECONDS allows for more)"
 
 
 def _absent(key: str, limit: int | None = None) -> tuple[list[int], int]:
-    """The processes that have not come to `key` in time, and that time."""
+    """Waits at `key`, and returns the processes that did not come in time, with the time limit in seconds."""
     client = _client()
     client.key_value_set(f"{key}/here/{jax.process_index()}", "")
     if client.key_value_increment(f"{key}/count", 1) == jax.process_count():
@@ -210,7 +211,7 @@ def _absent(key: str, limit: int | None = None) -> tuple[list[int], int]:
 
 
 def _wait(key: str, limit: int | None = None) -> tuple[str | None, int]:
-    """The value of a key once it is set, None if it is not in time; and that time.
+    """Returns the value of a key once it is set, or None at the time limit, with the limit in seconds.
 
     Raises:
       RunFailed: another process failed meanwhile.
@@ -233,7 +234,7 @@ def _failed_there(rank: int, word: Mapping[str, Any]) -> RunFailed:
 
 
 def announce_phase(phase: str) -> None:
-    """Lets the other processes know what this one is about, for their messages."""
+    """Announces the phase of this process (loading, training, ...), which others name in their error messages."""
     if is_distributed():
         _client().key_value_set(f"{_PHASE}/{jax.process_index()}", phase, allow_overwrite=True)
 
@@ -245,7 +246,7 @@ def _doing(rank: int) -> str:
 
 
 def named(ranks: Iterable[int]) -> str:
-    """`processes 1, 2 of 4`."""
+    """Returns process numbers as text, such as `processes 1, 2 of 4`."""
     found = [str(rank) for rank in ranks]
     return f"process{'es' if len(found) > 1 else ''} {', '.join(found)} of {jax.process_count()}"
 
@@ -256,17 +257,17 @@ def _next(name: str) -> str:
 
 
 def announce_failure(error: BaseException, where: str) -> None:
-    """Tells the other processes that this one fails, and why; they end too (`others_failed`)."""
+    """Announces that this process fails and why, so that the other processes end too (`others_failed`)."""
     if not is_distributed() or getattr(error, "shared", False):
         return
     text = f"{type(error).__name__}: {error}".split("\n")[0][:500]
     word = {"text": text, "where": where, "status": EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED}
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # said already, or the coordinator is what was lost
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # announced before, or the coordinator itself is lost
         _client().key_value_set(f"{_FAILED}/{jax.process_index()}", json.dumps(word))
 
 
 def others_failed() -> dict[int, dict[str, Any]]:
-    """What other processes said of their failure: process -> {text, where, status}."""
+    """Returns the failures that other processes have announced: process -> {text, where, status}."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         found = _client().key_value_dir_get(_FAILED)
         words = {int(name.rpartition("/")[2]): json.loads(text) for name, text in found}
@@ -275,7 +276,11 @@ def others_failed() -> dict[int, dict[str, Any]]:
 
 
 def explain_lost(error: jax.errors.JaxRuntimeError, where: str) -> BaseException:
-    """A collective failed: the other process's own words, or who is gone; the error itself where nobody is."""
+    """Explains the error of a failed collective.
+
+    It returns the failure that another process has announced, or an error that names the lost processes, or `error`
+    itself if no process is missing.
+    """
     text = str(error)
     if not is_distributed() or "RESOURCE_EXHAUSTED" in text:
         return error
@@ -285,7 +290,7 @@ def explain_lost(error: jax.errors.JaxRuntimeError, where: str) -> BaseException
         time.sleep(0.2)
     try:
         missing, _ = _absent("jaxops/lost", 5)
-    except jax.errors.JaxRuntimeError:  # nobody to ask: process 0 holds the service
+    except jax.errors.JaxRuntimeError:  # the service does not answer, so process 0, which runs it, is lost
         missing = [0]
     if not missing:
         return error
@@ -298,8 +303,8 @@ def explain_lost(error: jax.errors.JaxRuntimeError, where: str) -> BaseException
 def leave(status: int) -> NoReturn:
     """Ends this process at once: the ordinary exit would wait for the others at a barrier that they never reach.
 
-    Process 0 holds the coordination service, without which jax aborts the others before they can say why; it stays
-    until they are gone, two seconds at most.
+    Process 0 runs the coordination service, without which jax aborts the others before they can report their error. So
+    process 0 stays until they are gone, two seconds at most.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -314,9 +319,9 @@ def leave(status: int) -> NoReturn:
 
 
 def _end_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """`sys.excepthook` of a process among several: the traceback first, then out.
+    """Prints the traceback, announces the failure and exits; the `sys.excepthook` of a run of several processes.
 
-    Only for the main thread: C++ threads bring errors here that are nobody's.
+    It acts on the main thread only, since C++ threads also report errors here that concern no run.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -326,7 +331,7 @@ def _end_at_once(kind: type[BaseException], error: BaseException, trace: Traceba
 
 
 def shut_down() -> None:
-    """Leaves the job in order, once all have come this far."""
+    """Leaves the job in order, once all processes have called it."""
     if is_distributed():
         barrier("exit")
         jax.distributed.shutdown()

@@ -1,4 +1,4 @@
-"""Evaluation on the mesh: whole batches of a fixed size, sums merged on the device, one fetch at the end."""
+"""Evaluation on the mesh: batches have a fixed size, sums merge on the device, and one fetch ends it."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -28,9 +28,15 @@ def on_batches(
     logical: Mapping[str, Axes] | None = None,
     tables: Tables | None = None,
 ) -> Callable[[Params, PyTree, Batch], Any]:
-    """`function(params, batch)` on the mesh, its results placed as `out`: (params, tables' state, batch) -> results.
+    """Wraps `function(params, batch)` to run on the mesh, as (params, tables' state, batch) -> results.
 
-    Parameters and the rows that the batch reads are cast to the compute dtype.
+    Args:
+      function: any pure function; it sees whole arrays (its axes are auto).
+      mesh: the mesh of parameters and batches.
+      out: the sharding of its results.
+      compute_dtype: the floating dtype of parameters and looked-up rows inside; None keeps theirs.
+      logical: mesh axes of the logical names in `constrain`, over the defaults.
+      tables: embedding tables; their rows are in `batch["rows"]`.
     """
 
     def whole(params: Params, rows: PyTree, batch: Batch) -> Any:
@@ -50,9 +56,9 @@ def on_batches(
 
 
 class Evaluator:
-    """`metrics(params, batch) -> Sums` over batches; the rows of a batch are divided over the mesh's batch axes.
+    """Evaluates `metrics(params, batch) -> Sums` over batches whose examples are sharded over the mesh's batch axes.
 
-    With `tables` the batches are planned already, and `state` is theirs.
+    With `tables` every batch carries its plan already, and `state` is the state of the tables.
     """
 
     def __init__(
@@ -80,7 +86,13 @@ class Evaluator:
         poll: Callable[[], bool] = lambda: False,
         state: PyTree = None,
     ) -> dict[str, Any]:
-        """Host-side values over all batches; call it inside `jax.set_mesh(mesh)`.
+        """Returns the host-side values over all batches; call it inside `jax.set_mesh(mesh)`.
+
+        Args:
+          params: all parameters, trained and frozen.
+          batches: batches of one size, the last one padded.
+          poll: is called before every batch; true raises `Interrupted`.
+          state: the state of the tables.
 
         Raises:
           Interrupted: `poll` returned true.
@@ -101,7 +113,7 @@ class Evaluator:
 
     @property
     def fresh(self) -> bool:
-        """Whether nothing was evaluated yet: the first call compiles."""
+        """True before the first evaluation, which compiles."""
         return self._empty is None
 
     def _zeros(self, params: Params, state: PyTree, batch: Batch) -> Sums:
@@ -112,5 +124,5 @@ class Evaluator:
 
 
 def evaluated_params(state: State) -> Params:
-    """What evaluation and serving use: the moving average where there is one, else the parameters."""
+    """Returns the parameters for evaluation and serving: the moving average if there is one, joined with the frozen."""
     return join(state.extra.get("ema", state.params), state.frozen)

@@ -1,4 +1,4 @@
-"""Errors that are written for the person who reads them, and the exit statuses that go with them."""
+"""Errors whose messages are written for the person who reads them, and their exit statuses."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,9 +13,13 @@ EXIT_INTERRUPTED = 75
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us: shown as its message alone, exit status 2.
+    """A mistake in the user's input; the command line shows its message alone and exits with status 2.
 
-    `shared` where it is raised on all processes of a job alike: process 0 alone shows it then.
+    `shared` says that all processes of a job raise the same error: then only process 0 shows it.
+
+    Example:
+      if rate < 0:
+          raise jaxops.UserError(f"objective.rate: expected zero or more, got {rate}")
     """
 
     def __init__(self, message: str, *, shared: bool = False):
@@ -24,9 +28,15 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """The run cannot go on (non-finite loss, lost save, out of memory): shown as its message, exit status 1.
+    """The run cannot go on (non-finite loss, lost save, out of memory); its message is shown, and the status is 1.
 
-    `shared` as in UserError.
+    `shared` has the meaning that it has in `UserError`.
+
+    Example:
+      try:
+          run = jaxops.fit(task)
+      except jaxops.RunFailed as error:
+          print(f"the run failed: {error}")
     """
 
     def __init__(self, message: str, *, shared: bool = False):
@@ -35,6 +45,6 @@ class RunFailed(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause that names the closest known word, or an empty string: `; did you mean 'lr'?`."""
+    """Returns a clause that names the closest known word, `; did you mean 'lr'?`, or an empty string."""
     found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
     return f"; did you mean '{found[0]}'?" if found else ""

@@ -1,17 +1,17 @@
-"""A fence around silently wrong gradients: kernels that lie over fsdp when they are multiplied.
+"""A fence against silently wrong gradients: it finds kernels that are still sharded over fsdp when they are multiplied.
 
-XLA (jax 0.10.2 and 0.12, both partitioners) computes wrong gradients, by about 100 % and without a word, where a
-kernel sharded over ("fsdp", "tensor") multiplies an activation that is split over `tensor`, on meshes of data x fsdp x
-tensor. It depends on sizes, so that no toy test meets it, and on the compiler, whose programs show different signs of
-it in each version. What holds in all of them is the cure: a kernel is gathered over fsdp where it is used,
-`constrain(kernel, ("embed", "mlp"))`. So the traced objective is read, not the compiled program: a parameter that lies
-over fsdp and reaches a product of matrices without a constraint that drops fsdp is named. The other axes are not asked
-about: what passes on one mesh with fsdp passes on all.
+XLA (jax 0.10.2 and 0.12, both partitioners) computes wrong gradients, by about 100 % and without a warning, where a
+kernel sharded over ("fsdp", "tensor") multiplies an activation sharded over `tensor`, on meshes of data x fsdp x
+tensor. The error depends on sizes, so no toy test meets it. It also depends on the compiler, whose programs show
+different signs of it in each version. The cure is the same in all versions: a kernel is gathered over fsdp where it is
+used, `constrain(kernel, ("embed", "mlp"))`. So the fence reads the traced objective, not the compiled program. It
+reports each parameter that is sharded over fsdp and reaches a product of matrices without a constraint that drops fsdp.
+It ignores the other axes, so an objective that passes on one mesh with fsdp passes on all.
 
-A parameter stays a kernel through whatever depends on parameters and constants alone: casts, transposes, slices, layers
-cut out by a scan, scaling, rows drawn by a key. It is one no more where it meets data: rows that a batch looks up,
-biases and scales of an activation. Those were tried on both versions, with every kernel constrained, at 12 sizes each:
-all were right. Held by tests/core/test_fence.py.
+A parameter stays a kernel through operations that depend on parameters and constants alone: casts, transposes, slices,
+layers cut out by a scan, scaling, rows drawn by a key. It stops being a kernel where it meets data: rows that a batch
+looks up, biases and scales of an activation. Those were tried on both versions at 12 sizes each, with every kernel
+constrained, and all gradients were right. Tested in tests/core/test_fence.py.
 """
 
 import dataclasses
@@ -31,36 +31,44 @@ from jaxops.core.sharding import Placement, axes_in, named_leaves
 AXIS = "fsdp"
 PRODUCTS = frozenset({"dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated"})
 _OPAQUE = frozenset({"pallas_call"})
-"""Their bodies are read by no partitioner."""
+"""Primitives whose bodies no partitioner reads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unconstrained:
-    """A parameter that lies over fsdp, and a product that it reaches as it lies."""
+    """A parameter that is sharded over fsdp, and a product that it reaches in this sharding.
+
+    Attributes:
+      path: the parameter's path.
+      spec: its sharding.
+      product: the name of the product's primitive.
+      where: the file, line and function of the product, as far as jax knows them.
+    """
 
     path: str
     spec: PartitionSpec
     product: str
-    """The primitive's name."""
     where: str
-    """File, line and function of the product, as far as jax knows them."""
 
 
 def over_fsdp(placed: Iterable[Placement]) -> dict[str, PartitionSpec]:
-    """The parameters, by path, that are split over fsdp; none on a mesh whose fsdp is 1."""
+    """Returns the specs of the parameters sharded over fsdp, by path; there are none on a mesh whose fsdp is 1."""
     return {p.path: p.spec for p in placed if AXIS in axes_in(p.spec)}
 
 
 def unconstrained_kernels(
     fn: Callable[..., Any], params: PyTree, *args: Any, mesh: Mesh, placed: Iterable[Placement]
 ) -> list[Unconstrained]:
-    """Every (parameter over fsdp, product) of `fn(params, *args)` that no constraint stands between; nothing runs.
+    """Returns the parameters sharded over fsdp that reach a product of `fn(params, *args)` without a constraint.
+
+    The function is traced as a step traces it, with auto axes; nothing runs. A scalar in `args` counts as no data.
 
     Args:
-      fn: an objective, or any function of parameters that is differentiated; traced as a step traces it, its axes auto.
-      params: arrays or `jax.ShapeDtypeStruct`s; `placed` says where each lies.
+      fn: an objective, or any function of parameters that is differentiated.
+      params: arrays or `jax.ShapeDtypeStruct`s.
       args: the batch and the key, arrays or shapes; all but keys is data.
-      mesh: it is set while tracing, so call this outside `jit`.
+      mesh: the mesh; it is set while tracing, so call this outside `jit`.
+      placed: the placements of the parameters.
     """
     split = over_fsdp(placed)
     if not split:
@@ -81,10 +89,10 @@ def unconstrained_kernels(
 
 
 def refuse_unconstrained(found: Sequence[Unconstrained]) -> None:
-    """Says which kernels are to be constrained, and how.
+    """Refuses unconstrained kernels with a message that says how to constrain them.
 
     Raises:
-      UserError: there are any.
+      UserError: `found` is not empty.
     """
     if not found:
         return
@@ -104,7 +112,7 @@ def refuse_unconstrained(found: Sequence[Unconstrained]) -> None:
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype without where it lies: in an objective all axes are auto."""
+    """Returns shape and dtype without the sharding: in an objective all axes are auto."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
@@ -114,7 +122,12 @@ def _spec(spec: PartitionSpec) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """What is known of a variable: whether it depends on data, and which parameters over fsdp it is a form of."""
+    """The known facts about a variable of a jaxpr.
+
+    Attributes:
+      data: whether it depends on data.
+      kernels: the paths of the parameters sharded over fsdp that it is a form of.
+    """
 
     data: bool = False
     kernels: frozenset[str] = frozenset()
@@ -131,13 +144,13 @@ def _union(values: Iterable[_Value]) -> _Value:
 
 
 class _Walk:
-    """One reading of a jaxpr, equation by equation; `found` has (parameter, product, where), each once, in order."""
+    """One pass over a jaxpr, equation by equation; it adds (path, product, where) to `found`, each once, in order."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, str, str], None] = {}
 
     def run(self, jaxpr: Jaxpr, ins: Sequence[_Value]) -> list[_Value]:
-        """The values of the outputs, given those of the inputs."""
+        """Returns the facts about the outputs, given those about the inputs."""
         known: dict[Any, _Value] = dict(zip(jaxpr.invars, ins, strict=True))
         read = lambda var: _Value() if isinstance(var, Literal) else known.get(var, _Value())
         for eqn in jaxpr.eqns:
@@ -150,7 +163,7 @@ class _Walk:
         if name in PRODUCTS:
             where = source_info_util.summarize(eqn.source_info) or "a line that jax does not know"
             self.found.update(dict.fromkeys((path, name, where) for path in sorted(whole.kernels)))
-            return [_Value(whole.data)] * len(eqn.outvars)  # said once: what comes of it is not named again
+            return [_Value(whole.data)] * len(eqn.outvars)  # reported once: its results are no kernels
         if name in _CONSTRAINTS:
             return [
                 _Value(x.data, frozenset() if drops else x.kernels) for x, drops in zip(ins, _drops(eqn), strict=True)
@@ -158,7 +171,7 @@ class _Walk:
         bodies = [] if name in _OPAQUE else list(_bodies(eqn))
         if bodies:
             return self._call(eqn, bodies, ins)
-        # A single number is no data, be it made of data: it scales a kernel or says where it is cut.
+        # A scalar counts as no data, even where it is computed from data: it scales a kernel or positions a slice.
         one = [_entries(var) == 1 for var in eqn.outvars]
         kernels = frozenset() if whole.data else whole.kernels
         return [_Value() if alone else _Value(whole.data, kernels) for alone in one]
@@ -168,7 +181,7 @@ class _Walk:
         if name == "shard_map":
             return self._shard_map(eqn, bodies[0], ins)
         if name == "scan":
-            # What is cut or stacked along the loop has a dimension more outside (a scan's params differ by version).
+            # Arrays that the loop slices or stacks have one more dimension outside (a scan's params differ by version).
             cut = _count_cut(eqn.invars, bodies[0].invars)
             carried = len(eqn.outvars) - _count_cut(eqn.outvars, bodies[0].outvars)
             return self._loop(bodies[0], ins, len(ins) - cut - carried, carried)
@@ -183,12 +196,12 @@ class _Walk:
             return [_union(same) for same in zip(*ends, strict=True)]
         if len(bodies) == 1 and len(bodies[0].invars) == len(ins) and len(bodies[0].outvars) == len(eqn.outvars):
             return self.run(bodies[0], ins)
-        # Something that this page has not heard of: everything may have become anything.
+        # An unknown primitive with a body: any output may depend on any input.
         whole = _union([*ins, *(x for body in bodies for x in self.run(body, [_union(ins)] * len(body.invars)))])
         return [whole] * len(eqn.outvars)
 
     def _loop(self, body: Jaxpr, ins: list[_Value], consts: int, carried: int) -> list[_Value]:
-        """A scan's or while's body, until what is carried round tells nothing new."""
+        """Runs the body of a scan or while until the facts about its carry no longer change."""
         fixed, carry, each = ins[:consts], ins[consts : consts + carried], ins[consts + carried :]
         while True:
             out = self.run(body, [*fixed, *carry, *each])
@@ -198,7 +211,7 @@ class _Walk:
             carry = more
 
     def _shard_map(self, eqn: JaxprEqn, body: Jaxpr, ins: list[_Value]) -> list[_Value]:
-        """Where fsdp is manual each device multiplies what it holds: nothing is left to XLA, inside."""
+        """Skips the body where fsdp is manual: each device multiplies its own shard, so XLA partitions no product."""
         params = eqn.params
         if AXIS not in (params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]):
             return self.run(body, ins)
@@ -212,7 +225,7 @@ def _body(value: Jaxpr | ClosedJaxpr) -> Jaxpr:
 
 
 def _bodies(eqn: JaxprEqn) -> Iterable[Jaxpr]:
-    """The jaxprs that an equation runs: jit, remat, custom derivatives, loops, branches."""
+    """Yields the jaxprs that an equation runs: jit, remat, custom derivatives, loops, branches."""
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, Jaxpr | ClosedJaxpr):
@@ -235,13 +248,13 @@ _CONSTRAINTS = frozenset({"sharding_constraint", "reshard", "device_put"})
 
 
 def _drops(eqn: JaxprEqn) -> list[bool]:
-    """For each operand of a constraint: whether it lies over fsdp no more."""
+    """Returns for each operand of a constraint whether the constraint drops fsdp from its sharding."""
     params = eqn.params
     if eqn.primitive.name == "sharding_constraint":
         return [not params["unconstrained_dims"] and _without_fsdp(params["sharding"])]
     if eqn.primitive.name == "reshard":
         to = params["dst_sharding"]
-        # To a mesh of auto axes it says nothing of where they are used: so an objective's arguments come in.
+        # A reshard to a mesh of auto axes constrains no use: it is how an objective's arguments enter `auto_axes`.
         return [_axis_type(to) == AxisType.Explicit and _without_fsdp(to)]
     return [isinstance(to, NamedSharding) and _without_fsdp(to) for to in params["devices"]]
 

@@ -1,10 +1,10 @@
 """The digest of a group of arrays, the same on every mesh, on any number of processes, on any kind of device.
 
 Every element's bits are mixed with its position in the whole array, and the results are added up as 32-bit integers
-that wrap around: a sum that does not depend on where the elements lie or in which order they are added. Each device
-sums its own part of an array, without talking to the others; the host adds the parts and takes a SHA-256 over the
-paths, shapes, dtypes and sums. Two sums with keys of their own are kept for each array, 64 bits. It is a checksum
-against change, not against an adversary. Held by tests/core/test_fingerprint.py.
+that wrap around. So the sum depends neither on the sharding nor on the order of addition. Each device sums its own
+part of an array, without communication; the host adds the parts and takes a SHA-256 over the paths, shapes, dtypes and
+sums. Each array has two sums with keys of their own, 64 bits in all. The digest detects change, not an adversary.
+Tested in tests/core/test_fingerprint.py.
 """
 
 import functools
@@ -25,21 +25,21 @@ from jaxops.core import plain
 from jaxops.core.failures import RunFailed
 
 _WORD = 1 << 32
-"""Positions are counted modulo this; in a larger array a second count, over its first dimensions, tells them apart."""
+"""Positions are counted modulo this. In a larger array a second count over its first dimensions separates them."""
 
 
 def fingerprint(leaves: Mapping[plain.Path, Any]) -> str:
-    """The SHA-256, as 64 hexadecimal digits, of the paths, shapes, dtypes and bits of these arrays.
+    """Returns a SHA-256, as 64 hexadecimal digits, of the paths, shapes, dtypes and bits of these arrays.
 
-    Bits, not values: 0.0 and -0.0 differ, and so do two NaNs of other payloads. With several processes all of them
-    make this call with the same arrays.
+    It compares bits, not values: 0.0 and -0.0 differ, and so do NaNs with different payloads. With several processes
+    all of them must make this call with the same arrays.
 
     Raises:
       RunFailed: processes hold different values of an array that each of them holds whole.
     """
-    # Each array has its own mesh or none: that of `jax.set_mesh` is not asked.
+    # Each array has its own mesh or none, so the mesh of `jax.set_mesh` is set aside.
     with jax.set_mesh(Mesh(np.empty((), dtype=object), ())):
-        begun = {path: _begin(leaf) for path, leaf in leaves.items()}  # all are under way before one is waited for
+        begun = {path: _begin(leaf) for path, leaf in leaves.items()}  # all are dispatched before the first wait
     sums = np.zeros((len(begun), 2), np.uint32)
     for row, parts in zip(sums, begun.values(), strict=True):
         for part in parts:
@@ -54,12 +54,12 @@ def fingerprint(leaves: Mapping[plain.Path, Any]) -> str:
 
 
 def _begin(leaf: Any) -> list[Any]:
-    """Starts to sum the parts of an array that this process counts; replicas of a part are counted once."""
+    """Starts to sum the parts of an array that this process counts; a part with replicas is counted once."""
     if not isinstance(leaf, jax.Array):
         words = _words_of_numpy(np.asarray(leaf))
         return [_sums(words, np.zeros(words.ndim, np.uint32), words.shape)]
     kind = next(iter(leaf.addressable_shards)).data.device.default_memory().kind
-    if leaf.sharding.memory_kind not in (None, kind):  # kept in the memory of the host, where nothing is computed
+    if leaf.sharding.memory_kind not in (None, kind):  # the array is in host memory, where nothing can be computed
         leaf = jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
     if leaf.is_fully_replicated:
         return [_sums_of(leaf.addressable_data(0), np.zeros(leaf.ndim, np.uint32), leaf.shape)]
@@ -79,7 +79,7 @@ def _cuts(part: Any, leaf: jax.Array) -> Iterator[tuple[slice, int]]:
 
 @functools.lru_cache(256)
 def _by_part(sharding: NamedSharding) -> Any:
-    """A program from an array to the sums of each of its parts, on the devices that hold them; nothing is exchanged."""
+    """Returns a jitted function from an array to the sums of each of its parts, computed without communication."""
     mesh = sharding.mesh
     axes = [_names(entry) for entry in sharding.spec]
     used = tuple(axis for entry in axes for axis in entry)
@@ -112,32 +112,32 @@ def _sums_of(block: Array, offsets: UInt32[Array, " ndim"], shape: tuple[int, ..
 
 @functools.partial(jax.jit, static_argnums=2)
 def _sums(words: Array, offsets: UInt32[Array, " ndim"], shape: tuple[int, ...]) -> UInt32[Array, "2"]:
-    """Both sums over a block of an array of this whole shape that begins at `offsets`."""
+    """Returns both sums over a block that begins at `offsets` of an array of this `shape`."""
     bits = words.astype(jnp.uint32)
     key = _mixed(_position(bits.shape, offsets, shape) + np.uint32(0x9E3779B9))
     if np.prod(shape, dtype=object) > _WORD:
         far = next(i for i in range(len(shape)) if np.prod(shape[i:], dtype=object) <= _WORD)
         outer = _position(bits.shape, offsets, shape, dimensions=far)
         key = _mixed(key ^ (outer * np.uint32(0xC2B2AE35)))
-    # For each position both are one-to-one in the bits, so that a single change is always seen; each has its own key.
+    # At each position both are one-to-one in the bits, so that a single change is always seen; each has its own key.
     first = _mixed(bits ^ key)
     second = _mixed(first + key * np.uint32(0x85EBCA6B))
     add = lambda one, other: (one[0] + other[0], one[1] + other[1])
     zero = np.uint32(0)
-    # One reduction over both: two of them would mix everything twice, and on CPU neither would be vectorised.
+    # One reduction computes both: two of them would mix everything twice, and on CPU neither would be vectorised.
     return jnp.stack(lax.reduce((first, second), (zero, zero), add, tuple(range(bits.ndim))))
 
 
 def _position(
     block: tuple[int, ...], offsets: Array, shape: tuple[int, ...], dimensions: int | None = None
 ) -> UInt32[Array, "..."]:
-    """The position, modulo 2^32, of each entry of a block in an array of this shape in row-major order.
+    """Returns the position, modulo 2^32, of each entry of a block in an array of this shape in row-major order.
 
     Args:
       block: shape of the block.
-      offsets: where it begins, by dimension.
-      shape: of the whole array.
-      dimensions: count over so many of the first dimensions only.
+      offsets: index of its first entry, by dimension.
+      shape: shape of the whole array.
+      dimensions: count over so many of the first dimensions only; None counts over all.
     """
     position, stride = jnp.zeros(block, jnp.uint32), 1
     for i in reversed(range(len(block) if dimensions is None else dimensions)):
@@ -147,14 +147,14 @@ def _position(
 
 
 def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A one-to-one scrambling of 32 bits in which each depends on all (Wellons' lowbias32, 2018)."""
+    """Scrambles 32 bits one-to-one, so that each output bit depends on all input bits (Wellons' lowbias32, 2018)."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))
 
 
 def _words(block: Array) -> tuple[Array, Sequence[int]]:
-    """The bits of a block as unsigned integers of 8 to 32 bits, and the dimensions this has added at the end."""
+    """Returns the bits of a block as unsigned integers of 8 to 32 bits, and the dimensions added at the end."""
     if jnp.issubdtype(block.dtype, jnp.complexfloating):
         block = jnp.stack([block.real, block.imag], axis=-1)
         words, more = _words(block)
@@ -168,7 +168,7 @@ def _words(block: Array) -> tuple[Array, Sequence[int]]:
 
 
 def _words_of_numpy(array: np.ndarray) -> np.ndarray:
-    """The same for a numpy array, of which jax would round the 64-bit ones."""
+    """Returns the words of a numpy array; as a jax array its 64-bit numbers would be rounded."""
     array = np.ascontiguousarray(array).reshape(array.shape)
     if array.dtype.kind == "c":
         return _words_of_numpy(np.stack([array.real, array.imag], axis=-1))
@@ -179,14 +179,14 @@ def _words_of_numpy(array: np.ndarray) -> np.ndarray:
 
 
 def _width(dtype: Any) -> int:
-    """Bits of a number; those of fewer than 8 bits are stored in 8."""
+    """Returns the number of bits of a dtype; numbers of fewer than 8 bits are stored in 8."""
     if dtype == np.bool_:
         return 8
     return int((jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).bits)
 
 
 def _over_processes(sums: np.ndarray, leaves: Mapping[plain.Path, Any]) -> np.ndarray:
-    """The sums of whole arrays: of what every process holds whole its own, which must be everyone's."""
+    """Adds the sums over all processes; for arrays that each process holds whole it takes one, and they must agree."""
     gathered = np.asarray(multihost_utils.process_allgather(sums))
     total = gathered.sum(0, dtype=np.uint32)
     for row, (path, leaf) in enumerate(leaves.items()):

@@ -1,8 +1,8 @@
-"""Steps under way: how many there may be, when each was done, and the windows of metrics that they make up.
+"""Steps in flight: the limit on their number, the time at which each was done, and their windows of metrics.
 
 A host that only counted its own calls would run tens of steps ahead of one device: it would stop late, and its clock
-would tell the speed of calls. So the loop waits for the oldest step where more than a few are not done, and every
-rate is taken from when steps were seen to be done. Held by tests/core/test_loop.py.
+would measure the speed of calls. So the loop waits for the oldest step where more than a few are not done, and every
+rate is computed from the times at which steps were seen to be done. Tested in tests/core/test_loop.py.
 """
 
 import collections
@@ -18,21 +18,26 @@ from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.sums import LOSS, Sum, Sums, finalize
 
 LONG_SECONDS, SHORT_SECONDS = 0.1, 0.001
-"""A long step need not be queued far ahead: the host has the time of one to prepare the next. Where steps are shorter
-than a millisecond, waking up for each of them would cost more than the whole loop, and a dozen are soon over."""
+"""Seconds above which a step is long and below which it is short. Long steps need not be queued far ahead: the host
+prepares the next during one of them. For short steps waking up after each would cost more than the rest of the loop,
+and a dozen of them end soon."""
 SERIAL, LONG, USUAL, SHORT = (0, 0), (1, 1), (3, 3), (15, 8)
-"""How many steps may be under way when the loop goes on, by how long they take, and how many it leaves where it waits.
-The step that it calls next comes on top."""
+"""(most steps in flight when the loop goes on, steps left in flight where it waits), by the length of a step.
+The step that the loop calls next is not counted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A closed window of steps (first, last], its sums (on the device until fetched) and the seconds it took.
+    """A closed window of steps, with its sums (on the device until fetched) and its time.
 
     Attributes:
-      timed: how many steps the seconds are of: the first step of a process compiles and is left out.
+      first: the step before the window.
+      last: the last step of the window.
+      sums: the merged sums of its steps.
+      seconds: the time that its timed steps took.
+      timed: the number of timed steps; the first step of a process compiles and is left out.
       cursors: the cursor before the window and after each of its steps.
-      updates: updates of the optimizer that its steps reported.
+      updates: the number of optimizer updates that its steps reported.
     """
 
     first: int
@@ -45,17 +50,17 @@ class Window:
 
     @property
     def examples(self) -> int:
-        """Examples that the timed steps consumed."""
+        """The number of examples that the timed steps consumed."""
         return self.cursors[-1] - self.cursors[-1 - self.timed]
 
     def cursor_after(self, step: int) -> int:
-        """Where the stream of examples goes on after one of the window's steps."""
+        """Returns the cursor after one of the window's steps."""
         return self.cursors[step - self.first]
 
     def values(self, loss_weights: Mapping[str, float]) -> dict[str, Any]:
-        """Host values: the objective's metrics, `loss`, examples and counted targets a second.
+        """Returns host values: the objective's metrics, `loss`, `step_ms`, examples and counted targets a second.
 
-        `updates` (a step) is there where a step makes another number of them than one.
+        `updates` (the mean number of updates in a step) is included where it is not one.
         """
         sums = jax.tree.map(np.asarray, self.sums)  # device_get takes ten times as long for small arrays
         out = finalize(sums)
@@ -72,9 +77,10 @@ class Window:
 
 
 class Windows:
-    """Steps under way, oldest first, and the windows that they belong to, on their way to `on_window`.
+    """The steps in flight, oldest first, and the windows that are not yet delivered to `on_window`.
 
-    A window ends when its last step is seen to be done. `serial`: no step may begin before the last is done.
+    A window ends when its last step is seen to be done. Where `serial` is true a step begins only when the one before
+    it is done.
     """
 
     def __init__(self, start: int, cursor: int, serial: bool, on_window: Callable[[Window], dict[str, Any]]):
@@ -82,7 +88,7 @@ class Windows:
         self._most, self._left = SERIAL if serial else USUAL
         self._flying: collections.deque[tuple[Any, ...]] = collections.deque()
         self._opened = start
-        # Of the steps that are not delivered: when each was done, the cursor before and after, updates.
+        # For the steps that are not delivered: the time each was done, the cursors before and after, the updates.
         self._base, self._done = start, list[float]()
         self._cursors, self._updates = [cursor], list[int]()
         self._clock = self._seen = time.perf_counter()
@@ -91,7 +97,7 @@ class Windows:
         self._values: dict[str, Any] = {}
 
     def add(self, sums: Sums | None, cursor: int, updates: int) -> None:
-        """One step more is under way; returns when few enough are.
+        """Adds a step that was called, and waits until few enough steps are in flight.
 
         Raises:
           UserError: the step returned no sums.
@@ -110,9 +116,9 @@ class Windows:
             self._observe()
 
     def _observe(self) -> None:
-        """Notes the time of all steps that are done since the last look, and chooses how far to run ahead.
+        """Records the time of all steps that were done since the last call, and sets how far the host may run ahead.
 
-        Several that are found done at once (the host was busy) share the time since then evenly.
+        Where several steps are found done at once (the host was busy), they divide the time since then evenly.
         """
         flying, count = self._flying, 0
         while flying and _ready(flying[0]):
@@ -128,25 +134,25 @@ class Windows:
             self._most, self._left = LONG if each > LONG_SECONDS else USUAL if each > SHORT_SECONDS else SHORT
 
     def _settle(self, step: int) -> None:
-        """Returns when this step is done."""
+        """Waits until this step is done."""
         while self._base + len(self._done) < step:
             _wait(self._flying[0])
             self._observe()
 
     def compiled(self, window: int) -> None:
-        """The first step was called: waits for it. The clock begins after it, unless it is a window of its own."""
+        """Waits for the first step, which compiles. The clock starts after it, unless it is a whole window."""
         self._settle(self._base + 1)
         if window > 1:
             self._untimed, self._clock = 1, self._seen
 
     def close(self, at: int, sums: Sums | None) -> None:
-        """The window ends with the step `at`, whose call returned these sums."""
+        """Ends the window with the step `at`, whose call returned these sums."""
         if sums is not None and at > self._opened:
             self._closed.append((self._opened, at, sums))
         self._opened = at
 
     def deliver(self, keep: int = 0) -> dict[str, Any]:
-        """Fetches all but the newest `keep` closed windows; the newest values."""
+        """Delivers all but the newest `keep` closed windows, and returns the newest values."""
         while len(self._closed) > keep:
             first, last, sums = self._closed.pop(0)
             self._settle(last)
@@ -163,13 +169,13 @@ class Windows:
         return self._values
 
     def hooks_done(self, at: int) -> None:
-        """Where a hook flushed, nothing is under way: the next window begins now."""
+        """Restarts the clock where a hook flushed: no step is in flight, and the next window begins now."""
         if not self._closed and self._opened == at:
             self._clock = self._seen = time.perf_counter()
 
 
 def _handles(sums: Sums) -> tuple[Any, ...]:
-    """The arrays to wait on for a call of a step: the count that its last update made, else all of the sums."""
+    """Returns the arrays to wait on for a call of a step: the count of `nonfinite` updates, else all of the sums."""
     counted = sums.get("nonfinite")
     if isinstance(counted, Sum):
         return (counted.total,) if hasattr(counted.total, "is_ready") else ()
@@ -177,17 +183,17 @@ def _handles(sums: Sums) -> tuple[Any, ...]:
 
 
 def _ready(handles: tuple[Any, ...]) -> bool:
-    """Whether the device is done with them; never waits."""
-    if len(handles) == 1:  # as fast as can be: asked every step
+    """Returns whether the device is done with these arrays, without waiting."""
+    if len(handles) == 1:  # the usual case, fast because it is checked every step
         return bool(handles[0].is_ready())
     return all(handle.is_ready() for handle in handles)
 
 
 def _wait(handles: tuple[Any, ...]) -> None:
-    """Returns when the device is done with them.
+    """Waits until the device is done with these arrays.
 
     Raises:
-      RunFailed: the step has donated the window that it was given.
+      RunFailed: the step donated the window that it was given.
     """
     for handle in handles:
         if handle.is_deleted():

@@ -1,9 +1,9 @@
-"""Exact matmul FLOPs of a traced function, counted on its jaxpr: what a program asks for, on any backend.
+"""Exact matmul FLOPs of a traced function, counted on its jaxpr, so they are the same on any backend.
 
-XLA's cost analysis counts the body of a loop once; here a scan counts as often as it runs, recomputation
-under remat counts as work, and dead code (a counts-only pass, say) does not. By the convention of model FLOPs
-utilisation only multiply-adds of matmuls and convolutions count, two FLOPs each; elementwise work does not.
-Held by tests/core/test_flops.py against numbers counted in numpy.
+XLA's cost analysis counts the body of a loop once. Here a scan counts as often as it runs, recomputation under remat
+counts as work, and dead code does not count (the model in a counts-only pass). The convention is that of model FLOPs
+utilisation: multiply-adds of matmuls and convolutions count as two FLOPs each, and elementwise work does not count.
+Tested in tests/core/test_flops.py against numbers counted in numpy.
 """
 
 import dataclasses
@@ -22,7 +22,13 @@ from jax.typing import DTypeLike
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """FLOPs of one call over all devices, by primitive; a lower bound where something is `unknown`."""
+    """The FLOPs of one call, summed over all devices.
+
+    Attributes:
+      total: the sum over primitives; a lower bound where `unknown` is not empty.
+      by_primitive: the FLOPs of each primitive.
+      unknown: the parts of the program that could not be counted.
+    """
 
     total: int
     by_primitive: dict[str, int]
@@ -30,12 +36,12 @@ class Flops:
 
 
 def count_flops(fn: Callable[..., Any] | ClosedJaxpr, *abstract_args: Any) -> Flops:
-    """Matmul and convolution FLOPs of one call `fn(*abstract_args)`, summed over all devices.
+    """Counts the matmul and convolution FLOPs of one call `fn(*abstract_args)`, summed over all devices.
 
     Arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing runs. Under an explicit mesh, call it inside
-    `jax.set_mesh`. A `cond` counts as its dearest branch. A while loop of unknown length counts once and is
-    named in `unknown` (when its body has FLOPs), as is every opaque kernel (`pallas_call`, foreign calls),
-    which counts nothing.
+    `jax.set_mesh`. A `cond` counts as its most expensive branch. A while loop of unknown length counts once, and is
+    named in `unknown` if its body has FLOPs. An opaque kernel (`pallas_call`, foreign calls) counts as zero, and is
+    named in `unknown`.
     """
     closed = fn if isinstance(fn, ClosedJaxpr) else jax.make_jaxpr(fn)(*abstract_args)
     live, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
@@ -74,7 +80,7 @@ def _equation(eqn: JaxprEqn) -> _Counts:
 
 
 def _times(eqn: JaxprEqn) -> int:
-    """How often the body of `eqn` runs: a scan's length; the devices that each run a shard_map's body."""
+    """Returns the number of times that the body of `eqn` runs: a scan's length, or the devices of a shard_map."""
     if eqn.primitive.name == "scan":
         return int(eqn.params["length"])
     if eqn.primitive.name == "shard_map":
@@ -85,9 +91,9 @@ def _times(eqn: JaxprEqn) -> int:
 
 
 def _bodies(eqn: JaxprEqn) -> Iterator[Jaxpr]:
-    """The jaxprs that an equation runs: jit, remat, custom derivatives, loops, branches."""
+    """Yields the jaxprs that an equation runs: jit, remat, custom derivatives, loops, branches."""
     values: Sequence[Any] = tuple(eqn.params.values())
-    if eqn.primitive.name == "custom_linear_solve":  # its others serve differentiation and do not run
+    if eqn.primitive.name == "custom_linear_solve":  # its other jaxprs serve differentiation and do not run
         values = (eqn.params["jaxprs"].solve,)
     for value in values:
         for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -102,14 +108,14 @@ def _shape(var: Any) -> tuple[int, ...]:
 
 
 def _dot_general(eqn: JaxprEqn) -> int:
-    """Two for every output entry and every entry of the contracted dimensions."""
+    """Counts two FLOPs for every output entry and every entry of the contracted dimensions."""
     (contracted, _), _ = eqn.params["dimension_numbers"]
     lhs = _shape(eqn.invars[0])
     return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(lhs[d] for d in contracted)
 
 
 def _ragged_dot_general(eqn: JaxprEqn) -> int:
-    """As a dense product with the groups filling all rows; each row meets one group only."""
+    """Counts as a dense product whose groups fill all rows, where each row meets one group only."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
     lhs, out = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
@@ -119,9 +125,9 @@ def _ragged_dot_general(eqn: JaxprEqn) -> int:
 
 
 def _conv_general_dilated(eqn: JaxprEqn) -> int:
-    """Two for every product with a real input entry: zeros from padding and dilation are not work.
+    """Counts two FLOPs for every product with a real input entry: zeros from padding and dilation are not work.
 
-    So a convolution and its two gradients count the same.
+    A convolution and its two gradients therefore have the same count.
     """
     lhs, rhs, out = _shape(eqn.invars[0]), _shape(eqn.invars[1]), _shape(eqn.outvars[0])
     params = eqn.params
@@ -162,7 +168,7 @@ _OPAQUE = frozenset(
     }
 )
 
-# Published dense bf16 FLOP/s of one jax device, by `device_kind`; the first entry contained in it wins.
+# Published dense bf16 FLOP/s of one jax device; the first entry that `device_kind` contains wins.
 # TPU: cloud documentation, "TPU v4 / v5e / v5p / v6e / TPU7x". A TPU7x chip (2307e12) is two jax devices.
 # GPU: data sheets of A100, H100, H200, B200, without sparsity.
 _PEAK_BF16: tuple[tuple[str, float], ...] = (
@@ -184,10 +190,10 @@ _PEAK_BF16: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
-    """Published peak dense matmul FLOP/s of one jax device, or None where it is not known (CPU, other chips).
+    """Returns the published peak dense matmul FLOP/s of one jax device; None where it is unknown (CPU, other chips).
 
-    16-bit floats have the table's rate. float32 is what jax's default matmul precision makes of it: one
-    bfloat16 pass on TPU (the same rate), TF32 on NVIDIA (half). Other types: None.
+    16-bit floats have the rate of the table. For float32 the rate is that of jax's default matmul precision: one
+    bfloat16 pass on TPU (the same rate), TF32 on NVIDIA (half of it). Other dtypes give None.
     """
     peak = next((peak for kind, peak in _PEAK_BF16 if kind in device_kind), None)
     if peak is None or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -196,10 +202,16 @@ def peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
 
 
 def mfu(flops_per_step: float, step_seconds: float, devices: Sequence[jax.Device], dtype: DTypeLike) -> float | None:
-    """Model FLOPs utilisation in [0, 1]: FLOPs of a step over all devices / (seconds x peak of all devices).
+    """Returns the model FLOPs utilisation in [0, 1]: FLOPs of a step / (seconds x peak FLOP/s of all devices).
 
-    None where the peak of a device is not known. Chowdhery et al. 2022, "PaLM", appendix B (there without
-    recomputation; FLOPs counted by `count_flops` include it where the program recomputes).
+    It is None where the peak of a device is unknown. Source: Chowdhery et al. 2022, "PaLM", appendix B. That definition
+    leaves recomputation out; the FLOPs of `count_flops` include it where the program recomputes.
+
+    Args:
+      flops_per_step: the FLOPs of one step, summed over all devices.
+      step_seconds: the time of one step.
+      devices: the devices that the step runs on.
+      dtype: the dtype of its matmuls.
     """
     peaks = [peak_flops(device.device_kind, dtype) for device in devices]
     if not peaks or step_seconds <= 0 or any(peak is None for peak in peaks):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM become a flag that the loop polls, so that a run saves before it stops."""
+"""Interruption: Ctrl-C and SIGTERM become a flag that the loop polls, so that a run saves before it stops."""
 
 import contextlib
 import os
@@ -14,18 +14,18 @@ EXIT_NOW = 130
 
 
 class Interrupted(Exception):
-    """`poll` said stop in the middle of something, of which nothing is kept: an evaluation, or a step of the loop.
+    """Raised where `poll` returned true inside an evaluation or a step of the loop, whose partial work is dropped.
 
     A step may raise it only before it has donated the state it was given.
     """
 
 
 class Interrupt:
-    """Whether the run is to stop, and for which signal; the second SIGINT exits at once.
+    """The flag that asks a run to stop, with the signal that set it; a second SIGINT exits at once.
 
-    Among several processes all answer alike at the same poll, whichever of them got the signal: it goes to jax's own
-    preemption service, which picks a poll that none has passed yet. So all of them must poll equally often, as the same
-    program on the same global batches does.
+    Several processes all return the same answer at the same poll, whichever of them got the signal. The signal goes to
+    jax's own preemption service, which chooses a poll that no process has passed yet. So all processes must poll
+    equally often, as the same program on the same global batches does.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda text: None):
@@ -36,7 +36,7 @@ class Interrupt:
         self._keyboard = False
 
     def __call__(self) -> bool:
-        """The `poll()` that steps and evaluations receive."""
+        """Returns whether the run is to stop; this is the `poll()` that steps and evaluations receive."""
         if self._several and self.signal is None:
             self._polls += 1
             if multihost_utils.reached_preemption_sync_point(self._polls):
@@ -45,7 +45,7 @@ class Interrupt:
         return self.signal is not None
 
     def request(self, name: str) -> None:
-        """Asks the run to stop at the next step; among several processes on all of them alike, or on none."""
+        """Asks the run to stop at the next step; among several processes either all call it at one poll, or none."""
         self.signal = name
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -56,17 +56,17 @@ class Interrupt:
         name = signal.Signals(number).name
         self._say(f"{name}: saving at the next step (Ctrl-C again exits at once)")
         if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)  # jax's handler, which tells all
+            os.kill(os.getpid(), signal.SIGTERM)  # jax's handler, which notifies all processes
         else:
             self.signal = name
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["Interrupt"]:
-        """Handles SIGINT and SIGTERM inside; outside the main thread Python cannot, and nothing changes."""
+        """Handles SIGINT and SIGTERM inside; only the main thread can, so in another thread nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        # Among several processes SIGTERM is jax's: its handler was installed when they met.
+        # Among several processes SIGTERM belongs to jax, whose handler was installed when they connected.
         numbers = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
         before = [signal.signal(number, self._handle) for number in numbers]
         try:

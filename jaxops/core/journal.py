@@ -1,10 +1,10 @@
-"""A journal of what a host answered (rewards, judges), so that an iteration that is replayed asks nothing twice.
+"""A journal of answers from the host (rewards, judges), so that a replayed iteration asks nothing twice.
 
-Answers are kept by sample with a digest of what was asked, as JSON lines in parts that only grow:
-`journal/SERIAL-PROCESS-NUMBER.jsonl` below a run folder. Each opening by a process starts parts of its own, with a
-serial above all that are there, and reads those of every process before it. So a run goes on with any number of
-processes, and nobody ever writes behind a line that a kill tore. Parts in order of their names, lines in order: the
-last entry of a sample counts. Held by tests/core/test_journal.py and tests/core/test_journal_processes.py.
+Answers are kept by sample with a digest of the question, as JSON lines in parts that only grow:
+`journal/SERIAL-PROCESS-NUMBER.jsonl` below a run folder. A process that opens the journal reads all existing parts and
+starts parts of its own, with a serial above theirs. So a run can resume with any number of processes, and no process
+ever appends to a line that was torn by a kill. Parts count in the order of their names, and lines in their order: the
+last entry of a sample is valid. Tested in tests/core/test_journal.py and tests/core/test_journal_processes.py.
 """
 
 import enum
@@ -31,7 +31,7 @@ from jaxops.core.writers import writing
 
 FOLDER = "journal"
 VERSION = 1
-"""Of a line; all versions up to this one are read."""
+"""The format version of a line; all versions up to this one are read."""
 _PART = re.compile(r"(\d+)-(\d+)-(\d+)\.jsonl")
 
 Answer = int | float | None | dict[str, Any]
@@ -39,7 +39,15 @@ Answer = int | float | None | dict[str, Any]
 
 
 class Key(NamedTuple):
-    """The sample that was asked about: step of the loop, example id, which copy of it, redraw and turn."""
+    """The sample of a question.
+
+    Attributes:
+      step: step of the loop.
+      id: example id.
+      copy: number of the completion of the same prompt.
+      redraw: number of the redraw.
+      turn: turn of the conversation.
+    """
 
     step: int
     id: int
@@ -49,7 +57,7 @@ class Key(NamedTuple):
 
 
 class Missing(enum.Enum):
-    """The type of `MISSING`, which is no answer (None is one)."""
+    """The type of `MISSING`, which stands for "no answer known"; None is an answer."""
 
     MISSING = enum.auto()
 
@@ -58,7 +66,7 @@ MISSING = Missing.MISSING
 
 
 class _Appended:
-    """A new file that only grows, unbuffered; a journal that nobody closes leaves it whole, and lets go of it."""
+    """A new unbuffered file for appending; it is closed with its object, even if the journal is never closed."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
@@ -76,10 +84,10 @@ class _Entry(NamedTuple):
 
 
 def digest_of(asked: Any) -> str:
-    """The SHA-256 of what was asked: bytes as they are, anything else as canonical JSON (arrays by their contents).
+    """Returns the SHA-256 of a question: of bytes as they are, else of canonical JSON (arrays by their contents).
 
     Raises:
-      TypeError: it holds what is neither JSON nor an array.
+      TypeError: the question holds a value that is neither JSON nor an array.
     """
     if isinstance(asked, bytes):
         return hashlib.sha256(b"bytes\n" + asked).hexdigest()
@@ -97,25 +105,25 @@ def _plain(value: Any) -> Any:
 
 
 class Journal:
-    """The answers of one run; `lookup` before asking, `record` after, `flush` before the step's first donation.
+    """The answers of one run: `lookup` before asking, `record` after, `flush` before the step's first donation.
 
-    `record` hands a line to the operating system at once, so it outlives the process; `flush` makes all lines durable,
-    so they outlive the machine. An object store gets the lines with each `flush`, as a new object. Several threads
-    may call. Among several processes opening is a meeting of all of them, the other calls are not.
+    `record` hands a line to the operating system at once, so the line survives the end of the process. `flush` makes
+    all lines durable, so they survive a crash of the machine. An object store receives the lines with each `flush`, as
+    a new object. The methods are thread-safe. The constructor is a barrier of all processes; the methods are not.
 
     Args:
-      folder: the run folder, local or of an object store; `journal/` is made in it by the first record.
-      process: number of this process, jax's own if not given.
-      fresh: forget what is there, as a run from step 0 does; otherwise the run goes on from it.
+      folder: the run folder, local or in an object store; the first record creates `journal/` in it.
+      process: number of this process; jax's own if not given.
+      fresh: delete existing answers, as a run from step 0 does; otherwise they are kept and used.
 
     Attributes:
-      found: how many lookups an entry has answered.
-      asked_again: how many lookups met an entry of another digest.
-      unreadable: how many lines of earlier parts were left out, torn by a kill or damaged.
+      found: number of lookups that an entry has answered.
+      asked_again: number of lookups whose entry had another digest.
+      unreadable: number of lines of earlier parts that were left out, torn by a kill or damaged.
 
     Raises:
-      UserError: a line is of a newer format than this version of jaxops knows.
-      RunFailed: the folder cannot be read or emptied (so do `record`, `flush` and `trim` where they cannot write).
+      UserError: a line has a newer format than this version of jaxops reads.
+      RunFailed: the folder cannot be read or emptied; `record`, `flush` and `trim` raise it if they cannot write.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, process: int | None = None, fresh: bool = False) -> None:
@@ -129,7 +137,7 @@ class Journal:
             for torn in Path(self._folder).glob(".*.tmp"):
                 torn.unlink(missing_ok=True)
         self._earlier = self._parts()
-        """Parts of earlier processes: process 0 trims those."""
+        """Parts of earlier openings, which process 0 trims."""
         self._entries = self._read(self._earlier)
         self._serial = 1 + max((_numbers(name)[0] for name in self._earlier), default=0)
         self._own: list[str] = []
@@ -139,13 +147,13 @@ class Journal:
         self._durable = True
         distributed.barrier(
             "opening the journal"
-        )  # from here on there may be new parts, which nobody takes for old ones
+        )  # only now may new parts appear, since every process has listed the old ones
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def lookup(self, key: Key, digest: str) -> Answer | Missing:
-        """The answer that is known for this sample and this question, else MISSING."""
+        """Returns the known answer for this sample and question, or MISSING."""
         with self._lock:
             entry = self._entries.get(_whole(key))
             if entry is None:
@@ -157,10 +165,10 @@ class Journal:
             return entry.answer
 
     def record(self, key: Key, digest: str, answer: Answer) -> Answer:
-        """Keeps an answer, and returns it as every later `lookup` will (numpy's numbers as Python's, tuples as lists).
+        """Stores an answer, and returns it as later lookups will (numpy numbers as Python's, tuples as lists).
 
         Raises:
-          UserError: the answer is not finite, or no number, None or dict of JSON.
+          UserError: the answer is not finite, or not a number, None or dict of JSON.
         """
         key = _whole(key)
         answer = _checked(key, answer)
@@ -171,7 +179,7 @@ class Journal:
         return answer
 
     def flush(self) -> None:
-        """Returns when all that was recorded is durable."""
+        """Returns when all recorded answers are durable."""
         with self._lock, writing(self._folder):
             if self._durable:
                 return
@@ -185,10 +193,10 @@ class Journal:
             self._durable = True
 
     def trim(self, oldest_retained_step: int) -> None:
-        """Forgets the samples of steps before the oldest checkpoint that is kept; a replay can no longer ask for them.
+        """Deletes the answers of steps before the oldest retained checkpoint, which no replay can reach any more.
 
-        Each process trims its own parts and process 0 also those of earlier ones, which become one part. A kill
-        leaves an entry twice at worst, never an entry less.
+        Each process trims its own parts. Process 0 also trims the parts of earlier openings, which become one part. A
+        kill in between can leave an entry twice, but never loses one.
         """
         with self._lock:
             self.flush()
@@ -199,7 +207,7 @@ class Journal:
             self._entries = {key: entry for key, entry in self._entries.items() if key.step >= oldest_retained_step}
 
     def close(self) -> None:
-        """Flushes, and lets go of the file."""
+        """Flushes, and closes the file."""
         with self._lock:
             self.flush()
             self._let_go()
@@ -220,14 +228,14 @@ class Journal:
         return stores.is_url(self._folder)
 
     def _parts(self) -> list[str]:
-        """The names of all parts, in the order in which they count."""
+        """Returns the names of all parts, in the order in which they count."""
         with writing(self._folder):
             if not self._folder.is_dir():
                 return []
             return sorted((p.name for p in self._folder.iterdir() if _PART.fullmatch(p.name)), key=_numbers)
 
     def _read(self, parts: Iterable[str]) -> dict[Key, _Entry]:
-        """The last entry of each sample in these parts."""
+        """Returns the last entry of each sample in these parts."""
         entries: dict[Key, _Entry] = {}
         for name in parts:
             with writing(self._folder / name):
@@ -258,12 +266,15 @@ class Journal:
             self._file.append(line)
 
     def _trimmed(self, parts: list[str], oldest: int) -> list[str]:
-        """The parts without the entries of earlier steps: one part at most; those given where nothing is to go."""
+        """Removes the entries of steps before `oldest`, and returns the parts that remain: one at most.
+
+        A single part without such entries stays as it is.
+        """
         if not parts:
             return []
         seen = self.unreadable
         entries = self._read(parts)
-        self.unreadable = seen  # they were counted when they were opened
+        self.unreadable = seen  # their unreadable lines were counted at the opening
         kept = {key: entry for key, entry in entries.items() if key.step >= oldest}
         if len(kept) == len(entries) and len(parts) == 1:
             return parts
@@ -275,7 +286,7 @@ class Journal:
         return [last] if kept else []
 
     def _write(self, name: str, data: bytes) -> None:
-        """Puts a part there, at once and whole; replaces an older one."""
+        """Writes a part atomically, replacing an older one."""
         if self._remote:
             (self._folder / name).write_bytes(data)
             return
@@ -294,26 +305,31 @@ class Journal:
 
 
 def exchange(mesh: Mesh, size: int, answers: Sequence[Answer]) -> list[Answer]:
-    """The answers for all `size` rows on every process, in global order, from those that each process has.
+    """Gathers the answers of all processes, and returns them for all `size` rows in global order on every process.
 
-    Every process calls it, with the answers for its `owned_rows(mesh, size)` in that order. Exact: numbers travel as
-    the journal keeps them. Raises what `gather_rows` raises, and UserError for what is no answer.
+    Every process must call it, with the answers for its `owned_rows(mesh, size)` in that order. It is exact: numbers
+    are sent as the journal stores them.
+
+    Raises:
+      ValueError: the number of answers is not that of the rows that this process owns.
+      UserError: a value is not an answer.
+      RunFailed: a process failed, or did not come within JAXOPS_BARRIER_SECONDS.
     """
     owned = sum(stop - start for start, stop in owned_rows(mesh, size))
     if len(answers) != owned:
         raise ValueError(f"exchange: {len(answers)} answers for the {owned} rows that this process owns")
     texts = [json.dumps(_checked("exchange", answer)).encode() for answer in answers]
     lengths = gather_rows(mesh, size, np.array([len(text) for text in texts], np.int64), "exchange of answers")
-    width = 1 << max(int(lengths.max(initial=1)) - 1, 15).bit_length()  # few widths: each is compiled once
+    width = 1 << max(int(lengths.max(initial=1)) - 1, 15).bit_length()  # few widths, as each is compiled once
     padded = np.array([text.ljust(width) for text in texts], f"S{width}").view(np.uint8).reshape(-1, width)
     return [json.loads(row.tobytes()) for row in gather_rows(mesh, size, padded, "exchange of answers")]
 
 
 def _checked(key: object, answer: Any) -> Answer:
-    """The answer as JSON reads it back.
+    """Returns the answer as JSON reads it back.
 
     Raises:
-      UserError: it is not finite, or no number, None or dict of JSON.
+      UserError: the answer is not finite, or not a number, None or dict of JSON.
     """
     if isinstance(answer, np.ndarray | jax.Array) and np.ndim(answer) == 0:
         answer = np.asarray(answer)[()]
@@ -364,10 +380,10 @@ def _line(key: Key, entry: _Entry) -> bytes:
 
 
 def _parse(line: bytes, where: str) -> tuple[Key, _Entry] | None:
-    """One entry; None where the line is none.
+    """Parses one line; returns None if it is not a valid entry.
 
     Raises:
-      UserError: it is of a newer format.
+      UserError: the line has a newer format.
     """
     try:
         fields = json.loads(line)
@@ -384,7 +400,7 @@ def _parse(line: bytes, where: str) -> tuple[Key, _Entry] | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the names of new files durable."""
+    """Makes the directory entries of new files durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

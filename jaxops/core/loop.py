@@ -1,8 +1,8 @@
-"""The one loop: steps over batches, windows of metrics fetched one late, hooks that cost nothing when not due.
+"""The one loop: it calls steps on batches, fetches windows of metrics one window late, and calls hooks when due.
 
 Between two boundaries (a window's end or a hook's turn) the loop takes a batch, calls the step, and waits only where
-more than a few steps are under way (core/flight.py). The window it reads at a boundary is the one before. Where the
-next batch begins is what the steps so far have consumed, never a multiple of the step.
+more than a few steps are in flight (core/flight.py). At a boundary it reads the window before the one that ends. The
+next batch begins where the examples consumed so far end; its cursor is never computed from the step.
 """
 
 import dataclasses
@@ -29,11 +29,15 @@ NonFinite = Literal["raise", "skip", "rollback"]
 
 @dataclasses.dataclass
 class Snapshot:
-    """What a hook sees: the step just finished, the next example's cursor, the state, and metrics if it looks.
+    """The view of the run that a hook is called with.
 
-    `state` is donated to the next step: use it inside the hook, do not keep it. Set `stop` to a reason to end the run.
-    `flush()` waits for the device, delivers every window up to this step and returns the newest values. A hook that
-    takes long or saves calls it first: the steps before it are then on record, and its own time is nobody's.
+    Attributes:
+      step: the step just finished.
+      cursor: the position of the next example in the stream.
+      state: is donated to the next step: use it inside the hook, do not keep it.
+      flush: waits for the device, delivers every window up to this step and returns the newest values. A hook that
+        takes long or saves calls it first: then the steps before it are recorded, and no window includes its time.
+      stop: a hook sets it to a reason to end the run.
     """
 
     step: int
@@ -44,23 +48,27 @@ class Snapshot:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The values of the window that ends at this step; looking at them flushes."""
+        """The values of the window that ends at this step; reading them flushes."""
         return self.flush()
 
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """A function called after every `every`-th step."""
+    """A function `fn` that is called after every `every`-th step."""
 
     every: int
     fn: Callable[[Snapshot], None]
 
 
 def every(steps: int, fn: Callable[[Snapshot], None]) -> Hook:
-    """`fn(snapshot)` after every `steps` steps.
+    """Returns a hook that calls `fn(snapshot)` after every `steps` steps.
 
     Raises:
       ValueError: `steps` is below one.
+
+    Example:
+      hook = jaxops.every(50, lambda snapshot: print(snapshot.step, snapshot.metrics.get("loss")))
+      run = jaxops.fit(task, hooks=[hook])
     """
     if steps < 1:
         raise ValueError(f"every: expected at least one step, got {steps}")
@@ -69,7 +77,11 @@ def every(steps: int, fn: Callable[[Snapshot], None]) -> Hook:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """Where and why the loop ended: `finished`, `interrupted`, or the reason a hook gave."""
+    """The end of the loop: its last state, step and cursor.
+
+    Attributes:
+      reason: `finished`, `interrupted`, or the reason that a hook gave.
+    """
 
     state: State
     step: int
@@ -78,14 +90,14 @@ class Ended:
 
 
 def check_finite(values: dict[str, Any], window: Window, policy: NonFinite) -> None:
-    """Turns the window's count of non-finite updates into `skipped`, or stops the run.
+    """Replaces the count of non-finite updates in a window's `values` by `skipped`, or stops the run.
 
     Raises:
-      RunFailed: the policy is `raise` and there was one.
-      GoBack: the policy is `rollback` and there was one.
+      RunFailed: the policy is `raise` and an update was not finite.
+      GoBack: the policy is `rollback` and an update was not finite.
     """
     first = values.pop("nonfinite_first", float("-inf"))
-    values.pop("nonfinite", None)  # a share of the updates: rounding it would lose one of many
+    values.pop("nonfinite", None)  # a share of the updates; their number is exact in the window's sums
     entry = window.sums.get("nonfinite")
     count, updates = (round(float(entry.total)), round(float(entry.count))) if isinstance(entry, Sum) else (0, 0)
     values["skipped"] = count
@@ -123,18 +135,25 @@ def run_loop(
     """Runs steps `start` + 1 to `steps`; call it inside `jax.set_mesh(mesh)`.
 
     Args:
-      batches: `batches(cursor, size)` gives the global batch of `size` examples at a cursor.
-      cursor: where the first batch begins; it moves on by what each step consumes.
+      step: the step to call, by the protocol `jaxops.core.turn.Step`.
+      state: the state after step `start`; it is donated.
+      batches: `batches(cursor, size)` returns the global batch of `size` examples at a cursor.
+      mesh: the mesh of the state.
+      start: the number of steps that are already done.
+      cursor: where the first batch begins; it advances by the examples that each step consumes.
+      steps: the number of the last step.
+      batch_size: the examples of each batch.
       window: steps between fetches of metrics; the window fetched is the previous one.
+      hooks: are called in this order after the steps at which they are due.
       on_window: gets each closed window, one boundary late or when a hook flushes, and returns the values hooks see.
-      poll: asked before every step; true ends the loop as `interrupted`. So does `Interrupted`, raised by a step.
-      on_step: told the number of each step before its batch is taken.
+      poll: is called before every step; true ends the loop as `interrupted`. So does `Interrupted`, raised by a step.
+      on_step: is called with the number of each step before its batch is taken.
 
-    A hook's error passes through, after the windows before it are delivered.
+    A hook's error passes through after the windows before it are delivered.
 
     Raises:
-      UserError: the step does not keep the protocol: it does not advance `state.step` by one.
-      RunFailed: it raised `Interrupted` after it had donated its state, or donated a window.
+      UserError: the step violates the protocol: it does not advance `state.step` by one.
+      RunFailed: the step raised `Interrupted` after it had donated its state, or it donated a window.
     """
     at = start
     sums: Sums | None = None
@@ -192,10 +211,10 @@ def run_loop(
 
 
 def _require_one_step(before: int, state: State) -> None:
-    """Refuses a step that leaves `state.step` where it was, or lets its inner updates advance it.
+    """Refuses a step that does not advance `state.step`, or whose inner updates advance it too.
 
     Raises:
-      UserError: it is not one further.
+      UserError: `state.step` did not advance by exactly one.
     """
     if (moved := int(np.asarray(state.step)) - before) != 1:
         raise UserError(
@@ -205,7 +224,7 @@ def _require_one_step(before: int, state: State) -> None:
 
 
 def _require_intact(state: State, step: int) -> None:
-    """Refuses an `Interrupted` that comes too late to take the step back.
+    """Refuses an `Interrupted` that was raised too late to take the step back.
 
     Raises:
       RunFailed: the state was donated.

@@ -1,7 +1,7 @@
-"""One JSON file inside a checkpoint that says what is in it and what every byte of it should be.
+"""The manifest of a checkpoint: one JSON file that lists its arrays, and the size and CRC-32 of each of its files.
 
-It is written last, atomically: a folder without a manifest is not a checkpoint, whatever else is in it. Plain
-JSON over any file system that etils.epath reaches. Held by tests/core/test_checkpoint_manifest.py.
+It is written last and atomically: a folder without a manifest is not a checkpoint, whatever else is in it. It is plain
+JSON on any file system that etils.epath reaches. Tested in tests/core/test_checkpoint_manifest.py.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jaxops.core.stores import StoreError, is_url
 
 FILE = "jaxops.json"
 FORMAT = 2
-"""The newest version that is read, and all before it are. Only what has a shared part is written as 2."""
+"""The newest version that is read, as are all older ones. Only manifests with shared parts are written as version 2."""
 
 _TEMPORARY = f".{FILE}.tmp"
 SHARED_NAME = re.compile(r"(\w+-[0-9a-f]{16})(?:-(\d+))?")
@@ -31,11 +31,11 @@ SHARED_NAME = re.compile(r"(\w+-[0-9a-f]{16})(?:-(\d+))?")
 
 
 class Damaged(Exception):
-    """A manifest that cannot be believed; the message says why."""
+    """An error for a manifest that cannot be trusted; the message says why."""
 
 
 class SavedArray(NamedTuple):
-    """One array of a checkpoint: path `params/w`, shape, dtype by name, bytes in memory."""
+    """One array of a checkpoint: path (such as `params/w`), shape, dtype by name, and size in memory in bytes."""
 
     path: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class SavedArray(NamedTuple):
 
 
 class File(NamedTuple):
-    """Size of one stored file and its CRC-32; the latter is None until the file has been read back."""
+    """The size of one stored file in bytes, and its CRC-32, which is None until the file has been read back."""
 
     bytes: int
     crc32: int | None
@@ -52,16 +52,17 @@ class File(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """The contents of a checkpoint: its step, arrays and files.
 
     Attributes:
       step: the step it was saved at.
-      serial: counts the saves of a run, so that the newest is known after a run went back to an earlier step.
+      serial: number of the save within its run, so that the newest is known after a run went back to an earlier step.
       meta: the caller's JSON.
       metrics: finite numbers known when it was saved.
       arrays: path -> (shape, dtype name).
       files: name relative to the folder -> File.
-      shared: first part of a path -> the folder beside this one that holds the arrays below it, for others too.
+      shared: first part of a path -> name of the folder beside this one that holds the arrays below it, and may be
+        named by other checkpoints too.
     """
 
     step: int
@@ -74,10 +75,11 @@ class Manifest:
 
     @property
     def format(self) -> int:
-        """The version that it is written as: the lowest that says all of it."""
+        """The version that it is written as: the lowest that can hold its contents."""
         return 2 if self.shared else 1
 
     def leaves(self) -> list[SavedArray]:
+        """Returns a description of every array."""
         return [
             SavedArray(plain.name(path), shape, dtype, math.prod(shape) * np.dtype(dtype).itemsize)
             for path, (shape, dtype) in self.arrays.items()
@@ -85,7 +87,7 @@ class Manifest:
 
 
 def to_json(manifest: Manifest) -> str:
-    """As JSON text that carries its own checksum.
+    """Returns the manifest as JSON text that carries its own checksum.
 
     Raises:
       TypeError, ValueError: `meta` is not JSON.
@@ -106,7 +108,7 @@ def to_json(manifest: Manifest) -> str:
 
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
-    """Puts the manifest into `folder`, at once and whole; replaces an older one."""
+    """Writes the manifest into `folder` atomically, replacing an older one."""
     text = to_json(manifest)
     if is_url(folder):  # object stores write an object whole or not at all
         (folder / FILE).write_text(text)
@@ -119,10 +121,10 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
 
 
 def read(folder: epath.Path) -> Manifest:
-    """The manifest of `folder`.
+    """Reads the manifest of `folder`.
 
     Raises:
-      Damaged: it is missing, cannot be read, was changed, or has a newer format.
+      Damaged: the file is missing, cannot be read, was changed, or has a newer format.
       StoreError: an object store does not answer.
     """
     try:
@@ -148,9 +150,9 @@ def read(folder: epath.Path) -> Manifest:
 
 
 def survey(folder: epath.Path, *, checksums: bool, early: Early | None = None) -> dict[str, File]:
-    """Every file under `folder` but the manifest, with its size and, if asked, its CRC-32.
+    """Returns every file under `folder` but the manifest, with its size and, with `checksums`, its CRC-32.
 
-    The latter reads all files but those that `early` knows.
+    For the CRC-32 every file is read, except those whose checksum `early` knows already.
     """
 
     def crc(name: str) -> int:
@@ -163,10 +165,10 @@ def survey(folder: epath.Path, *, checksums: bool, early: Early | None = None) -
 
 
 def problems(folder: epath.Path, manifest: Manifest, *, checksums: bool) -> Iterator[str]:
-    """One line for each file that is missing, has another size or, if asked, another checksum.
+    """Yields one line for each file that is missing, has another size or, with `checksums`, another CRC-32.
 
     Raises:
-      StoreError: an object store does not answer, which says nothing of the files.
+      StoreError: an object store does not answer, which says nothing about the files.
     """
     there = folder.files() if isinstance(folder, StorePath) else None
 
@@ -193,7 +195,7 @@ def problems(folder: epath.Path, manifest: Manifest, *, checksums: bool) -> Iter
 
 
 def differences(saved: Manifest, wanted: Mapping[plain.Path, tuple[tuple[int, ...], str]]) -> Iterator[tuple[str, str]]:
-    """(path, what) of every array that is missing, not expected, or of another shape or dtype."""
+    """Yields (path, problem) for every array that is missing, not expected, or of another shape or dtype."""
     there = {plain.name(path): array for path, array in saved.arrays.items()}
     here = {plain.name(path): array for path, array in wanted.items()}
     for name, (shape, dtype) in here.items():
@@ -209,14 +211,14 @@ def differences(saved: Manifest, wanted: Mapping[plain.Path, tuple[tuple[int, ..
 
 
 def _inside(shared: dict[str, str]) -> dict[str, str]:
-    """The folders that a manifest names, none of them elsewhere."""
+    """Returns the shared folders that a manifest names; raises Damaged for a name that could lead elsewhere."""
     if strange := [name for name in shared.values() if not SHARED_NAME.fullmatch(name)]:
         raise Damaged(f"{FILE} names {strange[0]!r}, which is no folder of a shared part")
     return shared
 
 
 def _sizes(folder: epath.Path, prefix: str = "") -> dict[str, int]:
-    """Bytes of every file below a folder, by its name relative to that."""
+    """Returns the size in bytes of every file below a folder, by its name relative to the folder."""
     if isinstance(folder, StorePath):
         return folder.files()
     found: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Out of memory, explained: what lies on a device, by group, and the settings that would help, cheapest first."""
+"""An explanation of out-of-memory errors: the bytes on a device by group, and the settings that would help."""
 
 import contextlib
 import math
@@ -16,9 +16,9 @@ GROUPS = ("params", "frozen", "tables", "opt_state", "extra")
 
 
 def device_memory(mesh: Mesh) -> tuple[int | None, str]:
-    """Bytes that a device of the mesh may use, None where nothing says so, and what to call it.
+    """Returns the bytes that a device of the mesh may use (None where they are unknown), and a name for the device.
 
-    Devices of a CPU share the memory of the machine.
+    Virtual devices of a CPU divide the memory of the machine evenly.
     """
     device = mesh.devices.flat[0]
     if device.platform != "cpu":
@@ -29,7 +29,7 @@ def device_memory(mesh: Mesh) -> tuple[int | None, str]:
 
 @contextlib.contextmanager
 def explained(state: Callable[[], Any]) -> Iterator[None]:
-    """Turns the backend's out-of-memory error inside into a message; `state()` may be abstract.
+    """Turns an out-of-memory error inside into a message about `state()`, which may be abstract.
 
     Raises:
       RunFailed: a device ran out of memory.
@@ -43,12 +43,12 @@ def explained(state: Callable[[], Any]) -> Iterator[None]:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """What the arrays of a tree take on the device that holds most."""
+    """Returns the bytes that the arrays of a tree take on each device, by their shard shapes."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for _, leaf in named_leaves(tree))
 
 
 def out_of_memory(state: Any) -> str:
-    """The message: bytes a device by group of the state, then what would help."""
+    """Returns the message: the bytes on each device by group of the state, then the settings that would help."""
     lines = ["out of device memory. The state takes, on each device:"]
     for name in GROUPS:
         size = bytes_per_device(getattr(state, name))

@@ -1,4 +1,4 @@
-"""The mesh: a fixed vocabulary of axes, sizes from the config, always of explicit axis types.
+"""The mesh: a fixed vocabulary of axes with sizes from the config, always of explicit axis types.
 
 Explicit types make sharding part of an array's type, so optimizer state inherits its sharding from the parameters
 (under Auto axes `jit(tx.init)` silently replicates it).
@@ -18,12 +18,12 @@ from jaxops.core.failures import UserError
 
 AXES = ("replica", "data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("replica", "data", "fsdp")
-"""The axes that the leading dimension of a batch is divided over."""
+"""The axes that the leading dimension of a batch is sharded over."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Axis sizes; -1 for one of them means "the rest of the devices"."""
+    """The sizes of the mesh axes; -1 for one of them means "the rest of the devices"."""
 
     replica: int = 1
     data: int = 1
@@ -32,7 +32,7 @@ class MeshConfig:
     sequence: int = 1
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """The size of every axis on `devices` devices.
+        """Returns the size of every axis on `devices` devices.
 
         Raises:
           UserError: a size is 0 or below -1, two are -1, or the product is not the number of devices.
@@ -56,7 +56,7 @@ class MeshConfig:
         return sizes
 
     def problems(self) -> list[tuple[str, str]]:
-        """What is wrong whatever the number of devices (dotted path, message)."""
+        """Returns what is wrong for any number of devices, as (dotted path, message)."""
         found = [
             (axis, "expected a positive number, or -1 for the rest")
             for axis, size in dataclasses.asdict(self).items()
@@ -75,12 +75,22 @@ def make_mesh(
     sequence: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with every axis of the vocabulary, each explicit; -1 takes the rest of the devices.
+    """Makes a mesh with every axis of the vocabulary, each explicit; a size of -1 takes the rest of the devices.
 
-    With several slices (`device.slice_index`) the replica axis crosses the slow network between them.
+    Args:
+      replica: divides the batch; with several slices (`device.slice_index`) it crosses the slow network between them.
+      data: divides the batch.
+      fsdp: divides the batch, and parameters by their sharding rules.
+      tensor: divides the kernels and activations of a layer, by rules and logical names.
+      sequence: divides the length of sequences.
+      devices: the devices of the mesh; None takes all.
 
     Raises:
       UserError: the sizes do not fit the devices.
+
+    Example:
+      mesh = jaxops.make_mesh(data=2, fsdp=-1)
+      print(dict(mesh.shape))
     """
     devices = list(jax.devices() if devices is None else devices)
     config = MeshConfig(replica=replica, data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)
@@ -98,38 +108,43 @@ def make_mesh(
 
 
 def batch_axes(mesh: Mesh | jax.sharding.AbstractMesh) -> tuple[str, ...]:
-    """The batch axes that really divide anything (axes of size one are left out of every spec)."""
+    """Returns the batch axes whose size is above one; axes of size one are left out of every spec."""
     return tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many pieces the leading dimension of a batch is cut."""
+    """Returns the number of shards of a batch's leading dimension."""
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of every leaf of a batch: its first dimension over the batch axes."""
+    """Returns the sharding of every leaf of a batch: its first dimension is sharded over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
 def describe_devices(mesh: Mesh | None = None) -> str:
-    """What the run runs on, for people: `8 x cpu, jax 0.10.2`."""
+    """Describes the devices of the mesh, or all devices, and the version of jax: `8 x cpu, jax 0.10.2`."""
     devices = list(mesh.devices.flat) if mesh is not None else jax.devices()
     kind = devices[0].device_kind
     return f"{len(devices)} x {kind}, jax {jax.__version__}"
 
 
 def serialise_dispatch(mesh: Mesh) -> bool:
-    """Whether steps must be waited for one by one on this mesh.
+    """Returns whether the host must wait for each step on this mesh before it calls the next.
 
-    Several virtual CPU devices share one pool of threads; two steps in flight can each hold a part of it inside
-    a collective and wait for ever (seen on jax 0.10.2: the all-reduce rendezvous aborts the process after 40 s).
+    Several virtual CPU devices share one pool of threads. Two steps in flight can each hold a part of it inside a
+    collective and wait forever (seen on jax 0.10.2: the all-reduce rendezvous aborts the process after 40 s).
     """
     devices = list(mesh.devices.flat)
     return devices[0].platform == "cpu" and len(devices) > 1
 
 
 def use_cpu_devices(count: int) -> None:
-    """Asks for `count` virtual CPU devices; must come before the first computation, and only CPU backends heed it."""
+    """Asks for `count` virtual CPU devices, before the first computation; other backends ignore it.
+
+    Example:
+      jaxops.use_cpu_devices(8)
+      mesh = jaxops.make_mesh(data=8)
+    """
     os.environ.setdefault("NPROC", str(2 * count))  # a larger thread pool: see serialise_dispatch
     jax.config.update("jax_num_cpu_devices", count)

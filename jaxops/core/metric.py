@@ -1,4 +1,4 @@
-"""A metric by name: which way is better, and what people call it. The one home of "higher or lower is better"."""
+"""Metrics by name, with their better direction and their label; the one home of "higher or lower is better"."""
 
 import dataclasses
 import math
@@ -11,8 +11,17 @@ Better = Literal["higher", "lower", "neither"]
 class Metric:
     """One metric of an evaluation.
 
-    Early stopping, the best checkpoint, `compare` and the report all read `better`. A metric that is best at a value in
-    between (a calibration ratio is, at one) is better in `neither` direction and chooses nothing.
+    Early stopping, the best checkpoint, `compare` and the report all read `better`.
+
+    Attributes:
+      name: the name in results: `ndcg@10`.
+      better: the direction that is better. `neither` is for a metric that is best at a value in between, as a
+        calibration ratio is at one; such a metric chooses nothing.
+      label: the name for people; empty derives it from `name`.
+
+    Example:
+      loss = jaxops.Metric("log_loss", better="lower")
+      assert loss.improves(0.4, best=0.5) and loss.shown == "Log loss"
     """
 
     name: str
@@ -30,7 +39,7 @@ class Metric:
         return self.better != "neither"
 
     def improves(self, value: float, best: float | None) -> bool:
-        """True where `value` is better than the `best` so far (None: there is none); a NaN never is."""
+        """Returns whether `value` is better than the `best` so far (None: there is none); NaN never is."""
         if not self.chooses or math.isnan(value):
             return False
         if best is None or math.isnan(best):
@@ -38,7 +47,7 @@ class Metric:
         return value > best if self.better == "higher" else value < best
 
     def best(self, values: "list[float]") -> float | None:
-        """The best of the values; None where there is none, or none is better than another."""
+        """Returns the best of the values; None where all are NaN or the metric chooses nothing."""
         found = [value for value in values if not math.isnan(value)]
         if not found or not self.chooses:
             return None
@@ -46,7 +55,9 @@ class Metric:
 
 
 def label_of(name: str) -> str:
-    """A name for people, by its spelling alone: `ndcg@10` gives `NDCG@10`, `log_loss` gives `Log loss`."""
+    """Returns a name for people from the spelling alone: `NDCG@10` for `ndcg@10`, `Log loss` for `log_loss`."""
     word, at, k = name.partition("@")
+    if not word.isidentifier():  # an import path, say
+        return name
     text = word.upper() if len(word) <= 4 and "_" not in word else word.replace("_", " ").capitalize()
     return text + at + k

@@ -1,6 +1,6 @@
-"""Where weights come from: named arrays that are read by slices, of a host or of a checkpoint.
+"""Sources of weights: named arrays, in host memory, in files or in a checkpoint, that are read by slices.
 
-Held by tests/core/test_weights.py, with weights.py that says which of them go where.
+weights.py decides which array goes to which target. Tested in tests/core/test_weights.py.
 """
 
 import dataclasses
@@ -17,23 +17,27 @@ from jaxops.core.failures import UserError
 
 
 class Arrays(Protocol):
-    """Named arrays somewhere: what they are, and how those that are wanted get to their devices."""
+    """The protocol of a source of named arrays."""
 
-    def shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]: ...
+    def shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Returns shape and dtype of every array, without reading it."""
+        ...
 
-    def load(self, wanted: Mapping[str, "Wanted"]) -> dict[str, Any]: ...
+    def load(self, wanted: Mapping[str, "Wanted"]) -> dict[str, Any]:
+        """Loads the wanted arrays, each with the dtype and sharding of its target."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """An array as its target has it, and whether the source holds it transposed."""
+    """A request for one array: shape, dtype and sharding of its target, and whether the source holds it transposed."""
 
     like: jax.ShapeDtypeStruct
     transpose: bool
 
 
 class HostArrays:
-    """Arrays that give their slices to the host: numpy's, files mapped into memory, or alike (shape, dtype, [])."""
+    """Arrays that the host can slice: numpy arrays, memory-mapped files, or objects with shape, dtype and `[]`."""
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
         self._arrays = arrays
@@ -49,7 +53,7 @@ class HostArrays:
 
         def piece(index: Any) -> np.ndarray:
             ends = tuple(part.indices(size)[:2] for part, size in zip(index, like.shape, strict=True))
-            if ends not in pieces:  # devices that hold the same read it once
+            if ends not in pieces:  # a slice that several devices hold is read once
                 pieces[ends] = self._piece(name, tuple(slice(*each) for each in ends), like.dtype, transpose)
             return pieces[ends]
 
@@ -61,14 +65,14 @@ class HostArrays:
         swap = transpose and len(index) > 1
         part = self._arrays[name][(*index[:-2], index[-1], index[-2]) if swap else index]
         try:
-            with np.errstate(over="raise"):  # a copy: what is mapped from a file must not become an array's memory
+            with np.errstate(over="raise"):  # a copy, since memory mapped from a file must not become an array's memory
                 return np.array(part.swapaxes(-1, -2) if swap else part, dtype, order="C")
         except FloatingPointError:
             raise UserError(f"{name} holds numbers that do not fit into {np.dtype(dtype)}") from None
 
 
 class SavedArrays:
-    """The arrays below some parts of the state in a checkpoint; each process reads what its devices hold."""
+    """The arrays below some entries of the state in a checkpoint; each process reads the parts its devices hold."""
 
     def __init__(self, checkpoints: Checkpoints, step: int, inside: Sequence[str] = ("params", "frozen")) -> None:
         self._checkpoints, self._step = checkpoints, step
@@ -98,7 +102,7 @@ class SavedArrays:
 
 
 def _turned(sharding: Sharding | None, rank: int) -> Sharding | None:
-    """The sharding of the transposed array."""
+    """Returns the sharding of the transposed array."""
     if rank < 2 or not isinstance(sharding, NamedSharding):
         return sharding
     spec = [*sharding.spec, *(None for _ in range(rank - len(sharding.spec)))]
@@ -106,10 +110,10 @@ def _turned(sharding: Sharding | None, rank: int) -> Sharding | None:
 
 
 def _as_wanted(name: str, array: Any, wanted: Wanted) -> Any:
-    """The loaded array in the dtype and the order of its target, on its devices.
+    """Returns a loaded array cast and transposed for its target, on the target's devices.
 
     Raises:
-      UserError: its numbers do not fit into float16, the one dtype of a smaller range that is in use.
+      UserError: its numbers do not fit into float16, the only dtype in use with a smaller range.
     """
     swap = wanted.transpose and array.ndim > 1
     if not swap and array.dtype == wanted.like.dtype:

@@ -1,6 +1,6 @@
-"""Optimizers and schedules from the config, as optax chains; what is clipped, masked or frozen is decided by path.
+"""Optimizers and schedules from the config, as optax chains; path patterns decide on decay and learning rates.
 
-Clipping is not in the chain: the core clips, by global norms of the dense trainables (core/clipping.py).
+Clipping is not in the chain: the core clips by global norms of the dense trainables (core/clipping.py).
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jaxops.core.sums import Sums
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constant:
-    """The same learning rate at every step, after a linear warm-up of `warmup` steps."""
+    """A constant learning rate after a linear warm-up of `warmup` steps."""
 
     kind: Literal["constant"] = "constant"
     warmup: int = 0
@@ -31,7 +31,7 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearDecay:
-    """Linear warm-up, then linear decay that would reach `end` times the learning rate one step after the last."""
+    """Linear warm-up, then linear decay; it would reach `end` times the learning rate one step after the last step."""
 
     kind: Literal["linear"] = "linear"
     warmup: int = 0
@@ -49,7 +49,10 @@ class WarmupCosine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wsd:
-    """Warm-up, stable, decay: constant until the last `decay` share of steps, then linear to `end` (Hu et al. 2024)."""
+    """Warm-up, stable, decay: constant, then linear to `end` times the rate over the last `decay` share of the steps.
+
+    Hu et al. 2024, "MiniCPM".
+    """
 
     kind: Literal["wsd"] = "wsd"
     warmup: int = 0
@@ -62,12 +65,19 @@ Schedule = Constant | LinearDecay | WarmupCosine | Wsd
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Common:
-    """What every optimizer understands.
+    """The settings that all optimizers share; patterns are regular expressions, searched in parameter paths.
 
-    `no_decay`, `frozen` and the keys of `lr_multipliers` are patterns searched in parameter paths; `ema` is the decay
-    of an exponential moving average of the parameters, which evaluation then uses. `clip` is the largest global norm of
-    the gradients, or one for each group of paths: `{"^policy/": 1.0, "^value/": 0.5, default: 1.0}` (`default`: what no
-    pattern matches; without it that is not clipped).
+    Attributes:
+      lr: the learning rate after warm-up.
+      schedule: its course over the run.
+      clip: the largest global norm of the gradients, or one for each group of paths:
+        `{"^policy/": 1.0, "^value/": 0.5, default: 1.0}`. `default` is for paths that no pattern matches; without it
+        those are not clipped. None clips nothing.
+      weight_decay: the rate of decoupled weight decay.
+      no_decay: patterns of parameters without weight decay.
+      lr_multipliers: factors of the learning rate by pattern; those of all patterns that match are multiplied.
+      frozen: patterns of parameters that are not trained.
+      ema: the decay of an exponential moving average of the parameters, which evaluation then uses; None for none.
     """
 
     lr: float = 1e-3
@@ -80,7 +90,7 @@ class Common:
     ema: float | None = None
 
     def problems(self) -> list[tuple[str, str]]:
-        """Values that no model could make right (dotted path, message)."""
+        """Returns what is wrong with the values for any model, as (dotted path, message)."""
         found = []
         if self.lr <= 0:
             found.append(("lr", "expected a positive learning rate"))
@@ -108,7 +118,7 @@ class Common:
 
 
 def _no_pattern(pattern: str) -> str | None:
-    """Says why this is no pattern; None where it is one."""
+    """Returns why this is no regular expression; None where it is one."""
     try:
         re.compile(pattern)
     except re.error as error:
@@ -136,7 +146,7 @@ class Adafactor(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lion(Common):
-    """Lion: the sign of an interpolated momentum (Chen et al. 2023)."""
+    """Lion: updates by the sign of an interpolated momentum (Chen et al. 2023)."""
 
     kind: Literal["lion"] = "lion"
     b1: float = 0.9
@@ -145,7 +155,7 @@ class Lion(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sgd(Common):
-    """Gradient descent, with momentum where it is not zero."""
+    """Stochastic gradient descent, with momentum where `momentum` is not zero."""
 
     kind: Literal["sgd"] = "sgd"
     momentum: float = 0.0
@@ -156,9 +166,15 @@ class Sgd(Common):
 class Muon(Common):
     """Muon for matrices (orthogonalised momentum; Jordan et al. 2024), AdamW for the rest and for `adam` paths.
 
-    Where a path matches `stacked` the first dimension counts layers that are stacked for a scan: rank 3 is a matrix
-    for each layer and rank 2 a vector. Elsewhere rank 2 is a matrix. The default takes `layers/up/kernel` for stacked
-    and `layers/0/kernel` not.
+    Attributes:
+      momentum: the momentum of Muon.
+      adam: patterns of matrices that AdamW trains.
+      stacked: patterns of parameters whose first dimension counts layers that are stacked for a scan. For these, rank 3
+        is a matrix for each layer and rank 2 a vector; for all others rank 2 is a matrix. The default matches
+        `layers/up/kernel` and not `layers/0/kernel`.
+      adam_lr: the learning rate of AdamW; None takes `lr`.
+      b1: the first decay rate of AdamW.
+      b2: the second decay rate of AdamW.
     """
 
     kind: Literal["muon"] = "muon"
@@ -170,7 +186,7 @@ class Muon(Common):
     b2: float = 0.999
 
     def problems(self) -> list[tuple[str, str]]:
-        """Values that no model could make right (dotted path, message)."""
+        """Returns what is wrong with the values for any model, as (dotted path, message)."""
         return super().problems() + [
             (name, problem)
             for name, patterns in (("adam", self.adam), ("stacked", self.stacked))
@@ -183,7 +199,7 @@ Optimizer = AdamW | Adafactor | Lion | Sgd | Muon
 
 
 def build_schedule(config: Common, steps: int) -> Callable[[Array], Array]:
-    """The learning rate at each step of a run of `steps`.
+    """Builds the function from step to learning rate for a run of `steps` steps.
 
     Raises:
       UserError: the warm-up is longer than the run.
@@ -204,7 +220,7 @@ def build_schedule(config: Common, steps: int) -> Callable[[Array], Array]:
         after = optax.linear_schedule(lr, lr * plan.end, fall, transition_begin=body - fall)
     if not plan.warmup:
         return after
-    # (step + 1) / warmup: the first update already moves, the warmup-th has the full rate
+    # The rate is (step + 1) / warmup: the first update already moves, and the warmup-th has the full rate.
     rise = optax.linear_schedule(lr / plan.warmup, lr, max(plan.warmup - 1, 1))
     return optax.join_schedules([rise, after], [plan.warmup])
 
@@ -214,12 +230,12 @@ def _matches(patterns: tuple[str, ...], path: str) -> bool:
 
 
 def build_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
-    """The optax chain of the config: update rule, decoupled decay, learning rate, per-path multipliers.
+    """Builds the optax chain of the config: update rule, decoupled weight decay, learning rate, per-path multipliers.
 
-    The rate is that of the loop's step, where `update` gets one (`step=`), as it does from `build_step`.
+    The learning rate is that of the loop's step where `update` gets one (`step=`), as it does from `build_step`.
 
     Raises:
-      UserError: (at init) a multiplier's pattern matches no parameter; (here) what `build_schedule` raises.
+      UserError: the warm-up is longer than the run, or (at `init`) a multiplier's pattern matches no parameter.
     """
     schedule = build_schedule(config, steps)
 
@@ -241,7 +257,7 @@ def build_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformati
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, decayed))
     if isinstance(config, Muon) and config.adam_lr is not None:
-        parts.append(_scale_adam(config, config.adam_lr / config.lr))  # after the decay: it goes at adam_lr as well
+        parts.append(_scale_adam(config, config.adam_lr / config.lr))  # after the decay, which then uses adam_lr too
     parts.append(_scale_by_schedule(schedule))
     if config.lr_multipliers:
         parts.append(_multiply(dict(config.lr_multipliers)))
@@ -249,10 +265,10 @@ def build_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformati
 
 
 def _scale_by_schedule(schedule: Callable[[Array], Array]) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_learning_rate` at the loop's step, which `build_step` gives as the extra argument `step`.
+    """Scales by the learning rate of the loop's step, which `build_step` passes as the extra argument `step`.
 
-    A step that makes several updates makes all of them at one rate, and an update that was skipped shifts no schedule.
-    Without `step` updates are counted, as in optax; the state is optax's.
+    It is `optax.scale_by_learning_rate` otherwise, with the same state. A step that makes several updates makes all of
+    them at one rate, and a skipped update shifts no schedule. Without `step` it counts updates, as optax does.
     """
 
     def init(params: PyTree) -> optax.ScaleByScheduleState:
@@ -272,20 +288,20 @@ def _scale_by_schedule(schedule: Callable[[Array], Array]) -> optax.GradientTran
 
 
 def _is_matrix(config: Muon, path: str, x: Array) -> bool:
-    """Whether a parameter is a matrix, or a stack of matrices along its first dimension."""
+    """Returns whether Muon trains a parameter: a matrix, or a stack of matrices, whose path `adam` does not match."""
     return x.ndim == (3 if _matches(config.stacked, path) else 2) and not _matches(config.adam, path)
 
 
 def _muon(config: Muon) -> optax.GradientTransformation:
-    """Muon's directions for matrices, times sqrt(max(1, fan out / fan in)) as published; Adam's for the rest.
+    """Builds Muon's updates of matrices, times sqrt(max(1, fan out / fan in)) as published, and Adam's of the rest.
 
-    In a stack each matrix is orthogonalised and scaled by itself: optax takes the axes that are not named for a batch.
+    In a stack each matrix is orthogonalised and scaled on its own: optax treats the axes that are not named as a batch.
     """
 
     def label(params: PyTree) -> PyTree:
         return map_named(lambda path, x: "muon" if _is_matrix(config, path, x) else "adam", params)
 
-    def matrices(updates: PyTree) -> PyTree:  # optax 0.2.8 fails without: its default of None is no tree
+    def matrices(updates: PyTree) -> PyTree:  # optax 0.2.8 fails without this: its default of None is no tree
         return jax.tree.map(lambda u: optax.contrib.MuonDimensionNumbers(u.ndim - 2, u.ndim - 1), updates)
 
     def scaled(updates: PyTree, params: PyTree) -> PyTree:
@@ -300,7 +316,7 @@ def _muon(config: Muon) -> optax.GradientTransformation:
 
 
 def _scale_adam(config: Muon, ratio: float) -> optax.GradientTransformation:
-    """Scales the updates of what Muon leaves to Adam."""
+    """Scales the updates of the parameters that Adam trains under Muon."""
 
     def scaled(updates: PyTree, params: PyTree) -> PyTree:
         del params
@@ -336,9 +352,9 @@ def _multiply(multipliers: dict[str, float]) -> optax.GradientTransformation:
 
 
 def ema(decay: float) -> Extra:
-    """An exponential moving average of the parameters, in float32: a bfloat16 average would not move.
+    """Builds an exponential moving average of the parameters, in float32: a bfloat16 average would not move.
 
-    The rate is min(decay, (1 + t) / (10 + t)), so early averages are not stale.
+    Its decay at update t is min(decay, (1 + t) / (10 + t)), so that early averages follow the parameters.
     """
 
     def wide(params: Params) -> Params:

@@ -1,7 +1,7 @@
-"""The one door to orbax: a tree of arrays into a folder, in the background. read_arrays.py gets them out again.
+"""The interface to orbax: it writes a tree of arrays to a folder in the background. read_arrays.py reads them again.
 
-This is the only module that imports orbax, and it does so when first used. What it needs of orbax's inside, for want of
-a public way, is here too. Held by tests/core/test_checkpoint.py and test_stores.py.
+This is the only module that imports orbax, and it does so on first use. All uses of orbax's private modules, where
+there is no public way, are here too. Tested in tests/core/test_checkpoint.py and test_stores.py.
 """
 
 import functools
@@ -19,34 +19,41 @@ from etils import epath
 from jaxops.core import plain, stores
 
 ITEM = "state"
-"""Where orbax's tree lies in a checkpoint; `orbax.checkpoint.v1.load(folder)` reads it without jaxops."""
+"""The folder of orbax's tree in a checkpoint; `orbax.checkpoint.v1.load(folder)` reads it without jaxops."""
 _CHUNK, _FILE = 32 << 20, 128 << 20
-"""Bytes: the pieces that arrays are cut to, and the files that they are gathered in."""
+"""Bytes of the chunks that arrays are cut into, and of the files that hold the chunks."""
 
 
 def save_async(folder: epath.Path, tree: Any, leaves: Iterable[Any], *, compress: bool) -> Any:
-    """Begins to write `tree`, nested dicts of `leaves`; `.result()` of what it returns waits, and raises."""
+    """Begins to write `tree`; `.result()` of the returned object waits for the end and raises the errors.
+
+    Args:
+      folder: the folder to write, which must not exist yet.
+      tree: nested dicts of arrays.
+      leaves: the arrays of `tree`.
+      compress: compress with zstd.
+    """
     with options(folder, leaves, compress=compress):
         return _orbax().save_async(folder, tree, checkpointable_name=ITEM)
 
 
 def options(folder: epath.Path, leaves: Iterable[Any], *, compress: bool) -> Any:
-    """Orbax's options to save these leaves."""
+    """Returns orbax's options for saving these leaves."""
     ocp, remote = _orbax(), stores.is_url(folder)
     context = ocp.Context()
     context.array.saving.use_compression = compress
     # Splitting replicas spreads the writing over processes; within one it only costs a compilation.
     context.array.saving.use_replica_parallel = jax.process_count() > 1
     if jax.process_count() == 1 and not remote:
-        # Small chunks and files are written, synced and read side by side. Orbax cuts evenly or not at all, and
-        # to the single row where the rows are a prime number: such an array stays whole.
+        # Small chunks and files are written, synced and read in parallel. Orbax cuts evenly or not at all, and into
+        # single rows where the number of rows is prime: such an array stays whole.
         def cut(_: Any, leaf: Any) -> Any:
             return context.array.saving.StorageOptions(chunk_byte_size=_CHUNK if _cuts(leaf, _CHUNK) else None)
 
         context.array.saving.scoped_storage_options_creator = cut
         context.array.saving.ocdbt_target_data_file_size = _FILE if all(_cuts(x, _FILE) for x in leaves) else 0
     context.memory.deepcopy_host_arrays = False
-    if remote:  # a rename would be a copy of every object, and the manifest commits anyway
+    if remote:  # a rename would copy every object, and the manifest is the commit anyway
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
         if os.fspath(folder).startswith("s3://"):
             _teach_s3()
@@ -54,7 +61,7 @@ def options(folder: epath.Path, leaves: Iterable[Any], *, compress: bool) -> Any
 
 
 def _cuts(leaf: Any, size: int) -> bool:
-    """Whether orbax would cut what it writes of `leaf` to pieces that are not far below `size`, or not at all."""
+    """Returns whether orbax would write `leaf` whole, or cut it into pieces not far below `size` bytes."""
     from orbax.checkpoint._src.arrays import subchunking
 
     shape, dtype = np.shape(leaf), np.dtype(plain.dtype(leaf))
@@ -67,12 +74,12 @@ def _cuts(leaf: Any, size: int) -> bool:
 
 @functools.cache
 def _orbax() -> Any:
-    """Orbax v1, imported on first use (0.7 s), and its chatter dropped: what matters is raised by us."""
+    """Imports orbax v1 on first use (0.7 s) and drops its log messages: this package raises errors itself."""
     from orbax.checkpoint import v1
 
     logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-    # Where a save fails, what else of it was under way finds orbax's event loop closed: a traceback each, from C++
-    # threads, around the one message that matters.
+    # After a failed save, its other pending operations find orbax's event loop closed. Each would print a traceback
+    # from a C++ thread around the one message that matters.
     show = sys.unraisablehook
     sys.unraisablehook = lambda one: None if str(one.exc_value) == "Event loop is closed" else show(one)
     return v1
@@ -80,10 +87,10 @@ def _orbax() -> Any:
 
 @functools.cache
 def _teach_s3() -> None:
-    """Has orbax hand s3:// paths to tensorstore, which knows them, as it does with gs:// paths.
+    """Patches orbax to pass s3:// paths on to tensorstore, which supports them, as it does with gs:// paths.
 
     Orbax has no hook for that (google/orbax issues 359 and 872, pull request 2739), and takes s3:// for a local
-    path; all its specs come from this one function. Held by tests/core/test_stores.py.
+    path. All its specs come from the one function that is patched. Tested in tests/core/test_stores.py.
     """
     from orbax.checkpoint._src.serialization import tensorstore_utils
 

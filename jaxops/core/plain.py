@@ -1,7 +1,7 @@
-"""Any pytree as {path: leaf} and as nested dicts: what is stored needs none of our classes to be read.
+"""Conversion of any pytree to {path: leaf} and to nested dicts, so that stored trees can be read without our classes.
 
 A path is a tuple of dict keys, attribute names (str) and positions (int): `State(params={"w": x}, ...)` gives
-("params", "w"), an optax chain ("opt_state", 0, "mu", "w"). Held by tests/core/test_checkpoint_plain.py.
+("params", "w"), an optax chain ("opt_state", 0, "mu", "w"). Tested in tests/core/test_checkpoint_plain.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,15 +15,16 @@ Path = tuple[str | int, ...]
 
 
 def name(path: Path) -> str:
-    """`params/layers/0/w`."""
+    """Joins the parts of a path by slashes: `params/layers/0/w`."""
     return "/".join(str(part) for part in path)
 
 
 def flatten(tree: Any) -> dict[Path, Any]:
-    """Leaves by path, in the order of `jax.tree.leaves`; empty containers and None vanish.
+    """Returns the leaves by path, in the order of `jax.tree.leaves`; empty containers and None are dropped.
 
     Raises:
-      ValueError: two leaves have one name once "." and "/" separate alike (one would replace the other).
+      ValueError: two leaves have the same name once "." and "/" are taken as the same separator, so that one would
+        replace the other in a file.
     """
     leaves = {tuple(_part(key) for key in keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     seen: dict[str, Path] = {}
@@ -38,12 +39,12 @@ def flatten(tree: Any) -> dict[Path, Any]:
 
 
 def dtype(leaf: Any) -> Any:
-    """The dtype of an array, abstract or not, or of a number."""
+    """Returns the dtype of an array, abstract or not, or of a number."""
     return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
 def nest(leaves: Mapping[Path, Any], key: Callable[[str | int], Any] = lambda part: part) -> Any:
-    """Nested dicts of `leaves`, keys through `key`; the one leaf itself where its path is empty."""
+    """Returns nested dicts of `leaves`, with `key` applied to every key; for an empty path the leaf itself."""
     if () in leaves:
         return leaves[()]
     tree: dict[Any, Any] = {}

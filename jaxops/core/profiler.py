@@ -1,4 +1,4 @@
-"""A profiler trace of a window of steps, written once; TensorBoard opens it."""
+"""A profiler trace of some steps of a run, written once; TensorBoard opens it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from jaxops.core.loop import Hook, Snapshot
 
 @contextlib.contextmanager
 def profiled(folder: Path, start: int, steps: int) -> Iterator[list[Hook]]:
-    """Hooks that trace `steps` steps after step `start`; a run that ends inside the window still writes its trace."""
+    """Yields hooks that trace `steps` steps after step `start`; a run that ends among them still writes its trace."""
     begin, last = max(start, 1), max(start, 1) + steps
     running = False
 

@@ -1,4 +1,4 @@
-"""Randomness without state: every key is a fold of (seed, step, example id), so no layout can change a draw."""
+"""Randomness without state: every key folds in seed, update and example id, so no layout can change a draw."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,12 @@ from jaxtyping import Array, Float, Int, Key
 
 
 def example_keys(key: Key[Array, ""] | None, ids: Int[Array, " batch"]) -> Key[Array, " batch"] | None:
-    """One key an example, from the step's key and the example's id; None stays None (evaluation)."""
+    """Returns one key for each example, from the update's key and the example's id; None stays None (evaluation).
+
+    Example:
+      keys = jaxops.example_keys(key, batch["id"])  # in an objective(params, batch, key)
+      hidden = jaxops.dropout(batch["x"], 0.1, keys, site=0)
+    """
     if key is None:
         return None
     return jax.vmap(lambda example: jax.random.fold_in(key, example))(ids)
@@ -15,9 +20,20 @@ def example_keys(key: Key[Array, ""] | None, ids: Int[Array, " batch"]) -> Key[A
 def dropout(
     x: Float[Array, "batch ..."], rate: float, keys: Key[Array, " batch"] | None, site: int
 ) -> Float[Array, "batch ..."]:
-    """Zeroes entries with probability `rate` and scales the rest, drawn per example; `site` tells calls apart.
+    """Zeroes entries with probability `rate`, drawn for each example, and scales the rest by 1 / (1 - rate).
 
-    The threshold has 16 bits (half the random words of 32): the rate is off by at most 2^-17 and the scale is exact.
+    The threshold has 16 bits, which needs half the random words of 32 bits. The rate is off by at most 2^-17, and the
+    scale fits the rounded rate exactly.
+
+    Args:
+      x: the activations, [batch, ...].
+      rate: the probability of zero.
+      keys: one key for each example, from `example_keys`; None returns `x` unchanged (evaluation).
+      site: a number that differs between the calls in a model, so that their draws are independent.
+
+    Example:
+      keys = jaxops.example_keys(key, batch["id"])  # in an objective(params, batch, key)
+      hidden = jaxops.dropout(batch["x"], 0.1, keys, site=0)
     """
     if keys is None or rate == 0:
         return x

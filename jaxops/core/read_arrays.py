@@ -1,8 +1,8 @@
-"""Arrays out of a checkpoint onto any sharding, read by tensorstore: each process the pieces that its devices hold.
+"""Reading arrays of a checkpoint onto any sharding with tensorstore: each process reads the parts its devices hold.
 
-Orbax can do this too, in about twice the time where memory is what is slow (a CPU): it reads into unaligned memory in
-small pages, which jax then copies. Here a piece is read once, into memory that jax takes over as it is. The layout read
-is orbax's own: Zarr 3 arrays in OCDBT, named by their path with dots. Held by tests/core/test_read_arrays.py.
+Orbax can do this too, in about twice the time where memory is the bottleneck (a CPU): it reads into unaligned memory in
+small pages, which jax then copies. Here a piece is read once, into memory that jax takes over as it is. The layout is
+orbax's own: Zarr 3 arrays in OCDBT, named by their path with dots. Tested in tests/core/test_read_arrays.py.
 """
 
 import collections
@@ -18,17 +18,17 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxops.core import stores
 
 _ALIGNMENT = 64
-"""Bytes: jax copies an array into its own memory if it begins elsewhere."""
+"""Alignment in bytes: jax copies an array that does not begin at a multiple of this into its own memory."""
 _IN_FLIGHT = 2 << 30
-"""Bytes that are read before the first of them is handed to its device: what the host must have to spare."""
+"""Bytes that are read ahead before the first are handed to their device; the host must have that much free memory."""
 _READERS = 4
-"""Files that are read at a time: more of them only hold more memory that is touched for the first time."""
+"""Number of files that are read at a time; more would use more memory and gain nothing."""
 
 
 def read_arrays(folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """The arrays of these names, of these shapes, dtypes and shardings; numpy arrays where there is no sharding.
+    """Reads the arrays of these names onto these shardings; a leaf without a sharding becomes a numpy array.
 
-    `folder` is where orbax wrote the tree; names are paths joined by dots.
+    `folder` is the folder in which orbax wrote the tree; names are paths joined by dots.
 
     Raises:
       ValueError: a name is missing or cannot be read, or has another shape or dtype.
@@ -71,7 +71,7 @@ def read_arrays(folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) 
 
 
 def _needed(like: jax.ShapeDtypeStruct) -> Iterable[tuple[tuple[slice, ...], list[jax.Device]]]:
-    """The parts of an array that this process reads, and the devices that hold each; all of it, and none, for numpy."""
+    """Returns the parts of an array that this process reads, each with its devices; for numpy the whole, with none."""
     if like.sharding is None:
         return [((slice(None),) * len(like.shape), [])]
     holders: dict[tuple[tuple[int, ...], ...], list[jax.Device]] = collections.defaultdict(list)
@@ -82,7 +82,10 @@ def _needed(like: jax.ShapeDtypeStruct) -> Iterable[tuple[tuple[slice, ...], lis
 
 
 def _placed(memory: np.ndarray, devices: list[jax.Device], sharding: Sharding | None) -> list[Any]:
-    """On each device, or as it is; a CPU device takes the memory over, and copies when it is first to overwrite it."""
+    """Puts `memory` on each device, or returns it as it is without a sharding.
+
+    A CPU device takes the memory over, and copies it before it first overwrites it.
+    """
     if sharding is None:
         return [memory]
     at = [SingleDeviceSharding(device, memory_kind=sharding.memory_kind) for device in devices]
@@ -90,7 +93,7 @@ def _placed(memory: np.ndarray, devices: list[jax.Device], sharding: Sharding | 
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory for an array, not written to yet."""
+    """Allocates aligned memory for an array, without writing to it."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT

@@ -1,7 +1,7 @@
-"""Going back: when a loss is lost, from which batch on, and how often.
+"""Rollback: the request to go back to the last good checkpoint, and the detection of spikes in the loss.
 
-A run whose `nonfinite` is `rollback` returns to its last good checkpoint with the cursor past the bad batch. A loss
-that leaps may count as one, by its z-score over the windows before it.
+A run whose `nonfinite` is `rollback` returns to its last good checkpoint with the cursor past the bad batch. A spike
+of the loss may count as bad too, by its z-score over the windows before it.
 """
 
 import collections
@@ -9,13 +9,17 @@ import math
 import statistics
 
 ENOUGH = 8
-"""Windows that a z-score wants to see before it judges."""
+"""The number of windows that a z-score needs; a shorter history of a `Spikes` lowers it."""
 
 
 class GoBack(Exception):
-    """Steps `first` to `last` shall not have been: the run is to go back to before them, and their batches are bad.
+    """A request to undo steps `first` to `last`: the run goes back to a checkpoint before them and skips their batches.
 
-    `cursor` is where the stream of examples goes on after them.
+    Attributes:
+      first: the first bad step.
+      last: the last bad step.
+      cursor: the position in the stream of examples after them.
+      why: the reason, for people.
     """
 
     def __init__(self, first: int, last: int, cursor: int, why: str):
@@ -24,19 +28,19 @@ class GoBack(Exception):
 
 
 class Spikes:
-    """Whether a window's loss leaps out of the `windows` before it by more than `zscore` standard deviations."""
+    """A detector of losses that exceed the mean of the last `windows` windows by over `zscore` standard deviations."""
 
     def __init__(self, zscore: float, windows: int):
         self._zscore = zscore
         self._seen: collections.deque[float] = collections.deque(maxlen=windows)
 
     def __call__(self, loss: float) -> float | None:
-        """The z-score of a leap upwards, which is not remembered; else None."""
+        """Returns the z-score of a spike, which is left out of the history; otherwise None."""
         if not math.isfinite(loss):
             return None
         if len(self._seen) >= min(ENOUGH, self._seen.maxlen or ENOUGH):
             mean = statistics.fmean(self._seen)
-            # A constant loss has no spread: what float32 can tell apart stands in for it.
+            # A constant loss has no spread; about the resolution of float32 stands in for it.
             spread = max(statistics.pstdev(self._seen), 1e-6 * abs(mean), 1e-12)
             if (score := (loss - mean) / spread) > self._zscore:
                 return score

@@ -1,9 +1,9 @@
-"""Which rows of a global batch this process builds, how they become global arrays, and how they come back.
+"""Rows of a global batch: those that this process builds, their assembly into global arrays, and the way back.
 
-The ranges are read off the sharding, not off the number of the process: an axis that does not divide the batch may
+The ranges come from the sharding, not from the number of the process: an axis that does not divide the batch may
 span hosts, and then two of them hold the same rows. Work that must be done once for each row (a judge that costs
-money) goes by `owned_rows`, and its results come back to all processes by `gather_rows`.
-Held by tests/core/test_rows.py, tests/core/test_rows_processes.py and tests/recovery/.
+money) uses `owned_rows`, and `gather_rows` brings its results to all processes.
+Tested in tests/core/test_rows.py, tests/core/test_rows_processes.py and tests/recovery/.
 """
 
 import collections
@@ -24,7 +24,7 @@ Rows = list[tuple[int, int]]
 
 
 def local_rows(mesh: Mesh, size: int) -> Rows | None:
-    """The rows of a batch of `size` that this process's devices hold, as ranges; None where it is all of them."""
+    """Returns the rows of a batch of `size` that this process's devices hold, as ranges; None with one process."""
     if jax.process_count() == 1:
         return None
     index = batch_sharding(mesh).addressable_devices_indices_map((size,))
@@ -32,7 +32,7 @@ def local_rows(mesh: Mesh, size: int) -> Rows | None:
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> Rows:
-    """The same rows as ranges in order, those that touch as one."""
+    """Sorts ranges of rows, and merges those that touch."""
     merged: Rows = []
     for start, stop in sorted(set(ranges)):
         if merged and merged[-1][1] == start:
@@ -47,10 +47,10 @@ def _bounds(rows: slice, size: int) -> tuple[int, int]:
 
 
 def global_arrays(mesh: Mesh, size: int) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """A function from this process's rows (as `local_rows` has them) to global arrays of `size` rows.
+    """Returns a function from this process's rows (those of `local_rows`) to global arrays of `size` rows.
 
-    With one process a batch goes to jit as it is. Entries may be nested, and may have one row for each of several
-    examples, as the plans of tables have one for each batch shard.
+    With one process the function returns the batch as it is. Entries may be nested. An entry may have one row for each
+    of several examples, as the plans of tables have one for each batch shard.
     """
     ranges = local_rows(mesh, size)
     if ranges is None:
@@ -79,9 +79,13 @@ def global_arrays(mesh: Mesh, size: int) -> Callable[[Mapping[str, Any]], Mappin
 def local_batches(
     batches: Any, mesh: Mesh, size: int, finish: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 ) -> Iterator[Mapping[str, Any]]:
-    """Evaluation batches of `size` rows as global arrays: of `batches.rows(k, start, stop)` where there is that.
+    """Yields evaluation batches of `size` rows as global arrays.
 
-    `finish` is applied to what this process built: the plan of tables, say.
+    Args:
+      batches: the batches; where it has `rows(k, start, stop)`, each process builds only its own rows of batch k.
+      mesh: the mesh that the batches are sharded over.
+      size: the number of rows of a batch.
+      finish: is applied to the part that this process built, for example to add the plan of tables.
     """
     ranges = local_rows(mesh, size)
     if ranges is None:
@@ -98,19 +102,19 @@ def local_batches(
 
 
 def put(value: np.ndarray, like: jax.Array) -> jax.Array:
-    """The same host array on every process, as one global array placed as `like` is."""
+    """Makes one global array, sharded as `like` is, from a host array that is the same on every process."""
     return cast(jax.Array, jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index]))
 
 
 def local(mesh: Mesh, tree: PyTree) -> PyTree:
-    """The rows of global arrays that this process holds, as numpy: the inverse of `global_arrays`.
+    """Returns the rows of global arrays that this process holds, as numpy: the inverse of `global_arrays`.
 
-    The leading dimension of a leaf lies over the batch axes, or is the same on all processes; the rows come in the
-    order of `local_rows`. With one process that is all of them.
+    The leading dimension of a leaf is sharded over the batch axes, or is the same on all processes. The rows are in the
+    order of `local_rows`; with one process they are all rows.
 
     Raises:
-      ValueError: a leaf has no rows, or this process does not hold all that belongs to its own: another dimension
-        is divided over processes, or the rows lie elsewhere than a batch's.
+      ValueError: a leaf has no rows, or this process does not hold its rows completely, because another dimension
+        is divided over processes, or because the rows are sharded unlike those of a batch.
     """
     return jax.tree.map(lambda leaf: _local(mesh, leaf), tree)
 
@@ -144,16 +148,16 @@ def _local(mesh: Mesh, leaf: Any) -> np.ndarray:
 
 
 def owned_rows(mesh: Mesh, size: int, process: int | None = None) -> Rows:
-    """The rows of a batch of `size` that this process answers for, as ranges.
+    """Returns the rows of a batch of `size` that this process (or `process`) owns, as ranges.
 
-    Every row is owned by one process, and that one holds it. Where several hold the same rows (a tensor axis spans
-    them) they divide those evenly. All processes come to the same division.
+    Every row is owned by exactly one process, and that process holds it. Where several processes hold the same rows (a
+    tensor axis spans them), they divide the rows evenly. All processes compute the same division.
     """
     return _ownership(mesh, size)[jax.process_index() if process is None else process]
 
 
 def _ownership(mesh: Mesh, size: int) -> dict[int, Rows]:
-    """The rows that each process of the mesh owns."""
+    """Returns the rows that each process of the mesh owns."""
     holders: dict[tuple[int, int], set[int]] = collections.defaultdict(set)
     index: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((size,))
     for device, slices in index.items():
@@ -163,13 +167,13 @@ def _ownership(mesh: Mesh, size: int) -> dict[int, Rows]:
         sharing = sorted(holders[start, stop])
         cuts = [start + (stop - start) * k // len(sharing) for k in range(len(sharing) + 1)]
         for k, (low, high) in enumerate(itertools.pairwise(cuts)):
-            if low < high:  # which of them gets the larger part changes from range to range
+            if low < high:  # the process with the larger part changes from range to range
                 owned[sharing[(k + at) % len(sharing)]].append((low, high))
     return {process: _merged(ranges) for process, ranges in owned.items()}
 
 
 def owned(mesh: Mesh, tree: PyTree) -> PyTree:
-    """The rows of global arrays that this process owns, as numpy; raises as `local`."""
+    """Returns the rows of global arrays that this process owns, as numpy; raises the errors of `local`."""
 
     def one(leaf: Any) -> np.ndarray:
         size = len(leaf)
@@ -184,17 +188,19 @@ def owned(mesh: Mesh, tree: PyTree) -> PyTree:
 
 
 def gather_rows(mesh: Mesh, size: int, tree: PyTree, what: str = "rows") -> PyTree:
-    """All `size` rows on every process, in global order, from the rows that each one owns.
+    """Gathers all `size` rows on every process, in global order, from the rows that each process owns.
 
-    Every process calls it, with numpy leaves whose rows are those of `owned_rows(mesh, size)` in that order; their
-    dtypes arrive as they are, float64 too.
+    Every process calls it. The dtypes stay as they are, float64 too.
 
     Args:
-      what: names the exchange, in the message about a process that does not come to it.
+      mesh: the mesh that the batch is sharded over.
+      size: the number of rows of the batch.
+      tree: numpy leaves whose rows are those of `owned_rows(mesh, size)`, in that order.
+      what: the name of the exchange in the message about a process that does not join it.
 
     Raises:
       ValueError: a leaf has another number of rows than this process owns.
-      RunFailed: a process failed, or did not come within JAXOPS_BARRIER_SECONDS.
+      RunFailed: a process failed, or did not join within JAXOPS_BARRIER_SECONDS.
     """
     ownership = _ownership(mesh, size)
     counts = {process: sum(stop - start for start, stop in rows) for process, rows in ownership.items()}
@@ -208,14 +214,14 @@ def gather_rows(mesh: Mesh, size: int, tree: PyTree, what: str = "rows") -> PyTr
             )
     if not distributed.is_distributed():
         return tree if not leaves else jax.tree.unflatten(structure, leaves)
-    distributed.barrier(what)  # waits with a bound, and names who does not come; the collective below does neither
+    distributed.barrier(what)  # has a time limit and names missing processes; the collective below does neither
     most = max(counts.values())
     return jax.tree.unflatten(structure, [_gathered(leaf, size, ownership, most) for leaf in leaves])
 
 
 def _gathered(leaf: np.ndarray, size: int, ownership: Mapping[int, Rows], most: int) -> np.ndarray:
     width = leaf.dtype.itemsize * int(np.prod(leaf.shape[1:]))
-    padded = np.zeros((most, width), np.uint8)  # as bytes: jax would make float64 float32
+    padded = np.zeros((most, width), np.uint8)  # as bytes, since jax would turn float64 into float32
     padded[: len(leaf)] = np.ascontiguousarray(leaf).view(np.uint8).reshape(len(leaf), width)
     parts = multihost_utils.process_allgather(padded)
     whole = np.empty((size, width), np.uint8)

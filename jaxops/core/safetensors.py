@@ -1,8 +1,8 @@
-"""Safetensors files without their package: named arrays whose bytes are read only where somebody slices them.
+"""Safetensors files without the safetensors package: named arrays whose bytes are read only when they are sliced.
 
-The format is a length (8 bytes, little-endian), that many bytes of JSON with dtype, shape and place of each tensor,
-and the tensors' bytes. Files come from elsewhere: every number in a header is checked against the file before it is
-believed. Held by tests/core/test_safetensors.py.
+The format is a length (8 bytes, little-endian), that many bytes of JSON with dtype, shape and offsets of each tensor,
+and the tensors' bytes. Files may come from others: every number in a header is checked against the file before it is
+used. Tested in tests/core/test_safetensors.py.
 """
 
 import json
@@ -22,7 +22,7 @@ from jaxops.core.writers import writing
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000
-"""Bytes of a header at the most, the bound of the format's own reader; of an index too."""
+"""The largest header in bytes, the bound of the format's own reader; it holds for an index too."""
 _MAX_RANK = 32
 DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -48,12 +48,12 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def open_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, or of a folder with one or with shards and their index; nothing is read yet.
+    """Opens a safetensors file, or a folder with one file or with shards and their index; only headers are read.
 
     Each array is a view of the file on disk (numpy.memmap): a slice of it reads the bytes of that slice.
 
     Raises:
-      UserError: nothing is there, a shard is missing or truncated, or a header is no header; each names its file.
+      UserError: no file exists, a shard is missing or truncated, or a header is invalid; the message names the file.
     """
     path = Path(path)
     if not path.is_dir():
@@ -81,10 +81,10 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def save_safetensors(
     path: str | os.PathLike[str], arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes named arrays (numpy, or jax arrays that this process holds whole) as one file, at once and whole.
+    """Writes named arrays (numpy, or jax arrays that this process holds whole) to one file, atomically.
 
     Raises:
-      UserError: a dtype that the format does not have.
+      UserError: the format does not have the dtype of an array, or an array is named `__metadata__`.
       RunFailed: the file cannot be written.
     """
     path = Path(path)
@@ -105,7 +105,7 @@ def save_safetensors(
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for array in arrays.values():  # one at a time on the host
+            for array in arrays.values():  # so that the host holds one array at a time
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
@@ -138,7 +138,7 @@ def _open(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_header(file: Any, path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """The JSON at the beginning, and where the arrays begin."""
+    """Returns the JSON header, and the offset in bytes at which the arrays begin."""
     first = file.read(8)
     if len(first) < 8:
         raise UserError(f"{path} is no safetensors file: {size} bytes")
@@ -151,7 +151,7 @@ def _read_header(file: Any, path: Path, size: int) -> tuple[dict[str, Any], int]
 
 
 def _object(text: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object without a key twice."""
+    """Parses a JSON object; raises UserError if it is none or has a key twice."""
 
     def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -169,10 +169,10 @@ def _object(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _checked(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """(dtype, shape, first byte, last byte + 1) of a tensor, as its header has them.
+    """Returns (dtype, shape, first byte, last byte + 1) of a tensor from its entry in the header.
 
     Raises:
-      UserError: they are not all there, or do not agree with each other.
+      UserError: a part of the entry is missing, or the parts do not agree with each other.
     """
     whole = lambda values: (
         isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
@@ -189,7 +189,7 @@ def _checked(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ..
 
 
 def _read_index(path: Path) -> dict[str, list[str]]:
-    """Shard -> the names in it."""
+    """Reads an index, and returns shard -> names of the arrays in it."""
     if path.stat().st_size > MAX_HEADER:
         raise UserError(f"{path}: {path.stat().st_size} bytes, at most {MAX_HEADER} are allowed")
     places = _object(path.read_bytes(), path).get("weight_map")
@@ -204,7 +204,7 @@ def _read_index(path: Path) -> dict[str, list[str]]:
 
 
 def _only_file(folder: Path) -> str:
-    """The one file of a folder without an index."""
+    """Returns the name of the only file of a folder without an index."""
     if (folder / SINGLE).is_file():
         return SINGLE
     found = sorted(each.name for each in folder.glob("*.safetensors"))

@@ -1,7 +1,7 @@
 """Sharding rules: a short list of (path pattern, axes) beside each model, and logical names for activations.
 
-Every decision is reported: an axis that does not divide a dimension is dropped and said, and a large parameter
-that no rule matches is an error, because silently replicating it is how memory runs out.
+Every decision is reported. An axis that does not divide a dimension is dropped, and `Placement.dropped` says so. A
+large parameter that no rule matches is an error, because replicating it silently is how memory runs out.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from jaxops.core.mesh import AXES, BATCH_AXES
 
 Axes = str | tuple[str, ...] | None
 Rule = tuple[str, tuple[Axes, ...]]
-"""(pattern, axes of each dimension); the pattern is searched in the parameter's path, the first match wins."""
+"""(pattern, mesh axes of each dimension); the pattern is searched in the parameter's path, and the first match wins."""
 
 LARGE = 2**20
-"""Entries from which a parameter without a rule is an error."""
+"""The number of entries from which a parameter without a rule is an error."""
 
 LOGICAL: Mapping[str, Axes] = {
     "batch": BATCH_AXES,
@@ -41,7 +41,16 @@ _logical: contextvars.ContextVar[Mapping[str, Axes]] = contextvars.ContextVar("l
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How one parameter lies on the mesh."""
+    """The sharding of one parameter on the mesh.
+
+    Attributes:
+      path: the parameter's path.
+      shape: its global shape.
+      dtype: the name of its dtype.
+      spec: its sharding, without the axes that were dropped.
+      dropped: an explanation of each axis that was dropped, `fsdp does not divide 10`.
+      bytes_per_device: the size of one shard.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -52,22 +61,22 @@ class Placement:
 
 
 def path_of(keys: Sequence[Any]) -> str:
-    """A key path as `blocks/0/attention/kernel`."""
+    """Formats a key path as `blocks/0/attention/kernel`."""
     return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """(path, leaf) of every leaf, in tree order."""
+    """Returns (path, leaf) for every leaf, in tree order."""
     return [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def map_named(fn: Any, tree: PyTree) -> PyTree:
-    """`jax.tree.map` whose function gets (path, leaf)."""
+    """Maps `fn(path, leaf)` over a tree, as `jax.tree.map` does with the leaf alone."""
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: fn(path_of(keys), leaf), tree)
 
 
 def _fit(shape: tuple[int, ...], axes: Sequence[Axes], mesh: Any) -> tuple[PartitionSpec, tuple[str, ...]]:
-    """The spec that `axes` asks for on this mesh, and the axes that had to be dropped."""
+    """Returns the spec that `axes` asks for on this mesh, and an explanation of each axis that had to be dropped."""
     entries: list[Axes] = []
     dropped = []
     for size, wanted in zip(shape, axes, strict=False):
@@ -87,7 +96,7 @@ def _fit(shape: tuple[int, ...], axes: Sequence[Axes], mesh: Any) -> tuple[Parti
 
 
 def axes_in(spec: Iterable[Axes]) -> list[str]:
-    """The mesh axes that a spec or a rule's axes name, in order."""
+    """Returns the mesh axes that a spec or a rule's axes name, in order."""
     return [axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
 
 
@@ -108,11 +117,11 @@ def _check_rule(rule: Rule) -> None:
 
 
 def place(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> list[Placement]:
-    """The placement of every parameter (arrays or ShapeDtypeStructs), in tree order.
+    """Returns the placement of every parameter (arrays or ShapeDtypeStructs), in tree order.
 
     Raises:
-      UserError: a rule is no regular expression, names an axis that does not exist, an axis twice or more dimensions
-        than the parameter has, or a parameter of at least `LARGE` entries matches no rule.
+      UserError: a rule is no regular expression, or names an axis that does not exist, an axis twice, or more
+        dimensions than the parameter has; or a parameter of at least `LARGE` entries matches no rule.
     """
     for rule in rules:
         _check_rule(rule)
@@ -136,14 +145,14 @@ def place(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> list[Placement]:
 
 
 def parameter_shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> PyTree:
-    """The `NamedSharding` of every parameter, as a tree like `params`. Raises what `place` raises."""
+    """Returns the `NamedSharding` of every parameter, as a tree like `params`; raises the errors of `place`."""
     specs = [NamedSharding(mesh, placement.spec) for placement in place(params, rules, mesh)]
     return jax.tree.unflatten(jax.tree.structure(params), specs)
 
 
 @contextlib.contextmanager
 def logical_axes(rules: Mapping[str, Axes]) -> Iterator[None]:
-    """While tracing inside: `constrain` maps its names by `rules` (over the defaults).
+    """Makes `constrain` map its names by `rules`, over the defaults, while a function is traced inside.
 
     Raises:
       UserError: a name is mapped to an axis that does not exist.
@@ -163,12 +172,16 @@ def logical_axes(rules: Mapping[str, Axes]) -> Iterator[None]:
 
 
 def constrain(x: Array, names: Sequence[str | None]) -> Array:
-    """Marks an activation's dimensions by logical names, e.g. `constrain(x, ("batch", "length", "embed"))`.
+    """Constrains the sharding of an activation or a kernel by a logical name (or None) for each dimension.
 
     Where there is no mesh, or inside a manual `shard_map`, it does nothing, so a model needs no mesh to run.
 
     Raises:
       ValueError: a name is unknown, or the number of names is not the rank of `x`.
+
+    Example:
+      kernel = jaxops.constrain(params["kernel"], ("embed", "mlp"))  # gathered over fsdp where it is used
+      hidden = jaxops.constrain(x @ kernel, ("batch", "length", "mlp"))
     """
     if len(names) != x.ndim:
         raise ValueError(f"constrain: {len(names)} names {tuple(names)} for an array of rank {x.ndim}")

@@ -1,8 +1,9 @@
 """Arrays that checkpoints have in common, saved once: the folder `frozen-DIGEST` beside the checkpoints that name it.
 
-It holds orbax's tree and a manifest of its own, which is written before any checkpoint names the folder. Another
-digest is another folder, and where a folder was found damaged the same arrays are written again, to `frozen-DIGEST-2`.
-Nothing damaged is deleted, and nothing that a checkpoint names. Held by tests/core/test_checkpoint_shared.py.
+Such a folder holds orbax's tree and a manifest of its own, which is written before any checkpoint names the folder.
+Another digest is another folder. Where a folder was found damaged, the same arrays are written again, to
+`frozen-DIGEST-2`. Neither a damaged folder nor one that a checkpoint names is ever deleted.
+Tested in tests/core/test_checkpoint_shared.py.
 """
 
 import contextlib
@@ -15,17 +16,17 @@ from jaxops.core import manifest, plain
 from jaxops.core.manifest import Damaged, File, Manifest
 
 DAMAGED = "jaxops.damaged"
-"""A file in a folder that was found damaged: what is wrong with it. Such a one is never deleted by a run."""
+"""Name of the file, in a folder that was found damaged, that lists its problems. A run never deletes such a folder."""
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 Look = tuple[list[str], dict[str, tuple[tuple[int, ...], str]]]
-"""What is wrong with a shared folder, and the arrays in it by name."""
+"""The problems of a shared folder, and the arrays in it by name."""
 Known = dict[str, Look]
 
 
 def split_shared(leaves: Mapping[plain.Path, Any], entries: tuple[str, ...]) -> dict[str, dict[plain.Path, Any]]:
-    """The leaves by the entry that they lie under, "" for all the others; entries without leaves are left out."""
+    """Groups leaves by the shared entry above them, all others under ""; entries without leaves are left out."""
     parts: dict[str, dict[plain.Path, Any]] = {}
     for path, leaf in leaves.items():
         entry = str(path[0]) if path else ""
@@ -34,24 +35,27 @@ def split_shared(leaves: Mapping[plain.Path, Any], entries: tuple[str, ...]) -> 
 
 
 def draft(entry: str, digest: str, beside: Manifest) -> Manifest:
-    """The manifest of a new folder for what the checkpoint `beside` has under `entry`."""
+    """Returns the manifest of a new shared folder for the arrays under `entry` of the checkpoint `beside`."""
     arrays = {path: array for path, array in beside.arrays.items() if str(path[0]) == entry}
     return Manifest(beside.step, beside.serial, meta={"fingerprint": digest}, metrics={}, arrays=arrays)
 
 
 class SharedParts:
-    """The shared folders below one path. Every call looks anew, but knows what this object found good or damaged."""
+    """The shared folders below one path.
+
+    Every call reads the folder afresh, but remembers which folders this object has found good or damaged.
+    """
 
     def __init__(self, path: epath.Path) -> None:
         self.path = path
-        self._read: set[str] = set()  # every byte of these was as it was written
+        self._read: set[str] = set()  # folders of which every byte was read or written by this object, and is good
         self._damaged: dict[str, list[str]] = {}
 
     def find(self, entry: str, digest: str) -> int:
-        """The edition that holds these arrays; the number of the edition to write, negative, where none is whole.
+        """Returns the edition that holds these arrays; if none is good, minus the number of the edition to write.
 
-        One that this object has neither written nor read is read first, every byte: else a folder that has rotted
-        would be named by every checkpoint to come.
+        An edition that this object has neither written nor read is read first, every byte: otherwise all later
+        checkpoints could name a folder with corrupted files.
         """
         editions = {int(number or 1): name for name, stem, number in self._names() if stem == _stem(entry, digest)}
         for edition, name in sorted(editions.items()):
@@ -60,10 +64,10 @@ class SharedParts:
         return -1 - max(editions, default=0)
 
     def at(self, entry: str, digest: str, edition: int) -> epath.Path:
-        """The folder of an edition.
+        """Returns the folder of an edition.
 
         Raises:
-          ValueError: the entry cannot be a part of the name of a folder.
+          ValueError: the entry cannot be part of a folder's name.
         """
         name = _stem(entry, digest) + (f"-{edition}" if edition > 1 else "")
         if manifest.SHARED_NAME.fullmatch(name) is None:
@@ -71,17 +75,17 @@ class SharedParts:
         return self.path / name
 
     def written(self, folder: epath.Path) -> None:
-        """Takes note that this folder was written and is whole."""
+        """Records that this folder has been written completely."""
         self._read.add(folder.name)
         self._damaged.pop(folder.name, None)
 
     def problems(self, saved: Manifest, *, checksums: bool, known: Known | None = None) -> list[str]:
-        """One line for each thing that is wrong with the folders that a checkpoint names.
+        """Returns one line for each problem with the shared folders that a checkpoint names.
 
         Args:
           saved: the manifest of the checkpoint.
           checksums: read every byte.
-          known: what was found so far, by folder, so that a folder that several checkpoints name is read once.
+          known: findings so far, by folder, so that a folder that several checkpoints name is read once; extended here.
 
         Raises:
           StoreError: an object store does not answer.
@@ -99,7 +103,7 @@ class SharedParts:
         return wrong
 
     def files(self, saved: Manifest) -> dict[str, File]:
-        """The files of all folders that a checkpoint names, by their name from here; without folders that are lost."""
+        """Returns the files of shared folders that a checkpoint names, by relative name; skips damaged manifests."""
         found: dict[str, File] = {}
         for name in saved.shared.values():
             with contextlib.suppress(Damaged):
@@ -108,7 +112,7 @@ class SharedParts:
         return found
 
     def sweep(self, named: set[str] | None) -> Iterator[epath.Path]:
-        """The folders that killed or failed saves have left unfinished, but for those that a checkpoint names."""
+        """Yields the unfinished folders of killed or failed saves, except those that a checkpoint names."""
         for path in self._folders():
             stem, temporary, _ = path.name.partition(_TEMPORARY)
             if manifest.SHARED_NAME.fullmatch(stem) is None:
@@ -117,7 +121,7 @@ class SharedParts:
                 yield path
 
     def unnamed(self, named: set[str]) -> Iterator[epath.Path]:
-        """The whole folders that no checkpoint names any more; damaged ones are left out."""
+        """Yields the complete folders that no checkpoint names any more; damaged ones are left out."""
         for name, _, _ in self._names():
             folder = self.path / name
             if name in named or name in self._damaged or (folder / DAMAGED).exists():
@@ -126,13 +130,13 @@ class SharedParts:
                 yield folder
 
     def mark(self) -> None:
-        """Leaves what is known to be damaged in its folder, for the runs to come."""
+        """Writes the problems of each damaged folder into it, so that later runs know them."""
         for name, found in self._damaged.items():
             with contextlib.suppress(OSError):
                 (self.path / name / DAMAGED).write_text("\n".join(found) + "\n")
 
     def names(self) -> list[str]:
-        """Everything named like a shared folder, whole or not."""
+        """Returns the names of all shared folders, complete or not."""
         return sorted(name for name, _, _ in self._names())
 
     def _usable(self, name: str, digest: str) -> bool:
@@ -143,7 +147,7 @@ class SharedParts:
         return bool(manifest.read(self.path / name).meta["fingerprint"] == digest)
 
     def _look(self, name: str, checksums: bool) -> Look:
-        """Looks at one folder, and takes note of the outcome where every byte was read."""
+        """Checks one folder, and remembers the outcome if every byte was read."""
         folder, found, arrays = self.path / name, [], {}
         try:
             there = manifest.read(folder)
@@ -161,7 +165,7 @@ class SharedParts:
         return [f"{name}/{what}" for what in found], arrays
 
     def _names(self) -> Iterator[tuple[str, str, str | None]]:
-        """(name, name of the first edition, number of the edition or None)."""
+        """Yields (name, name of the first edition, number of the edition or None) of each shared folder."""
         for path in self._folders():
             if match := manifest.SHARED_NAME.fullmatch(path.name):
                 yield path.name, match[1], match[2]

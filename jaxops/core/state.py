@@ -1,4 +1,4 @@
-"""State is a value: everything a step reads and writes, as one pytree of plain dicts and arrays."""
+"""State is a value: one pytree of plain dicts and arrays holds everything that a step reads and writes."""
 
 import dataclasses
 import functools
@@ -20,10 +20,24 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What is trained and what training remembers.
+    """The state of training: parameters, optimizer state and everything else that updates read and write.
 
-    `step` counts steps of the loop, `updates` those of the optimizer (both int32). In supervised training they are the
-    same; a step of PPO makes many updates. Schedules and checkpoints read `step`, keys of an update read `updates`.
+    In supervised training `step` and `updates` are equal; a PPO step makes many updates. Schedules and checkpoints read
+    `step`, and the random keys of an update are derived from `updates`.
+
+    Attributes:
+      params: the trained parameters.
+      frozen: parameters that are held out of training; disjoint from `params`.
+      tables: the state of embedding tables.
+      opt_state: the optimizer's state for `params`.
+      extra: further pytrees by name: a moving average of the parameters, a KL coefficient.
+      step: the number of steps that the loop has finished (int32).
+      updates: the number of updates that the optimizer has made, skipped ones included (int32).
+
+    Example:
+      state = jaxops.init_state(init, jax.random.key(0), optax.adam(1e-3), mesh, rules)  # a jaxops.State
+      changed = dataclasses.replace(state, extra={**state.extra, "kl": jnp.float32(0.1)})
+      print(int(state.step), jax.tree.map(jnp.shape, state.params))
     """
 
     params: Params
@@ -36,7 +50,7 @@ class State:
 
 
 def split(params: Params, frozen: Sequence[str]) -> tuple[Params, Params]:
-    """(trainable, frozen): leaves whose path matches one of the patterns go to the second.
+    """Splits parameters into (trainable, frozen): leaves whose path matches one of the patterns are frozen.
 
     Raises:
       UserError: a pattern matches nothing, or nothing is left to train.
@@ -54,7 +68,7 @@ def split(params: Params, frozen: Sequence[str]) -> tuple[Params, Params]:
 
 
 def select(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """(leaves whose path matches one of the patterns, the rest)."""
+    """Splits parameters into (leaves whose path matches one of the patterns, all other leaves)."""
     matches = functools.cache(lambda name: any(re.search(pattern, name) for pattern in patterns))
     return _pick(params, matches), _pick(params, lambda name: not matches(name))
 
@@ -73,7 +87,7 @@ def _pick(tree: Params, keep: Callable[[str], bool], prefix: str = "") -> Params
 
 
 def join(params: Params, frozen: Params) -> Params:
-    """The inverse of `split`."""
+    """Joins two trees of parameters without a common leaf; the inverse of `split`."""
     out = dict(params)
     for key, value in frozen.items():
         out[key] = join(out[key], dict(value)) if key in out and isinstance(value, Mapping) else value
@@ -81,10 +95,10 @@ def join(params: Params, frozen: Params) -> Params:
 
 
 def without_updates(state: State) -> State:
-    """The state as checkpoints held it before updates were counted apart from steps: nothing but a tree to restore."""
+    """Returns the tree of a checkpoint from before updates were counted apart from steps; it only serves to restore."""
     return dataclasses.replace(state, updates=None)  # type: ignore[arg-type]
 
 
 def updates_from_step(state: State) -> State:
-    """The state restored from such a checkpoint: every step had been one update."""
+    """Completes a state restored from such a checkpoint: every step was one update, so `updates` is `step`."""
     return dataclasses.replace(state, updates=jnp.copy(state.step))

@@ -1,7 +1,7 @@
-"""The one step builder: (state, batch) -> (state, Sums), jitted, donated, pure; metrics accumulate on the device.
+"""The one step builder: a step is a pure jitted function (state, batch) -> (state, Sums) that donates its state.
 
-Recommendation, reward and policy updates all pass through here. What differs comes in as values: the objective, an
-optax transformation, tables by a protocol (`lookup`, `apply`) and extras (EMA, running statistics) by (init, update).
+Recommendation, reward and policy updates use it. Objective, optax transformation, tables and extras (EMA, running
+statistics) are passed in as values. Metrics accumulate on the device between two boundaries of the loop.
 """
 
 import contextlib
@@ -31,27 +31,34 @@ from jaxops.core.weights import cast_by_path
 
 
 class Tables(Protocol):
-    """What the core knows of embedding tables: rows come out before differentiation, row gradients go in after it.
+    """The protocol of embedding tables: rows are looked up before differentiation, row gradients are applied after it.
 
-    A batch for tables carries "plan", which is the tables' own and is not cut into microbatches.
+    A batch for tables has an entry "plan", which only the tables read and which is not divided into microbatches.
     """
 
     def init(self, key: Array) -> PyTree: ...
 
     def lookup(self, tables: PyTree, batch: Batch) -> PyTree:
-        """The rows that the whole batch reads, each once; what is differentiated."""
+        """Returns the rows that the whole batch reads, each once; gradients are taken with respect to them."""
         ...
 
     def expand(self, rows: PyTree, batch: Batch) -> PyTree:
-        """What an objective sees as `batch["rows"]`, of a microbatch."""
+        """Returns the rows of a microbatch as the objective sees them in `batch["rows"]`."""
         ...
 
     def metrics(self, batch: Batch) -> Sums:
-        """What a step says of its own exchanges: whether capacities were enough."""
+        """Returns metrics of the exchange between devices, for example whether capacities were sufficient."""
         ...
 
     def apply(self, tables: PyTree, batch: Batch, row_grads: PyTree, keep: Bool[Array, ""]) -> PyTree:
-        """Writes the touched rows; where `keep` is false (a skipped step) every row update is masked."""
+        """Returns the tables with the touched rows updated.
+
+        Args:
+          tables: the state of the tables.
+          batch: the whole batch, with its plan.
+          row_grads: gradients with respect to the rows of `lookup`.
+          keep: false in a skipped step, where every row update is masked.
+        """
         ...
 
 
@@ -61,11 +68,10 @@ def _unchanged(value: PyTree, *_: Any) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class Extra:
-    """One entry of `State.extra`: `init(params)` and a pure `update(value, params, sums, updates, batch)`.
+    """One entry of `State.extra`: `init(params)` creates it, a pure `update` returns its next value.
 
-    `updates` is the number of updates before this one. Without `update` the value stays until somebody else changes
-    it: a step of several programs its KL coefficient, say. `read(value, batch)` gives entries that the objective finds
-    in its batch, as they were before the update: statistics of a group are no function of the parameters.
+    `updates` counts the updates before this one. Without `update` the value stays until other code changes it (a KL
+    coefficient). `read(value, batch)` returns entries for the objective's batch; no gradient flows through them.
     """
 
     init: Callable[[Params], PyTree]
@@ -74,23 +80,19 @@ class Extra:
 
 
 def cast(tree: PyTree, dtype: Any) -> PyTree:
-    """Floating leaves in `dtype` (None: as they are)."""
+    """Casts the floating leaves to `dtype`; None leaves them as they are."""
     if dtype is None:
         return tree
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def specs_of(tree: PyTree) -> PyTree:
-    """The PartitionSpecs that the types of traced arrays carry."""
+    """Returns the PartitionSpecs that the types of traced arrays carry."""
     return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
 
 
 class TrainStep:
-    """An update as one jitted program; built by `build_step`.
-
-    It is the whole step of supervised training, and with `advance_step=False` the inner update of a step of several
-    programs: `state, window = update(state, minibatch, window)`.
-    """
+    """An update as one jitted program, made by `build_step`: `state, window = update(state, batch, window)`."""
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class TrainStep:
         self.mesh, self.reads = mesh, reads
         self.reduction, self.reason = reduction
         self.update = update
-        # Its collectives must not meet those of the next update: the loop waits only between steps.
+        # Collectives of two updates must not overlap on such a mesh, and the loop waits only between steps.
         self._waits = serialise_dispatch(mesh) and not advance_step
 
         def train_step(state: State, batch: Batch, window: Sums) -> tuple[State, Sums]:
@@ -118,7 +120,7 @@ class TrainStep:
         self._empty: Callable[[], Sums] | None = None
 
     def empty_window(self, state: State, batch: Mapping[str, Any]) -> Sums:
-        """The identity of `merge`, on the device."""
+        """Returns the sums of no update (the identity of `merge`), on the device."""
         if self._empty is None:
             shapes = jax.eval_shape(self.update, self._needed(state)[0], batch)[1]
             self._empty = jax.jit(lambda: zeros_like_sums(shapes), out_shardings=NamedSharding(self.mesh, P()))
@@ -140,14 +142,14 @@ class TrainStep:
         return out
 
     def _needed(self, state: State) -> tuple[State, Params]:
-        """The state as the program takes it, and the frozen leaves that it has no use for."""
+        """Returns the state that the program takes, and the frozen leaves that it does not read."""
         if self.reads is None:
             return state, {}
         read, unread = select(state.frozen, self.reads)
         return dataclasses.replace(state, frozen=read), unread
 
     def programs(self, state: PyTree, batch: PyTree) -> list[Program]:
-        """The jitted pieces with their arguments: what FLOPs, plan, audit and warm-up read."""
+        """Returns the jitted program with its arguments, for FLOPs, plan, audit and warm-up."""
         state, _ = self._needed(state)
         shapes = jax.eval_shape(self.update, state, batch)[1]
         window = jax.tree.map(
@@ -169,28 +171,32 @@ def init_state(
     dtype: Any = jnp.float32,
     dtypes: Sequence[tuple[str, Any]] = (),
 ) -> State:
-    """A fresh state on the mesh: parameters created in place by their sharding rules, the rest typed after them.
+    """Creates a fresh state on the mesh, with parameters sharded by the rules.
 
     Args:
-      init: gives fresh parameters for a key.
-      key: the key of all that is drawn.
-      tx: the optimizer, whose state is made for the trained parameters.
-      mesh: what everything lies on.
-      rules: sharding rules.
-      frozen: patterns of the paths of parameters that are held out of training.
+      init: returns fresh parameters for a key.
+      key: the key that all random initial values are drawn from.
+      tx: the optimizer; its state is made for the trained parameters, and is sharded as they are.
+      mesh: the mesh that all arrays are placed on.
+      rules: sharding rules, (path pattern, mesh axes of each dimension).
+      frozen: path patterns of parameters that are held out of training.
       tables: embedding tables.
-      extras: further entries of the state.
-      dtype: of the parameters.
-      dtypes: (pattern, dtype) of parameters that have another (adapters in float32 over a base in bfloat16).
+      extras: further entries of the state, by name.
+      dtype: the dtype of the parameters.
+      dtypes: (path pattern, dtype) of parameters with another dtype (float32 adapters over a bfloat16 base).
 
     Raises:
-      UserError: what `sharding.place` and `state.split` raise.
+      UserError: the rules or `frozen` do not fit the parameters (`sharding.place`, `state.split`).
+
+    Example:
+      mesh = jaxops.make_mesh(data=-1)
+      state = jaxops.init_state(init, jax.random.key(0), optax.adam(1e-3), mesh, [("kernel$", ("fsdp", "tensor"))])
     """
     shapes = jax.eval_shape(init, key)
     where = parameter_shardings(shapes, rules, mesh)
     # Under jax.eval_shape the caller has set the mesh, and jax refuses to set it again.
     with contextlib.nullcontext() if isinstance(key, jax.core.Tracer) else jax.set_mesh(mesh):
-        # Initialisers know nothing of shardings: they run with the axes auto, and come out typed by the rules.
+        # Initialisers know nothing of shardings: they run with auto axes, and the rules type their results.
         specs = jax.tree.map(lambda s: s.spec, where)
         made = jax.jit(jax.sharding.auto_axes(lambda k: cast_by_path(init(k), dtypes, dtype), out_sharding=specs))(key)
         params, held = split(made, frozen)
@@ -202,7 +208,7 @@ def init_state(
         opt_state, extra = jax.jit(rest)(params)
         rows = tables.init(jax.random.fold_in(key, 1)) if tables else {}
         step, updates = (jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P())) for _ in range(2))
-        # jit leaves what depends on no parameter (counters) on one device
+        # jit leaves arrays that depend on no parameter (counters) on one device
         opt_state, extra = jax.tree.map(lambda x: _on_mesh(x, mesh), (opt_state, extra))
     return State(params, held, rows, opt_state, extra, step, updates)
 
@@ -214,7 +220,7 @@ def _on_mesh(x: Array, mesh: Mesh) -> Array:
 
 
 def abstract_state(state: State) -> State:
-    """The state's shapes, dtypes and shardings, without its arrays."""
+    """Returns the state's shapes, dtypes and shardings without its arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
@@ -237,31 +243,38 @@ def build_step(
     reads: Sequence[str] | None = None,
     advance_step: bool = True,
 ) -> TrainStep:
-    """A training step for `objective(params, batch, key) -> Sums` on this mesh.
+    """Builds a training step for `objective(params, batch, key) -> Sums` on this mesh.
 
     Args:
-      objective: pure; sees whole arrays (its axes are auto), parameters in `compute_dtype`, `key` the same for every
-        microbatch of a step: per-example randomness folds in `batch["id"]`.
-      tx: gets gradients in the parameters' dtype, already clipped, and the loop's step as the extra argument `step`
-        (`optax.GradientTransformationExtraArgs`): schedules count steps, however many updates a step makes.
-      rules: the sharding rules the state was made with; decide, with the mesh, where gradients are reduced.
-      accumulation: microbatches per step; the batch's leading dimension is divided by it, never inside a `block`.
-      clip: the largest global norm of the gradients of dense parameters, or one for each group of paths
-        (`clipping.Clip`: `{"^policy/": 1.0, "^value/": 0.5}`).
-      extras: what updates the entries of `state.extra`, by their names.
+      objective: a pure function. It sees whole arrays (its axes are auto) and parameters in `compute_dtype`. `key` is
+        the same for every microbatch, so per-example randomness folds in `batch["id"]`.
+      tx: the optimizer. It gets clipped gradients in the parameters' dtype, and the loop's step as the extra argument
+        `step` (`optax.GradientTransformationExtraArgs`): schedules count steps, however many updates a step makes.
+      mesh: the mesh of the state and the batch.
+      seed: the seed of `key`, which also folds in `state.updates`.
+      rules: the sharding rules of the state; with the mesh they decide where gradients are reduced.
+      accumulation: the number of microbatches that the leading dimension of the batch is divided into.
+      block: the number of neighbouring examples that no microbatch splits.
+      loss_weights: the weight of each loss term (default 1).
+      clip: the largest global norm of the dense gradients, or one for each group of paths (`clipping.Clip`).
+      compute_dtype: the floating dtype of parameters and rows inside the objective; None keeps theirs.
+      tables: embedding tables.
+      extras: the entries of `state.extra`, by name.
+      logical: mesh axes of the logical names in `constrain`, over the defaults.
       replicated: whether all parameters are replicated, where the caller knows better than the rules.
-      reads: patterns of the paths of frozen leaves that the objective reads (default: all). Other frozen leaves are no
-        arguments of the program and stay where they are, whatever the update does: a reference model, say.
-      advance_step: whether a call is a whole step of the loop. False for the inner update of a step that makes several:
-        it advances `state.updates` and leaves `state.step` to that step.
+      reads: path patterns of the frozen leaves that the objective reads (default: all); the program gets no others.
+      advance_step: False makes the inner update of a step with several: it leaves `state.step` to that step.
 
-    An update whose loss or gradient is not finite changes nothing but `step` and `updates`; whether the run goes on is
-    the loop's to say (`check_finite`). The metrics are the objective's own and `grad_norm`, `grad_norm_max`,
-    `grad_norm/GROUP` where `clip` has groups, `nonfinite` (a count of updates) and `nonfinite_first` (negated, the step
-    of the loop, counted from zero).
+    An update whose loss or gradient is not finite changes `step` and `updates` only; the loop decides whether the run
+    goes on (`check_finite`). The metrics are the objective's own, `grad_norm`, `grad_norm_max`, `grad_norm/GROUP` where
+    `clip` has groups, `nonfinite` (skipped updates) and `nonfinite_first` (minus the loop's step, counted from zero).
 
     Raises:
-      UserError: (when it is traced) `clip`, `extras` or the batch do not fit the state, the objective or each other.
+      UserError: (while tracing) `clip`, `extras` or the batch do not fit the state, the objective or each other.
+
+    Example:
+      step = jaxops.build_step(objective, optax.adam(1e-3), mesh, accumulation=2)
+      state, sums = step(state, batch)  # inside jax.set_mesh(mesh); `state` is donated
     """
     extras = extras or {}
     tx = optax.with_extra_args_support(tx)
@@ -318,7 +331,7 @@ def build_step(
 
 
 def _check_extras(values: Mapping[str, PyTree], extras: Mapping[str, Extra]) -> None:
-    """Refuses entries of `state.extra` that nothing updates, and the other way round.
+    """Refuses entries of `state.extra` that are not among the extras, and extras without an entry.
 
     Raises:
       UserError: the names differ.
@@ -338,7 +351,7 @@ def _check_extras(values: Mapping[str, PyTree], extras: Mapping[str, Extra]) -> 
 
 
 def _with_extras(batch: Batch, values: Mapping[str, PyTree], extras: Mapping[str, Extra], mesh: Mesh) -> Batch:
-    """The batch with what extras give the objective to read."""
+    """Returns the batch with the entries that extras add to it."""
     for name, extra in extras.items():
         if extra.read is not None:
             read = jax.sharding.auto_axes(extra.read, out_sharding=P(batch_axes(mesh)))
@@ -347,7 +360,7 @@ def _with_extras(batch: Batch, values: Mapping[str, PyTree], extras: Mapping[str
 
 
 def _finite(sums: Sums, norm: Float[Array, ""], row_grads: PyTree) -> Bool[Array, ""]:
-    """Whether all gradients and all terms of the loss are."""
+    """Returns whether all gradients and all loss terms are finite."""
     finite = jnp.isfinite(norm) & jnp.isfinite(global_norm(row_grads))
     for name, entry in sums.items():
         if name.startswith(LOSS) and isinstance(entry, Sum):
@@ -356,7 +369,7 @@ def _finite(sums: Sums, norm: Float[Array, ""], row_grads: PyTree) -> Bool[Array
 
 
 def _transformed(tx: optax.GradientTransformationExtraArgs, grads: PyTree, state: State) -> tuple[Params, PyTree]:
-    """Parameters and optimizer state after the update; where they lie stays."""
+    """Returns parameters and optimizer state after the update, in the shardings that they had."""
 
     def transform(grads: PyTree, opt_state: PyTree, params: Params, step: Array) -> tuple[Params, PyTree]:
         with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
@@ -370,7 +383,7 @@ def _transformed(tx: optax.GradientTransformationExtraArgs, grads: PyTree, state
 def _remembered(
     extras: Mapping[str, Extra], state: State, params: Params, sums: Sums, batch: Batch
 ) -> dict[str, PyTree]:
-    """The extras after the update that led to `params`."""
+    """Returns the extras after the update that led to `params`."""
     return {
         name: jax.sharding.auto_axes(extras[name].update, out_sharding=specs_of(value))(
             value, params, sums, state.updates, batch
@@ -380,7 +393,7 @@ def _remembered(
 
 
 def _counted(finite: Bool[Array, ""], step: Array) -> Sums:
-    """What an update says of itself where it was skipped: how many were, and (negated) the first one's loop step."""
+    """Returns the metrics of skipped updates: their number, and minus the loop's step of the first one."""
     bad = jnp.where(finite, 0.0, 1.0).astype(jnp.float32)
     first = jnp.where(finite, -jnp.inf, -step.astype(jnp.float32))
     return {"nonfinite": Sum(bad, jnp.ones((), jnp.float32)), "nonfinite_first": Max(first)}

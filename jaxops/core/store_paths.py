@@ -1,7 +1,7 @@
-"""Paths of object stores for code that wants an etils path: ours, and orbax's small files.
+"""Object-store paths with the interface of etils paths, for our own code and for orbax's small files.
 
-etils' own would go through fsspec or TensorFlow: cached listings that go stale under tensorstore's writes, no
-modification times, and a `mkdir` that creates buckets. Held by tests/core/test_stores.py.
+The paths of etils itself would use fsspec or TensorFlow. Their cached listings go stale under tensorstore's writes,
+they have no modification times, and their `mkdir` creates buckets. Tested in tests/core/test_stores.py.
 """
 
 import fnmatch
@@ -17,10 +17,10 @@ from jaxops.core import stores
 
 
 def path(place: str | os.PathLike[str]) -> epath.Path:
-    """An etils path: of an object store for a URL, else an absolute local one.
+    """Returns an etils path: a `StorePath` for a URL, else an absolute local path.
 
     Raises:
-      UserError: a URL of an unknown scheme or without a bucket.
+      UserError: the URL has an unknown scheme or no bucket.
     """
     if stores.is_url(place):
         stores.parse_url(place)
@@ -29,7 +29,7 @@ def path(place: str | os.PathLike[str]) -> epath.Path:
 
 
 class StorePath(type(epath.Path("/"))):  # type: ignore[misc]
-    """A path of an object store; a folder is there as long as something is below it."""
+    """A path in an object store; a folder exists as long as an object is below it."""
 
     @property
     def _at(self) -> tuple[stores.Store, str]:
@@ -61,7 +61,7 @@ class StorePath(type(epath.Path("/"))):  # type: ignore[misc]
                 yield from child.glob(rest) if rest else (child,)
 
     def files(self) -> dict[str, int]:
-        """Name relative to this folder -> bytes, of every object below it, in one listing."""
+        """Returns the size in bytes of every object below this folder, by relative name, from one listing."""
         store, key = self._at
         return {entry.key[len(key) :].lstrip("/"): entry.size for entry in store.entries(key)}
 
@@ -74,7 +74,7 @@ class StorePath(type(epath.Path("/"))):  # type: ignore[misc]
         return StatResult(is_directory=entry is None, length=size, mtime=changed)
 
     def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
-        """Folders need no making; it only says whether one is there."""
+        """Creates nothing, as stores have no folders; raises FileExistsError if one exists and `exist_ok` is False."""
         if not exist_ok and self.exists():
             raise FileExistsError(f"{self} is there already")
 
@@ -125,7 +125,7 @@ class StorePath(type(epath.Path("/"))):  # type: ignore[misc]
 
 
 class _Upload(io.BytesIO):
-    """Puts what was written there when it is closed, unless an error came in between."""
+    """A file that writes its contents to the store when it is closed, unless an error occurred in its context."""
 
     def __init__(self, store: stores.Store, key: str) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class _Upload(io.BytesIO):
 
 
 class _TextUpload(io.TextIOWrapper):
-    """As `_Upload`, for text."""
+    """The counterpart of `_Upload` for text."""
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         if kind is not None:

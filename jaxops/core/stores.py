@@ -1,7 +1,7 @@
-"""Object stores, s3:// and gs://: whole objects, listings, and messages that say what to do.
+"""Access to object stores, s3:// and gs://: whole objects, listings, and error messages with advice.
 
-obstore does the work (`pip install 'jaxops[s3]'` or `[gcs]`), imported when first used; arrays go through
-tensorstore, which gets the same place from `kvstore_spec`. Held by tests/core/test_stores.py.
+It uses obstore (`pip install 'jaxops[s3]'` or `[gcs]`), imported on first use. Arrays are read and written by
+tensorstore, for which `kvstore_spec` describes the same location. Tested in tests/core/test_stores.py.
 """
 
 import configparser
@@ -19,37 +19,37 @@ from typing import IO, Any
 from jaxops.core.failures import RunFailed, UserError
 
 EXTRAS = {"s3": "s3", "gs": "gcs"}
-"""Scheme -> the extra of jaxops that it needs."""
+"""Scheme -> the extra of the jaxops package that it needs."""
 READ_AHEAD = 16 << 20
-"""Bytes asked for at once when an object is read in pieces."""
+"""Bytes per request when an object is read in pieces."""
 
 
 _REFUSED = re.compile(r"status code: 40[13]\b")
 _METADATA = re.compile(
     r"169\.254\.|/computeMetadata/|metadata\.google|oauth2|/latest/(api|meta-data)/|Missing \w+KeyId"
 )
-"""In the text of an error: somebody was asked for credentials, since the environment has none."""
+"""Pattern of error texts that mean that the environment has no credentials: a metadata service was asked for them."""
 
 
 class StoreError(OSError, RunFailed):
-    """The store refused or did not answer; the message names the place and the reason."""
+    """An error of a store that refused or did not answer; the message names the location and the reason."""
 
 
 class Denied(StoreError, PermissionError):
-    """The store does not allow it, or does not know who asks."""
+    """An error for missing permission or missing identification."""
 
 
 class Changed(StoreError):
-    """A conditional write met another object than it expected."""
+    """An error of a conditional write that met another version of the object than it expected."""
 
 
 class Unconditional(StoreError):
-    """The store does not know conditional writes."""
+    """An error of a store that does not support conditional writes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Location:
-    """`scheme://bucket/key`; the key has no slash at its ends."""
+    """A location `scheme://bucket/key`; the key neither begins nor ends with a slash."""
 
     scheme: str
     bucket: str
@@ -61,7 +61,14 @@ class Location:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One object: its key, bytes, Unix seconds of its last change, and what a conditional write compares."""
+    """One object of a store.
+
+    Attributes:
+      key: its key.
+      size: its size in bytes.
+      changed: time of its last change, in Unix seconds.
+      version: the identifiers that a conditional write compares.
+    """
 
     key: str
     size: int
@@ -70,15 +77,15 @@ class Entry:
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is one of an object store (of whatever scheme)."""
+    """Returns whether a path is a URL of an object store (of any scheme)."""
     return "://" in os.fspath(path)
 
 
 def parse_url(url: str | os.PathLike[str]) -> Location:
-    """The parts of a URL.
+    """Splits a URL into its parts.
 
     Raises:
-      UserError: the scheme is not known, or there is no bucket.
+      UserError: the scheme is not known, or the URL names no bucket.
     """
     scheme, _, rest = os.fspath(url).partition("://")
     if scheme not in EXTRAS:
@@ -90,7 +97,10 @@ def parse_url(url: str | os.PathLike[str]) -> Location:
 
 
 def endpoint(scheme: str) -> str:
-    """Where the store answers, if it is not the one of AWS or Google: AWS_ENDPOINT_URL, STORAGE_EMULATOR_HOST."""
+    """Returns the endpoint of a store that is not AWS's or Google's, else "".
+
+    It reads AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or AWS's config file, or STORAGE_EMULATOR_HOST.
+    """
     if scheme == "gs":
         host = os.environ.get("STORAGE_EMULATOR_HOST", "")
         return host if "://" in host or not host else f"http://{host}"
@@ -99,10 +109,10 @@ def endpoint(scheme: str) -> str:
 
 
 def open_store(place: Location, *, patient: bool = True) -> "Store":
-    """The bucket of a location; `patient` retries a store that does not answer for a minute, else for seconds.
+    """Opens the bucket of a location; requests are retried for a minute if `patient`, else for 8 seconds.
 
     Raises:
-      UserError: the package that it needs is not installed, or a setting in the environment is no good.
+      UserError: the package that it needs is not installed, or a setting in the environment is invalid.
     """
     try:
         import obstore  # noqa: F401
@@ -116,32 +126,37 @@ def open_store(place: Location, *, patient: bool = True) -> "Store":
 
 
 class Store:
-    """One bucket. Every method raises OSError: FileNotFoundError, `Denied`, `StoreError`, with a message to show."""
+    """One bucket of a store.
+
+    Every method raises an OSError (FileNotFoundError, `Denied` or `StoreError`) whose message can be shown to users.
+    """
 
     def __init__(self, scheme: str, bucket: str, inner: Any) -> None:
         self.scheme, self.bucket, self._inner = scheme, bucket, inner
 
     def read(self, key: str) -> bytes:
-        """The whole object."""
+        """Reads the whole object."""
         with self._told("read", key):
             return bytes(self._inner.get(key).bytes())
 
     def open(self, key: str) -> IO[bytes]:
-        """The object as a file to read from, READ_AHEAD bytes at a time."""
+        """Opens the object as a binary file for reading, READ_AHEAD bytes at a time."""
         import obstore
 
         with self._told("read", key):
             return _Reader(self, key, obstore.open_reader(self._inner, key, buffer_size=READ_AHEAD))  # type: ignore[return-value]
 
     def write(self, key: str, data: bytes | Path, *, only_if: dict[str, str] | None = None) -> dict[str, str]:
-        """Puts the object there whole or not at all; its version.
+        """Writes the object atomically, and returns its version.
 
         Args:
-          only_if: `{}` where nothing may be there yet, or the version that must be there still.
+          key: key of the object.
+          data: its bytes, or a local file.
+          only_if: `{}` to write only a new object, or the version that the existing object must still have.
 
         Raises:
-          Changed: `only_if` did not hold.
-          Unconditional: `only_if` was given and the store does not know such writes.
+          Changed: the condition `only_if` did not hold.
+          Unconditional: `only_if` was given and the store does not support conditional writes.
         """
         mode: Any = None if only_if is None else only_if or "create"
         try:
@@ -153,7 +168,7 @@ class Store:
             raise
 
     def head(self, key: str) -> Entry | None:
-        """What is known of an object, None if there is none."""
+        """Returns size, time and version of an object, or None if it does not exist."""
         try:
             with self._told("look at", key):
                 return _entry(self._inner.head(key))
@@ -161,32 +176,32 @@ class Store:
             return None
 
     def entries(self, folder: str) -> Iterator[Entry]:
-        """Every object below a folder, in one listing."""
+        """Yields every object below a folder, from one listing."""
         with self._told("list", folder):
             for page in self._inner.list(folder or None):
                 yield from map(_entry, page)
 
     def children(self, folder: str) -> tuple[list[str], list[Entry]]:
-        """The names of the folders in a folder, and the objects in it."""
+        """Returns the names of the folders directly in a folder, and the objects directly in it."""
         with self._told("list", folder):
             found = self._inner.list_with_delimiter(folder or None)
             names = [str(prefix).rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]]
             return names, [_entry(one) for one in found["objects"]]
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Deletes objects; those that are not there count as deleted."""
+        """Deletes objects; an object that does not exist counts as deleted."""
         keys = list(keys)
         if keys:
             with self._told("delete", keys[0]):
                 try:
                     self._inner.delete(keys)
-                except FileNotFoundError:  # gs:// minds, s3:// does not
+                except FileNotFoundError:  # gs:// raises for an object that does not exist, s3:// does not
                     for key in keys if len(keys) > 1 else ():
                         self.delete([key])
 
     @contextmanager
     def _told(self, what: str, key: str) -> Iterator[None]:
-        """Turns obstore's errors into OSErrors whose message fits on a line."""
+        """Turns obstore's errors inside the context into OSErrors with a message of one line."""
         from obstore import exceptions as of
 
         place = Location(self.scheme, self.bucket, key)
@@ -203,7 +218,7 @@ class Store:
         except (of.BaseError, ValueError) as error:
             if "NoSuchBucket" in str(error):
                 raise StoreError(self._no_bucket()) from None
-            if _REFUSED.search(str(error)) and not _METADATA.search(str(error)):  # listings come without a class
+            if _REFUSED.search(str(error)) and not _METADATA.search(str(error)):  # listings raise no class of their own
                 raise Denied(f"may not {what} {place}: {_brief(error)}") from None
             raise StoreError(f"cannot {what} {place}: {_brief(error)}") from None
 
@@ -213,11 +228,11 @@ class Store:
 
 
 def check_access(url: str | os.PathLike[str], *, write: bool = True) -> None:
-    """Tries, within seconds, all that a run does there: list, write, delete, and what tensorstore makes of it.
+    """Tries within seconds all that a run does in a store: list, write, read with tensorstore, and delete.
 
     Raises:
-      UserError: a package, the bucket, credentials or a permission is missing, or nobody answers; each with what
-        to do about it.
+      UserError: a package, the bucket, credentials or a permission is missing, or the store does not answer. The
+        message says what to do about it.
     """
     place = parse_url(url)
     store = open_store(place, patient=False)
@@ -233,7 +248,7 @@ def check_access(url: str | os.PathLike[str], *, write: bool = True) -> None:
 
 
 def kvstore_spec(place: Location) -> dict[str, Any]:
-    """The tensorstore spec of a location, with the endpoint, region and credentials that the environment names."""
+    """Returns the tensorstore spec of a location, with the endpoint, region and credentials of the environment."""
     if place.scheme == "gs":
         return {"driver": "gcs", "bucket": place.bucket, "path": place.key}
     settings = _s3_settings()
@@ -242,7 +257,7 @@ def kvstore_spec(place: Location) -> dict[str, Any]:
         spec["endpoint"] = settings["endpoint"]
     if "region" in settings:
         spec["aws_region"] = settings["region"]
-    if os.environ.get("AWS_ACCESS_KEY_ID"):  # the default chain would look everywhere else first, and log about it
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # the default chain would try other sources first, and log about them
         spec["aws_credentials"] = {"type": "environment"}
     return spec
 
@@ -257,7 +272,7 @@ def _opened(scheme: str, bucket: str, settings: tuple[tuple[str, Any], ...], pat
     make: Any = S3Store if scheme == "s3" else GCSStore
     try:
         inner = make(bucket, config=dict(settings), client_options=client, retry_config=retry)
-    except Exception as error:  # a broken GOOGLE_APPLICATION_CREDENTIALS, say
+    except Exception as error:  # such as a broken GOOGLE_APPLICATION_CREDENTIALS
         place = Location(scheme, bucket, "")
         raise UserError(f"{place}: {advice(place, StoreError(_brief(error)))}") from None
     return Store(scheme, bucket, inner)
@@ -285,14 +300,14 @@ def _gs_settings() -> dict[str, Any]:
     if not at:
         return {}
     os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", at)
-    os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # else tensorstore looks for credentials everywhere
-    # skip_signature would still ask for a token before it writes
+    os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # else tensorstore searches for credentials
+    # obstore's skip_signature would still ask for a token before a write
     anybody = {"gcs_base_url": at, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
     return {"service_account_key": json.dumps(anybody)}
 
 
 def _profile() -> Mapping[str, str]:
-    """Keys, region and endpoint of AWS_PROFILE in AWS's two files (obstore reads neither)."""
+    """Reads keys, region and endpoint of AWS_PROFILE from AWS's two files, neither of which obstore reads."""
     name = os.environ.get("AWS_PROFILE", "default")
     found: dict[str, str] = {}
     for variable, file, section in (
@@ -310,7 +325,11 @@ def _profile() -> Mapping[str, str]:
 
 
 def _try_tensorstore(place: Location) -> None:
-    """A read of what is not there: tensorstore finds its credentials by itself, and retries for a very long time."""
+    """Reads a missing object with tensorstore, which finds credentials by itself and would retry for a very long time.
+
+    Raises:
+      StoreError: tensorstore was refused, or got no answer within 10 s.
+    """
     import tensorstore
 
     try:
@@ -323,7 +342,7 @@ def _try_tensorstore(place: Location) -> None:
 
 
 def advice(place: Location, error: OSError) -> str:
-    """What a failed check means for the person who has to mend it."""
+    """Returns the message for a failed access check, with advice on how to fix it."""
     text, at = str(error), endpoint(place.scheme)
     if "there is no bucket" in text:
         return f"{text}; create it, or set run.dir"
@@ -352,7 +371,7 @@ def _version(meta: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _brief(error: BaseException) -> str:
-    """The reason in obstore's or tensorstore's text, without its debug output; S3's code and message if it has one."""
+    """Returns the reason in an error text of obstore or tensorstore without debug output, S3's own message first."""
     text = str(error).partition("\n\nDebug source")[0]
     reason = ""
     if found := re.search(r"<Code>(.*?)</Code>", text):
@@ -368,7 +387,7 @@ def _brief(error: BaseException) -> str:
 
 
 class _Reader:
-    """obstore's reader with `with`, plain bytes and our errors."""
+    """A wrapper of obstore's reader that is a context manager, returns bytes and raises this module's errors."""
 
     def __init__(self, store: Store, key: str, inner: Any) -> None:
         self._store, self._key, self._inner = store, key, inner

@@ -1,7 +1,7 @@
-"""The one contract: what an objective returns is sums and counts, so how a batch is cut up cannot change an update.
+"""The one contract: an objective returns sums and counts, so the division of a batch cannot change an update.
 
-A `Sum` keeps total and count apart until the very end; merging is addition, so microbatches, devices and hosts
-merge in any grouping to the same number. Held by tests/property.
+A `Sum` keeps total and count apart until the very end. Merging is addition, so microbatches, devices and hosts
+merge in any grouping to the same number. Tested in tests/property.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 LOSS = "loss/"
-"""Terms named `loss/...` are minimised; every other entry is a metric."""
+"""The prefix of loss terms: entries named `loss/...` are minimised, and every other entry is a metric."""
 
 
 def _identity(value: np.ndarray) -> Any:
@@ -24,9 +24,17 @@ def _identity(value: np.ndarray) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """A weighted sum and its weight, both float32 and of any (equal) shape; its value is total / count.
+    """A weighted sum and its weight, both float32 and of one shape (any); its value is total / count.
 
-    `finalize` is applied on the host to total / count (a square root for a standard deviation, say).
+    Attributes:
+      total: the sum of the weighted values.
+      count: the sum of the weights.
+      finalize: is applied on the host to total / count, for example a square root for a standard deviation.
+
+    Example:
+      def objective(params, batch, key):
+          error = (batch["x"] @ params["w"])[:, 0] - batch["y"]
+          return {"loss/mse": jaxops.Sum.of(error**2, batch["weight"]), "bias": jaxops.Sum.of(error)}
     """
 
     total: Float[Array, "..."]
@@ -35,10 +43,11 @@ class Sum:
 
     @classmethod
     def of(cls, values: Array, weight: Array | None = None) -> "Sum":
-        """Sum of `values` and of `weight` over all entries; `weight` (default one) broadcasts to `values`.
+        """Returns the sum of `weight * values` over all entries, with the sum of `weight` as its count.
 
-        Entries of weight zero are left out even when their value is not finite (padding may hold anything). Their
-        gradient is zero where the derivative of the value is finite; 0 x NaN stays NaN.
+        `weight` (default 1) has the leading dimensions of `values` and broadcasts over the others. Entries of weight
+        zero are left out even where their value is not finite, since padding may hold anything. The gradient of such an
+        entry is zero where the derivative of its value is finite; where that is not finite, the gradient is NaN.
         """
         values = jnp.asarray(values).astype(jnp.float32)
         if weight is None:
@@ -48,9 +57,11 @@ class Sum:
         return cls(jnp.sum(jnp.where(weight != 0, values, 0.0) * weight), jnp.sum(weight))
 
     def merge(self, other: "Sum") -> "Sum":
+        """Adds totals and counts."""
         return dataclasses.replace(self, total=self.total + other.total, count=self.count + other.count)
 
     def value(self) -> Any:
+        """Returns `finalize(total / count)` in float64 on the host; entries with a count of zero are NaN."""
         total, count = np.asarray(self.total, np.float64), np.asarray(self.count, np.float64)
         return self.finalize(np.divide(total, count, out=np.full_like(total, np.nan), where=count != 0))
 
@@ -58,23 +69,31 @@ class Sum:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Max:
-    """A running maximum, float32 of any shape."""
+    """A running maximum, float32 of any shape; `finalize` is applied to it on the host.
+
+    Example:
+      logits = batch["x"] @ params["w"]
+      metrics = {"largest_logit": jaxops.Max(jnp.max(logits))}
+    """
 
     maximum: Float[Array, "..."]
     finalize: Callable[[np.ndarray], Any] = dataclasses.field(default=_identity, metadata={"static": True})
 
     def merge(self, other: "Max") -> "Max":
+        """Takes the larger entry of the two at each position."""
         return dataclasses.replace(self, maximum=jnp.maximum(self.maximum, other.maximum))
 
     def value(self) -> Any:
+        """Returns `finalize(maximum)` in float64 on the host."""
         return self.finalize(np.asarray(self.maximum, np.float64))
 
 
 Sums = dict[str, Sum | Max]
+"""The loss terms and metrics of an objective, by name."""
 
 
 def merge(a: Mapping[str, Sum | Max], b: Mapping[str, Sum | Max]) -> Sums:
-    """Entry by entry; both must name the same entries.
+    """Merges two sets of sums entry by entry; both must have the same names.
 
     Raises:
       ValueError: the names differ.
@@ -85,7 +104,7 @@ def merge(a: Mapping[str, Sum | Max], b: Mapping[str, Sum | Max]) -> Sums:
 
 
 def finalize(sums: Mapping[str, Sum | Max]) -> dict[str, Any]:
-    """Host-side values: a float for a scalar entry, else whatever the entry's `finalize` returns."""
+    """Returns the host-side values: a float for a scalar entry, otherwise the result of the entry's `finalize`."""
     out = {}
     for name, entry in sums.items():
         value = entry.value()

@@ -1,7 +1,7 @@
-"""The protocol between the loop and a step: what is called, what it may ask, and what it reports.
+"""The protocol between the loop and a step: the call, the requests a step may make, and its report.
 
-A step of supervised training is one jitted program (`TrainStep`). A step of PPO is several, with host work between
-them, and its inner update is a `TrainStep` too. Held by tests/core/test_step_of_programs.py.
+A step of supervised training is one jitted program (`TrainStep`). A step of PPO is several programs with host work
+between them, and its inner update is a `TrainStep` too. Tested in tests/core/test_step_of_programs.py.
 """
 
 import dataclasses
@@ -17,20 +17,20 @@ from jaxops.core.sums import Sums
 
 Batch = Mapping[str, Any]
 Batches = Callable[[int, int], Batch]
-"""`batches(cursor, size)`: the global batch of `size` examples at a cursor, the same however often it is asked."""
+"""`batches(cursor, size)` returns the global batch of `size` examples at a cursor; repeated calls return the same."""
 
 
 class Turn:
-    """One call of a step by the loop: what the step may ask of the loop, and what it reports to it.
+    """One call of a step by the loop; the step polls and draws through it, and reports its examples and updates.
 
-    A step that asks for nothing and makes one update with one batch leaves it alone.
+    A step that makes one update with its one batch, and asks for nothing, need not touch it.
 
     Attributes:
-      poll: whether someone wants the run to stop. Among several processes all must ask equally often: never in a wait.
-      cursor: where the batch of this call begins in the stream of examples.
-      examples: how many examples the call has consumed. It begins as the size of the batch, and `draw` adds to it. A
-        step that did not use all of them may lower it: the next batch begins where this call ends.
-      updates: how many updates of the optimizer the call made. It begins as 1.
+      poll: returns true where the run should stop. All processes must call it equally often: never in a wait loop.
+      cursor: the position of this call's batch in the stream of examples.
+      examples: the number of examples that the call consumes. It begins as the size of the batch, and `draw` adds to
+        it. A step that did not use all of them may lower it: the next batch begins where this call ends.
+      updates: the number of optimizer updates that the call makes. It begins as 1.
     """
 
     __slots__ = ("_batches", "cursor", "examples", "poll", "updates")
@@ -41,10 +41,10 @@ class Turn:
         self.cursor, self.examples, self.updates = cursor, examples, 1
 
     def draw(self, size: int) -> Batch:
-        """The next `size` examples of the stream, which this call consumes too (dynamic sampling).
+        """Returns the next `size` examples of the stream; this call consumes them too (dynamic sampling).
 
-        All processes must draw alike. Draws as large as the batch are prefetched, others are built while the step
-        waits.
+        All processes must make the same draws. Draws as large as the batch are prefetched; others are built while the
+        step waits.
 
         Raises:
           UserError: `size` is below one.
@@ -56,15 +56,20 @@ class Turn:
         return batch
 
     def __call__(self) -> bool:
-        """The same as `poll()`, so that a step which does nothing but poll may name this argument `poll`."""
+        """Calls `poll()`, so that a step which only polls may name this argument `poll`."""
         return self.poll()
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One jitted piece of a step, the arguments (abstract or not) it is called with, and how often a step runs it.
+    """One jitted piece of a step.
 
-    `times` is also where the trips of a while loop belong, which FLOP counting cannot know.
+    Attributes:
+      name: the name for reports.
+      fn: the jitted function.
+      args: its arguments, abstract or not.
+      times: the number of times that a step runs it, multiplied by the trips of a while loop if it is one: FLOP
+        counting cannot know those.
     """
 
     name: str
@@ -76,20 +81,20 @@ class Program:
 class Step(Protocol):
     """A callable that the loop drives. It may be several programs with host work between them (PPO).
 
-    What a step of several programs has to keep:
+    Rules for a step of several programs:
 
     * The inner update is `build_step(..., advance_step=False)`: every call of it advances `state.updates`, and none
-      advances `state.step`. The step itself does that once a call, by `advanced(state)`. Schedules, and keys of what is
-      collected, read `state.step`; keys of the inner update (dropout) read `state.updates`.
-    * Every update donates the state that it is given. What is still needed of it afterwards (`state.step`, an entry of
-      `state.extra`) is copied to the host, or used, before the first update: reading it later raises "Array has been
+      advances `state.step`. The step itself advances that once a call, by `advanced(state)`. Schedules and the keys of
+      sampling read `state.step`; keys of the inner update (dropout) read `state.updates`.
+    * Every update donates the state that it is given. An array of it that is needed afterwards (`state.step`, an entry
+      of `state.extra`) is copied to the host, or used, before the first update: reading it later raises "Array has been
       deleted". An entry of `state.extra` that only the step itself changes is registered all the same, as
       `Extra(init)`.
     * An early stop leaves updates out. It never makes updates with zero gradients, which would still move Adam. A call
       without any update returns the inner update's `empty_window(state, minibatch)` where `window` is None.
-    * It may raise `Interrupted` (after `poll()` said so, say) until the first donation, and then counts as never
-      called: its batch and its draws come again. After the first donation it must come to its end.
-    * `window` must stay readable: the loop waits on the sums of earlier calls. So `window` is not donated.
+    * It may raise `Interrupted` until the first donation, for example when `poll()` returned true. The call then counts
+      as never made: its batch and its draws come again. After the first donation it must run to its end.
+    * `window` must stay readable, because the loop waits on the sums of earlier calls. So it is not donated.
     * On a mesh of several virtual CPU devices (`serialise_dispatch(mesh)`) it waits for each of its programs.
       A `TrainStep` does so by itself.
     """
@@ -97,21 +102,21 @@ class Step(Protocol):
     def __call__(
         self, state: State, batch: Batch, window: Sums | None = None, turn: Turn | None = None
     ) -> tuple[State, Sums]:
-        """The next state, and this call's sums merged into `window`.
+        """Returns the next state, and this call's sums merged into `window`.
 
         Args:
-          state: what the call before returned; most of it is donated.
+          state: the state that the previous call returned; most of it is donated.
           batch: the next examples, as numpy or global arrays.
-          window: the sums of the calls before in this window of metrics; None where it begins.
-          turn: what the step may ask of the loop, and where it reports what it consumed.
+          window: the merged sums of the earlier calls in this window of metrics; None where it begins.
+          turn: the step's requests to the loop, and its report of examples and updates.
 
         Raises:
-          Interrupted: the step gives up, before its first donation.
+          Interrupted: the step gives up before its first donation.
         """
         ...
 
     def programs(self, state: PyTree, batch: PyTree) -> list[Program]:
-        """The jitted pieces with their arguments, all that one call runs: for FLOPs, plan, audit and warm-up."""
+        """Returns all jitted pieces that one call runs, with their arguments, for FLOPs, plan, audit and warm-up."""
         ...
 
 
@@ -123,5 +128,5 @@ _advance = jax.jit(_next_step, donate_argnums=0)
 
 
 def advanced(state: State) -> State:
-    """The state with the loop's step one further: the end of a step of several programs. Donates `state.step`."""
+    """Advances the loop's step by one, at the end of a step of several programs; donates `state.step`."""
     return dataclasses.replace(state, step=_advance(state.step))

@@ -1,8 +1,8 @@
-"""A thread that watches a run: signs of life, stacks where it stands still, the failure of another process.
+"""A thread that watches a run: it writes signs of life and the stacks of a stalled run, and follows failed processes.
 
-`processes/<rank>.json` says what each process is at and when it last got on; where a process gets no further for
-JAXOPS_STALL_SECONDS, or is ended by a fatal signal, the stacks of its threads go to `processes/<rank>.stacks.txt`.
-Held by tests/recovery/.
+`processes/<rank>.json` has the phase and step of each process and the time of writing. Where a process makes no
+progress for JAXOPS_STALL_SECONDS, or a fatal signal ends it, the stacks of its threads are written to
+`processes/<rank>.stacks.txt`. Tested in tests/recovery/.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from jaxops.core import distributed
 from jaxops.core.writers import replace_file
 
 STALL_SECONDS = 600
-"""Longer than most compiles take; a false alarm costs one file."""
+"""The default of JAXOPS_STALL_SECONDS: longer than most compiles take, and a false alarm costs one file."""
 SIGN_SECONDS = 5.0
 TURN_SECONDS = 0.5
 
@@ -32,8 +32,8 @@ TURN_SECONDS = 0.5
 class Watch:
     """Watches the run in `folder` while it is open as a context.
 
-    `at(phase)` and `step` are how the run says that it gets on. Where another process failed, its words are printed,
-    `ended(why)` is called and this process exits with its status, whatever it was waiting for.
+    The run reports its progress by `at(phase)` and by setting `step`. Where another process failed, the watch prints
+    that process's message, calls `ended(why)` and exits with its status, even from inside a collective.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class Watch:
         self._signs = False
 
     def at(self, phase: str) -> str:
-        """The run enters a phase, shown in messages of this and of the other processes; the phase that it leaves."""
+        """Enters a phase, which messages of all processes show, and returns the phase before."""
         before, self.phase = self.phase, phase
         distributed.announce_phase(phase)
         return before
 
     def where(self) -> str:
-        """`train, step 12`."""
+        """Returns phase and step for messages: `train, step 12`."""
         return f"{self.phase}, step {self.step}"
 
     def __enter__(self) -> Self:
@@ -68,10 +68,10 @@ class Watch:
         return self
 
     def begin(self) -> None:
-        """The run is good to go: from here on its folder gets signs of life (a refused one is left as it was)."""
+        """Starts the signs of life in the run's folder, once the run is accepted: a refused folder stays as it was."""
         self._signs = True
         self._sign()
-        if self._several and (file := self._open()):  # jax ends a process that lost the others by SIGABRT
+        if self._several and (file := self._open()):  # jax sends SIGABRT to a process that lost the others
             faulthandler.enable(file)
 
     def __exit__(
@@ -93,7 +93,7 @@ class Watch:
                     os.unlink(self._stacks.name)
 
     def _open(self) -> Any:
-        """The file for stacks; None where it cannot be written, which is no reason to stop a run."""
+        """Returns the file for stacks; None where it cannot be written, which is no reason to stop a run."""
         with contextlib.suppress(OSError):
             if self._stacks is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ class Watch:
                 self._follow(*next(iter(failed.items())))
 
     def _sign(self) -> None:
-        """`processes/<rank>.json`."""
+        """Writes `processes/<rank>.json`."""
         sign = {"process": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
         text = json.dumps({**sign, "phase": self.phase, "step": self.step}) + "\n"
         with contextlib.suppress(OSError):
@@ -136,7 +136,7 @@ class Watch:
         )
 
     def _follow(self, rank: int, word: dict[str, Any]) -> None:
-        """Another process failed: so does this one, now, since no collective will ever end."""
+        """Ends this process after another one failed, since no collective with that one can end."""
         why = f"process {rank} failed ({word['where']}): {word['text']}"
         print(f"jaxops: {why}", file=sys.stderr, flush=True)
         self.phase = f"ended with process {rank} ({self.where()})"

@@ -1,8 +1,8 @@
-"""Weights in: named arrays of files and checkpoints, renamed, straight onto the sharding of what is trained.
+"""Weight loading: named arrays of files and checkpoints are renamed and placed onto the sharding of the training state.
 
 Several sources may fill one tree (a policy and its reference from one file, a reward model from another). Each device
-gets its own slices and only those are read; nothing is whole on a host. What becomes of every target is known
-(`plan`) before anything is read. Held by tests/core/test_weights.py.
+gets its own slices and only those are read; no host holds a whole array. `plan` decides about every target before
+anything is read. Tested in tests/core/test_weights.py.
 """
 
 import dataclasses
@@ -24,16 +24,18 @@ from jaxops.core.safetensors import open_safetensors
 from jaxops.core.sharding import map_named, named_leaves
 
 Targets = Mapping[str, jax.ShapeDtypeStruct]
-"""What is to be filled: path -> shape, dtype and sharding; numpy arrays are made where there is no sharding."""
+"""The arrays to fill: path -> shape, dtype and sharding; without a sharding a numpy array is made."""
 _SHOWN = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Rename:
-    """A rule from a source's names to target paths: `pattern` is replaced where it is found, once, as by `re.sub`.
+    """A rule from a source's names to target paths.
 
-    With `transpose` the last two dimensions are swapped on the way, as PyTorch's linear layers ([out, in]) need; a
-    vector stays as it is.
+    Attributes:
+      pattern: regular expression; its first match in a name is replaced.
+      replacement: replacement text, as in `re.sub`.
+      transpose: swap the last two dimensions, as PyTorch's linear layers ([out, in]) need; a vector stays as it is.
     """
 
     pattern: str
@@ -43,15 +45,15 @@ class Rename:
 
 @dataclasses.dataclass(frozen=True)
 class WeightSource:
-    """Named arrays, and what they are called here.
+    """Named arrays with the rules that map their names to target paths.
 
-    A name goes by the first of its rules that leads to a target; without rules it is the target's path itself.
+    A name uses the first rule that leads to a target; without rules the name itself is the target's path.
 
     Attributes:
-      name: what messages call it.
-      arrays: where they come from.
-      rename: rules.
-      match: only names are taken in which this pattern is found.
+      name: name of the source in messages.
+      arrays: the named arrays.
+      rename: rules from names to target paths.
+      match: only names in which this pattern is found are taken.
     """
 
     name: str
@@ -62,13 +64,13 @@ class WeightSource:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What becomes of each target.
+    """The decision for each target: loaded from a source, skipped, or left as it is.
 
     Attributes:
-      loaded: target -> (index of the source, name there, whether it is transposed).
-      skipped: target -> its shapes, there and here, that differ.
+      loaded: target -> (index of the source, name in the source, whether it is transposed).
+      skipped: target -> text with the two shapes, in the source and in the target, which differ.
       left: targets that no source has.
-      names: of the sources.
+      names: names of the sources.
     """
 
     loaded: Mapping[str, tuple[int, str, bool]]
@@ -92,12 +94,13 @@ class Plan:
 def from_safetensors(
     path: str | os.PathLike[str], rename: Sequence[Rename] = (), match: str = "", name: str | None = None
 ) -> WeightSource:
-    """A safetensors file, or a folder of shards, as a source; only its headers are read.
+    """Returns a safetensors file, or a folder of shards, as a source; only its headers are read.
 
     Args:
+      path: the file or folder.
       rename: rules from its names to target paths.
-      match: only names are taken in which this pattern is found.
-      name: what messages call it; its path if not given.
+      match: only names in which this pattern is found are taken.
+      name: name of the source in messages; its path if not given.
 
     Raises:
       UserError: as `open_safetensors` does.
@@ -113,23 +116,24 @@ def from_checkpoint(
     name: str | None = None,
     inside: Sequence[str] = ("params", "frozen"),
 ) -> WeightSource:
-    """The parameters of a checkpoint as a source; only its manifest is read.
+    """Returns the parameters of a checkpoint as a source; only its manifest is read.
 
     Args:
+      checkpoints: the checkpoints of a run.
       step: a saved step.
       rename: rules from its paths (below `inside`) to target paths.
-      match: only paths are taken in which this pattern is found.
-      name: what messages call it.
-      inside: the parts of the state whose arrays are taken; a path begins below them.
+      match: only paths in which this pattern is found are taken.
+      name: name of the source in messages; `step N` if not given.
+      inside: the entries of the state whose arrays are taken; a path begins below them.
 
     Raises:
-      UserError: no such step, or its manifest is damaged.
+      UserError: the step was not saved, or its manifest is damaged.
     """
     return WeightSource(name or f"step {step}", SavedArrays(checkpoints, step, inside), rename, match)
 
 
 def targets_of(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
-    """The leaves of a tree (arrays or ShapeDtypeStructs) as targets, by path."""
+    """Returns the leaves of a tree (arrays or ShapeDtypeStructs) as targets, by path."""
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
         for path, leaf in named_leaves(tree)
@@ -137,11 +141,11 @@ def targets_of(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def plan(targets: Targets, sources: Sequence[WeightSource]) -> Plan:
-    """Which array of which source goes to each target, from names, shapes and dtypes alone.
+    """Decides which array of which source goes to each target, from names, shapes and dtypes alone.
 
     Raises:
-      UserError: a rule or match is no pattern, two arrays lead to one target, a dtype would lose its sort (float to
-        int), or nothing of a source fits; the message has names of both sides.
+      UserError: a rule or `match` is not a regular expression, two arrays lead to one target, a dtype would change its
+        kind (float to int), or no array of a source fits. The message has names of both sides.
     """
     shapes = [source.arrays.shapes() for source in sources]
     claims: dict[str, list[tuple[int, str, bool]]] = {}
@@ -179,12 +183,13 @@ def plan(targets: Targets, sources: Sequence[WeightSource]) -> Plan:
 
 
 def load_weights(targets: Targets, sources: Sequence[WeightSource]) -> tuple[dict[str, Any], Plan]:
-    """The arrays that `sources` have for `targets`, by path, as the targets are: dtype and sharding; and the plan.
+    """Loads the arrays that `sources` have for `targets`, and returns them by path, with the plan.
 
-    Every process of a job calls it, and reads what its devices hold. `with_arrays` puts the arrays into a tree.
+    Each array has the dtype and sharding of its target. Every process of a job must call this function, and each reads
+    the parts that its devices hold. `with_arrays` puts the arrays into a tree.
 
     Raises:
-      UserError: as `plan` does, before anything is read; or numbers do not fit into the dtype here.
+      UserError: `plan` raises it, before anything is read; or numbers do not fit into the dtype of their target.
     """
     found = plan(targets, sources)
     arrays: dict[str, Any] = {}
@@ -196,18 +201,18 @@ def load_weights(targets: Targets, sources: Sequence[WeightSource]) -> tuple[dic
 
 
 def with_arrays(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
-    """The tree with these arrays at their paths, and its own leaves elsewhere."""
+    """Returns the tree with these arrays at their paths, and its own leaves elsewhere."""
     return map_named(lambda path, leaf: arrays.get(path, leaf), tree)
 
 
 def cast_by_path(tree: PyTree, rules: Sequence[tuple[str, Any]], default: Any = None) -> PyTree:
-    """Floating leaves (arrays or ShapeDtypeStructs) in the dtype of the first rule whose pattern their path has.
+    """Casts floating leaves (arrays or ShapeDtypeStructs) to the dtype of the first rule that is found in their path.
 
-    The others are in `default`, or as they are where that is None; integers and booleans always stay. For example
-    `cast_by_path(params, [("lora", "float32")], "bfloat16")` is a bfloat16 base under float32 adapters.
+    Other floating leaves are cast to `default`, or stay as they are if it is None; integers and booleans always stay.
+    For example `cast_by_path(params, [("lora", "float32")], "bfloat16")` gives a bfloat16 base with float32 adapters.
 
     Raises:
-      UserError: a pattern is none or is found in no path, or a dtype is not a floating one.
+      UserError: a pattern is not a regular expression or is found in no path, or a dtype is not a floating one.
     """
     paths = [path for path, _ in named_leaves(tree)]
     compiled = []
@@ -250,7 +255,7 @@ def _found(source: WeightSource, pattern: str, name: str) -> bool:
 
 
 def _renamed(source: WeightSource, name: str, targets: Collection[str]) -> tuple[str, bool] | None:
-    """The target that a name leads to by the first rule that leads to one, and whether it is transposed."""
+    """Returns the target of a name, by the first rule that leads to one, and whether the array is transposed."""
     if not source.rename:
         return (name, False) if name in targets else None
     for rule in source.rename:
@@ -268,7 +273,7 @@ def _renamed(source: WeightSource, name: str, targets: Collection[str]) -> tuple
 
 
 def _castable(there: Any, here: Any) -> bool:
-    """Whether a dtype may become another: floats any floats, the rest only what holds all of its values."""
+    """Returns whether a dtype may be cast to another: floats to any floats, other dtypes only without loss."""
     for sort in (jnp.floating, jnp.integer):
         if jnp.issubdtype(there, sort):
             return jnp.issubdtype(here, sort) and (sort is jnp.floating or np.can_cast(there, here, "safe"))
@@ -288,7 +293,7 @@ def _nothing_fits(source: WeightSource, names: list[str], targets: list[str], fo
 
 
 def _first_name(source: WeightSource, name: str) -> str:
-    """What the first rule that applies makes of a name that led to no target."""
+    """Returns a name that led to no target as the first rule that matches renames it."""
     rule = next((rule for rule in source.rename if re.search(rule.pattern, name)), None)
     return name if rule is None else re.sub(rule.pattern, rule.replacement, name, count=1)
 
@@ -300,7 +305,7 @@ def _some(names: Sequence[str], count: int | None = None) -> str:
 
 
 def _concrete(like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The target with its sharding on the devices of `jax.set_mesh`, where it was on an abstract mesh."""
+    """Returns the target with a sharding on an abstract mesh moved to the mesh of `jax.set_mesh`."""
     sharding = like.sharding
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
         sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)

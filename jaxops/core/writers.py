@@ -1,8 +1,7 @@
-"""Where metrics go: `metrics.jsonl`, TensorBoard, W&B, or anything with `write(step, values)`.
+"""Metric writers: `metrics.jsonl`, TensorBoard, W&B, or any object with `write(step, values)`.
 
-A resumed run's records equal an uninterrupted one's: what was written after the step that it resumes from is
-dropped first. Every write either reaches the file or raises `RunFailed`; nothing fails in silence on a
-thread.
+The records of a resumed run equal those of an uninterrupted one: records after the step that it resumes from are
+dropped first. Every write either reaches the file or raises `RunFailed`; nothing fails silently on a thread.
 """
 
 import json
@@ -18,38 +17,42 @@ from typing import Any, Protocol, runtime_checkable
 from jaxops.core.failures import RunFailed, UserError
 
 VERSION = 1
-"""Of a line of `metrics.jsonl`."""
+"""The format version of a line of `metrics.jsonl`."""
 _RESERVED = frozenset({"v", "step", "time", "event", "text"})
 
 
 @runtime_checkable
 class Writer(Protocol):
-    """Receives scalars at a step. `close()` and `event(step, event, text)` are called where they exist."""
+    """The protocol of a writer of scalars. `close()`, `event` and `samples` are called where they exist."""
 
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Records scalars of a step by name."""
+        ...
 
 
 class Writers:
-    """Several writers as one."""
+    """A group of writers that is used as one."""
 
     def __init__(self, writers: Sequence[Writer]) -> None:
         self._writers = list(writers)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Hands scalars to every writer."""
         for writer in self._writers:
             writer.write(step, values)
 
     def event(self, step: int, event: str, text: str) -> None:
+        """Hands an event to every writer that takes events."""
         for method in self._optional("event"):
             method(step, event, text)
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Hands what a model wrote to every writer that takes it."""
+        """Hands samples of a model's text to every writer that takes samples."""
         for method in self._optional("samples"):
             method(step, samples)
 
     def close(self) -> None:
-        """Closes every one, then raises the first error met."""
+        """Closes every writer, then raises the first error."""
         errors = []
         for method in self._optional("close"):
             try:
@@ -64,11 +67,11 @@ class Writers:
 
 
 class JsonlWriter:
-    """Appends one JSON object a line, each on its way to the disk before `write` returns.
+    """A writer of one JSON object per line; each is handed to the operating system before `write` returns.
 
     A line is `{"v": 1, "step": ..., "time": <unix seconds>, name: number, ...}`, or for an event `{...,
-    "event": ..., "text": ...}`; NaN and infinities become null. Opening cuts off a line torn by a kill; with
-    `resume_step` the lines of later steps are removed too, atomically.
+    "event": ..., "text": ...}`; NaN and infinities become null. The constructor removes a line torn by a kill and,
+    with `resume_step`, the lines of later steps, atomically.
 
     Raises:
       RunFailed: the file cannot be written (disk full, permissions).
@@ -87,7 +90,7 @@ class JsonlWriter:
 
         Raises:
           RunFailed: the line could not be written whole.
-          ValueError: a name that the format keeps for itself (`step`, `time`, `v`, `event`, `text`).
+          ValueError: a name is reserved by the format (`step`, `time`, `v`, `event`, `text`).
         """
         taken = _RESERVED & values.keys()
         if taken:
@@ -99,7 +102,7 @@ class JsonlWriter:
         self._append(step, fields)
 
     def event(self, step: int, event: str, text: str) -> None:
-        """Records that something happened: `resumed`, `skipped`, `recompiled`, ..."""
+        """Records an event such as `resumed`, `skipped` or `recompiled`."""
         self._append(step, {"event": event, "text": text})
 
     def close(self) -> None:
@@ -114,9 +117,9 @@ class JsonlWriter:
 
 
 class SamplesWriter:
-    """Appends what a model wrote in an evaluation to `samples.jsonl`, one JSON object a sample.
+    """A writer that appends the text of a model in an evaluation to `samples.jsonl`, one JSON object per sample.
 
-    The file is made by the first sample. On resume the samples of steps after `resume_step` are cut off.
+    The first sample creates the file. On resume the samples of steps after `resume_step` are removed.
 
     Raises:
       RunFailed: the file cannot be written.
@@ -127,14 +130,14 @@ class SamplesWriter:
         self._lines = JsonlWriter(path, resume_step=resume_step) if self._path.exists() else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars go elsewhere."""
+        """Ignores scalars, which other writers record."""
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Records samples of a step: mappings of plain values.
+        """Records samples of a step, each a mapping of JSON values.
 
         Raises:
           RunFailed: a line could not be written whole.
-          ValueError: a name that the format keeps for itself.
+          ValueError: a name is reserved by the format.
         """
         for sample in samples:
             if taken := _RESERVED & sample.keys():
@@ -149,12 +152,12 @@ class SamplesWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` in order, null back as NaN; empty where there is no file.
+    """Reads the lines of a `metrics.jsonl` in order, null as NaN; returns an empty list if there is no file.
 
-    Lines that are no JSON object with a step (the last one, torn by a kill) are left out.
+    Lines that are not a JSON object with a step (such as the last one, torn by a kill) are left out.
 
     Raises:
-      UserError: a line of a newer format than this version of jaxops knows.
+      UserError: a line has a newer format than this version of jaxops reads.
     """
     path = Path(path)
     if not path.exists():
@@ -174,9 +177,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class TensorBoardWriter:
-    """Appends scalars to a TensorBoard events file in `folder`; a resume hides what came after `resume_step`.
+    """A writer of scalars to a TensorBoard events file in `folder`; a resume hides the events after `resume_step`.
 
-    Written from the caller's thread: tensorboardX's own writer thread dies of a full disk and then blocks the
+    It writes on the caller's thread: tensorboardX's own writer thread dies when the disk is full and then blocks the
     run.
 
     Raises:
@@ -193,7 +196,7 @@ class TensorBoardWriter:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            # The library names files by the second: the suffix keeps a quick resume from overwriting.
+            # The library names files by the second, so the suffix keeps a quick resume from overwriting a file.
             self._file = EventsWriter(str(self.folder / "events"), f".{time.time_ns()}")
             if resume_step is not None:
                 start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -219,14 +222,20 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Logs to Weights & Biases; a resumed run continues the same W&B run, whose id is in
-    `run_dir/wandb.json`.
+    """A writer to Weights & Biases; a resumed run continues the same W&B run, whose id is in `run_dir/wandb.json`.
 
-    W&B keeps the first value of a step, so what a resumed run repeats is ignored there. Without a network set
-    WANDB_MODE=offline and send it later by `wandb sync`.
+    W&B keeps the first value of a step, so it ignores the values that a resumed run repeats. Without a network set
+    WANDB_MODE=offline and upload later with `wandb sync`.
+
+    Args:
+      run_dir: the run folder.
+      project: name of the W&B project.
+      name: name of the run in W&B; the name of the run folder if not given.
+      entity: W&B user or team; W&B's default if not given.
+      config: values to show as the run's config.
 
     Raises:
-      UserError: wandb is not installed, or it refuses to start (not logged in, say).
+      UserError: wandb is not installed, or it does not start (no login, say).
     """
 
     def __init__(
@@ -273,7 +282,7 @@ def _finite(value: float) -> float | None:
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
-    """The JSON object of one line, or None for what is none (or has no version and step)."""
+    """Returns the JSON object of one line, or None if the line is not an object with version and step."""
     try:
         line = json.loads(raw)
     except ValueError:
@@ -283,8 +292,7 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
 
 
 def _keep_until(path: Path, step: float) -> None:
-    """Rewrites the file without torn lines and without those of steps after `step`; untouched if it has
-    none."""
+    """Rewrites the file without torn lines and lines of steps after `step`; without any it stays untouched."""
     old = path.read_bytes()
     lines = (raw for raw in old.split(b"\n") if (line := _parse(raw)) is not None and line["step"] <= step)
     new = b"".join(raw + b"\n" for raw in lines)
@@ -293,7 +301,7 @@ def _keep_until(path: Path, step: float) -> None:
 
 
 def replace_file(path: Path, parts: Iterable[bytes]) -> None:
-    """Writes a whole file so that a reader (or a crash) sees the old one or the new one, never a piece."""
+    """Writes a whole file atomically: a reader, or a crash, finds either the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "wb") as file:
@@ -306,7 +314,7 @@ def replace_file(path: Path, parts: Iterable[bytes]) -> None:
 
 
 def _wandb_id(path: Path) -> str:
-    """The id kept at `path`, or a new one that is kept there from now on."""
+    """Returns the W&B run id stored at `path`, or makes a new one and stores it there."""
     try:
         found = json.loads(path.read_bytes())
         if isinstance(found, dict) and isinstance(found.get("id"), str):
@@ -320,7 +328,7 @@ def _wandb_id(path: Path) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an error of the file system into a message.
+    """Turns an error of the file system inside the context into a RunFailed with advice.
 
     Raises:
       RunFailed: `path` could not be written.

@@ -1,6 +1,6 @@
-"""One tree of arrays on its way into a folder: held when the save begins, written in the background, then committed.
+"""The writing of one tree of arrays to a folder: held when the save begins, written in the background, then committed.
 
-The commit is the manifest, written when all files are there. Held by tests/core/test_checkpoint*.py.
+The commit is the manifest, which is written when all files are there. Tested in tests/core/test_checkpoint*.py.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from jaxops.core.manifest import Manifest
 
 @dataclasses.dataclass(frozen=True)
 class Write:
-    """A folder to be written: its arrays, and its manifest but for the files.
+    """A folder to be written: its arrays, and its manifest without the list of files.
 
     Attributes:
-      folder: not there yet.
+      folder: the path, which must not exist yet.
       draft: the manifest, without files.
-      leaves: the arrays, none of them empty (orbax refuses those).
-      compress: by zstd.
-      checksums: read what was written and note its CRC-32.
+      leaves: the arrays, none of them empty (orbax refuses empty arrays).
+      compress: compress with zstd.
+      checksums: read back the files and store their CRC-32.
     """
 
     folder: epath.Path
@@ -37,38 +37,38 @@ class Write:
     checksums: bool
 
     def hold(self, *, copied: bool, wait: bool = False) -> Callable[[], None]:
-        """Takes hold of the values now; what it returns writes them, and is run in the background.
+        """Secures the current values, and returns a function for the background that writes them.
 
         Args:
-          copied: in copies of our own (one process), so that nothing is written before the background's turn.
-          wait: write it all now. Orbax numbers its saves for the whole process, so two must not be under way.
+          copied: make copies here (one process only), so that nothing is written before the background begins.
+          wait: write everything now. Orbax numbers its saves for the whole process, so two must not be under way.
         """
 
         def save_async(tree: Any) -> Any:
             return orbax_io.save_async(self.folder, tree, self.leaves.values(), compress=self.compress)
 
         if copied:
-            # On CPU, orbax gets the arrays' own memory, and a step that is given them to overwrite would wait
-            # until all is written. Copies, dispatched here and not waited for, set them free.
+            # On CPU orbax reads the arrays' own memory, and a step that they are donated to would wait until all is
+            # written. Copies, dispatched here without waiting for them, avoid that.
             for leaf in self.leaves.values():
                 if not on_cpu(leaf):
                     leaf.copy_to_host_async()
             copies = [plain.nest({path: _copy(leaf) for path, leaf in self.leaves.items()}, key=str)]
-            return lambda: save_async(copies.pop()).result()  # and the copies go when they are written
+            return lambda: save_async(copies.pop()).result()  # `pop` frees the copies once they are written
         held = {path: x if isinstance(x, jax.Array) else np.array(x) for path, x in self.leaves.items()}
-        begun = save_async(plain.nest(held, key=str))  # the copy to the host is made by now
+        begun = save_async(plain.nest(held, key=str))  # on return orbax has copied the arrays to the host
         if wait:
             begun.result()
             return lambda: None
         return begun.result
 
     def run(self, begin: Callable[[], None], before_commit: Callable[[], None] | None, *, early: bool) -> None:
-        """In the background: the files, then on process 0 the manifest.
+        """Writes the files and then, on process 0, the manifest; runs in the background.
 
         Args:
-          begin: what `hold` returned.
-          before_commit: called when the files are there.
-          early: commit before the files are read for their checksums; these follow in a second manifest.
+          begin: the function that `hold` returned.
+          before_commit: called when the files are written.
+          early: commit before the files are read for their checksums, which follow in a second manifest.
         """
         with self._early() as known:
             begin()
@@ -84,7 +84,7 @@ class Write:
             manifest.write(self.folder, dataclasses.replace(self.draft, files=files))
 
     def _early(self) -> contextlib.AbstractContextManager[Early | None]:
-        """Takes the checksums while the disk is busy, of what this process alone writes to a local folder."""
+        """Returns a context that computes checksums during the writing, for a local folder with a single writer."""
         if stores.is_url(self.folder) or not self.checksums or jax.process_count() > 1:
             return contextlib.nullcontext()
         parent = pathlib.Path(self.folder.parent)
@@ -92,12 +92,12 @@ class Write:
 
 
 def on_cpu(leaf: Any) -> bool:
-    """Whether an array lies in the memory of the host."""
+    """Returns whether an array is in host memory."""
     return not isinstance(leaf, jax.Array) or {d.platform for d in leaf.devices()} == {"cpu"}
 
 
 def _copy(leaf: Any) -> Any:
-    """A copy that nobody else holds, on the host; of one replica, where all devices hold the same."""
+    """Returns a copy in host memory that nothing else refers to; of one replica if the array is fully replicated."""
     if not isinstance(leaf, jax.Array):
         return np.array(leaf)
     if {d.platform for d in leaf.devices()} != {"cpu"}:

@@ -1,0 +1,1 @@
+"""Metrics, baselines and exact search, each as mergeable sums or plain numpy."""

@@ -1,5 +1,4 @@
-"""The two baselines that a recommender must beat, most-popular and item-kNN, by the same metrics and rank
-rule.
+"""The two baselines that a recommender must beat, most-popular and item-kNN, with the models' metrics and rank rule.
 
 Plain numpy and scipy.sparse on the host: no mesh, no training, and never a dense items x items matrix.
 """
@@ -14,7 +13,7 @@ from jaxops.core.failures import UserError, nearest
 from jaxops.evaluate.ranking import COVERAGE, UNRANKED, parse_metric
 
 BLOCK_CELLS = 2**23
-"""Scores held at once: 64 MiB of float64."""
+"""Number of scores held at once: 64 MiB of float64."""
 
 Block = slice
 Scorer = Callable[[Block], Float[np.ndarray, "block vocab"]]
@@ -33,16 +32,26 @@ def evaluate_baseline(
     n_items: int,
     slices: Mapping[str, Bool[np.ndarray, " queries"]] | None = None,
 ) -> dict[str, float]:
-    """The mean of each metric over the queries (of coverage, the share of the catalogue) for `most_popular` or
-    `item_knn`: whole catalogue, unseen items; `ndcg@10[NAME]` over those of a slice alone. Without a query a
-    mean is NaN, and coverage 0.
+    """Evaluates `most_popular` or `item_knn` on the whole catalogue, seen items left out.
 
-    User u's events are `items[offsets[u]:offsets[u + 1]]`, of which the first `train_end[u]` may be learnt
-    from; a query asks where `target` ranks after the first `history` events of `user`. Items are 1..n_items.
-    Metrics named `sampled_...` are left out: a baseline is quoted on the whole catalogue.
+    The value of a metric is its mean over the queries; that of coverage is a share of the catalogue. `ndcg@10[NAME]`
+    covers the queries of a slice alone. Without a query a mean is NaN and coverage is 0. Metrics named `sampled_...`
+    are left out: a baseline is quoted on the whole catalogue.
+
+    Args:
+      name: `most_popular` or `item_knn`.
+      items: item of each event, 1..n_items; user u's events are `items[offsets[u]:offsets[u + 1]]`.
+      offsets: where each user's events begin, and where the last user's end.
+      train_end: number of each user's first events that may be learnt from.
+      user: user of each query.
+      history: number of the user's first events that a query may read.
+      target: item of each query whose rank is asked for.
+      metrics: names, as `parse_metric` reads them.
+      n_items: size of the catalogue.
+      slices: masks over the queries, by the slice's name.
 
     Raises:
-      UserError: an unknown baseline or metric.
+      UserError: the baseline or a metric is unknown.
     """
     if name not in BASELINES:
         raise UserError(f"unknown baseline '{name}'{nearest(name, BASELINES)}; known are {', '.join(BASELINES)}")
@@ -74,8 +83,17 @@ def prefixes(
     *,
     n_items: int,
 ) -> sp.csr_array:
-    """Row r holds a 1.0 for each of the first `length[r]` events of `user[r]`: [rows, n_items + 1], repeats
-    kept."""
+    """Returns a sparse [rows, n_items + 1] matrix: a 1.0 for each of the first `length[r]` events of `user[r]`.
+
+    Repeated items stay separate entries.
+
+    Args:
+      items: item of each event, 1..n_items.
+      offsets: where each user's events begin, and where the last user's end.
+      user: user of each row.
+      length: number of events in each row.
+      n_items: size of the catalogue.
+    """
     bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(length, dtype=np.int64)])
     position = np.arange(bounds[-1]) + np.repeat(offsets[user] - bounds[:-1], length)
     events = np.asarray(items[position], np.int64)
@@ -83,24 +101,30 @@ def prefixes(
 
 
 def most_popular(train: sp.csr_array, seen: sp.csr_array) -> Scorer:
-    """Every user gets each item's number of train events."""
+    """Scores each item by its number of train events, for every user alike."""
     counts = np.bincount(train.indices, minlength=train.shape[1]).astype(np.float64)
     return lambda block: np.tile(counts, (seen[block].shape[0], 1))
 
 
 def item_knn(train: sp.csr_array, seen: sp.csr_array, *, neighbours: int = 100, shrinkage: float = 10.0) -> Scorer:
-    """The sum, over the events of the history, of the similarity to each one's nearest items.
+    """Scores each item by the sum of its similarities to the events of the history.
 
     Similarity is the cosine of the items' binary user vectors, damped for rare pairs: n_ij / (sqrt(n_i n_j) +
-    shrinkage). Each item keeps its `neighbours` most similar (equal ones by index), never itself. Deshpande
+    shrinkage). Each item keeps only its `neighbours` most similar items (equal ones by index), never itself. Deshpande
     and Karypis 2004, "Item-based top-N recommendation algorithms".
+
+    Args:
+      train: train events, [users, n_items + 1].
+      seen: history of each query, [queries, n_items + 1].
+      neighbours: number of similar items that each item keeps.
+      shrinkage: constant that damps rare pairs.
     """
     similar = item_similarity(train, neighbours=neighbours, shrinkage=shrinkage)
     return lambda block: (seen[block] @ similar).toarray()
 
 
 def item_similarity(train: sp.csr_array, *, neighbours: int, shrinkage: float) -> sp.csr_array:
-    """[vocab, vocab] sparse: row i holds the similarities of item i's nearest items."""
+    """Returns a sparse [vocab, vocab] matrix whose row i holds the similarities of item i's nearest items."""
     binary = train.copy()
     binary.sum_duplicates()
     binary.data[:] = 1.0
@@ -116,7 +140,7 @@ def item_similarity(train: sp.csr_array, *, neighbours: int, shrinkage: float) -
         row, column = pairs.row, pairs.col
         similarity = pairs.data / (norms[row + start] * norms[column] + shrinkage)
         similarity[row + start == column] = -1.0
-        # Row, then similarity, then column: stable sorts, least key first (numpy sorts int16 by radix).
+        # Sorts by row, similarity and column: stable sorts, least significant key first (numpy sorts int16 by radix).
         order = np.argsort(-similarity, kind="stable")
         order = order[np.argsort(row[order].astype(np.int16), kind="stable")]
         row, column, similarity = row[order] + start, column[order], similarity[order]
@@ -130,7 +154,14 @@ def item_similarity(train: sp.csr_array, *, neighbours: int, shrinkage: float) -
 def ranks_of(
     score: Scorer, seen: sp.csr_array, target: Int[np.ndarray, " queries"], *, n_items: int
 ) -> Int64[np.ndarray, " queries"]:
-    """`ranking.target_ranks` on the host, block by block, in float64; a test holds the two equal."""
+    """Computes `ranking.target_ranks` on the host, block by block, in float64; a test holds the two equal.
+
+    Args:
+      score: scores of a block of queries.
+      seen: history of each query, [queries, n_items + 1].
+      target: item of each query whose rank is asked for.
+      n_items: size of the catalogue.
+    """
     ranks = np.empty(len(target), np.int64)
     size = max(1, BLOCK_CELLS // (n_items + 1))
     item = np.arange(n_items + 1)
@@ -149,8 +180,17 @@ def ranks_of(
 def coverage(
     score: Scorer, seen: sp.csr_array, k: int, masks: Bool[np.ndarray, "parts queries"], *, n_items: int
 ) -> Float[np.ndarray, " parts"]:
-    """`ranking.coverage_sums` on the host: the share of the catalogue among the `k` best unseen items of any query of
-    each part."""
+    """Returns the share of the catalogue among the `k` best unseen items of any query, for each part of the queries.
+
+    `ranking.coverage_sums` is the same on devices.
+
+    Args:
+      score: scores of a block of queries.
+      seen: history of each query, [queries, n_items + 1].
+      k: number of items recommended to each query.
+      masks: the queries of each part.
+      n_items: size of the catalogue.
+    """
     size = max(1, BLOCK_CELLS // (n_items + 1))
     found = np.zeros((len(masks), n_items + 1), bool)
     k = min(k, n_items)
@@ -160,7 +200,7 @@ def coverage(
         _hide(scores, seen[block])
         least = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
         better, level = scores > least, (scores == least) & np.isfinite(scores)
-        room = k - better.sum(1, keepdims=True)  # equal ones by index, as ranks have it
+        room = k - better.sum(1, keepdims=True)  # equal scores by index, as in the ranks
         best = better | (level & (np.cumsum(level, axis=1) <= room))
         for part, mask in enumerate(masks[:, block]):
             found[part] |= best[mask].any(0)
@@ -168,7 +208,7 @@ def coverage(
 
 
 def _hide(scores: Float[np.ndarray, "block vocab"], seen: sp.csr_array) -> None:
-    """Padding and what was seen are never recommended."""
+    """Sets the scores of padding and of seen items to -inf, so that they are never recommended."""
     past = seen.tocoo()
     scores[:, 0] = -np.inf
     scores[past.row, past.col] = -np.inf

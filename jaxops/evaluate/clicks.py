@@ -1,7 +1,7 @@
-"""How good predicted probabilities of a click are: order (AUC), information (log loss, NE) and honesty (calibration).
+"""Metrics of predicted click probabilities: order (AUC), information (log loss, NE) and calibration.
 
 Everything is sums over examples, so any cut of the data into batches, devices and hosts merges to the same numbers.
-Held by tests/evaluate/test_clicks.py, against numpy in float64.
+Tested in tests/evaluate/test_clicks.py, against numpy in float64.
 """
 
 import jax
@@ -14,7 +14,7 @@ from jaxops.core.metric import Better, Metric
 from jaxops.core.sums import Sum, Sums
 
 AUC_BINS, AUC_REACH = 1 << 14, 16.0
-"""Scores are told apart at 32 / 16,384 = 0.002 of a logit, between -16 and 16; closer ones are ties, half right."""
+"""Scores between -16 and 16 are told apart at 32 / 16,384 = 0.002 of a logit; closer ones are ties and count half."""
 RELIABILITY_BINS = 20
 CLICK_METRICS: dict[str, Better] = {
     "auc": "higher",
@@ -24,14 +24,14 @@ CLICK_METRICS: dict[str, Better] = {
     "calibration": "neither",
     "ece": "lower",
 }
-"""The names to report and which way each is better; calibration is best at one, so it is better neither way."""
+"""The names to report and which way each is better. Calibration is best at one, so it is better neither way."""
 
 
 def click_metric(name: str) -> Metric:
-    """The click metric of this name.
+    """Returns the click metric of this name.
 
     Raises:
-      UserError: another name; the message names the nearest right one.
+      UserError: the name is unknown; the message gives the nearest right one.
     """
     if name in CLICK_METRICS:
         return Metric(name, CLICK_METRICS[name])
@@ -42,17 +42,17 @@ def click_metric(name: str) -> Metric:
 def click_sums(
     logits: Float[Array, " batch"], label: Float[Array, " batch"], weight: Float[Array, " batch"] | None = None
 ) -> Sums:
-    """The sums of `auc`, `log_loss`, `ne`, `calibration`, `ece` and `reliability`.
+    """Returns the sums of `auc`, `log_loss`, `ne`, `calibration`, `ece` and `reliability`.
+
+    `ne` is the log loss over the entropy of the click rate (He et al. 2014): a model that knows only the rate has 1.
+    `calibration` is predicted clicks over clicks. `reliability` is [3, bins]: predicted rate, click rate and share of
+    the examples, in equal steps of the predicted probability; rates are NaN where a bin is empty. `ece` is the mean
+    distance between the two rates, weighted by the share.
 
     Args:
-      logits: of the probability of a click.
-      label: 1 where there was one, else 0.
-      weight: of each example, 0 for padding; default 1. Bins hold float32: exact up to 2^24 examples each.
-
-    `ne` is the log loss over the entropy of the click rate (He et al. 2014): 1 is what knowing the rate alone gives.
-    `calibration` is predicted clicks over clicks. `reliability` is [3, bins]: predicted rate, click rate and share of
-    the examples, by predicted probability in equal steps; NaN where a bin is empty. `ece` is the mean distance of the
-    first two, weighted by the third.
+      logits: logits of the probability of a click.
+      label: 1 for a click, else 0.
+      weight: weight of each example, 0 for padding; default 1. Bins hold float32, exact up to 2^24 examples each.
     """
     logits, label = logits.astype(jnp.float32), label.astype(jnp.float32)
     weight = jnp.ones_like(logits) if weight is None else weight.astype(jnp.float32)
@@ -72,7 +72,10 @@ def click_sums(
 
 
 def _auc(logits: Array, label: Array, weight: Array) -> Sum:
-    """Weight by bin of the score, [without a click, with one]. AUC knows no scale: a batch adds one to the count."""
+    """Sums the weights by bin of the score, for non-clicks and clicks: [2, bins].
+
+    AUC does not depend on the scale of the counts, so each batch adds one to the `Sum`'s count.
+    """
     step = 2 * AUC_REACH / AUC_BINS
     at = jnp.clip(jnp.floor((logits + AUC_REACH) / step), 0, AUC_BINS - 1).astype(jnp.int32)
     counts = jnp.stack(
@@ -82,7 +85,10 @@ def _auc(logits: Array, label: Array, weight: Array) -> Sum:
 
 
 def area_under_curve(counts: Float[np.ndarray, "2 bins"]) -> float:
-    """The chance that a click scores above a non-click, ties half, from their weights by bin; NaN without both."""
+    """Returns the chance that a click scores above a non-click, ties half; NaN without both.
+
+    `counts` holds the weights by bin of the score, of non-clicks and of clicks.
+    """
     without, clicks = counts
     below = np.cumsum(without) - without
     pairs = np.sum(without) * np.sum(clicks)
@@ -107,7 +113,7 @@ def _expected_error(shares: np.ndarray) -> float:
 
 
 def _normalised_entropy(means: np.ndarray) -> float:
-    """Mean loss over the entropy of the mean label; NaN where all labels are alike."""
+    """Returns the mean loss over the entropy of the mean label; NaN where all labels are alike."""
     loss, rate = means
     if not 0 < rate < 1:
         return float("nan")

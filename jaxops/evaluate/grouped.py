@@ -1,6 +1,6 @@
-"""Metrics within groups and on parts of the examples: AUC by user, exact, and any metric by slice.
+"""Metrics within groups and on parts of the examples: exact AUC by user, and any metric by slice.
 
-Held by tests/evaluate/test_grouped.py, against numpy in float64.
+Tested in tests/evaluate/test_grouped.py, against numpy in float64.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from jaxops.core.sums import Max, Sum, Sums
 from jaxops.data.slices import SLICE
 
 Values = Float[np.ndarray, " _"] | Int[np.ndarray, " _"] | Bool[np.ndarray, " _"]
-"""One for each example; lengths that differ are told by an error of ours."""
+"""One value for each example; the length is left open, so that an error of ours reports lengths that differ."""
 
 
 def group_auc_sums(
@@ -24,40 +24,40 @@ def group_auc_sums(
     n: int,
     finalizer: Callable[[np.ndarray], float],
 ) -> Sum:
-    """The logit of every evaluation example, where `finalizer` meets all of them: float64 [n], on the host.
+    """Collects the logit of every evaluation example, so that `finalizer` gets all of them, float64 [n], on the host.
 
-    An order needs all scores at once; `2 n` float32 on each device hold them, whatever the cut into batches. An
-    example that was not evaluated is NaN, one whose logit is not finite is infinite.
+    An order needs all scores at once. `2 n` float32 on each device hold them, however the data is cut into batches. An
+    example that was not evaluated is NaN; one whose logit is not finite is infinite.
 
     Args:
-      logits: of this batch.
-      ids: which examples they are, 0..n-1; others are left out.
-      weight: 0 for what is left out (padding, examples outside a slice); other weights are alike.
-      n: how many examples the evaluation has.
+      logits: logits of this batch.
+      ids: which examples these are, 0..n-1; others are left out.
+      weight: 0 for examples that are left out (padding, examples outside a slice); other weights count alike.
+      n: number of examples in the evaluation.
       finalizer: a function that equals itself from call to call (it is part of a compiled program).
     """
     there = (weight > 0) & (ids >= 0)
-    at = jnp.where(there, ids, n)  # beyond the last: dropped
+    at = jnp.where(there, ids, n)  # an index beyond the last is dropped
     kept = jnp.where(jnp.isfinite(logits), logits, jnp.inf).astype(jnp.float32)
     zeros = jnp.zeros(n, jnp.float32)
     return Sum(zeros.at[at].add(kept, mode="drop"), zeros.at[at].add(1.0, mode="drop"), finalizer)
 
 
 class GroupAuc:
-    """AUC within each group (user, session), as a mean weighted by the groups' impressions.
+    """AUC within each group (user, session), averaged with the groups' impressions as weights.
 
-    "GAUC" of Zhu et al. 2017, "Optimized cost per click in Taobao display advertising", and Zhou et al. 2018, "Deep
-    interest network": whether each user's own items are in order, which AUC over all examples mixes with telling users
-    apart. Exact; equal logits count half.
+    This is "GAUC" of Zhu et al. 2017, "Optimized cost per click in Taobao display advertising", and Zhou et al. 2018,
+    "Deep interest network". It measures the order of each user's own items, which AUC over all examples mixes with
+    telling users apart. It is exact; equal logits count half.
     """
 
     def __init__(self, labels: Values, groups: Shaped[np.ndarray, " _"], weights: Values | None = None):
-        """Keeps what the host knows of the evaluation examples 0..n-1.
+        """Keeps the labels, groups and weights of the evaluation examples 0..n-1 on the host.
 
         Args:
-          labels: 1 where there was a click, 0 where not, NaN where that is not known (left out).
+          labels: 1 for a click, 0 for none, NaN where that is not known (left out).
           groups: ids of any kind.
-          weights: of each example; default 1. The weight of a group is the sum of its examples'.
+          weights: weight of each example; default 1. A group's weight is the sum of its examples' weights.
 
         Raises:
           UserError: the lengths differ, a label is neither 0 nor 1, or a weight is negative or not finite.
@@ -75,14 +75,14 @@ class GroupAuc:
         self._groups = np.unique(groups, return_inverse=True)[1]
 
     def sums(self, logits: Float[Array, " batch"], batch: Mapping[str, Array]) -> Sums:
-        """{"gauc": ...} of a batch that holds `id` (0..n-1, each evaluated once) and `weight`."""
+        """Returns {"gauc": ...} for a batch that holds `id` (0..n-1, each evaluated once) and `weight`."""
         found = group_auc_sums(logits, batch["id"], batch["weight"], len(self._labels), self.value)
         return {"gauc": found}
 
     def value(self, logits: Float[np.ndarray, " n"]) -> float:
-        """The mean over groups that have both a click and a non-click; NaN without any.
+        """Returns the mean over the groups that have both a click and a non-click; NaN if there are none.
 
-        Examples whose logit is NaN are left out; an infinite one makes the whole NaN: a broken model has no order.
+        Examples whose logit is NaN are left out. One infinite logit makes the result NaN: a broken model has no order.
         """
         used = ~np.isnan(logits) & ~np.isnan(self._labels) & (self._weights > 0)
         if np.isinf(logits[used]).any():
@@ -93,13 +93,13 @@ class GroupAuc:
 
 
 def area_under_curve_exact(labels: Values, scores: Values, weights: Values | None = None) -> float:
-    """The chance that a click (label 1) scores above a non-click (0), ties half; NaN without both.
+    """Returns the chance that a click (label 1) scores above a non-click (0), ties half; NaN without both.
 
-    The Mann-Whitney statistic by ranks, in float64: scores are told apart however close they are, which the bins of
-    `clicks.click_sums` do not. A label of NaN is left out.
+    This is the Mann-Whitney statistic by ranks, in float64. It tells scores apart however close they are, which the
+    bins of `clicks.click_sums` do not. A label of NaN is left out.
 
     Raises:
-      UserError: as `GroupAuc`.
+      UserError: the same errors as `GroupAuc`.
     """
     return GroupAuc(labels, np.zeros(len(labels), np.int64), weights).value(np.asarray(scores, np.float64))
 
@@ -110,7 +110,7 @@ def _areas(
     labels: Float[np.ndarray, " n"],
     weights: Float[np.ndarray, " n"],
 ) -> tuple[Float[np.ndarray, " groups"], Float[np.ndarray, " groups"]]:
-    """AUC of each group that occurs, NaN without both classes, and its weight."""
+    """Returns the AUC of each group that occurs (NaN without both classes), and its weight."""
     if not len(groups):
         return np.zeros(0), np.zeros(0)
     order = np.lexsort((scores, groups))
@@ -128,7 +128,7 @@ def _areas(
 
 
 def with_slices(sums: Callable[[Mapping[str, Array]], Sums], batch: Mapping[str, Array]) -> Sums:
-    """The sums of a batch, and of each slice that it carries a mask of (`batch["slice/NAME"]`, bool [batch])."""
+    """Returns the sums of a batch and of each slice whose mask it holds (`batch["slice/NAME"]`, bool [batch])."""
     masks = {name.removeprefix(SLICE): mask for name, mask in batch.items() if name.startswith(SLICE)}
     return sums(batch) | sliced(lambda weight: sums({**batch, "weight": weight}), masks, batch["weight"])
 
@@ -138,14 +138,14 @@ def sliced(
     masks: Mapping[str, Bool[Array, " batch"]],
     weight: Float[Array, " batch"],
 ) -> Sums:
-    """The same metrics of parts of the examples: `ndcg@10[cold_item]` is `ndcg@10` of those in the mask `cold_item`.
+    """Computes the same metrics on parts of the examples: `ndcg@10[cold_item]` is `ndcg@10` in the mask `cold_item`.
 
-    Inside one program XLA computes what the slices share (scores, ranks) once.
+    Inside one program XLA computes only once what the slices share (scores, ranks).
 
     Args:
-      sums: from the weight of each example to the metrics. It may not use another weight.
-      masks: by name of the slice, which examples belong to it. They may overlap.
-      weight: of each example, 0 for padding.
+      sums: computes the metrics from the weight of each example; it may not use another weight.
+      masks: which examples belong to each slice, by its name. Slices may overlap.
+      weight: weight of each example, 0 for padding.
     """
     found: dict[str, Sum | Max] = {}
     for part, mask in masks.items():

@@ -1,7 +1,7 @@
-"""The nearest items of a whole catalogue: vectors divided by row over a mesh, each device's best, merged.
+"""Exact or approximate search in a catalogue whose vectors are sharded by row: each device's best items are merged.
 
-Nothing is built that could grow stale: a search is one matrix product and a top-k (Chern et al. 2022, "TPU-KNN").
-Held by tests/evaluate/test_index.py, against `ranking.top_k_unseen` on one device.
+There is no index structure that could grow stale: a search is one matrix product and a top-k (Chern et al. 2022,
+"TPU-KNN"). Tested in tests/evaluate/test_index.py, against `ranking.top_k_unseen` on one device.
 """
 
 import functools
@@ -20,18 +20,33 @@ from jaxops.core.mesh import batch_axes, batch_shards, serialise_dispatch
 
 Best = tuple[Float[Array, "batch k"], Int32[Array, "batch k"]]
 Method = Callable[[Float[Array, "batch size"], int, int, float], Best]
-"""(scores of one device's rows, k <= size, rows of all devices, recall target) to its best scores and their places."""
+"""A search of one device: (its scores, k <= size, rows of all devices, recall target) -> best scores, their columns."""
 
 
 def exact(scores: Float[Array, "batch size"], k: int, rows: int, recall_target: float) -> Best:
-    """The k best; equal scores by place."""
+    """Returns the k best scores and their columns, equal scores by column.
+
+    Args:
+      scores: scores of one device's rows.
+      k: number of columns to return.
+      rows: number of rows on all devices; not used.
+      recall_target: not used.
+    """
     best, place = jax.lax.top_k(scores, k)
     return best, place
 
 
 def approx(scores: Float[Array, "batch size"], k: int, rows: int, recall_target: float) -> Best:
-    """Each of the k best with a chance of `recall_target` or more. Only a TPU gains by it: elsewhere it is exact, and
-    slower than `exact`."""
+    """Returns each of the k best scores, and its column, with a chance of `recall_target` or more.
+
+    Only a TPU gains by it; elsewhere it is exact and slower than `exact`.
+
+    Args:
+      scores: scores of one device's rows.
+      k: number of columns to return.
+      rows: number of rows on all devices, for which the recall is computed.
+      recall_target: share of the true best k to find, in expectation.
+    """
     best, place = jax.lax.approx_max_k(
         scores, k, recall_target=recall_target, reduction_input_size_override=rows, aggregate_to_topk=True
     )
@@ -42,9 +57,10 @@ METHODS: dict[str, Method] = {"exact": exact, "approx": approx}
 
 
 class Index:
-    """A catalogue's vectors, [rows, dim], divided by row over the batch axes of an Explicit mesh.
+    """The vectors of a catalogue, [rows, dim], sharded by row over the batch axes of an Explicit mesh.
 
-    A search holds float32 scores of [batch, rows / shards] on each device: the size of its batch is what limits memory.
+    A search holds float32 scores [batch, rows / shards] on each device: the batch size of a search is limited by
+    memory.
     """
 
     def __init__(
@@ -56,17 +72,17 @@ class Index:
         method: str = "auto",
         recall_target: float = 0.95,
     ):
-        """Places the vectors; from the host, each process reads the rows of its own devices only.
+        """Places the vectors on the mesh; each process reads only its own devices' rows of a host array.
 
         Args:
-          vectors: row i is item i; row 0 is no item. On the host (the same on every process) or on `mesh`.
-          mesh: of Explicit axes.
-          real: the items are 1..real; or which rows are items.
+          vectors: row i is item i; row 0 is no item. A host array (the same on every process), or one on `mesh`.
+          mesh: a mesh with Explicit axes.
+          real: the items are rows 1..real, or a mask of the rows that are items.
           method: `exact`, `approx`, or `auto`: `approx` on a TPU and `exact` elsewhere.
-          recall_target: of `approx`: the share of the true best k that it should find, in expectation.
+          recall_target: share of the true best k that `approx` should find, in expectation.
 
         Raises:
-          UserError: an unknown method, a recall target that is not between 0 and 1, or items that have no row.
+          UserError: the method is unknown, the recall target is not between 0 and 1, or items have no row.
         """
         if method != "auto" and method not in METHODS:
             known = ["auto", *METHODS]
@@ -87,20 +103,20 @@ class Index:
         k: int,
         seen: Int32[Array, "batch seen"] | Int32[np.ndarray, "batch seen"] | None = None,
     ) -> tuple[Float[Array, "batch k"], Int32[Array, "batch k"]]:
-        """The scores and the items with the k highest dot products, best first, equal scores by item.
+        """Returns the items with the k highest dot products and their scores, best first, equal scores by item.
 
         Call it from the host, on every process with the same arguments. Queries are rounded to the dtype of the
-        vectors, and products add up in float32. On another number of devices the product may round otherwise in the
-        last bit; the order and the merge of given scores are the same everywhere.
+        vectors, and products are summed in float32. On another number of devices the product may round differently in
+        the last bit; the order and the merge of given scores are the same everywhere.
 
         Args:
-          queries: one row each.
-          k: how many items; a program is compiled for each k and each shape.
-          seen: items to leave out for each query; anything that is no item (0, -1) leaves out nothing.
+          queries: one query in each row.
+          k: number of items; a program is compiled for each k and each shape.
+          seen: items to leave out for each query; an entry that is no item (0, -1) leaves out nothing.
 
         Returns:
           scores float32 and items int32, [batch, k], on every device. Where fewer than k items are left, a row ends in
-          item 0, score -inf. A score that is not finite is never returned.
+            item 0, score -inf. A score that is not finite is never returned.
 
         Raises:
           UserError: k is below 1, or the queries are not as wide as the vectors.
@@ -113,10 +129,10 @@ class Index:
         k: int,
         seen: Int32[Array, "batch seen"] | Int32[np.ndarray, "batch seen"] | None = None,
     ) -> float:
-        """The share of the exact top k of these queries that `search` finds; NaN where nothing is left to find.
+        """Returns the share of the exact top k of these queries that `search` finds; NaN if there is nothing to find.
 
         Raises:
-          UserError: as `search`.
+          UserError: the same errors as `search`.
         """
         wanted, found = (np.asarray(self._run(queries, k, seen, way)[1]) for way in ("exact", self.method))
         row = np.arange(len(wanted))[:, None] * self.rows
@@ -161,13 +177,23 @@ def best_of_shard(
     k: int,
     best: Callable[[Array, int], Best],
 ) -> Best:
-    """`Index.search` on one device of a `shard_map` over `axes`: of its own rows, then merged with all others."""
+    """Searches one device's rows, inside a `shard_map` over `axes`, and merges the best items of all devices.
+
+    Args:
+      vectors: this device's rows.
+      real: True for the rows that are items.
+      queries: one query in each row, the same on every device.
+      seen: items to leave out for each query.
+      axes: mesh axes that the rows are sharded over.
+      k: number of items to return.
+      best: returns the best scores of each query, and their columns.
+    """
     size = vectors.shape[0]
     first = jax.lax.axis_index(axes) * size if axes else jnp.int32(0)
     # By default a TPU would round float32 to bfloat16 before it multiplies.
     precision = jax.lax.Precision.HIGHEST if vectors.dtype == jnp.float32 else None
     scores = jnp.einsum("bd,sd->bs", queries, vectors, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(scores == 0, jnp.zeros_like(scores), scores)  # -0.0 and 0.0 are equal
+    scores = jnp.where(scores == 0, jnp.zeros_like(scores), scores)  # top-k would order -0.0 behind 0.0
     scores = jnp.where(real[None] & jnp.isfinite(scores), scores, -jnp.inf)
     place = seen.astype(jnp.int32) - first
     place = jnp.where((place >= 0) & (place < size), place, size)
@@ -177,14 +203,14 @@ def best_of_shard(
     items = jnp.where(found > -jnp.inf, place.astype(jnp.int32) + first, 0)
     if axes:
         found, items = (jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in (found, items))
-    # By item among equals, whatever the order in which a method and the devices bring them.
+    # Equal scores are ordered by item, whatever order the method and the devices return them in.
     behind, items = jax.lax.sort((-found, items), dimension=1, num_keys=2)
     missing = ((0, 0), (0, max(k - items.shape[1], 0)))
     return jnp.pad(-behind, missing, constant_values=-jnp.inf)[:, :k], jnp.pad(items, missing)[:, :k]
 
 
 def _mask(real: int | Array | np.ndarray, rows: int) -> np.ndarray:
-    """[rows], whether a row is an item."""
+    """Returns a mask [rows] that is True for the rows that are items."""
     if isinstance(real, int):
         if not 0 <= real < rows:
             raise UserError(f"index: {real} items need {real + 1} rows (row 0 is no item), but there are {rows}")
@@ -197,7 +223,7 @@ def _mask(real: int | Array | np.ndarray, rows: int) -> np.ndarray:
 
 
 def _placed(x: Array | np.ndarray, mesh: Mesh) -> Array:
-    """Divided by row, after padding to whole shards."""
+    """Shards an array by row over the batch axes, after padding it to whole shards."""
     spec = P(batch_axes(mesh))
     extra = ((0, -len(x) % batch_shards(mesh)), *[(0, 0)] * (x.ndim - 1))
     if isinstance(x, jax.Array) and getattr(x.sharding, "mesh", None) == mesh:

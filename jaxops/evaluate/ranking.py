@@ -1,8 +1,7 @@
-"""Where the held-out item ranks: exact, over the whole catalogue, ties by item index; sampled only by name.
+"""Ranks of held-out items: exact over the whole catalogue, ties by item index; sampled only in metrics named so.
 
-Items are numbered 1..n_items; column 0 of the scores is padding and columns past n_items are vocabulary
-padding. Everything here is pure and per example, so any cut of the evaluation set into batches merges to the
-same numbers.
+Items are numbered 1..n_items. Column 0 of the scores is padding, and columns above n_items are vocabulary padding.
+Everything here is pure and per example, so any cut of the evaluation set into batches merges to the same numbers.
 """
 
 import dataclasses
@@ -25,17 +24,17 @@ UNRANKED = np.iinfo(np.int32).max
 """The rank of a target that cannot be ranked: a miss at every K."""
 KINDS = ("hr", "recall", "ndcg", "mrr")
 COVERAGE = "coverage"
-"""About what is recommended to everyone together; the others are about where each example's target ranks."""
+"""Coverage measures the recommendations of all examples together; the other kinds measure the rank of each target."""
 SAMPLED = "sampled_"
 SAMPLED_NEGATIVES = 100
 _NAME = re.compile(rf"(?:({SAMPLED})?({'|'.join(KINDS)})|({COVERAGE}))@([1-9][0-9]*)")
 SAMPLED_SEED = 20
-"""Negatives depend on this and the example's id alone, so two models meet the same ones."""
+"""Sampled negatives depend only on this seed and the example's id, so two models are compared on the same ones."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RankMetric:
-    """One parsed name: `ndcg@10`, or `sampled_ndcg@10` for the rank among 100 random negatives."""
+    """One parsed metric name: `ndcg@10`, or `sampled_ndcg@10` for the rank among 100 random negatives."""
 
     name: str
     kind: str
@@ -43,10 +42,10 @@ class RankMetric:
     sampled: bool
 
     def gain(self, ranks: Int[A, " batch"]) -> Float[A, " batch"]:
-        """What one example adds, in [0, 1], given its 0-based rank; zero from rank k on.
+        """Returns what each example adds to the mean, in [0, 1], from its 0-based rank; zero from rank k on.
 
-        With a single relevant item recall equals the hit rate and the ideal DCG is one (Järvelin and
-        Kekäläinen 2002). NaN for coverage, of which the rank of a target tells nothing.
+        With a single relevant item, recall equals the hit rate and the ideal DCG is one (Järvelin and Kekäläinen 2002).
+        Coverage does not depend on the target's rank, so its gain is NaN.
         """
         xp = jnp if isinstance(ranks, jax.Array) else np
         place = ranks.astype(xp.float32) + 1.0
@@ -60,7 +59,7 @@ def parse_metric(name: str) -> RankMetric:
     """Reads `hr@K`, `recall@K`, `ndcg@K`, `mrr@K`, each also with `sampled_` in front, and `coverage@K`.
 
     Raises:
-      UserError: another name; it tells the nearest right one.
+      UserError: the name is unknown; the message gives the nearest right one.
     """
     match = _NAME.fullmatch(name)
     if match:
@@ -77,10 +76,10 @@ def parse_metric(name: str) -> RankMetric:
 
 
 def ranking_metric(name: str) -> Metric:
-    """The ranking metric of this name; all are better when they are higher.
+    """Returns the ranking metric of this name; higher is better for all of them.
 
     Raises:
-      UserError: what `parse_metric` raises.
+      UserError: `parse_metric` does not know the name.
     """
     parsed = parse_metric(name)
     sampled = " (sampled)" if parsed.sampled else ""
@@ -88,7 +87,7 @@ def ranking_metric(name: str) -> Metric:
 
 
 def is_sampled(name: str) -> bool:
-    """True of a metric that ranks among sampled items alone."""
+    """Returns True for a metric that ranks among sampled items only."""
     return name.startswith(SAMPLED)
 
 
@@ -99,14 +98,19 @@ def target_ranks(
     *,
     n_items: int,
 ) -> Int32[Array, " batch"]:
-    """The 0-based rank of each target among all items that its user has not seen.
+    """Returns the 0-based rank of each target among all items that its user has not seen.
 
-    The order is that of a stable descending argsort: equal scores are ranked by item index. Seen items (0 =
-    padding, repeats allowed) are left out, except the target itself. A target whose score is not finite, or
-    that is no item of the catalogue, is `UNRANKED`; a rival whose score is NaN counts as ahead: a broken
-    model cannot win by its NaNs.
+    The order is that of a stable descending argsort: equal scores are ranked by item index. Seen items (0 is padding,
+    repeats allowed) are left out, except the target itself. A target whose score is not finite, or that is no item of
+    the catalogue, is `UNRANKED`. A rival whose score is NaN counts as ahead: a broken model cannot win by its NaNs.
+
+    Args:
+      scores: scores of all items.
+      target: item whose rank is asked for.
+      seen: items that the user has seen.
+      n_items: size of the catalogue.
     """
-    # One rounding for all readers: else XLA may recompute the scores in each fusion and split exact ties.
+    # The barrier rounds once for all readers: else XLA may recompute the scores in each fusion and split exact ties.
     scores = jax.lax.optimization_barrier(scores)
     target = target[:, None].astype(jnp.int32)
     own = _score_of(scores, target)
@@ -128,11 +132,17 @@ def sampled_ranks(
     *,
     n_items: int,
 ) -> Int32[Array, " batch"]:
-    """The 0-based rank of each target among 100 unseen items, drawn uniformly with replacement.
+    """Returns the 0-based rank of each target among 100 unseen items, drawn uniformly with replacement.
 
-    For comparison with papers that report it (SASRec, Kang and McAuley 2018) and for nothing else: it can
-    order models otherwise than the whole catalogue does (Krichene and Rendle 2020). The draw depends on the
-    example's id only.
+    Use it only for comparison with papers that report it (SASRec, Kang and McAuley 2018): it can order models
+    differently from the whole catalogue (Krichene and Rendle 2020). The draw depends only on the example's id.
+
+    Args:
+      scores: scores of all items.
+      target: item whose rank is asked for.
+      seen: items that the user has seen.
+      ids: id of each example.
+      n_items: size of the catalogue.
     """
     scores = jax.lax.optimization_barrier(scores)
     target = target[:, None].astype(jnp.int32)
@@ -141,7 +151,7 @@ def sampled_ranks(
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(SAMPLED_SEED), i))(ids)
     shape = (SAMPLED_NEGATIVES,)
     draw = jax.vmap(lambda key, n: jax.random.randint(key, shape, 0, n))(keys, jnp.maximum(free[:, 0], 1))
-    # The u-th free item, from 0, is 1 + u + the number of excluded e_0 < e_1 < ... with e_j - j <= 1 + u.
+    # The u-th free item (u from 0) is 1 + u + the number of excluded e_0 < e_1 < ... with e_j - j <= 1 + u.
     gap = excluded - (jnp.cumsum(distinct, axis=1, dtype=jnp.int32) - 1)
     skipped = distinct[:, None, :] & (gap[:, None, :] <= draw[:, :, None] + 1)
     negative = draw + 1 + jnp.sum(skipped, axis=2, dtype=jnp.int32)
@@ -157,11 +167,17 @@ def ranking_sums(
     metrics: Sequence[str],
     sampled: Int[Array, " batch"] | None = None,
 ) -> Sums:
-    """A mergeable weighted mean for each name; names with `sampled_` are read from the ranks in `sampled`.
+    """Returns a mergeable weighted mean for each metric name.
+
+    Args:
+      ranks: rank of each target in the whole catalogue.
+      weight: weight of each example, 0 for padding.
+      metrics: names of metrics.
+      sampled: rank of each target among sampled items, for the names with `sampled_`.
 
     Raises:
-      UserError: an unknown name.
-      ValueError: a sampled name without sampled ranks, or coverage, which ranks do not tell.
+      UserError: a name is unknown.
+      ValueError: a sampled name has no sampled ranks, or a name is coverage, which ranks do not give.
     """
     sums: Sums = {}
     for metric in map(parse_metric, metrics):
@@ -182,13 +198,20 @@ def coverage_sums(
     *,
     n_items: int,
 ) -> Sums:
-    """`coverage@K`: the share of the catalogue that is among the K best unseen items (`top_k_unseen`) of any example.
+    """Returns `coverage@K`: the share of the catalogue among the K best unseen items (`top_k_unseen`) of any example.
 
-    Examples of weight zero are recommended nothing; other weights are alike. Called catalogue coverage by Ge et al.
-    2010, "Beyond accuracy". Mergeable: for each item, how often it was recommended.
+    Examples of weight zero are recommended nothing; other weights count alike. Ge et al. 2010, "Beyond accuracy", call
+    it catalogue coverage. The sums merge: they count how often each item was recommended.
+
+    Args:
+      scores: scores of all items.
+      seen: items that the user has seen.
+      weight: weight of each example, 0 for padding.
+      metrics: names of coverage metrics.
+      n_items: size of the catalogue.
 
     Raises:
-      UserError: an unknown name.
+      UserError: a name is unknown.
     """
     ks = {metric.name: metric.k for metric in map(parse_metric, metrics)}
     _, items = top_k_unseen(scores, seen, min(max(ks.values()), scores.shape[1]), n_items)
@@ -208,10 +231,16 @@ def _share_above_zero(times: Float[np.ndarray, " items"]) -> float:
 def evaluate_scores(
     scores: Float[Array, "batch vocab"], batch: Mapping[str, Array], metrics: Sequence[str], *, n_items: int
 ) -> Sums:
-    """Ranking metrics of one evaluation batch, which holds `target`, `seen`, `id` and `weight`.
+    """Returns the ranking metrics of one evaluation batch, which holds `target`, `seen`, `id` and `weight`.
+
+    Args:
+      scores: scores of all items.
+      batch: the evaluation batch.
+      metrics: names of metrics, in the order of the result.
+      n_items: size of the catalogue.
 
     Raises:
-      UserError: an unknown metric name.
+      UserError: a metric name is unknown.
     """
     parsed = [parse_metric(name) for name in metrics]
     target, seen, weight = batch["target"], batch["seen"], batch["weight"]
@@ -230,15 +259,20 @@ def evaluate_scores(
 def top_k_unseen(
     scores: Float[Array, "batch vocab"], seen: Int[Array, "batch seen"], k: int, n_items: int
 ) -> tuple[Float[Array, "batch k"], Int32[Array, "batch k"]]:
-    """The k best items that each user has not seen, best first, equal scores by item index.
+    """Returns the scores and the k best items that each user has not seen, best first, equal scores by item index.
 
-    Items whose score is not finite are never returned. Where fewer than k are left the row ends in item 0,
-    score -inf.
+    Items whose score is not finite are never returned. Where fewer than k are left, the row ends in item 0, score -inf.
+
+    Args:
+      scores: scores of all items.
+      seen: items that the user has seen; 0 is padding.
+      k: number of items.
+      n_items: size of the catalogue.
     """
     vocab = scores.shape[1]
     items = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     allowed = (items >= 1) & (items <= n_items) & jnp.isfinite(scores)
-    scores = jnp.where(scores == 0, jnp.zeros_like(scores), scores)  # lax.top_k puts -0.0 behind 0.0
+    scores = jnp.where(scores == 0, jnp.zeros_like(scores), scores)  # lax.top_k orders -0.0 behind 0.0
     scores = jnp.where(allowed, scores, -jnp.inf)
     rows = jax.lax.broadcasted_iota(jnp.int32, seen.shape, 0)
     scores = scores.at[rows, seen].set(-jnp.inf)
@@ -249,7 +283,7 @@ def top_k_unseen(
 
 
 def _score_of(scores: Float[Array, "batch vocab"], items: Int[Array, "batch n"]) -> Float[Array, "batch n"]:
-    """NaN for an item outside the scores."""
+    """Returns the score of each item, NaN for an item outside the scores."""
     return jnp.take_along_axis(scores, items, axis=1, mode="fill", fill_value=jnp.nan)
 
 
@@ -259,12 +293,12 @@ def _ahead(
     own: Float[Array, "batch 1"],
     target: Int[Array, "batch 1"],
 ) -> Bool[Array, "batch n"]:
-    """Whether an item stands before the target in a stable descending argsort."""
+    """Returns True where an item stands before the target in a stable descending argsort."""
     return (scores > own) | jnp.isnan(scores) | ((scores == own) & (items < target))
 
 
 def _distinct(items: Int[Array, "batch n"], n_items: int) -> tuple[Int32[Array, "batch n"], Bool[Array, "batch n"]]:
-    """Each row sorted, and whether an entry is the first of its value and an item of the catalogue."""
+    """Sorts each row and marks the entries that are the first of their value and an item of the catalogue."""
     items = jnp.sort(items.astype(jnp.int32), axis=1)
     first = jnp.diff(items, axis=1, prepend=jnp.int32(0)) != 0
     return items, first & (items >= 1) & (items <= n_items)

@@ -1,0 +1,1 @@
+"""Models as plain objects whose parameters are dicts and whose methods are pure."""

@@ -1,4 +1,4 @@
-"""DCNv2: explicit crosses of bounded degree beside (or below) a deep tower (Wang et al. 2021)."""
+"""DCNv2: explicit feature crosses of bounded degree beside, or below, a deep tower (Wang et al. 2021)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,16 @@ from jaxops.models.mlp import MLP_RULES, Mlp, width_problems
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DCNv2Config(Part):
-    """`cross_layers` of x0 * (W x + b) + x, with W of low `rank` (null: full), and a `deep` tower beside or above."""
+    """The shape of DCNv2: `cross_layers` layers x0 * (W x + b) + x, and a deep tower.
+
+    Attributes:
+      cross_layers: how many cross layers there are.
+      rank: W is a product of two matrices of this rank; null is a full matrix.
+      deep: widths of the deep tower's hidden layers.
+      structure: the deep tower reads the features (`parallel`) or the output of the crosses (`stacked`).
+      heads: widths of the hidden layers in each label's own head.
+      dropout: rate after each hidden layer of the deep tower.
+    """
 
     sort: ClassVar[str] = "click"
     label: ClassVar[str] = "DCNv2"
@@ -35,7 +44,7 @@ class DCNv2Config(Part):
     dropout: float = 0.0
 
     def problems(self) -> list[tuple[str, str]]:
-        """What no value of another section could make right (dotted path, message)."""
+        """Returns the errors that no value of another section could mend, as (dotted path, message)."""
         found = width_problems(deep=self.deep, heads=self.heads)
         if self.cross_layers < 1:
             found.append(("cross_layers", "expected 1 or more"))
@@ -44,16 +53,16 @@ class DCNv2Config(Part):
         return found + ([] if 0 <= self.dropout < 1 else [("dropout", "expected a rate in [0, 1)")])
 
     def build(self, data: ExampleFeatures) -> "DCNv2":
-        """The model of this shape over the features of the data.
+        """Builds the model for the features of this data.
 
         Raises:
-          UserError: the features do not suit it.
+          UserError: the features do not suit the model.
         """
         return DCNv2(self, data.inputs, data.numeric, data.outputs)
 
 
 class _Cross(nnx.Module):
-    """x0 * (U V x + b) + x."""
+    """One cross layer: x0 * (U V x + b) + x."""
 
     def __init__(self, width: int, rank: int | None, *, rngs: nnx.Rngs):
         init = nnx.initializers.glorot_normal()
@@ -85,10 +94,16 @@ class _DCNv2(nnx.Module):
 
 
 class DCNv2:
-    """DCNv2 of features of any widths; parameters are plain dicts, every method is pure.
+    """DCNv2 over features of any widths; parameters are plain dicts and every method is pure.
+
+    Args:
+      config: the model's shape.
+      inputs: the features that are read from tables.
+      numeric: number of numeric columns, which are crossed too.
+      outputs: number of labels.
 
     Raises:
-      UserError: neither features nor numbers.
+      UserError: there are neither features nor numeric columns.
     """
 
     padding: dict[str, str] = {}
@@ -103,11 +118,11 @@ class DCNv2:
         self.shapes = self._pure.shapes
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh parameters: He normal before a ReLU, Glorot normal elsewhere, biases at zero."""
+        """Draws fresh parameters: He normal before a ReLU, Glorot normal elsewhere, biases zero."""
         return self._pure.init(key)
 
     def apply(self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None) -> Float[Array, "batch ..."]:
-        """Logits, float32: [batch] of one output, else [batch, outputs]; no dropout where `key` is None."""
+        """Returns the logits, float32: [batch] for one label, else [batch, outputs]. A key turns dropout on."""
         dtype = params["cross_0"]["up"]["kernel"].dtype
         first = gathered(batch, self.inputs, self.numeric, dtype)
         return self._pure.bind(params)(first, example_keys(key, batch["id"]))

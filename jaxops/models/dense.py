@@ -1,7 +1,7 @@
 """A linear layer whose kernel is constrained to its logical axes where it is used.
 
-A kernel may be stored over fsdp too; multiplied as it lies it gives silently wrong gradients on some meshes
-(core/fence.py).
+A kernel may also be sharded over fsdp. XLA gives silently wrong gradients on some meshes when such a kernel is
+multiplied without that constraint (core/fence.py).
 """
 
 from collections.abc import Callable
@@ -15,7 +15,16 @@ from jaxops.core.sharding import constrain
 
 
 class Dense(nnx.Linear):
-    """`nnx.Linear` with a logical name (or None) for both dimensions of its kernel; its parameters are the same."""
+    """`nnx.Linear` with logical axes for its kernel; its parameters are those of `nnx.Linear`.
+
+    Args:
+      inputs: width of the input.
+      outputs: width of the output.
+      names: a logical axis name, or None, for each of the kernel's two dimensions.
+      bias: True adds a bias.
+      kernel_init: initializer of the kernel.
+      rngs: source of randomness for the parameters.
+    """
 
     def __init__(
         self,

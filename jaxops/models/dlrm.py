@@ -1,4 +1,4 @@
-"""DLRM: products of all pairs of features, between a tower for the numbers and one above (Naumov et al. 2019)."""
+"""DLRM: dot products of all pairs of features, between a bottom and a top tower (Naumov et al. 2019)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,14 @@ from jaxops.models.mlp import MLP_RULES, Mlp, width_problems
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DLRMConfig(Part):
-    """Hidden layers of the `bottom` tower (which ends as wide as the tables) and of the `top`; `heads` of each task."""
+    """The shape of DLRM: widths of the hidden layers of its towers.
+
+    Attributes:
+      bottom: hidden layers over the numeric columns; the tower's output is as wide as the tables.
+      top: hidden layers above the products.
+      heads: hidden layers in each label's own head.
+      dropout: rate after each hidden layer of both towers.
+    """
 
     sort: ClassVar[str] = "click"
     label: ClassVar[str] = "DLRM"
@@ -32,15 +39,15 @@ class DLRMConfig(Part):
     dropout: float = 0.0
 
     def problems(self) -> list[tuple[str, str]]:
-        """What no value of another section could make right (dotted path, message)."""
+        """Returns the errors that no value of another section could mend, as (dotted path, message)."""
         found = width_problems(bottom=self.bottom, top=self.top, heads=self.heads)
         return found + ([] if 0 <= self.dropout < 1 else [("dropout", "expected a rate in [0, 1)")])
 
     def build(self, data: ExampleFeatures) -> "DLRM":
-        """The model of this shape over the features of the data.
+        """Builds the model for the features of this data.
 
         Raises:
-          UserError: the features do not suit it.
+          UserError: the features do not suit the model.
         """
         return DLRM(self, data.inputs, data.numeric, data.outputs)
 
@@ -64,10 +71,16 @@ class _DLRM(nnx.Module):
 
 
 class DLRM:
-    """DLRM of features that share one width; parameters are plain dicts, every method is pure.
+    """DLRM over features that share one width; parameters are plain dicts and every method is pure.
+
+    Args:
+      config: the model's shape.
+      inputs: the features that are read from tables.
+      numeric: number of numeric columns; the bottom tower makes one more vector of them.
+      outputs: number of labels.
 
     Raises:
-      UserError: features of different widths, or fewer than two vectors to multiply.
+      UserError: the features differ in width, or there are fewer than two vectors to multiply.
     """
 
     padding: dict[str, str] = {}
@@ -85,11 +98,11 @@ class DLRM:
         self.rules, self.shapes = MLP_RULES, self._pure.shapes
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh parameters: He normal before a ReLU, Glorot normal above, biases at zero."""
+        """Draws fresh parameters: He normal before a ReLU, Glorot normal elsewhere, biases zero."""
         return self._pure.init(key)
 
     def apply(self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None) -> Float[Array, "batch ..."]:
-        """Logits, float32: [batch] of one output, else [batch, outputs]; no dropout where `key` is None."""
+        """Returns the logits, float32: [batch] for one label, else [batch, outputs]. A key turns dropout on."""
         dtype = params["heads"]["head_0"]["out"]["kernel"].dtype
         rows = [pooled(batch, feature).astype(dtype) for feature in self.inputs]
         numbers = batch["numeric"].astype(dtype) if self.numeric else None

@@ -1,6 +1,6 @@
-"""NNX defines the modules and stays out of signatures: parameters are plain nested dicts, merged inside the trace.
+"""NNX defines the modules and stays out of signatures: parameters are nested dicts, merged inside the trace.
 
-(`nnx.jit` costs about 4.5 times the host dispatch of `jax.jit` over split and merge.)
+(`nnx.jit` costs about 4.5 times the host dispatch of `jax.jit` around split and merge.)
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ Params = dict[str, Any]
 
 
 class Functional:
-    """A module class made pure: `init(key) -> params`, and `bind(params)` gives the module for one traced call.
+    """A module class made pure: `init(key)` returns parameters and `bind(params)` the module for one traced call.
 
     Raises:
-      TypeError: the module holds state other than parameters (running statistics, RNG): such state would be lost.
+      TypeError: the module holds state other than parameters (running statistics, RNG), which would be lost.
     """
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
@@ -30,9 +30,9 @@ class Functional:
         self.shapes: PyTree = nnx.to_pure_dict(params)
 
     def init(self, key: Array) -> Params:
-        """Fresh parameters as nested dicts."""
+        """Draws fresh parameters, as nested dicts."""
         return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(params=key)), nnx.Param))
 
     def bind(self, params: Params) -> Any:
-        """The module with these parameters; use it inside the function that is traced and let it go."""
+        """Returns the module with these parameters, for use inside one traced function; do not keep it."""
         return nnx.merge(self._graphdef, params)

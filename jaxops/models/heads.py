@@ -1,4 +1,4 @@
-"""Logits above a shared trunk: a tower of its own for each task (the shared bottom of Caruana 1997)."""
+"""Logits above a shared trunk: each label has a tower of its own (the shared bottom of Caruana 1997)."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from jaxops.models.mlp import Mlp
 
 
 class Logit(nnx.Module):
-    """One linear unit, float32 out of the product itself: rounded scores would tie, and AUC counts ties half."""
+    """One linear unit whose product is computed in float32: rounded scores would tie, and AUC counts a tie as half."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(nnx.initializers.glorot_normal()(rngs.params(), (width, 1)))
@@ -23,7 +23,7 @@ class Logit(nnx.Module):
 
 
 class Head(nnx.Module):
-    """ReLU layers of these widths and a logit above."""
+    """ReLU layers of the widths `hidden`, and a logit above them."""
 
     def __init__(self, width: int, hidden: Sequence[int], *, rngs: nnx.Rngs):
         self.tower = Mlp(width, hidden, 0.0, rngs=rngs)
@@ -34,7 +34,14 @@ class Head(nnx.Module):
 
 
 class Heads(nnx.Module):
-    """A `Head` for each task; logits float32, [batch] of a single task and [batch, outputs] of several."""
+    """One `Head` for each label. The logits are float32: [batch] for one label, [batch, outputs] for several.
+
+    Args:
+      width: width of the input.
+      hidden: widths of the hidden layers of each head.
+      outputs: number of labels.
+      rngs: source of randomness for the parameters.
+    """
 
     def __init__(self, width: int, hidden: Sequence[int], outputs: int, *, rngs: nnx.Rngs):
         self.outputs = outputs

@@ -1,4 +1,4 @@
-"""What a model reads from tables: the rows of each feature, pooled where it is a bag."""
+"""The features that a model reads from tables: the rows of each one, pooled where it is a bag."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,13 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Input:
-    """A feature: batch[name] int32 [batch], or [batch, n] of a `bag` (-1: nothing there); its rows are `dim` wide.
+    """One feature: its ids in batch[name], int32 [batch], or [batch, n] for a bag, where -1 marks an empty slot.
 
-    A bag's rows are summed or averaged, by batch["NAME/weight"] [batch, n] where there is that.
+    Attributes:
+      name: the feature's name.
+      dim: width of its rows.
+      bag: True where an example has several ids.
+      pool: a bag's rows are summed or averaged, weighted by batch["NAME/weight"] [batch, n] where the batch has that.
     """
 
     name: str
@@ -23,9 +27,11 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class ItemSequences:
-    """The data of a sequence model, which its config or a user's own factory is built for.
+    """The facts about the data that a sequence model, or a user's own factory, is built from.
 
-    Items are 1..n_items and 0 is padding. `pools` says by name of a table's feature how its bags are pooled.
+    Attributes:
+      n_items: items are numbered 1..n_items; 0 is padding.
+      pools: how the bags of a table's feature are pooled, by the feature's name.
     """
 
     n_items: int
@@ -34,7 +40,13 @@ class ItemSequences:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleFeatures:
-    """The data of a click model: its features on tables, how many numeric columns and how many labels there are."""
+    """The facts about the data that a click model is built from.
+
+    Attributes:
+      inputs: the features that are read from tables.
+      numeric: number of numeric columns.
+      outputs: number of labels.
+    """
 
     inputs: tuple[Input, ...]
     numeric: int = 0
@@ -43,14 +55,14 @@ class ExampleFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class TowerFeatures:
-    """The data of a two-tower model: the features of users and those of items."""
+    """The facts about the data that a two-tower model is built from: features of users, and features of items."""
 
     user: tuple[Input, ...]
     item: tuple[Input, ...]
 
 
 def pooled(batch: Mapping[str, Any], feature: Input) -> Float[Array, "batch ... dim"]:
-    """One vector an example (or an event of it), from batch["rows"]; zeros of an empty bag."""
+    """Returns one vector for each example, or each event of its history, from batch["rows"]; zeros for an empty bag."""
     rows = batch["rows"][feature.name]
     if not feature.bag:
         return rows
@@ -67,6 +79,13 @@ def pooled(batch: Mapping[str, Any], feature: Input) -> Float[Array, "batch ... 
 def gathered(
     batch: Mapping[str, Any], features: Sequence[Input], numeric: int, dtype: Any
 ) -> Float[Array, "batch width"]:
-    """The numeric columns (if there are any) and all pooled features side by side."""
+    """Concatenates the numeric columns, if there are any, and all pooled features.
+
+    Args:
+      batch: it holds "rows", the features' ids, and "numeric" [batch, numeric] where `numeric` is above 0.
+      features: the features, in the order of the result.
+      numeric: number of numeric columns.
+      dtype: dtype of the result.
+    """
     parts = [batch["numeric"].astype(dtype)] if numeric else []
     return jnp.concatenate([*parts, *(pooled(batch, feature).astype(dtype) for feature in features)], axis=-1)

@@ -1,4 +1,4 @@
-"""Logistic regression on tables one wide: what a click model has to beat."""
+"""Logistic regression on tables of width one: the baseline that a click model has to beat."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from jaxops.models.inputs import ExampleFeatures, Input, pooled
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearConfig(Part):
-    """It has nothing to choose."""
+    """Logistic regression, which has no settings."""
 
     sort: ClassVar[str] = "click"
     label: ClassVar[str] = "Logistic regression"
@@ -25,25 +25,31 @@ class LinearConfig(Part):
     kind: Literal["linear"] = "linear"
 
     def problems(self) -> list[tuple[str, str]]:
-        """None."""
+        """Returns no errors: there is nothing to set."""
         return []
 
     def build(self, data: ExampleFeatures) -> "LogisticRegression":
-        """The model of this shape over the features of the data.
+        """Builds the model for the features of this data.
 
         Raises:
-          UserError: the features do not suit it.
+          UserError: the features do not suit the model.
         """
         return LogisticRegression(self, data.inputs, data.numeric, data.outputs)
 
 
 class LogisticRegression:
-    """bias + the sum of the features' rows + weights of the numbers; every parameter begins at zero.
+    """The sum of a bias, the rows of the features and the weighted numeric columns; every parameter starts at zero.
 
-    Of several outputs a row has a number for each.
+    With several labels each row holds one number for each label.
+
+    Args:
+      config: it has no settings.
+      inputs: the features that are read from tables.
+      numeric: number of numeric columns.
+      outputs: number of labels.
 
     Raises:
-      UserError: a table that is not as wide as there are outputs (one, mostly).
+      UserError: a table's width is not the number of labels (mostly one).
     """
 
     padding: dict[str, str] = {}
@@ -61,12 +67,12 @@ class LogisticRegression:
             self.shapes["numeric"] = jax.ShapeDtypeStruct((numeric, outputs), jnp.float32)
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Zeros."""
+        """Returns zeros; the key changes nothing."""
         del key
         return {name: jnp.zeros(value.shape, value.dtype) for name, value in self.shapes.items()}
 
     def apply(self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None) -> Float[Array, "batch ..."]:
-        """Logits, float32: [batch] of one output, else [batch, outputs]; `key` changes nothing."""
+        """Returns the logits, float32: [batch] for one label, else [batch, outputs]. The key changes nothing."""
         total = jnp.broadcast_to(params["bias"].astype(jnp.float32)[None], (batch["id"].shape[0], self.outputs))
         for feature in self.inputs:
             total = total + pooled(batch, feature).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Linear layers with ReLU between: the towers of click and retrieval models."""
+"""Linear layers with ReLU between them: the towers of click and retrieval models."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,23 @@ from jaxops.core.sharding import Rule, constrain
 from jaxops.models.dense import Dense
 
 MLP_RULES: list[Rule] = [(r"layer_\d+/kernel$", (None, "tensor")), (r"kernel$", ()), (r"bias$", ())]
-"""Nothing is split over fsdp: these kernels are small beside the tables. A config may split them (`sharding.rules`):
-they are gathered over fsdp where they are used. (Before they were, jax computed wrong updates of such kernels for some
-widths on meshes with a third axis.)"""
+"""No kernel is sharded over fsdp, since these kernels are small beside the tables.
+
+A config may shard them (`sharding.rules`); they are then gathered over fsdp where they are used. (Before they were
+gathered, jax computed wrong updates of such kernels for some widths on meshes with a third axis.)
+"""
 
 
 class Mlp(nnx.Module):
-    """Linear layers of these widths, each with ReLU and dropout; with `last` a linear one above."""
+    """Linear layers, each with ReLU and dropout, and a linear layer above them where `last` is given.
+
+    Args:
+      width: width of the input.
+      hidden: widths of the layers with ReLU.
+      rate: dropout rate.
+      last: width of the linear layer above; None leaves it out.
+      rngs: source of randomness for the parameters.
+    """
 
     def __init__(self, width: int, hidden: Sequence[int], rate: float, *, last: int | None = None, rngs: nnx.Rngs):
         self.rate, self.depth, self.last = rate, len(hidden), last is not None
@@ -39,5 +49,5 @@ class Mlp(nnx.Module):
 
 
 def width_problems(**widths: Sequence[int]) -> list[tuple[str, str]]:
-    """Layers without a width (field, message)."""
+    """Returns the fields that hold a width below one, as (field, message)."""
     return [(name, "expected positive numbers") for name, sizes in widths.items() if any(size < 1 for size in sizes)]

@@ -1,7 +1,7 @@
 """SASRec: next-item prediction by a causal transformer over a user's history (Kang & McAuley 2018).
 
-Every position of a sequence is trained at once. Items are 1..n_items, 0 is padding; the item matrix is padded to a
-multiple of 128 rows, whatever the mesh, so that any mesh can divide it and any mesh can restore it.
+Every position of a sequence is trained at once. Items are 1..n_items and 0 is padding. The item matrix is padded to a
+multiple of 128 rows on every mesh, so that any mesh can divide it and restore it.
 """
 
 import dataclasses
@@ -26,10 +26,19 @@ PAD_ROWS = 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SASRecConfig(Part):
-    """The model's shape: `dim` wide, `length` most recent items, `norm` before or after each sublayer.
+    """The shape of SASRec.
 
-    `inputs` name the features whose tables' rows are added up at each place of the history: first `item`, then columns
-    of items, of the user and of the events; without any the item matrix is a parameter.
+    Attributes:
+      dim: width of items and activations.
+      layers: number of transformer blocks.
+      heads: number of attention heads; it divides `dim`.
+      hidden: width of the feed-forward layers; null is 4 x dim.
+      length: number of most recent items that the model reads.
+      dropout: rate of every dropout.
+      norm: normalisation before (`pre`) or after (`post`) each sublayer.
+      remat: how much of a block the backward pass recomputes: nothing, all (`full`) or all but matmuls (`dots`).
+      inputs: features whose tables' rows are summed at each position: first `item`, then columns of items, of the user
+        and of the events. Without any the item matrix is a parameter.
     """
 
     sort: ClassVar[str] = "sequence"
@@ -47,7 +56,7 @@ class SASRecConfig(Part):
     inputs: tuple[str, ...] = ()
 
     def problems(self) -> list[tuple[str, str]]:
-        """What no value of another section could make right (dotted path, message)."""
+        """Returns the errors that no value of another section could mend, as (dotted path, message)."""
         found = [
             (name, "expected a positive number")
             for name in ("dim", "layers", "heads", "length")
@@ -62,7 +71,7 @@ class SASRecConfig(Part):
         return found
 
     def problems_in(self, run: Any) -> list[tuple[str, str]]:
-        """Everything of the whole `run` config that does not go with this model (dotted path, message)."""
+        """Returns everything in the `run` config that does not go with this model, as (dotted path, message)."""
         if not self.inputs:
             unread = "sasrec reads no table unless model.inputs names them (the items' first)"
             return [("tables", unread)] if run.tables else []
@@ -83,13 +92,13 @@ class SASRecConfig(Part):
         return found
 
     def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
-        """Everything that does not go on a mesh of these sizes."""
+        """Returns everything that does not go on a mesh of these sizes, as (dotted path, message)."""
         if sizes["tensor"] > 1 and self.heads % sizes["tensor"]:
             return [("mesh.tensor", f"{sizes['tensor']} does not divide model.heads {self.heads}")]
         return []
 
     def build(self, data: ItemSequences) -> "SASRec":
-        """The model of this shape over the items of the data."""
+        """Builds the model for the items of this data."""
         return SASRec(self, data.n_items, data.pools)
 
 
@@ -116,7 +125,7 @@ class _SASRec(nnx.Module):
     ) -> Float[Array, "batch length dim"]:
         config = self.config
         if looked_up is None:
-            # constrained before the look-up: under fsdp the matrices are gathered, not whole batches of activations
+            # Constrained before the look-up, so that under fsdp the matrices are gathered and not whole batches.
             looked_up = constrain(self.item.embedding[...], ("vocab", "embed"))[items]
         x = looked_up * jnp.asarray(config.dim**0.5, looked_up.dtype)
         x = x + constrain(self.position.embedding[...], (None, "embed"))[position]
@@ -135,7 +144,7 @@ def _causal(length: int) -> Bool[Array, "length length"]:
 
 
 def _remat(block: Any, policy: str) -> Any:
-    """The block, recomputed in the backward pass: all of it (`full`) or all but matmuls (`dots`)."""
+    """Wraps the block so that the backward pass recomputes all of it (`full`) or all but its matmuls (`dots`)."""
     if policy == "none":
         return block
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
@@ -143,12 +152,13 @@ def _remat(block: Any, policy: str) -> Any:
 
 
 class SASRec:
-    """SASRec over a catalogue of `n_items`; parameters are plain dicts, every method is pure.
+    """SASRec over a catalogue of `n_items`; parameters are plain dicts and every method is pure.
 
-    Padding on the left: position `length - 1` is always the most recent item. `batch` needs "items" [batch, length]
-    and "id" [batch]; packed rows (interactions/packing.py) also carry "segment" and "position" [batch, length]. With
-    `config.inputs` the rows of those features are in batch["rows"] [batch, length(, bag), dim], and the item matrix is
-    what evaluation puts into params["catalogue"]; bags are pooled by `pools` (mean where it says nothing).
+    Sequences are padded on the left: position `length - 1` is always the most recent item. A batch holds "items"
+    [batch, length] and "id" [batch]; packed rows (interactions/packing.py) also hold "segment" and "position"
+    [batch, length]. With `config.inputs` the rows of those features are in batch["rows"], [batch, length, dim], or
+    [batch, length, bag, dim] for a bag, and evaluation puts the item matrix into params["catalogue"]. Bags are pooled
+    as `pools` says, by mean where it does not name the feature.
     """
 
     def __init__(self, config: SASRecConfig, n_items: int, pools: Mapping[str, Literal["sum", "mean"]] | None = None):
@@ -166,13 +176,13 @@ class SASRec:
         self.padding = {} if on_tables else {"item/embedding": f"{self.rows - n_items} of {self.rows} rows are padding"}
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh parameters: normal(0.02), layer norms at one, biases at zero."""
+        """Draws fresh parameters: normal(0.02), layer norm scales one, biases zero."""
         return self._pure.init(key)
 
     def encode(
         self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None
     ) -> Float[Array, "batch length dim"]:
-        """What the model says after each item of the history; no dropout where `key` is None."""
+        """Returns the hidden state after each item of the history. A `key` of None turns dropout off."""
         items = batch["items"]
         segment, position = batch.get("segment"), batch.get("position")
         if segment is None or position is None:
@@ -184,7 +194,7 @@ class SASRec:
         return self._pure.bind(params)(items, segment, position, keys, self._looked_up(batch))
 
     def _looked_up(self, batch: Mapping[str, Any]) -> Float[Array, "batch length dim"] | None:
-        """The sum of what each place of the history has in the inputs' tables; bags pooled."""
+        """Sums the rows of all inputs' tables at each position of the history, bags pooled."""
         if not self.config.inputs:
             return None
         total = None
@@ -196,29 +206,30 @@ class SASRec:
         return total
 
     def item_vectors(self, params: Params) -> Float[Array, "rows dim"]:
-        """The item matrix as it is stored, padding rows included (row 0 and rows above n_items).
+        """Returns the item matrix as it is stored, with its padding rows (row 0 and the rows above n_items).
 
-        Whoever multiplies by it, or reads rows, gathers it over fsdp first: `constrain(matrix, ("vocab", "embed"))`.
+        A caller that multiplies by it, or reads rows, gathers it over fsdp first:
+        `constrain(matrix, ("vocab", "embed"))`.
         """
         return params["catalogue"] if self.config.inputs else params["item"]["embedding"]
 
     def real_rows(self) -> Bool[Array, " rows"]:
-        """Which rows of the item matrix are items."""
+        """Returns a mask that is True for the rows of the item matrix that are items."""
         row = jnp.arange(self.rows)
         return (row > 0) & (row <= self.n_items)
 
     def apply(
         self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None
     ) -> Float[Array, "batch length rows"]:
-        """Logits over the catalogue after each item, float32; rows that are no items are -inf-like (-1e9)."""
+        """Returns the logits over the catalogue after each item, float32; rows that are no items have -1e9."""
         return self.logits(params, self.encode(params, batch, key))
 
     def logits(self, params: Params, hidden: Float[Array, "... dim"]) -> Float[Array, "... rows"]:
-        """Scores of every item for these states, float32, padding rows at -1e9."""
+        """Returns the scores of every item for these hidden states, float32; rows that are no items have -1e9."""
         vectors = self.item_vectors(params)
-        if not self.config.inputs:  # else it is no parameter: what evaluation made lies where that put it
+        if not self.config.inputs:  # With inputs the matrix is no parameter: evaluation chose its sharding.
             vectors = constrain(vectors, ("vocab", "embed"))
-        # float32 out of the product itself: rounded scores would tie
+        # The product itself gives float32: rounded scores would tie.
         scores = jnp.einsum("...d,vd->...v", hidden, vectors, preferred_element_type=jnp.float32)
         rows = self.real_rows().reshape((1,) * (scores.ndim - 1) + (-1,))
         return jnp.where(rows, scores, jnp.asarray(-1e9, jnp.float32))

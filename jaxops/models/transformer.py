@@ -1,4 +1,4 @@
-"""A small causal transformer block with per-example dropout; activations and kernels are marked by logical names."""
+"""A small causal transformer block with dropout per example and logical axes on activations and kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ _normal = nnx.initializers.normal(0.02)
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation of the last dimension, statistics in float32 whatever comes in (Ba et al. 2016).
+    """Layer normalisation of the last dimension with statistics in float32 for any input dtype (Ba et al. 2016).
 
-    (flax 0.12's own fails in bfloat16 under strict promotion.)
+    (The layer of flax 0.12 fails in bfloat16 under strict promotion.)
     """
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
@@ -37,7 +37,14 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with dropout on its probabilities (Vaswani et al. 2017)."""
+    """Multi-head self-attention with dropout on its probabilities (Vaswani et al. 2017).
+
+    Args:
+      dim: width of input and output.
+      heads: number of heads; it divides `dim`.
+      rate: dropout rate.
+      rngs: source of randomness for the parameters.
+    """
 
     def __init__(self, dim: int, heads: int, rate: float, *, rngs: nnx.Rngs):
         self.heads, self.rate = heads, rate
@@ -60,7 +67,7 @@ class Attention(nnx.Module):
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
         scale = q.shape[-1] ** -0.5
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
-        # a finite floor: a row that may see nothing (padding) must stay finite
+        # The floor is finite because a row that may see nothing (padding) must stay finite.
         probs = jax.nn.softmax(jnp.where(mask[:, None], logits, -1e9), axis=-1).astype(x.dtype)
         probs = dropout(probs, self.rate, keys, site)
         out = jnp.einsum("bhqk,bkhd->bqhd", probs, v)
@@ -68,7 +75,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two linear layers with GELU between."""
+    """Two linear layers with GELU between them."""
 
     def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs):
         self.up = Dense(dim, hidden, ("embed", "mlp"), kernel_init=_normal, rngs=rngs)
@@ -79,7 +86,16 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP with residuals, normalised before (`pre`) or after (`post`) each."""
+    """Attention and feed-forward layers with residuals, normalised before (`pre`) or after (`post`) each.
+
+    Args:
+      dim: width of input and output.
+      heads: number of attention heads; it divides `dim`.
+      hidden: width of the feed-forward layer.
+      rate: dropout rate.
+      norm: `pre` or `post`.
+      rngs: source of randomness for the parameters.
+    """
 
     def __init__(self, dim: int, heads: int, hidden: int, rate: float, norm: str, *, rngs: nnx.Rngs):
         self.rate, self.pre = rate, norm == "pre"

@@ -1,4 +1,4 @@
-"""Two towers, of users and of items, whose vectors meet in one product: what an index can search (Yi et al. 2019)."""
+"""Two towers, of users and of items, whose dot product is the score; an index can search it (Yi et al. 2019)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,18 @@ from jaxops.models.mlp import MLP_RULES, Mlp, width_problems
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoTowerConfig(Part):
-    """Features and hidden layers of both towers; `history`: how many latest items the feature of that name holds."""
+    """The shape of two towers.
+
+    Attributes:
+      user: features that the user tower reads.
+      item: features that the item tower reads; `item` is among them.
+      dim: width of the vectors that both towers return.
+      user_hidden: widths of the user tower's hidden layers.
+      item_hidden: widths of the item tower's hidden layers.
+      history: number of most recent items in the feature `history`.
+      normalise: True scales every vector to length one.
+      dropout: rate after each hidden layer.
+    """
 
     sort: ClassVar[str] = "retrieval"
     label: ClassVar[str] = "Two towers"
@@ -35,7 +46,7 @@ class TwoTowerConfig(Part):
     dropout: float = 0.0
 
     def problems(self) -> list[tuple[str, str]]:
-        """What no value of another section could make right (dotted path, message)."""
+        """Returns the errors that no value of another section could mend, as (dotted path, message)."""
         found = width_problems(user_hidden=self.user_hidden, item_hidden=self.item_hidden)
         found += [(name, "expected a positive number") for name in ("dim", "history") if getattr(self, name) < 1]
         if not self.user:
@@ -45,7 +56,7 @@ class TwoTowerConfig(Part):
         return found + ([] if 0 <= self.dropout < 1 else [("dropout", "expected a rate in [0, 1)")])
 
     def build(self, data: TowerFeatures) -> "TwoTower":
-        """The model of this shape over the features of the data."""
+        """Builds the model for the features of this data."""
         return TwoTower(self, data.user, data.item)
 
 
@@ -56,7 +67,7 @@ class _Towers(nnx.Module):
 
 
 class TwoTower:
-    """Both towers; parameters are plain dicts, every method is pure."""
+    """A user tower and an item tower; parameters are plain dicts and every method is pure."""
 
     padding: dict[str, str] = {}
 
@@ -68,15 +79,15 @@ class TwoTower:
         self.shapes = self._pure.shapes
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh parameters: He normal before a ReLU, Glorot normal above, biases at zero."""
+        """Draws fresh parameters: He normal before a ReLU, Glorot normal above, biases zero."""
         return self._pure.init(key)
 
     def users(self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None) -> Float[Array, "batch dim"]:
-        """A vector for each example's user, of length one where the config normalises (or zero: nothing known)."""
+        """Returns a vector for each example's user; a normalised one has length one, or zero where nothing is known."""
         return self._vectors("user", self.user_inputs, params, batch, key, 0)
 
     def items(self, params: Params, batch: Mapping[str, Any], key: Key[Array, ""] | None) -> Float[Array, "batch dim"]:
-        """A vector for each example's item."""
+        """Returns a vector for each example's item; a normalised one has length one, or zero where nothing is known."""
         return self._vectors("item", self.item_inputs, params, batch, key, len(self.config.user_hidden))
 
     def _vectors(
@@ -93,8 +104,8 @@ class TwoTower:
         if not self.config.normalise:
             return x
         wide = x.astype(jnp.float32)
-        # all ReLUs off and biases at zero: such a vector has no direction, and an epsilon under the root would multiply
-        # rounding noise in its gradient a million times
+        # With all ReLUs off and biases zero the vector has no direction. An epsilon under the root would multiply the
+        # rounding noise of its gradient a million times.
         square = jnp.sum(wide * wide, axis=-1, keepdims=True)
         there = square > 1e-12
         return jnp.where(there, wide * jax.lax.rsqrt(jnp.where(there, square, 1.0)), 0.0).astype(x.dtype)

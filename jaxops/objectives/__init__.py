@@ -1,0 +1,1 @@
+"""Losses: pure functions of parameters, batch and key that return mergeable sums."""

@@ -1,4 +1,4 @@
-"""Binary cross-entropy of clicks: one label, or several with a term each (`loss_weights` weighs them)."""
+"""Binary cross-entropy of clicks for one label, or for several with a term each (`loss_weights` weighs them)."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -17,40 +17,42 @@ Objective = Callable[[PyTree, Batch, Key[Array, ""] | None], Sums]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clicks(Part):
-    """Binary cross-entropy of each label that the data has; several are weighted by `loss_weights`."""
+    """Binary cross-entropy of each label in the data; several are weighted by `loss_weights`."""
 
     sort: ClassVar[str] = "click"
 
     kind: Literal["clicks"] = "clicks"
 
     def build(self, model: "ClickModel", labels: Sequence[str]) -> "Objective":
-        """The objective for this model, with a term for each label."""
+        """Builds the objective for this model, with a term for each label."""
         return bce(model) if len(labels) == 1 else multi_task(model, labels)
 
 
 @runtime_checkable
 class ClickModel(Protocol):
-    """What the loss asks of a model: logits, [batch] of one label and [batch, labels] of several."""
+    """The part of a model that the loss needs: logits, [batch] for one label and [batch, labels] for several."""
 
     def apply(self, params: PyTree, batch: Batch, key: Array | None) -> Float[Array, "batch ..."]: ...
 
 
 def binary_cross_entropy(logits: Float[Array, " n"], label: Float[Array, " n"]) -> Float[Array, " n"]:
-    """-log of the probability of what happened, per entry, float32; stable for any logit."""
+    """Returns -log of the probability of the observed label, per entry, float32; it is stable for any logit."""
     logits = logits.astype(jnp.float32)
     return jax.nn.softplus(logits) - label.astype(jnp.float32) * logits
 
 
 def bce(model: ClickModel) -> Objective:
-    """One label, batch["label"] [batch]; NaN where it is not known, which counts for nothing."""
+    """Builds the loss of one label, batch["label"] [batch]; an example whose label is NaN (not known) is left out."""
     return multi_task(model, ("bce",))
 
 
 def multi_task(model: ClickModel, names: Sequence[str]) -> Objective:
-    """A term `loss/NAME` for each label, batch["label"] [batch, labels], each over the examples that have it.
+    """Builds a loss with a term `loss/NAME` for each column of batch["label"] [batch, labels].
+
+    A label that is NaN is not known; each term covers the examples whose label is known.
 
     Raises:
-      ValueError: no names, or one twice.
+      ValueError: there are no names, or one appears twice.
     """
     if not names or len(set(names)) < len(names):
         raise ValueError(f"multi_task: expected the names of one or more labels, each once, got {tuple(names)}")

@@ -1,7 +1,7 @@
-"""Losses of next-item ranking: per position, pure, each a factory called with the model.
+"""Losses of next-item ranking: pure functions per position, made by factories that take the model.
 
-A batch has "items", "targets" and "weight", all [batch, length], and "id" [batch]; the weight of a position without
-a target is zero. Shared negatives depend on the step's key alone, so every microbatch and device draws the same.
+A batch holds "items", "targets" and "weight", all [batch, length], and "id" [batch]. The weight of a position without a
+target is zero. Shared negatives depend only on the step's key, so every microbatch and device draws the same ones.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ Batch = Mapping[str, Any]
 Objective = Callable[[PyTree, Batch, Key[Array, ""] | None], Sums]
 
 _NEGATIVES = 2**31 - 1
-"""Folded into a key to draw negatives, far from the sites of dropout."""
+"""A number that is folded into a key to draw negatives; it is far from the sites of dropout."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,15 +35,15 @@ class Softmax(Part):
     kind: Literal["softmax"] = "softmax"
 
     def build(self, model: "Ranker") -> "Objective":
-        """The objective for this model."""
+        """Builds the objective for this model."""
         return softmax(model)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampledSoftmax(Part):
-    """Softmax against uniform negatives that the step shares, with sampling correction.
+    """Softmax against uniform negatives that the whole step shares, with sampling correction.
 
-    A model that reads its items from a table has negatives of each example's own, which the host draws.
+    For a model that reads its items from a table, each example has its own negatives, which the host draws.
     """
 
     sort: ClassVar[str] = "sequence"
@@ -52,14 +52,14 @@ class SampledSoftmax(Part):
     negatives: Annotated[int, Field(ge=1)] = 256
 
     def build(self, model: "Ranker") -> "Objective":
-        """The objective for this model."""
+        """Builds the objective for this model."""
         on_tables = getattr(model, "on_tables", False)
         return sampled_softmax_on_tables(model) if on_tables else sampled_softmax(model, self.negatives)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bce(Part):
-    """Binary cross-entropy with negatives drawn per position (SASRec as published)."""
+    """Binary cross-entropy with negatives drawn for each position (SASRec as published)."""
 
     sort: ClassVar[str] = "sequence"
 
@@ -67,7 +67,7 @@ class Bce(Part):
     negatives: Annotated[int, Field(ge=1)] = 1
 
     def build(self, model: "Ranker") -> "Objective":
-        """The objective for this model."""
+        """Builds the objective for this model."""
         return bce_loss(model, self.negatives)
 
 
@@ -82,13 +82,13 @@ class Gbce(Part):
     t: Annotated[float, Field(ge=0, le=1)] = 0.75
 
     def build(self, model: "Ranker") -> "Objective":
-        """The objective for this model."""
+        """Builds the objective for this model."""
         return gbce_loss(model, self.negatives, self.t)
 
 
 @runtime_checkable
 class Ranker(Protocol):
-    """What these losses ask of a model; items are rows 1..n_items of its item matrix."""
+    """The part of a model that these losses need; items are rows 1..n_items of its item matrix."""
 
     n_items: int
 
@@ -100,7 +100,7 @@ class Ranker(Protocol):
 
 
 def softmax_cross_entropy(logits: Float[Array, "... rows"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
-    """-log softmax(logits)[target], per entry, float32."""
+    """Returns -log softmax(logits)[target], per entry, float32."""
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
@@ -109,11 +109,16 @@ def softmax_cross_entropy(logits: Float[Array, "... rows"], targets: Int[Array, 
 def sampled_softmax_cross_entropy(
     positive: Float[Array, "..."], negatives: Float[Array, "... n"], hits: Array, expected: float
 ) -> Float[Array, "..."]:
-    """Softmax over the target and `n` sampled negatives, per entry, float32.
+    """Returns the cross-entropy over the target and `n` sampled negatives, per entry, float32.
 
-    Each negative stands for 1 / `expected` items (its expected number of draws), hence the correction
-    -log(expected) on its logit; the target is there with certainty and has none. `hits` marks negatives that are the
-    target, which are left out (Bengio & Senecal 2008; Jean et al. 2015).
+    Each negative stands for 1 / `expected` items, hence the correction -log(expected) on its logit. The target is
+    always present and needs no correction (Bengio & Senecal 2008; Jean et al. 2015).
+
+    Args:
+      positive: logit of the target.
+      negatives: logits of the sampled negatives.
+      hits: True for the negatives that are the target; these are left out.
+      expected: expected number of draws of each item.
     """
     positive = positive.astype(jnp.float32)
     corrected = jnp.where(hits, -1e9, negatives.astype(jnp.float32) - math.log(expected))
@@ -122,9 +127,10 @@ def sampled_softmax_cross_entropy(
 
 
 def gbce(positive: Float[Array, "..."], negatives: Float[Array, "... n"], beta: float) -> Float[Array, "..."]:
-    """Generalised binary cross-entropy, the mean over the positive (its probability to the power beta) and negatives.
+    """Returns generalised binary cross-entropy, per entry: the mean over one positive and `n` negatives.
 
-    beta = 1 is plain BCE over 1 + n logits (Petrov & Macdonald 2023, eq. 9).
+    The probability of the positive is raised to the power beta. beta = 1 is plain BCE over 1 + n logits (Petrov &
+    Macdonald 2023, eq. 9).
     """
     positive, negatives = positive.astype(jnp.float32), negatives.astype(jnp.float32)
     total = beta * jax.nn.softplus(-positive) + jnp.sum(jax.nn.softplus(negatives), axis=-1)
@@ -132,18 +138,18 @@ def gbce(positive: Float[Array, "..."], negatives: Float[Array, "... n"], beta: 
 
 
 def gbce_beta(negatives: int, n_items: int, t: float) -> float:
-    """The power that calibrates gBCE: t = 1 undoes the overconfidence of sampling, t = 0 is BCE."""
+    """Returns the power that calibrates gBCE: t = 1 undoes the overconfidence of sampling, t = 0 is BCE."""
     alpha = negatives / max(n_items - 1, 1)
     return alpha * (t * (1 - 1 / alpha) + 1 / alpha)
 
 
 def _dot(form: str, *operands: Array) -> Array:
-    """An einsum that comes out in float32, whatever goes in: rounded scores would tie."""
+    """Computes an einsum whose result is float32 for any input dtype, because rounded scores would tie."""
     return jnp.einsum(form, *operands, preferred_element_type=jnp.float32)
 
 
 def _looked_up(model: Ranker, params: PyTree) -> Float[Array, "rows dim"]:
-    """The item matrix for a look-up: under fsdp it is gathered, rather than whole batches of what is read from it."""
+    """Returns the item matrix, gathered over fsdp, so that a look-up does not gather whole batches."""
     return constrain(model.item_vectors(params), ("vocab", "embed"))
 
 
@@ -152,7 +158,7 @@ def _sums(name: str, loss: Array, batch: Batch) -> Sums:
 
 
 def softmax(model: Ranker) -> Objective:
-    """Cross-entropy over the whole catalogue at every position."""
+    """Builds the cross-entropy over the whole catalogue at every position."""
 
     def objective(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
         logits = model.logits(params, model.encode(params, batch, key))
@@ -163,9 +169,9 @@ def softmax(model: Ranker) -> Objective:
 
 
 def sampled_softmax(model: Ranker, negatives: int = 256) -> Objective:
-    """Softmax against `negatives` uniform draws (with replacement) that the whole step shares, with correction.
+    """Builds a softmax against `negatives` uniform draws (with replacement) that the whole step shares, corrected.
 
-    Without a key (evaluation) there is nothing to draw with: the loss is then the full softmax.
+    Without a key (evaluation) no negatives can be drawn, and the loss is the full softmax.
 
     Raises:
       ValueError: `negatives` is below one.
@@ -189,10 +195,11 @@ def sampled_softmax(model: Ranker, negatives: int = 256) -> Objective:
 
 
 def sampled_softmax_on_tables(model: Ranker) -> Objective:
-    """Softmax against uniform negatives of each example's own (batch["negatives"] [batch, n], item rows), corrected.
+    """Builds a softmax against each example's own uniform negatives, batch["negatives"] [batch, n] (items), corrected.
 
-    The rows of targets and negatives are read from the items' table, batch["rows"]["target_item"] [batch, length, dim]
-    and ["negative_item"] [batch, n, dim]: a host draws negatives, because a plan must know what a step will read.
+    The rows of targets and negatives are read from the items' table: batch["rows"]["target_item"] [batch, length, dim]
+    and ["negative_item"] [batch, n, dim]. The host draws the negatives, because a plan must know which rows a step
+    reads.
     """
 
     def objective(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
@@ -208,14 +215,14 @@ def sampled_softmax_on_tables(model: Ranker) -> Objective:
 
 
 def _per_position(model: Ranker, negatives: int, name: str, beta: float) -> Objective:
-    """BCE against draws of each position's own, from the example's key; a draw may not be the target."""
+    """Builds BCE against draws for each position, from the example's key; a draw is never the target."""
 
     def objective(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
         hidden, vectors = model.encode(params, batch, key), _looked_up(model, params)
         targets = batch["targets"]
         keys = example_keys(jax.random.key(0) if key is None else key, batch["id"])
         shape = (targets.shape[1], negatives)
-        # 1..n_items without the target: draw from one fewer and step over it
+        # Draws from 1..n_items without the target: one item fewer, and the draw steps over the target.
         draw = jax.vmap(lambda k: jax.random.randint(jax.random.fold_in(k, _NEGATIVES), shape, 1, model.n_items))(keys)
         drawn = draw + (draw >= targets[..., None]).astype(draw.dtype)
         positive = _dot("bld,bld->bl", hidden, vectors[targets])
@@ -226,7 +233,7 @@ def _per_position(model: Ranker, negatives: int, name: str, beta: float) -> Obje
 
 
 def bce_loss(model: Ranker, negatives: int = 1) -> Objective:
-    """Binary cross-entropy against `negatives` uniform draws a position, as SASRec was published.
+    """Builds binary cross-entropy against `negatives` uniform draws for each position, as SASRec was published.
 
     Raises:
       ValueError: `negatives` is below one.
@@ -237,10 +244,10 @@ def bce_loss(model: Ranker, negatives: int = 1) -> Objective:
 
 
 def gbce_loss(model: Ranker, negatives: int = 256, t: float = 0.75) -> Objective:
-    """gBCE of gSASRec with calibration `t` in [0, 1].
+    """Builds the gBCE of gSASRec with calibration `t` in [0, 1].
 
     Raises:
-      ValueError: `negatives` is below one, or `t` outside [0, 1].
+      ValueError: `negatives` is below one, or `t` is outside [0, 1].
     """
     if negatives < 1 or not 0 <= t <= 1:
         raise ValueError(f"gbce: negatives must be at least 1 and t in [0, 1], got {negatives} and {t}")

@@ -1,6 +1,6 @@
-"""Losses of two-tower retrieval: a user's item against the items of its block, corrected for how often those come up.
+"""Losses of two-tower retrieval: a softmax of a user's item against the items of its block, corrected for popularity.
 
-Examples are coupled inside blocks of neighbours only, which microbatching never parts (`Task.block`). Held by
+Examples are coupled only inside blocks of neighbours, which microbatching never splits (`Task.block`). Tested in
 tests/objectives/test_retrieval.py.
 """
 
@@ -21,10 +21,13 @@ Batch = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InBatchSoftmax(Part):
-    """Two-tower retrieval: each example's item against those of its `block` of neighbours.
+    """A softmax of each example's item against the items of its `block` of neighbours.
 
-    `block: null` is the whole batch, over all devices; it cannot be cut into microbatches. `logq` takes off the log of
-    how often an item comes up, estimated on the way with counts that fade by `decay` a step.
+    Attributes:
+      temperature: divides the scores.
+      logq: True subtracts the log of how often an item appears, estimated during training.
+      decay: factor by which those counts fade at each step.
+      block: number of examples in a block; null is the whole batch over all devices, which then has no microbatches.
     """
 
     sort: ClassVar[str] = "retrieval"
@@ -36,19 +39,19 @@ class InBatchSoftmax(Part):
     block: Annotated[int, Field(ge=2)] | None = None
 
     def problems_in(self, run: Any) -> list[tuple[str, str]]:
-        """Everything of the whole `run` config that does not go with this objective (dotted path, message)."""
+        """Returns everything in the `run` config that does not go with this objective, as (dotted path, message)."""
         if self.block and run.batch.global_ % self.block:
             return [("objective.block", f"{self.block} does not divide batch.global {run.batch.global_}")]
         return []
 
     def build(self, model: "Towers", batch_size: int) -> Callable[..., Sums]:
-        """The objective for this model and batches of this size."""
+        """Builds the objective for this model and batches of this size."""
         return in_batch_softmax(model, self.block or batch_size, temperature=self.temperature)
 
 
 @runtime_checkable
 class Towers(Protocol):
-    """What the loss asks of a model: vectors whose product is the score."""
+    """The part of a model that the loss needs: vectors of users and of items, whose dot product is the score."""
 
     def users(self, params: PyTree, batch: Batch, key: Array | None) -> Float[Array, "batch dim"]: ...
 
@@ -61,14 +64,14 @@ def in_batch_cross_entropy(
     log_q: Float[Array, "*blocks n"] | None = None,
     weight: Float[Array, "*blocks n"] | None = None,
 ) -> Float[Array, "*blocks n"]:
-    """-log of the share of each row's own item (the diagonal) among the items of its block, float32.
+    """Returns -log of the softmax share of each row's own item (the diagonal) among the items of its block, float32.
 
     Args:
-      scores: of user r and the item of example c.
-      item: which item each example holds: another example with the row's own item is left out (an accidental hit).
-      log_q: log of how often each item comes up in a batch; taken off its score, which undoes that popular items are
-        negatives more often (Yi et al. 2019). The target is corrected like the others.
-      weight: examples of weight zero (padding) are nobody's negatives.
+      scores: score of user r with the item of example c.
+      item: the item of each example. Another example with the row's own item is left out (an accidental hit).
+      log_q: log of how often each item appears in a batch. It is subtracted from the item's score, since popular items
+        are negatives more often (Yi et al. 2019). The target is corrected like the others.
+      weight: weight of each example; one of weight zero (padding) is a negative of no other example.
     """
     scores = scores.astype(jnp.float32)
     if log_q is not None:
@@ -84,7 +87,7 @@ def in_batch_cross_entropy(
 def in_batch_softmax(
     model: Towers, block: int, *, temperature: float = 1.0
 ) -> Callable[[PyTree, Batch, Key[Array, ""] | None], Sums]:
-    """The objective; a batch has "item" and "weight" [batch], and "log_q" [batch] where it is to be corrected.
+    """Builds the loss; a batch holds "item" and "weight" [batch], and "log_q" [batch] where scores are to be corrected.
 
     Raises:
       ValueError: `block` is below two (there would be no negatives), or `temperature` is not positive.
@@ -104,7 +107,13 @@ def in_batch_softmax(
 
 
 class Frequencies(NamedTuple):
-    """How often items came up of late: counts that fade, each as of the step it was last touched."""
+    """Fading counts of how often each item appeared.
+
+    Attributes:
+      counts: count of each item, as of the step in `last`.
+      last: step at which the item last appeared.
+      step: number of batches counted.
+    """
 
     counts: Float[Array, " items"]
     last: Int[Array, " items"]
@@ -112,13 +121,16 @@ class Frequencies(NamedTuple):
 
 
 def no_frequencies(items: int) -> Frequencies:
-    """Before the first batch."""
+    """Returns the counts before the first batch."""
     return Frequencies(jnp.zeros(items), jnp.zeros(items, jnp.int32), jnp.int32(0))
 
 
 def count_items(seen: Frequencies, item: Int[Array, " batch"], decay: float = 0.999) -> Frequencies:
-    """After one more batch. An item that comes up twice in it counts twice: the estimator of Yi et al. 2019, which
-    keeps the steps between two appearances, cannot tell those from one (tensorflow/recommenders issue 635)."""
+    """Returns the counts after one more batch; an item that appears twice in the batch counts twice.
+
+    The estimator of Yi et al. 2019 keeps the number of steps between two appearances of an item, and cannot tell two
+    appearances in one batch from one (tensorflow/recommenders issue 635).
+    """
     step = seen.step + 1
     faded = seen.counts[item] * decay ** (step - seen.last[item]).astype(jnp.float32)
     count = seen.counts.at[item].set(faded).at[item].add(1.0)
@@ -126,7 +138,7 @@ def count_items(seen: Frequencies, item: Int[Array, " batch"], decay: float = 0.
 
 
 def log_frequency(seen: Frequencies, item: Int[Array, " n"], decay: float = 0.999) -> Float[Array, " n"]:
-    """log of the estimated share of each item among the examples; of one never seen, as if it were half seen now."""
+    """Returns the log of the estimated share of each item among the examples; the least count is 0.5."""
     count = seen.counts[item] * decay ** (seen.step - seen.last[item]).astype(jnp.float32)
     total = jnp.sum(seen.counts * decay ** (seen.step - seen.last).astype(jnp.float32))
     return jnp.log(jnp.maximum(count, 0.5) / jnp.maximum(total, 1.0))

@@ -1,7 +1,7 @@
-"""Several runs beside each other, as values: what their configs differ in and what came out.
+"""Compares several runs, as values: the differences between their configs and their results.
 
-Nothing is drawn here (compare_page.py does), so that printing a comparison costs no second.
-Held by tests/report/test_compare_page.py.
+Nothing is drawn here (compare_page.py does that), so that printing a comparison is quick. Tested in
+tests/report/test_compare_page.py.
 """
 
 import dataclasses
@@ -19,16 +19,23 @@ from jaxops.report import results
 from jaxops.report.folder import EVALUATED, RunRecord, finite
 
 MAX_RUNS = 8
-"""More lines than that in one picture cannot be told apart."""
+"""More lines than this in one picture cannot be told apart."""
 LEFT_OUT = ("run.name", "run.dir")
-"""Differences between configs that say nothing."""
+"""Config paths whose differences say nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One of the runs compared: what it left, a label that no other has, and how it stands.
+    """One of the compared runs.
 
-    `steps` is the length of the run, `wall_s` its seconds of training so far; None where that is not known.
+    Attributes:
+      run: the files of its run folder.
+      label: a name that no other run of the comparison has.
+      state: `finished`, `failed`, `running` and so on.
+      reason: why it ended, where that is known.
+      step: the last step.
+      steps: length of the run in steps; None where that is not known.
+      wall_s: seconds of training so far; None where that is not known.
     """
 
     run: RunRecord
@@ -42,7 +49,7 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A config value that is not the same everywhere: by label, left out where the run has no such path."""
+    """A config value that is not the same in all runs; `values` is by label, without the runs that lack the path."""
 
     path: str
     values: dict[str, Any]
@@ -50,7 +57,14 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A row of results: a run (`side` is its place) or a baseline, its numbers by metric, and what to know."""
+    """A row of results, of a run or a baseline.
+
+    Attributes:
+      label: name of the run or baseline.
+      side: position of the run; None for a baseline.
+      values: numbers by metric.
+      note: a remark on the numbers.
+    """
 
     label: str
     side: int | None
@@ -71,7 +85,7 @@ class Results:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Runs as given, what their configs differ in, their numbers, and what forbids comparing those."""
+    """Several runs: as given, the differences of their configs, their results, and what forbids comparing those."""
 
     sides: list[Side]
     differences: list[Difference]
@@ -80,18 +94,18 @@ class Comparison:
 
     @property
     def headline(self) -> str | None:
-        """The metric that the comparison is about: the first run's own, if it has one."""
+        """The metric that the comparison is about: that of the first run that has one."""
         return next((name for side in self.sides if (name := results.headline(side.run))), None)
 
 
 def compare_sides(sides: Sequence[Side]) -> Comparison:
-    """Puts runs beside each other; a run may be under way, or lack any of its files."""
+    """Compares runs; a run may still be running, or lack any of its files."""
     found = [_results(sides, split) for split in EVALUATED]
     return Comparison(list(sides), _differences(sides), [r for r in found if r.metrics], list(_warnings(sides, found)))
 
 
 def _differences(sides: Sequence[Side]) -> list[Difference]:
-    """Over the runs whose config can be read, in the order of the first; compared as they are written."""
+    """Returns the differences over the runs whose config can be read, in the first run's order, compared as YAML."""
     configs = {side.label: values for side in sides if (values := _flat(side.run.config))}
     paths = dict.fromkeys(path for config in configs.values() for path in config)
     sections = list(dict.fromkeys(path.split(".")[0] for path in paths))
@@ -109,13 +123,13 @@ def _differences(sides: Sequence[Side]) -> list[Difference]:
 
 
 def yaml_of(value: Any) -> str:
-    """A config value as one writes it: `0.001`, `softmax`, `[hr@10, ndcg@10]`."""
+    """Writes a config value as a user would: `0.001`, `softmax`, `[hr@10, ndcg@10]`."""
     text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """By dotted path; nothing of one that contains itself (YAML has words for that)."""
+    """Returns the config by dotted path; nothing for a config that contains itself (YAML can express that)."""
     try:
         return dict(flatten_config(config)) if config else {}
     except RecursionError:
@@ -138,19 +152,19 @@ def _results(sides: Sequence[Side], split: str) -> Results:
 
 
 def metric_of(sides: Sequence[Side], name: str) -> Metric:
-    """A metric as the first run describes it whose family wrote it down, else as the first run has it."""
+    """Returns a metric as described by the first run whose family recorded it, else by the first run."""
     runs = [side.run for side in sides]
     return next((run for run in runs if run.describes(name)), runs[0]).metric(name)
 
 
 def label_in(sides: Sequence[Side], name: str) -> str:
-    """The name of a baseline for people, of the first run that has one for it."""
+    """Returns a baseline's name for people, from the first run that has one for it."""
     labels = (side.run.label(name) for side in sides)
     return next((label for label in labels if label != label_of(name)), label_of(name))
 
 
 def _score(place: int, side: Side, split: str) -> Score:
-    """The final numbers; those of the best evaluation so far while there are none."""
+    """Returns the final numbers, or those of the best evaluation so far while there are none."""
     run = side.run
     names = results.metrics(run, split)
     values = {name: value for name in names if (value := run.number(f"{split}/{name}")) is not None}
@@ -170,7 +184,7 @@ def _score(place: int, side: Side, split: str) -> Score:
 
 
 def _baselines(sides: Sequence[Side], split: str, metrics: Sequence[str]) -> Iterator[Score]:
-    """A row for each baseline; one for each group of runs where they did not measure the same."""
+    """Yields a row for each baseline; several rows where the runs have different numbers for it."""
     several = len(set(_splits(sides).values())) > 1
     for name in dict.fromkeys(name for side in sides for name in results.baseline_names(side.run)):
         groups: list[tuple[dict[str, float], list[str]]] = []
@@ -195,12 +209,12 @@ def _baseline(side: Side, name: str, split: str, metrics: Sequence[str]) -> dict
 
 
 def _agree(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
-    """Whether no metric has two values (rounding apart)."""
+    """Returns True where no metric has two values (rounding apart)."""
     return all(math.isclose(a[metric], b[metric], rel_tol=1e-6) for metric in a.keys() & b.keys())
 
 
 def _warnings(sides: Sequence[Side], found: Sequence[Results]) -> Iterator[str]:
-    """What a reader must know before he believes that one number is better than another."""
+    """Yields what a reader must know before concluding that one number is better than another."""
     splits = _splits(sides)
     if len(set(splits.values())) > 1:
         groups = {sha: [label for label in splits if splits[label] == sha] for sha in splits.values()}
@@ -216,12 +230,12 @@ def _warnings(sides: Sequence[Side], found: Sequence[Results]) -> Iterator[str]:
 
 
 def _splits(sides: Sequence[Side]) -> dict[str, str]:
-    """SHA-256 of the data that each run was evaluated on, by label, where it is known."""
+    """Returns the SHA-256 of each run's evaluation data, by label, where it is known."""
     return {side.label: str(sha) for side in sides if (sha := _split(side.run).get("sha256"))}
 
 
 def _chance(sides: Sequence[Side], rows: Sequence[Score], split: str, metrics: Sequence[str]) -> str:
-    """How far chance alone moves a hit rate over that many queries: the widest 95 % interval of the runs."""
+    """Returns how far chance alone moves a hit rate over that many queries: the widest 95 % interval of the runs."""
     counts = {finite(_split(side.run).get(split)) for side in sides}
     n = counts.pop() if len(counts) == 1 else None
     if n is None or n < 1:
@@ -241,6 +255,6 @@ def _split(run: RunRecord) -> Mapping[str, Any]:
 
 
 def speed(run: RunRecord) -> float | None:
-    """Median training examples a second, None where none were logged."""
+    """Returns the median of training examples per second, None where none were logged."""
     curve = run.curve("train/examples_per_s")
     return float(np.median(curve.values)) if len(curve) else None

@@ -1,4 +1,4 @@
-"""`compare.html`: several runs on one page, their curves overlaid, in one file that loads nothing."""
+"""Writes `compare.html`: several runs on one page with their curves overlaid, in one file that loads nothing."""
 
 import dataclasses
 import os
@@ -16,23 +16,23 @@ from jaxops.report.folder import Series
 from jaxops.report.html import fill_template, write_page
 
 TONES = {"finished": "good", "failed": "bad", "running": "busy"}
-"""How a run stands, as a colour; anything else is a warning."""
+"""Colour of each state; any other state is a warning."""
 RAW_BELOW = 4
-"""With this many curves the raw values behind the running means only hide each other."""
+"""With this many curves or more, raw values behind the running means would hide each other."""
 MEAN_FROM = 60
-"""Points from which on a running mean tells noisy curves apart."""
+"""Number of points from which a running mean tells noisy curves apart."""
 _DASHES = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 2.0, 1.5, 2.0))
 _MORE = {
     "train/grad_norm": ("Gradient norm", True),
     "train/lr": ("Learning rate", False),
     "train/examples_per_s": ("Examples a second", True),
 }
-"""Title, and whether a running mean says more, of the curves behind the main ones."""
+"""Titles of the curves behind the main ones, and True where a running mean says more."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """How a run is drawn, everywhere on the page: four colours, then the same four with other dashes."""
+    """The style of a run's line, everywhere on the page: four colours, then the same four with other dashes."""
 
     place: int
 
@@ -42,7 +42,7 @@ class Line:
 
     @property
     def dash(self) -> tuple[float, ...]:
-        """Lengths of strokes and gaps in widths of the line; empty for a full line."""
+        """Lengths of strokes and gaps, in line widths; empty for a full line."""
         return _DASHES[(self.place + self.place // len(LINES)) % len(_DASHES)]
 
     @property
@@ -56,7 +56,7 @@ class Line:
 
 
 def write_compare(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
-    """Writes the page whole or not at all, making its folder, and returns where it is.
+    """Writes the page whole or not at all, makes its folder, and returns its path.
 
     Raises:
       RunFailed: it cannot be written there.
@@ -65,7 +65,7 @@ def write_compare(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
 
 
 def render_comparison(comparison: Comparison) -> str:
-    """The page as HTML."""
+    """Renders the page as HTML."""
     sides = comparison.sides
     return fill_template(
         "compare.html",
@@ -88,7 +88,7 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def _cards(comparison: Comparison) -> list[results.Card]:
-    """Who is ahead, by the metric that it is about, and by how much; none where nothing is called best."""
+    """Returns cards on which run leads by the headline metric, and by how much; none where nothing is called best."""
     ahead = [card for found in comparison.results if (card := _ahead(comparison.sides, found, comparison.headline))]
     changed = str(len(comparison.differences))
     return [*ahead, results.Card("Config differences", changed, "name and folder left out")] if ahead else []
@@ -108,7 +108,7 @@ def _ahead(sides: Sequence[Side], found: Results, metric: str | None) -> results
 
 
 def _facts(sides: Sequence[Side]) -> Iterator[str]:
-    """The line under the title."""
+    """Yields the facts on the line under the title."""
     states = [side.state for side in sides]
     yield ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     devices = _devices(sides)
@@ -121,7 +121,7 @@ def _devices(sides: Sequence[Side]) -> list[str]:
 
 
 def _run(side: Side, several_devices: bool) -> dict[str, Any]:
-    """The row of a run in the first table, with its device where they differ."""
+    """Returns a run's row of the first table, with its device where the runs' devices differ."""
     loss, best, examples = side.run.curve("train/loss"), side.run.number("best_step"), speed(side.run)
     total = "" if side.steps is None else f" / {side.steps:,}"
     cells = [
@@ -155,14 +155,14 @@ def _cells(row: Score, found: Results) -> list[results.Cell]:
 
 
 def _difference(found: Difference, sides: Sequence[Side]) -> dict[str, Any]:
-    """One cell a run; `same` marks what is as in the first run."""
+    """Returns a row with one cell for each run; `same` marks a value that equals the first run's."""
     texts = [yaml_of(found.values[s.label]) if s.label in found.values else None for s in sides]
     cells = [{"text": text, "same": place > 0 and text == texts[0]} for place, text in enumerate(texts)]
     return {"path": Markup("<wbr>.").join(found.path.split(".")), "cells": cells}
 
 
 def _plots(comparison: Comparison) -> Iterator[Plot]:
-    """Training loss, and the metric that the comparison is about."""
+    """Yields plots of the training loss and of the metric that the comparison is about."""
     kinds = {yaml_of(side.run.config.get("objective")) for side in comparison.sides if side.run.config}
     caption = "The objectives differ, and so may the scales of their losses." if len(kinds) > 1 else ""
     yield from _overlay(comparison, "train/loss", "Training loss", caption=caption, smooth=True)
@@ -172,7 +172,7 @@ def _plots(comparison: Comparison) -> Iterator[Plot]:
 
 
 def _more(comparison: Comparison) -> Iterator[Plot]:
-    """The other validation metrics, and what explains a training that went wrong."""
+    """Yields plots of the other validation metrics, and of curves that explain a training that went wrong."""
     names = dict.fromkeys(n for side in comparison.sides for n in results.metrics(side.run, "valid"))
     for name in [name for name in names if name != comparison.headline][:8]:
         yield from _overlay(comparison, f"valid/{name}", f"Validation {metric_of(comparison.sides, name).shown}")
@@ -183,7 +183,7 @@ def _more(comparison: Comparison) -> Iterator[Plot]:
 def _overlay(
     comparison: Comparison, name: str, title: str, *, caption: str = "", smooth: bool = False
 ) -> Iterator[Plot]:
-    """One metric of all the runs that logged it; over examples where the sizes of their batches differ."""
+    """Yields one metric of all runs that logged it; over examples seen where the batch sizes differ."""
     sides = comparison.sides
     sizes = [side.run.setting("batch", "global") for side in sides]
     whole = all(isinstance(size, int) and size > 0 for size in sizes)
@@ -204,7 +204,7 @@ def _overlay(
     words += [f"Not logged by {', '.join(absent)}." if absent else ""]
     lost = sum(points.left_out for points in drawn.values())
     words += [f"{lost} non-finite value{'s' * (lost > 1)} left out." if lost else ""]
-    label = "step" if scales[0] == scales[-1] == 1 else "examples seen"
+    label = "step" if scales is not sizes else "examples seen"
     alt = f"over the {label}: " + "; ".join(
         f"{sides[place].label} ends at {points.values[-1]:.4g} after {points.steps[-1]:,.0f}, "
         f"lowest {points.values.min():.4g}, highest {points.values.max():.4g}"
@@ -222,7 +222,7 @@ def _overlay(
 
 
 def _curve(axes: Axes, points: Series, line: Line, mean: bool, raw: bool) -> None:
-    """The points where they are few; else the values, or their running mean (of all runs or of none)."""
+    """Draws the values, marked as points where they are few, or their running mean (for all runs or for none)."""
     style: dict[str, Any] = {"color": line.colour, "linestyle": (0, line.dash) if line.dash else "-"}
     thin = figures.thinned(points)
     if not mean:

@@ -1,6 +1,6 @@
 """Plots as inline SVG whose colours are CSS variables, so that one picture suits a light and a dark page.
 
-Drawn at the width of a phone (and of half a desktop page), with real text: nothing shrinks below reading size.
+A plot is drawn as wide as a phone (and as half a desktop page), with real text: nothing shrinks below reading size.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from jaxops.report.folder import Series
 
 WIDTH, HEIGHT = 4.6, 2.6
-"""Inches of 72 units; the page scales them to the column."""
+"""Inches of 72 units; the page scales the picture to the column."""
 MAX_POINTS = 500
 
 INK, GRID = "#a10001", "#a10002"
@@ -58,7 +58,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A picture with its words: `text` says what it shows to someone who cannot see it."""
+    """A picture with its words; the SVG's label describes it to someone who cannot see it."""
 
     title: str
     caption: str
@@ -67,7 +67,7 @@ class Plot:
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """The point of a curve that is pointed out."""
+    """A highlighted point of a curve, with its text."""
 
     step: float
     value: float
@@ -85,10 +85,17 @@ def curves(
     resumed: Sequence[int] = (),
     from_zero: bool = False,
 ) -> Plot:
-    """Curves over the steps, told apart by colour and dash.
+    """Draws curves over the steps, told apart by colour and dash.
 
-    `smooth` draws the running mean of noisy curves boldly over the raw values; `levels` are dashed reference
-    lines (baselines); `resumed` puts a thin line where the run was taken up again.
+    Args:
+      series: the curves, by name; empty ones are left out.
+      title: title of the plot.
+      caption: sentence below the title.
+      smooth: True draws the running mean of noisy curves boldly over the raw values.
+      levels: dashed reference lines (baselines), by name.
+      mark: a point to highlight.
+      resumed: steps at which the run was resumed, each a thin line.
+      from_zero: True starts the vertical axis at zero.
     """
     series = {name: points for name, points in series.items() if len(points)}
 
@@ -120,7 +127,14 @@ def curves(
 def histogram(
     edges: Float[np.ndarray, " bins_plus_1"], counts: Float[np.ndarray, " bins"], *, title: str, label: str
 ) -> Plot:
-    """Bars of equal width, one for each bin of whole numbers [edge, next edge), however wide the bin."""
+    """Draws bars of equal width, one for each bin of whole numbers [edge, next edge), however wide the bin.
+
+    Args:
+      edges: whole numbers where bins begin, and where the last one ends.
+      counts: number of values in each bin.
+      title: title of the plot.
+      label: label of the horizontal axis.
+    """
 
     def draw(axes: Axes) -> None:
         place = np.arange(len(counts))
@@ -137,10 +151,10 @@ def histogram(
 
 
 def reliability_figure(values: Float[np.ndarray, "3 bins"], *, title: str = "Predicted against observed rate") -> Plot:
-    """What was predicted against what came of it, by bin, with the share of the examples in each as bars.
+    """Draws the observed rate over the predicted rate, by bin, with each bin's share of the examples as bars.
 
-    `values` are those of `reliability` in `evaluate/clicks.py`: predicted rate, observed rate and share, by predicted
-    probability in equal steps from 0 to 1; NaN rates where a bin is empty. The axes end where the examples do.
+    `values` are those of `reliability` in `evaluate/clicks.py`: predicted rate, observed rate and share, in equal steps
+    of the predicted probability from 0 to 1; rates are NaN where a bin is empty. The axes end where the examples do.
 
     Raises:
       ValueError: no bin has examples.
@@ -158,7 +172,7 @@ def reliability_figure(values: Float[np.ndarray, "3 bins"], *, title: str = "Pre
         bars = axes.twinx()
         bars.bar((full + 0.5) / bins, share[full], width=0.86 / bins, color=LINES[0], alpha=0.22)
         most = float(share[full].max())
-        bars.set_ylim(0.0, 3.0 * most)  # the lower third: the points are what matters
+        bars.set_ylim(0.0, 3.0 * most)  # The bars stay in the lower third, because the points matter more.
         bars.set_yticks([0.0, most], ["0", f"{most:.0%}" if most >= 0.1 else f"{most:.1%}"])
         bars.set_ylabel("share of examples", loc="bottom")
         bars.grid(False)
@@ -179,13 +193,13 @@ def reliability_figure(values: Float[np.ndarray, "3 bins"], *, title: str = "Pre
 
 
 def noisy(points: Series) -> bool:
-    """Whether a curve goes up and down so much that its mean says more; a schedule of rates does not."""
+    """Returns True where a curve goes up and down so much that its mean says more; a rate schedule does not."""
     path = np.abs(np.diff(points.values)).sum()
     return len(points) >= 12 and bool(path > 4 * np.ptp(points.values))
 
 
 def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The mean under weights that halve every n / 60 points to both sides: it does not lag behind."""
+    """Returns a mean whose weights halve every n / 60 points to both sides, so that it does not lag behind."""
     decay = 0.5 ** (1.0 / max(1.0, len(values) / 60))
     both_sides = lambda x: _decayed_sum(x, decay) + _decayed_sum(x[::-1], decay)[::-1] - x
     return both_sides(values) / both_sides(np.ones(len(values)))
@@ -196,7 +210,7 @@ def _decayed_sum(values: Float[np.ndarray, " n"], decay: float) -> Float[np.ndar
 
 
 def thinned(points: Series) -> Series:
-    """At most `MAX_POINTS` points: the mean of each run of neighbours, the last point kept as it is."""
+    """Reduces a series to at most `MAX_POINTS` points, each the mean of a run of neighbours; the last is kept."""
     n = len(points)
     if n <= MAX_POINTS:
         return points
@@ -207,7 +221,7 @@ def thinned(points: Series) -> Series:
 
 
 def compact(value: float) -> str:
-    """`12.5k` for 12500, `0.05` for 0.05."""
+    """Writes a number briefly: `12.5k` for 12500, `0.05` for 0.05."""
     for least, unit, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= least:
             return f"{value / unit:.4g}{suffix}"
@@ -215,13 +229,13 @@ def compact(value: float) -> str:
 
 
 def _bin(edges: Float[np.ndarray, " bins_plus_1"], i: int) -> str:
-    """`8-15` for the whole numbers from 8 up to but not 16."""
+    """Names a bin: `8-15` for the whole numbers from 8 up to but not including 16."""
     first, last = edges[i], edges[i + 1] - 1
     return compact(first) if last <= first else f"{compact(first)}\u2013{compact(last)}"
 
 
 def _curve(axes: Axes, points: Series, colour: str, dash: Any, smooth: bool, name: str) -> None:
-    """The points themselves are shown where they are few."""
+    """Draws a curve, with its points marked where they are few."""
     few: dict[str, Any] = {"marker": "o", "markersize": 3.2} if len(points) <= 30 else {}
     raw = thinned(points)
     if not smooth or not noisy(points):
@@ -233,7 +247,7 @@ def _curve(axes: Axes, points: Series, colour: str, dash: Any, smooth: bool, nam
 
 
 def _legend(axes: Axes) -> None:
-    """Above the plot, in as many columns as the names leave room for."""
+    """Puts the legend above the plot, in as many columns as the names leave room for."""
     lines, names = axes.get_legend_handles_labels()
     names = [name if len(name) <= 36 else name[:35] + "\u2026" for name in names]
     columns = max(1, min(3, 40 // max(len(name) for name in names)))
@@ -241,7 +255,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _annotate(axes: Axes, mark: Mark) -> None:
-    """The words of a mark, on the side of it where there is room."""
+    """Writes the text of a mark on the side of it where there is room."""
     low, high = axes.get_xlim()
     right = mark.step > (low + high) / 2
     axes.margins(y=0.18)
@@ -266,11 +280,11 @@ def _in_words(name: str, points: Series) -> str:
 
 
 def picture(draw: Callable[[Axes], None], title: str, alt: str) -> Markup:
-    """Draws and makes the SVG fit for a page: no prologue, no ids but those in use, colours by variable."""
+    """Draws a plot and makes its SVG fit for a page: no prologue, no unused ids, colours as variables."""
     scope = "f" + hashlib.sha256(f"{title}{alt}".encode()).hexdigest()[:10]
     file = io.StringIO()
     with rc_context(_STYLE | {"svg.hashsalt": scope}), warnings.catch_warnings():
-        # The reader's browser has the letters that matplotlib's font lacks; only their width is guessed.
+        # The reader's browser has letters that matplotlib's font lacks; only their width is guessed here.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         draw(figure.add_subplot())

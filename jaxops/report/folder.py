@@ -1,4 +1,4 @@
-"""Reads a run folder for people: a file may be missing, partial or odd, and what is there is still shown."""
+"""Reads a run folder for people: a file may be missing, partial or odd, and the rest is still shown."""
 
 import dataclasses
 import datetime as dt
@@ -21,7 +21,7 @@ _HUGE = 1e39
 _LOWER_IN_OLDER_FOLDERS = re.compile(r"loss|nll|perplexity|rmse|mae|error|\bne\b|\bkl\b|\bece\b")
 _NOT_METRICS = frozenset({"v", "step", "time", "event", "text"})
 EVALUATED = ("test", "valid")
-"""Splits that results are reported on, the more telling one first."""
+"""Splits that results are reported on, the more informative one first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that happened at a step: resumed, skipped, ..."""
+    """An event at one step: resumed, skipped and so on."""
 
     step: int
     time: dt.datetime | None
@@ -48,7 +48,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run has written so far; `problems` names the files that could not be read."""
+    """The contents of a run folder so far; `problems` names the files that could not be read."""
 
     path: Path
     summary: dict[str, Any]
@@ -69,35 +69,35 @@ class RunRecord:
 
     @property
     def state(self) -> str:
-        """As the summary says, unless it is missing or older than the metrics: then the run goes on."""
+        """The state in the summary; where that is missing or older than the metrics, the run goes on."""
         if "state" in self.summary and not self._goes_on:
             return str(self.summary["state"])
         return "in progress" if self.step is not None else "nothing logged yet"
 
     @property
     def reason(self) -> str:
-        """Why the run ended, where the summary says so."""
+        """The reason why the run ended, where the summary gives one."""
         return "" if self._goes_on else str(self.summary.get("reason") or "")
 
     @property
     def _goes_on(self) -> bool:
-        """Whether steps were logged after the summary was written."""
+        """True where steps were logged after the summary was written."""
         ended = self.number("step")
         return ended is not None and self.step is not None and self.step > ended
 
     def setting(self, *path: str) -> Any:
-        """A value of the resolved config, or None."""
+        """Returns a value of the resolved config, or None."""
         node: Any = self.config
         for key in path:
             node = node.get(key) if isinstance(node, Mapping) else None
         return node
 
     def curve(self, name: str) -> Series:
-        """A metric's series, empty where it was never logged."""
+        """Returns a metric's series, empty where it was never logged."""
         return self.series.get(name, Series(np.zeros(0), np.zeros(0)))
 
     def metric(self, name: str) -> Metric:
-        """A metric as the run's family describes it; in folders of older versions its name decides."""
+        """Returns a metric as the run's family describes it; in folders of older versions its name decides."""
         known = self.about.get("metrics")
         found = known.get(name.partition("[")[0]) if isinstance(known, Mapping) else None
         if isinstance(found, Mapping) and found.get("better") in ("higher", "lower", "neither"):
@@ -105,22 +105,22 @@ class RunRecord:
         return Metric(name, _better_by_name(name))
 
     def describes(self, name: str) -> bool:
-        """True where the run's family wrote down which way the metric is better."""
+        """Returns True where the run's family recorded which way the metric is better."""
         known = self.about.get("metrics")
         return isinstance(known, Mapping) and name.partition("[")[0] in known
 
     def label(self, name: str) -> str:
-        """The name of a model or baseline for people."""
+        """Returns the name of a model or baseline for people."""
         known = self.about.get("labels")
         return str(known[name]) if isinstance(known, Mapping) and name in known else label_of(name)
 
     def number(self, *names: str) -> float | None:
-        """The first of these that the summary holds as a finite number."""
+        """Returns the first of these entries that the summary holds as a finite number."""
         return next((v for name in names if (v := finite(self.summary.get(name))) is not None), None)
 
 
 def read_run(run_dir: str | os.PathLike[str]) -> RunRecord:
-    """Gathers a run folder.
+    """Reads a run folder.
 
     Raises:
       UserError: there is no such folder.
@@ -149,20 +149,20 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunRecord:
 
 
 def _better_by_name(name: str) -> Better:
-    """Which way a metric is better, for run folders from before this was written down."""
+    """Returns which way a metric is better, for run folders of versions that did not record it."""
     if name.startswith("calibration"):
         return "neither"
     return "lower" if _LOWER_IN_OLDER_FOLDERS.search(name) else "higher"
 
 
 def finite(value: Any) -> float | None:
-    """The value as a float, if it is a number that float32 could hold."""
+    """Returns the value as a float if it is a number that float32 could hold, else None."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number and -_HUGE < value < _HUGE else None
 
 
 def utc_time(value: Any) -> dt.datetime | None:
-    """Unix seconds or ISO text as a UTC time, None for anything else."""
+    """Returns Unix seconds or ISO text as a UTC time, None for anything else."""
     try:
         if isinstance(value, str):
             found = dt.datetime.fromisoformat(value)
@@ -222,7 +222,7 @@ def _event(line: Mapping[str, Any]) -> Event:
 
 
 def _series(lines: list[dict[str, Any]]) -> dict[str, Series]:
-    """By name; where a step was written twice the later line counts."""
+    """Returns the series by name; where a step was written twice, the later line counts."""
     points: dict[str, dict[int, Any]] = {}
     for line in lines:
         for name in line.keys() - _NOT_METRICS:

@@ -1,4 +1,4 @@
-"""A page from its template, and onto the disk: what the report and the comparison do alike."""
+"""Fills a page's template and writes the page to disk, for the report and the comparison alike."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from jaxops.core.writers import replace_file
 
 
 def fill_template(template: str, **values: Any) -> str:
-    """The HTML of a template in `templates/`; every value is escaped that is not Markup."""
+    """Returns the HTML of a template in `templates/`; every value that is not Markup is escaped."""
     environment = Environment(
         loader=PackageLoader("jaxops.report"),
         autoescape=True,
@@ -22,7 +22,7 @@ def fill_template(template: str, **values: Any) -> str:
 
 
 def write_page(path: Path, html: str, hint: str = "") -> Path:
-    """Writes a page whole or not at all, making its folder, and returns where it is.
+    """Writes a page whole or not at all, makes its folder, and returns its path.
 
     Raises:
       RunFailed: it cannot be written there; the message ends with `hint`.

@@ -1,4 +1,4 @@
-"""`report.html`: one page about a run that one would send to a colleague, in one file that loads nothing."""
+"""Writes `report.html`: one page about a run, fit to send to a colleague, in one file that loads nothing."""
 
 import dataclasses
 import datetime as dt
@@ -24,7 +24,7 @@ _MAIN = ("train/loss", "train/examples_per_s")
 
 @dataclasses.dataclass(frozen=True)
 class StateBadge:
-    """How a run stands, in a word and a tone (good, bad, warn, busy)."""
+    """A run's state, as a word and a tone (good, bad, warn, busy)."""
 
     text: str
     tone: str
@@ -41,11 +41,11 @@ _TONES = {
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
-    """Writes `report.html` into a run folder from what is there, finished or not, and returns its path.
+    """Writes `report.html` into a run folder, finished or not, and returns its path.
 
-    Reads `config.yaml`, `metrics.jsonl`, `data.json` and `summary.json`; any may be missing or cut off. Of
-    the summary it shows, besides the results: name, state, reason, device, step, steps, best_step (whose
-    parameters the results are of), wall_s, finished (unix or ISO), command, versions (by package), seed. Lists named
+    It reads `config.yaml`, `metrics.jsonl`, `data.json` and `summary.json`; any may be missing or cut off. Besides the
+    results it shows of the summary: name, state, reason, device, step, steps, best_step (the step of the parameters
+    that were evaluated), wall_s, finished (Unix or ISO), command, versions (by package), seed. Lists named
     `valid/reliability` or `test/reliability` (evaluate/clicks.py) are drawn.
 
     Raises:
@@ -57,7 +57,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def render_report(run: RunRecord) -> str:
-    """The page as HTML."""
+    """Renders the page as HTML."""
     shown = run.events[-MAX_EVENTS:]
     return fill_template(
         "report.html",
@@ -83,13 +83,13 @@ def render_report(run: RunRecord) -> str:
 
 
 def _notes(run: RunRecord) -> list[str]:
-    """Sentences of the run's family on how its figures were made."""
+    """Returns the family's sentences on how the run's figures were made."""
     found = run.about.get("notes")
     return [str(note) for note in found] if isinstance(found, list) else []
 
 
 def _facts(run: RunRecord) -> Iterator[str]:
-    """The line under the name: device, when, what."""
+    """Yields the facts on the line under the name: device, date, model and objective."""
     finished = utc_time(run.summary.get("finished")) or run.last_time
     if run.summary.get("device"):
         yield str(run.summary["device"])
@@ -156,7 +156,7 @@ def _headline_plot(run: RunRecord, metric: str, curve: Series) -> Plot:
 
 
 def _small_plots(run: RunRecord) -> Iterator[Plot]:
-    """Every other curve that moves."""
+    """Yields a plot of every other curve that has two or more points."""
     shown = {*_MAIN, *(f"valid/{name}" for name in results.metrics(run, "valid"))}
     rest = [(name, curve) for name, curve in run.series.items() if name not in shown and len(curve) > 1]
     for name, curve in rest[:MAX_SMALL_PLOTS]:
@@ -164,13 +164,13 @@ def _small_plots(run: RunRecord) -> Iterator[Plot]:
 
 
 def _reliability_plots(run: RunRecord) -> Iterator[Plot]:
-    """Of `test/reliability`, `valid/reliability` and, of a task of several labels, `test/NAME/reliability`."""
+    """Plots `test/reliability` and `valid/reliability`, and `test/NAME/reliability` in a task of several labels."""
     for split in EVALUATED:
         for key, value in run.summary.items():
             if not key.startswith(f"{split}/") or not key.endswith("/reliability"):
                 continue
             try:
-                values = np.array(value, np.float64)  # null, of an empty bin, becomes NaN
+                values = np.array(value, np.float64)  # the null of an empty bin becomes NaN
             except (TypeError, ValueError, OverflowError):
                 continue
             if values.ndim != 2 or len(values) != 3 or not _rates(values):
@@ -181,13 +181,13 @@ def _reliability_plots(run: RunRecord) -> Iterator[Plot]:
 
 
 def _rates(values: np.ndarray) -> bool:
-    """Whether all that is there lies between 0 and 1 (float32 may be off by a little), and some of it is."""
+    """Returns True where all known values lie between 0 and 1 (float32 may be off by a little) and there is one."""
     known = values[:, np.isfinite(values).all(axis=0) & (values[2] > 0)]
     return bool(known.size and ((known >= 0) & (known <= 1.001)).all())
 
 
 def _data_rows(run: RunRecord) -> list[tuple[str, str]]:
-    """The rows that the run's family wrote about its data; the bare values where it wrote none."""
+    """Returns the rows that the run's family recorded about its data, or the bare values where it recorded none."""
     rows = run.about.get("data")
     if isinstance(rows, list) and rows and all(isinstance(row, list) and len(row) == 2 for row in rows):
         return [(str(what), str(value)) for what, value in rows]
@@ -205,7 +205,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _lengths(run: RunRecord) -> Plot | None:
-    """The histogram that the run's family gave, if it gave one."""
+    """Plots the histogram that the run's family recorded, if there is one."""
     found = run.about.get("histogram") or _older_histogram(run.data)
     try:
         edges, counts = (np.array(found[key], np.float64) for key in ("edges", "counts"))
@@ -223,14 +223,14 @@ def _lengths(run: RunRecord) -> Plot | None:
 
 
 def _older_histogram(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The lengths in `data.json`, where there is no `about.json` yet."""
+    """Returns the lengths in `data.json`, for run folders without `about.json`."""
     lengths = data.get("lengths")
     found = lengths.get("histogram") if isinstance(lengths, Mapping) else None
     return {"title": "Lengths", "label": "length", **found} if isinstance(found, Mapping) else {}
 
 
 def _highlighted(text: str) -> Markup:
-    """The config with its keys and comments marked."""
+    """Marks the keys and comments of the config."""
     lines = []
     for line in text.rstrip().split("\n") if text.strip() else []:
         key = re.match(r"^(\s*(?:- )?)([^\s#:][^:#]*)(:)(?=\s|$)(.*)$", line)
@@ -244,7 +244,7 @@ def _highlighted(text: str) -> Markup:
 
 
 def _reproduce(run: RunRecord) -> Iterator[tuple[str, str]]:
-    """(what, value) rows; commands and hashes are shown as code by the page."""
+    """Yields (name, value) rows; the page shows commands and hashes as code."""
     command = run.summary.get("command")
     if isinstance(command, list):
         command = shlex.join(str(word) for word in command)
@@ -263,6 +263,6 @@ def _reproduce(run: RunRecord) -> Iterator[tuple[str, str]]:
     split = run.data.get("split")
     if isinstance(split, dict) and split.get("sha256"):
         yield "Split SHA-256", str(split["sha256"])
-    # One in an object store is written in a folder that stands in for it, on some machine.
+    # A run in an object store is written to a local folder first; the reader needs its place in the store.
     home = str(run.setting("run", "dir"))
     yield "Folder", f"{home.rstrip('/')}/{run.name}" if "://" in home else str(run.path)

@@ -1,4 +1,4 @@
-"""The numbers that the reader came for: the model against the baselines, and the few headline values."""
+"""The results of a run: the model against the baselines in tables, and a few headline values."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ TITLES = {"test": "Test", "valid": "Validation"}
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A number of a table as it is shown; `best` of its column is set in bold."""
+    """A number of a table as it is shown; the best of its column is bold."""
 
     text: str
     best: bool
@@ -21,7 +21,14 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The numbers of the model (`ours`) or of a baseline; `within`: of a baseline on the slice of the row above."""
+    """The numbers of the model or of a baseline.
+
+    Attributes:
+      label: its name.
+      ours: True for the model.
+      cells: a number for each column.
+      within: True for a baseline on the slice of the row above.
+    """
 
     label: str
     ours: bool
@@ -31,7 +38,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """Against the best baseline: `+38.2%`, and whether that is for the better."""
+    """The gain over the best baseline, such as `+38.2%`, and True where that is an improvement."""
 
     text: str
     better: bool
@@ -39,7 +46,7 @@ class Gain:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One split: a row for the model and each baseline, of everything and of each slice, a column for each metric."""
+    """One split: rows for the model and each baseline, on all examples and on each slice; a column for each metric."""
 
     title: str
     columns: list[str]
@@ -51,7 +58,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """A headline value: what it is, the value, and what puts it in proportion."""
+    """A headline value: its label, the value, and a note that puts it in proportion."""
 
     label: str
     value: str
@@ -59,53 +66,58 @@ class Card:
 
 
 def metric_label(run: RunRecord, name: str) -> str:
-    """A metric's name for people: `NDCG@10` for `ndcg@10`."""
+    """Returns a metric's name for people: `NDCG@10` for `ndcg@10`."""
     return run.metric(name).shown
 
 
 def display(run: RunRecord, name: str) -> str:
-    """A baseline's name for people."""
+    """Returns a baseline's name for people."""
     return run.label(name)
 
 
 def model_name(run: RunRecord) -> str:
-    """The model for people: as the run's family calls it, else its kind or the import path that stands for one."""
+    """Returns the model's name for people: the family's name for it, else its kind or its import path."""
     known = run.about.get("model")
     return str(known or run.label(str(run.setting("model", "kind") or run.setting("model", "fn") or "model")))
 
 
 def baseline_names(run: RunRecord) -> list[str]:
-    """Names in the order of the summary."""
+    """Returns the names of the baselines in the order of the summary."""
     found = (key.split("/")[1] for key in run.summary if key.startswith("baseline/") and key.count("/") >= 3)
     return list(dict.fromkeys(found))
 
 
 def metrics(run: RunRecord, split: str) -> list[str]:
-    """What the summary (without one, the log) holds of a split, ranking metrics first in usual order; no slices."""
+    """Returns a split's metrics in the summary (else in the log), without slices, ranking metrics first."""
     keys = [key for key in run.summary if key.startswith(f"{split}/") and finite(run.summary[key]) is not None]
     if not keys and split == "valid":
         keys = [key for key in run.series if key.startswith("valid/") and len(run.series[key])]
-    usual = ("hr", "recall", "ndcg", "mrr")
     names = [key.removeprefix(f"{split}/") for key in keys if "[" not in key]
-    ranked = sorted((n for n in names if n.split("@")[0] in usual), key=lambda n: usual.index(n.split("@")[0]))
-    return ranked + [name for name in names if name not in ranked]
+    asked = run.setting("evaluate", "metrics")
+    order = {name: at for at, name in enumerate(asked)} if isinstance(asked, list) else {}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
 def slices(run: RunRecord, split: str) -> list[str]:
-    """Parts of a split, or further labels, that the summary has metrics of."""
+    """Returns the parts of a split, or further labels, that the summary has metrics of."""
     keys = [key for key in run.summary if key.startswith(f"{split}/") and key.endswith("]") and "[" in key]
     return list(dict.fromkeys(key.partition("[")[2].removesuffix("]") for key in keys))
 
 
 def headline(run: RunRecord) -> str | None:
-    """What the run is about: what checkpoints or early stopping go by, else NDCG@10, else the first."""
+    """Returns the metric of the best checkpoint or of early stopping, else NDCG@10, else the first."""
     there = dict.fromkeys(name for split in EVALUATED for name in metrics(run, split))
-    wanted = (run.setting("checkpoint", "best"), run.setting("evaluate", "stop", "metric"), "ndcg@10", *there)
+    wanted = (
+        run.setting("checkpoint", "best"),
+        run.setting("evaluate", "stop", "metric"),
+        run.about.get("headline"),
+        *there,
+    )
     return next((name for name in wanted if isinstance(name, str) and name in there), None)
 
 
 def best_step(run: RunRecord, metric: str) -> tuple[float, float] | None:
-    """(step, value) of the best evaluation on validation; of equal ones the step that was kept, else the first."""
+    """Returns (step, value) of the best evaluation on validation; among equal ones the kept step, else the first."""
     curve = run.curve(f"valid/{metric}")
     if not len(curve):
         return None
@@ -119,12 +131,12 @@ def best_step(run: RunRecord, metric: str) -> tuple[float, float] | None:
 
 
 def tables(run: RunRecord) -> list[Table]:
-    """One for each split that the summary has results of."""
+    """Returns a table for each split that the summary has results of."""
     return [_table(run, split) for split in EVALUATED if run.summary and metrics(run, split)]
 
 
 def cards(run: RunRecord) -> list[Card]:
-    """The headline values; a run that has not finished shows first how far it is."""
+    """Returns the headline values; for a run that has not finished, its progress comes first."""
     progress = [] if run.state == "finished" else [_progress(run)]
     return [*progress, *_result_cards(run), *_training_cards(run)]
 
@@ -161,17 +173,17 @@ def _training_cards(run: RunRecord) -> Iterator[Card]:
 
 
 def score(value: float) -> str:
-    """A metric with four digits: `0.1973`."""
+    """Writes a metric with four digits: `0.1973`."""
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}"
 
 
 def amount(value: float) -> str:
-    """An amount or a rate: `14,972`; three digits below a hundred."""
+    """Writes an amount or a rate: `14,972`; three digits below a hundred."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
-    """The two largest units: `1 h 05 min`, `4 min 12 s`, `8.3 s`."""
+    """Writes a time in its two largest units: `1 h 05 min`, `4 min 12 s`, `8.3 s`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -183,7 +195,7 @@ def duration(seconds: float) -> str:
 
 
 def result_cell(value: float | None, best: float | None) -> Cell:
-    """A number as a table shows it: a dash for none, and marked where it is the best of its column."""
+    """Returns a number as a table shows it: a dash for None, and marked where it is the best of its column."""
     return Cell("\u2013" if value is None else score(value), value is not None and value == best)
 
 
@@ -202,7 +214,7 @@ def _table(run: RunRecord, split: str) -> Table:
 
 
 def _rows(run: RunRecord, split: str, names: list[str], label: str, within: bool = False) -> list[Row]:
-    """The model and the baselines (of a slice, those that have it), the best of a column marked if there is one."""
+    """Returns rows of the model and the baselines (on a slice, of those that have it), each column's best marked."""
     values = [(label, [run.number(f"{split}/{name}") for name in names])]
     for baseline in baseline_names(run):
         found = [_baseline(run, baseline, split, name) for name in names]
@@ -240,7 +252,10 @@ def _best_baseline(run: RunRecord, split: str, metric: str) -> tuple[str, float 
 
 
 def _gain(run: RunRecord, split: str, metric: str) -> Gain | None:
-    """None without both numbers, over a baseline of zero, or where neither number is better."""
+    """Returns the gain over the best baseline.
+
+    It is None without both numbers, over a baseline of zero, or where neither number is better.
+    """
     ours, (_, best) = run.number(f"{split}/{metric}"), _best_baseline(run, split, metric)
     if ours is None or not best:
         return None
@@ -250,7 +265,7 @@ def _gain(run: RunRecord, split: str, metric: str) -> Gain | None:
 
 
 def _certainty(run: RunRecord, split: str, names: list[str]) -> str:
-    """How far chance alone moves a hit rate over that many queries (normal approximation, 95 %)."""
+    """Returns how far chance alone moves a hit rate over that many queries (normal approximation, 95 %)."""
     counts = run.data.get("split")
     n = finite(counts.get(split)) if isinstance(counts, dict) else None
     if not n or n < 1:

@@ -118,6 +118,7 @@ class About:
     Attributes:
       labels: names for people, by the name of a model or baseline.
       model: the model's name for people.
+      headline: the metric that a run is judged by, where its config chooses none.
       data: rows of (name, value) about the data.
       histogram: {"title", "label", "edges", "counts"} of some lengths, or nothing.
       note: the way the figures were made, in a few words for a heading.
@@ -126,6 +127,7 @@ class About:
 
     model: str = "model"
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    headline: str = ""
     data: Sequence[tuple[str, str]] = ()
     histogram: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""

@@ -1,7 +1,8 @@
-"""A moving average of every row, exact, of which a step touches the touched rows alone.
+"""An exact moving average of every row of a table, of which a step updates only the rows that it touches.
 
-Between two touches a row stands still, so all that the average did in between is one power: of `core.optimizer.ema`'s
-rates, which rise to the decay, the product has a closed form. Held by tests/tables/test_average.py, against that.
+Between two touches a row does not change, so the average's gap to it shrinks by one factor: the product of the rates of
+`core.optimizer.ema`, which rise to the decay. That product has a closed form. Tested in tests/tables/test_average.py
+against `core.optimizer.ema`.
 """
 
 import math
@@ -10,18 +11,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 AVERAGE, SINCE = "average", "averaged"
-"""Slots: the average as it was at the table's step `averaged`."""
+"""Names of two slots: the average, and the step of the table at which it was last updated."""
 
 
 def left(decay: float, since: Int[Array, "..."], now: Int[Array, "..."]) -> Float[Array, "..."]:
-    """What is left at step `now` of a distance at step `since`: the product of min(decay, (1 + i) / (10 + i)), float32.
+    """Returns the fraction of the gap between average and row at step `since` that remains at step `now`, in float32.
 
-    i runs over since, ..., now - 1.
+    It is the product of min(decay, (1 + i) / (10 + i)) over i = since, ..., now - 1.
     """
-    turn = math.floor((10 * decay - 1) / (1 - decay)) + 1  # from here on it is the decay itself
+    turn = math.floor((10 * decay - 1) / (1 - decay)) + 1  # from this step on the rate is the decay itself
 
     def early(step: Int[Array, "..."]) -> Float[Array, "..."]:
-        # log of n! 9! / (n + 9)!, the product of (1 + i) / (10 + i) for i < n
+        # This is the log of n! 9! / (n + 9)!, the product of (1 + i) / (10 + i) over i < n.
         n = jnp.clip(step, 0, max(turn, 0)).astype(jnp.float32)
         return -sum((jnp.log1p(n / j) for j in range(1, 10)), start=jnp.zeros_like(n))
 
@@ -37,7 +38,16 @@ def moved(
     count: Int[Array, ""],
     decay: float,
 ) -> Float[Array, "n dim"]:
-    """The average after step `count`, which made `new` of `old` rows, last touched at step `since`."""
+    """Returns the average after step `count`, which changed rows from `old` to `new`.
+
+    Args:
+      average: the average at step `since`.
+      since: step at which each row was last touched.
+      old: rows before the step.
+      new: rows after the step.
+      count: the step.
+      decay: decay of the average.
+    """
     before = caught_up(average, since, old, count - 1, decay)
     return new + (before - new) * left(decay, count - 1, count).astype(new.dtype)
 
@@ -49,7 +59,15 @@ def caught_up(
     count: Int[Array, ""],
     decay: float,
 ) -> Float[Array, "n dim"]:
-    """The average at step `count` of rows that stand still since step `since`."""
+    """Returns the average at step `count` of rows that have not changed since step `since`.
+
+    Args:
+      average: the average at step `since`.
+      since: step at which each row was last touched.
+      rows: the rows.
+      count: the step.
+      decay: decay of the average.
+    """
     share = left(decay, since, jnp.broadcast_to(count, since.shape)).astype(average.dtype)
     wide = rows.astype(average.dtype)
     return wide + (average - wide) * share[:, None]

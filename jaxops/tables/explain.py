@@ -1,4 +1,4 @@
-"""What tables cost on a mesh, before anything is compiled: bytes a device, what a step exchanges, and why so placed."""
+"""The cost of tables on a mesh before anything is compiled: bytes per device, bytes exchanged, why placed so."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,15 +8,26 @@ from jaxops.tables.spec import REPLICATED_ROWS, TableSpec
 from jaxops.tables.tables import EmbeddingTables
 
 WIDE = 4
-"""Bytes of a number on its way: rows and gradients travel in float32, ids as int32."""
+"""Bytes of an exchanged number: rows and gradients are sent in float32, ids as int32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TableCost:
-    """A table (or a stack of them) on a mesh.
+    """The cost of a table (or a stack of tables) on a mesh.
 
-    `exchanged`: bytes that a device sends in a step of one pass. `runner_up` is the other placement, and what it would
-    cost: bytes a device, and exchanged.
+    Attributes:
+      name: name of the table or stack.
+      members: names of the tables in it.
+      rows: number of ids.
+      dim: width of a row.
+      optimizer: kind of its optimizer.
+      placement: `row` or `replicated`.
+      why: reason of the placement, in words.
+      bytes_per_device: bytes of rows and slots on each device.
+      exchanged: bytes that a device sends in a step of one pass.
+      runner_up: the other placement.
+      runner_up_bytes: bytes per device under the other placement.
+      runner_up_exchanged: bytes sent in a step under the other placement.
     """
 
     name: str
@@ -34,10 +45,10 @@ class TableCost:
 
 
 def costs(tables: EmbeddingTables, asked: Mapping[str, TableSpec]) -> list[TableCost]:
-    """One entry a table as it is laid out; every table of `asked` is in exactly one.
+    """Returns one entry per table or stack; every table of `asked` is in exactly one entry.
 
     Raises:
-      UserError: a table was left out of the plan.
+      UserError: a table is missing from the plan.
     """
     found = [_cost(tables, name, spec) for name, spec in tables.specs.items()]
     planned = [member for cost in found for member in cost.members]
@@ -73,18 +84,21 @@ def _bytes(spec: TableSpec, shards: int) -> int:
 
 
 def _exchanged(spec: TableSpec, shards: int, capacity: int) -> int:
-    """To the other shards: what is asked for (look-up and update share that), rows and gradients; or an all-reduce of
-    gradients."""
+    """Returns the bytes that a device sends to others in a step of one pass.
+
+    A `row` table sends requests (once for look-up and update), rows and gradients; a replicated one all-reduces
+    gradients.
+    """
     if spec.placed == "replicated":
         return 2 * (shards - 1) * spec.rows * (spec.dim + 1) * WIDE // shards
     return (shards - 1) * capacity * (2 * spec.dim + 1) * WIDE
 
 
 def require_room(tables: EmbeddingTables, limit: int | None, what: str) -> None:
-    """Says that tables are too large while nothing is compiled yet.
+    """Refuses tables that are too large for a device, before anything is compiled.
 
     Raises:
-      UserError: they and their slots take more than `limit` bytes of a device.
+      UserError: the tables and their slots take more than `limit` bytes of a device.
     """
     held = tables.bytes_per_device()
     total = sum(held.values())

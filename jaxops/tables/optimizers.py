@@ -1,7 +1,7 @@
-"""Sparse optimizers: each writes the touched rows alone, and is named for exactly what it does.
+"""Sparse optimizers of tables: each updates only the touched rows, and its name says exactly what it does.
 
-A rule sees the rows, their slots and one summed gradient a row, all [n, ...], and returns both anew, in float32 or
-wider. Rows that a step does not touch stand still, in every rule. Held by tests/tables/test_tables.py.
+A rule takes the touched rows, their slots and one summed gradient per row, all [n, ...], in float32 or wider, and
+returns new rows and slots. No rule changes rows that a step does not touch. Tested in tests/tables/test_tables.py.
 """
 
 import dataclasses
@@ -15,13 +15,18 @@ Slots = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowRule:
-    """What all have: a learning rate of their own, and the norm to which each row's gradient is clipped."""
+    """The base of all rules.
+
+    Attributes:
+      lr: learning rate.
+      clip: Euclidean norm to which each row's gradient is clipped; None for no clipping.
+    """
 
     lr: float = 0.05
     clip: float | None = None
 
     def problems(self) -> list[tuple[str, str]]:
-        """Values that no table could make right (field, message)."""
+        """Returns the invalid values as (field, message)."""
         found = []
         if self.lr <= 0:
             found.append(("lr", "expected a positive learning rate"))
@@ -30,19 +35,26 @@ class RowRule:
         return found
 
     def slots(self, dim: int) -> dict[str, tuple[tuple[int, ...], float]]:
-        """What is kept for each row, beside the row: shape and first value, by name."""
+        """Returns the slots that are stored for each row: name -> (shape, initial value)."""
         return {}
 
     def update(
         self, rows: Float[Array, "n dim"], slots: Slots, grads: Float[Array, "n dim"], count: Int[Array, ""]
     ) -> tuple[Float[Array, "n dim"], Slots]:
-        """The rows and slots after a step with these gradients; `count` is the number of steps taken, this one too."""
+        """Returns the rows and slots after a step.
+
+        Args:
+          rows: the touched rows.
+          slots: their slots by name.
+          grads: their gradients.
+          count: number of steps taken, including this one.
+        """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableSgd(RowRule):
-    """row -= lr * gradient."""
+    """Stochastic gradient descent: row -= lr * gradient."""
 
     kind: Literal["sgd"] = "sgd"
 
@@ -52,7 +64,7 @@ class TableSgd(RowRule):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adagrad(RowRule):
-    """Adagrad by element, as `optax.adagrad` has it: row -= lr * g / sqrt(sum of g^2 + eps) (Duchi et al. 2011)."""
+    """Element-wise Adagrad, as in `optax.adagrad`: row -= lr * g / sqrt(sum of g^2 + eps) (Duchi et al. 2011)."""
 
     kind: Literal["adagrad"] = "adagrad"
     initial_accumulator: float = 0.1
@@ -69,9 +81,9 @@ class Adagrad(RowRule):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowwiseAdagrad(RowRule):
-    """Adagrad with one number a row, the sum of the mean of g^2 over the row: row -= lr * g / (sqrt(sum) + eps).
+    """Adagrad with one number per row, the sum over steps of the row's mean of g^2: row -= lr * g / (sqrt(sum) + eps).
 
-    So in FBGEMM and TorchRec, whose sum begins at zero (as here) and whose eps is 1e-8.
+    FBGEMM and TorchRec define it so; their sum also begins at zero, and their eps is also 1e-8.
     """
 
     kind: Literal["rowwise_adagrad"] = "rowwise_adagrad"
@@ -88,9 +100,9 @@ class RowwiseAdagrad(RowRule):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseAdam(RowRule):
-    """Adam on the touched rows; the moments of the others stay as they are (`torch.optim.SparseAdam`).
+    """Adam on the touched rows; the moments of other rows do not change (`torch.optim.SparseAdam`).
 
-    Bias is corrected by the number of steps of the table, not of the row.
+    The bias correction uses the number of steps of the table, not of the row.
     """
 
     kind: Literal["sparse_adam"] = "sparse_adam"
@@ -115,10 +127,10 @@ class SparseAdam(RowRule):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LazyAdam(SparseAdam):
-    """Adam whose moments are, at every touch, exactly those of dense Adam: they decay by beta^(t - last touch) first.
+    """Adam whose moments are, at every touch, exactly those of dense Adam: they first decay by beta^(t - last touch).
 
-    What dense Adam would have done to the row in between, on momentum alone, is not done: a row moves when it is
-    touched. A row that every step touches moves as under dense Adam.
+    Dense Adam would also move the row in between, by its momentum alone; here a row moves only when it is touched. A
+    row that every step touches moves as under dense Adam.
     """
 
     kind: Literal["lazy_adam"] = "lazy_adam"  # type: ignore[assignment]
@@ -138,7 +150,7 @@ TableOptimizer = TableSgd | Adagrad | RowwiseAdagrad | SparseAdam | LazyAdam
 
 
 def clip_rows(grads: Float[Array, "n dim"], norm: float | None) -> Float[Array, "n dim"]:
-    """Each row scaled down to this Euclidean norm, if it is longer."""
+    """Scales each row that is longer down to this Euclidean norm."""
     if norm is None:
         return grads
     length = jnp.sqrt(jnp.sum(grads * grads, axis=-1, keepdims=True))

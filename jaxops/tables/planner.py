@@ -1,7 +1,7 @@
-"""Plans on the host, in the input workers: which rows each batch shard reads, once each, and where an id finds its own.
+"""Plans on the host, made in the input workers: each batch shard's distinct rows, and the place of each id in them.
 
-No jax. A host plans for the shards of the batch that it builds and knows nothing of the others. Held by
-tests/tables/test_planner.py.
+This module does not use jax. A host plans only for the batch shards that it builds, without knowledge of the others.
+Tested in tests/tables/test_planner.py.
 """
 
 from collections.abc import Mapping
@@ -13,16 +13,24 @@ from jaxops.core.failures import UserError, nearest
 from jaxops.tables.spec import TableSpec
 
 PLAN, SLOTS = "plan", "slots"
-"""Entries of a planned batch. `plan[table]`: "stored" int32 [shards, width], the rows that a shard reads, sorted, -1
-in the rest; "passes" int32 [shards]. `slots[feature]`: int32, shaped as the feature, where an id is among those
-rows."""
+"""Entries of a planned batch.
+
+`plan[table]` has "stored", int32 [shards, width], the sorted distinct rows that a shard reads, padded with -1, and
+"passes", int32 [shards]. `slots[feature]`, int32 of the feature's shape, is the place of each id among those rows."""
 
 
 class Planner:
-    """Plans for a mesh with `shards` batch shards of `examples` each, every one the owner of as many stored rows.
+    """The planner for a mesh with `shards` batch shards of `examples` each, which own equal numbers of stored rows.
 
-    A plan is as wide as `widths` says by table, or the next `wider` that holds all distinct rows; as wide as there are
-    ids where `widths` does not name the table.
+    The width of a table's plan is that in `widths`, widened by `wider` until it holds all distinct rows. For a table
+    that `widths` does not name it is the number of ids.
+
+    Args:
+      specs: the tables by name.
+      shards: number of batch shards of the mesh.
+      examples: examples per batch shard.
+      capacities: most rows that a shard asks of one owner in a pass, by `row` table.
+      widths: initial width of the plan, by table.
     """
 
     def __init__(
@@ -37,7 +45,7 @@ class Planner:
         self._widths = widths or {}
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """The batch with its plan; the whole batch, or the rows of some of its shards, as a process builds them.
+        """Returns the batch with its plan; `batch` is a whole batch, or the rows of the shards that a process builds.
 
         Raises:
           UserError: a table's feature is not in the batch, or does not divide into whole shards.
@@ -74,10 +82,10 @@ class Planner:
 
 
 def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[shards, n] rows to the distinct ones of each shard, sorted and padded with -1, and each one's place there.
+    """Returns the distinct rows of each shard, sorted and padded with -1, and the place of each entry among them.
 
-    As `np.unique` with its inverse, but of one sort of numbers that hold row and place at once: numpy sorts those with
-    vector instructions, and indices by a key ten times as slowly.
+    `rows` is [shards, n], as are both results. It does the work of `np.unique` with its inverse in one sort of numbers
+    that hold row and position at once. Numpy sorts those with vector instructions; an argsort takes ten times as long.
     """
     stored, places = np.full(rows.shape, -1, np.int32), np.empty(rows.shape, np.int32)
     order = np.arange(rows.shape[1])
@@ -87,30 +95,38 @@ def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         row = key >> 32
         first = np.diff(row, prepend=-2) != 0
         found = row[first]
-        missing = np.count_nonzero(found < 0)  # -1 is no row, and its place is -1
+        missing = np.count_nonzero(found < 0)  # -1 means no row, and its place is -1
         places[shard, key & 0xFFFFFFFF] = np.cumsum(first, dtype=np.int32) - np.int32(1 + missing)
         stored[shard, : len(found) - missing] = found[missing:]
     return stored, places
 
 
 def most_distinct(stored: np.ndarray) -> int:
-    """The most rows that one shard reads."""
+    """Returns the largest number of distinct rows that a shard reads."""
     return int((stored >= 0).sum(1).max(initial=0))
 
 
 def wider(rows: int) -> int:
-    """Room for a quarter more than so many rows, and for a few where they are few; in eights."""
+    """Returns a multiple of 8 that has room for a quarter more than `rows`, and for at least 8 more."""
     return -(-rows * 5 // 4 // 8) * 8 + 8
 
 
 def largest_share(stored: np.ndarray, size: int, owners: int) -> int:
-    """The most rows that one shard asks of one owner; an owner holds `size` rows."""
+    """Returns the largest number of rows that a shard asks of one owner, where an owner holds `size` rows."""
     return max((int(np.bincount(one[one >= 0] // size, minlength=owners).max()) for one in stored), default=0)
 
 
 def passes_needed(stored: np.ndarray, size: int, owners: int, capacity: int) -> int:
-    """Exchanges after which nothing is left: the least power of two P so that no owner is asked for more than
-    `capacity` rows of one residue modulo P. The same row falls to the same pass on every shard.
+    """Returns the number of passes that a shard needs so that it asks no owner for more than `capacity` rows in a pass.
+
+    It is the least power of two P for which no owner is asked for more than `capacity` rows of one residue modulo P. So
+    a row belongs to the same pass on every shard.
+
+    Args:
+      stored: the distinct stored rows that the shard reads, -1 for padding.
+      size: number of rows that an owner holds.
+      owners: number of owners (not used).
+      capacity: most rows that the shard asks of one owner in a pass.
     """
     rows = stored[stored >= 0].astype(np.int64)
     passes = 1

@@ -1,4 +1,4 @@
-"""What a table is, and where its rows lie: a placement that no mesh has a part in, so that any mesh restores it."""
+"""The spec of an embedding table, and the order in which its rows are stored, which is the same on every mesh."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,10 +12,12 @@ from jaxops.core.failures import UserError
 from jaxops.tables.optimizers import RowwiseAdagrad, TableOptimizer
 
 GROUPS = 1024
-"""Virtual shards, a power of two: row i lies in group i % GROUPS, and a device holds whole groups. So neighbours in a
-list of ids, which are often alike in popularity, lie apart, on every number of devices that divides this."""
+"""Number of virtual shards, a power of two: row i is in group i % GROUPS, and a device holds whole groups.
+
+So neighbouring ids, which are often alike in popularity, are spread over the devices. The number of batch shards must
+divide this number."""
 REPLICATED_ROWS = 20_000
-"""Up to so many rows a table is cheaper to hold everywhere and to update whole (facts: others put this at 21,000)."""
+"""The most rows of a table that `auto` replicates; about up to here it is cheaper to hold and update it everywhere."""
 
 Placement = Literal["auto", "replicated", "row"]
 Init = Literal["normal", "uniform"]
@@ -23,7 +25,15 @@ Init = Literal["normal", "uniform"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Member:
-    """A table inside a stack: its rows lie at `first`, `first + 1`, ... of the stack's."""
+    """A table inside a stack, whose ids `first`, `first + 1`, ... are its rows.
+
+    Attributes:
+      name: name of the table.
+      first: the stack's id of the table's id 0.
+      rows: number of ids.
+      unknown: id that is read for ids outside of the table.
+      features: batch entries with ids of the table.
+    """
 
     name: str
     first: int
@@ -32,23 +42,31 @@ class Member:
     features: tuple[str, ...]
 
     def within(self, ids: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-        """Its ids as ids of the stack, int64; -1 stays -1."""
+        """Converts ids of this table to ids of the stack, int64; -1 stays -1."""
         known = np.where((ids >= self.rows) | (ids < -1), self.unknown, ids.astype(np.int64))
         return np.where(known < 0, -1, known + self.first)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableSpec:
-    """An embedding table: `rows` ids 0..rows-1, `dim` wide, read by the batch entries that `features` names.
+    """An embedding table with ids 0..rows-1 and rows of width `dim`, read by the batch entries in `features`.
 
     Attributes:
+      rows: number of ids.
+      dim: width of a row.
       features: entries of the batch with ids, int32 of any shape [batch, ...]; -1 means none, and reads zeros. An id
         outside of the table reads row `unknown`.
-      init: rows begin as draws of `normal` with standard deviation `scale`, or `uniform` between -scale and scale.
-      scale: 0 begins with zeros.
-      placement: `row` divides the rows over the batch axes, `replicated` holds all of them on every device.
-      ema: decay of a moving average of the rows, which evaluation and serving read; it takes as much room again.
-      capacity: rows that a device asks of another in one exchange; None: from a first batch, with room to spare.
+      dtype: dtype of the rows.
+      init: initial rows: `normal` with standard deviation `scale`, or `uniform` between -scale and scale.
+      scale: scale of the initial rows; 0 gives zeros.
+      optimizer: the rule that updates touched rows.
+      placement: `row` shards the rows over the batch axes, `replicated` holds all of them on every device, and `auto`
+        replicates tables of up to REPLICATED_ROWS rows.
+      ema: decay of a moving average of the rows, which evaluation and serving read; the average needs as much memory as
+        the rows. None keeps no average.
+      capacity: most rows that a device asks of another in one exchange; None derives it from a first batch, with room
+        to spare.
+      unknown: id that is read for ids outside of the table.
       members: the tables that this one is a stack of (`stack`); a feature's ids are then those of its member.
     """
 
@@ -66,7 +84,7 @@ class TableSpec:
     members: tuple[Member, ...] = ()
 
     def problems(self) -> list[tuple[str, str]]:
-        """What is wrong with it (field, message)."""
+        """Returns the invalid values as (field, message)."""
         found = [(name, "expected a positive number") for name in ("rows", "dim") if getattr(self, name) < 1]
         if not self.features:
             found.append(("features", "expected the batch entries that hold its ids"))
@@ -82,34 +100,34 @@ class TableSpec:
 
     @property
     def placed(self) -> Literal["replicated", "row"]:
-        """Where the rows lie, `auto` decided."""
+        """The placement, with `auto` resolved."""
         if self.placement != "auto":
             return self.placement
         return "replicated" if self.rows <= REPLICATED_ROWS else "row"
 
     @property
     def stored_rows(self) -> int:
-        """Rows of the arrays: all groups are of one size."""
+        """The number of rows of the arrays, which is padded so that all groups have one size."""
         return self.rows if self.placed == "replicated" else -(-self.rows // GROUPS) * GROUPS
 
     def stored(self, ids: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-        """The row of the arrays that holds each id; int64, -1 for -1, `unknown`'s for what is not in the table."""
+        """Returns the row of the arrays that holds each id, int64: -1 for -1, the row of `unknown` for unknown ids."""
         ids = ids.astype(np.int64)
         known = np.where((ids >= self.rows) | (ids < -1), self.unknown, ids)
         if self.placed == "replicated":
             return known
-        group = known & (GROUPS - 1)  # known % GROUPS, in a tenth of the time
+        group = known & (GROUPS - 1)  # this is known % GROUPS in a tenth of the time
         return np.where(known < 0, -1, group * (self.stored_rows // GROUPS) + known // GROUPS)
 
     def ids_of(self, feature: str, ids: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-        """What a feature holds as ids of this table: the same, but in a stack."""
+        """Converts a feature's ids to ids of this table; they differ only in a stack."""
         for member in self.members:
             if feature in member.features:
                 return member.within(ids)
         return ids
 
     def bytes(self) -> int:
-        """Rows and slots together, in bytes, on all devices of a `row` placement or on each of a `replicated` one."""
+        """Returns the bytes of rows and slots: of all devices together for `row`, of each device for `replicated`."""
         numbers = sum(int(np.prod(shape)) for shape, _ in self.optimizer.slots(self.dim).values())
         numbers += self.dim + 1 if self.ema else 0
         wide = max(4, jnp.dtype(self.dtype).itemsize)
@@ -117,9 +135,9 @@ class TableSpec:
 
 
 def stack(specs: Mapping[str, TableSpec]) -> dict[str, TableSpec]:
-    """Tables of one width, dtype, optimizer, placement, average and first rows as one each, exchanged together.
+    """Joins tables of one width, dtype, optimizer, placement, average and init into stacks, exchanged together.
 
-    A table that is alone of its sort, or has a capacity of its own, stays as it is.
+    A table that matches no other, or has a capacity of its own, stays as it is.
     """
     sorts: dict[Any, list[str]] = {}
     for name, spec in specs.items():
@@ -131,7 +149,7 @@ def stack(specs: Mapping[str, TableSpec]) -> dict[str, TableSpec]:
 
 
 def stored_rows(name: str, spec: TableSpec) -> dict[str, Callable[[Int[np.ndarray, "..."]], Int[np.ndarray, "..."]]]:
-    """By table that this one holds (itself, or a stack's members), a function from its ids to stored rows."""
+    """Returns a function from ids to stored rows for each table that `spec` holds: itself, or its stack's members."""
     if not spec.members:
         return {name: spec.stored}
     of = lambda member: lambda ids: spec.stored(member.within(ids))
@@ -155,7 +173,7 @@ def _stacked(specs: Mapping[str, TableSpec], names: list[str]) -> tuple[str, Tab
 
 
 def check_specs(specs: dict[str, TableSpec]) -> None:
-    """All that is wrong with them, at once.
+    """Checks all specs, and reports all invalid values in one error.
 
     Raises:
       UserError: a value is out of range, or a feature belongs to two tables.

@@ -1,7 +1,7 @@
-"""Embedding tables that never see a dense gradient: the step reads rows, differentiates by them, and writes them back.
+"""Embedding tables without dense gradients: a step reads rows, differentiates by these rows, and writes them back.
 
-`EmbeddingTables` is what `build_step(tables=...)` takes; batches come from a loader through its `plan`.
-Held by tests/tables/: one device, replicated and divided tables agree with a dense reference.
+`build_step(tables=...)` takes an `EmbeddingTables`, and a loader passes its batches through `EmbeddingTables.plan`.
+Tested in tests/tables/: tables on one device, replicated and sharded ones agree with a dense reference.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ State = dict[str, dict[str, Array]]
 
 
 def sharding(spec: TableSpec, mesh: Mesh) -> NamedSharding:
-    """Where the rows and slots of a table lie."""
+    """Returns the sharding of the rows and slots of a table."""
     return NamedSharding(mesh, P(batch_axes(mesh)) if spec.placed == "row" and batch_axes(mesh) else P())
 
 
 def evaluated(spec: TableSpec, table: Mapping[str, Array]) -> Array:
-    """The rows that evaluation and serving read: the moving average as it is now, where there is one."""
+    """Returns the rows that evaluation and serving read: the current moving average if the table has one."""
     if spec.ema is None:
         return table["rows"]
     now = caught_up(table[AVERAGE], table[SINCE], table["rows"], table["count"], spec.ema)
@@ -44,7 +44,10 @@ def evaluated(spec: TableSpec, table: Mapping[str, Array]) -> Array:
 
 
 def reading(specs: Mapping[str, TableSpec], mesh: Mesh, first: Batch) -> "EmbeddingTables":
-    """Those of the tables that batches like `first` (whole, the same on every process) read; they may lack features."""
+    """Returns the tables that batches like `first` read, for batches that lack some features.
+
+    `first` is a whole batch, the same on every process.
+    """
     present = {
         name: dataclasses.replace(spec, features=tuple(f for f in spec.features if f in first), capacity=None)
         for name, spec in specs.items()
@@ -53,10 +56,11 @@ def reading(specs: Mapping[str, TableSpec], mesh: Mesh, first: Batch) -> "Embedd
 
 
 def _width(spec: TableSpec, first: np.ndarray, several: bool) -> int:
-    """How wide plans begin: as `first` needs, with room to spare, as most ids repeat and the rest would be padding.
+    """Returns the initial width of plans: as `first` needs with room to spare, since most ids of a batch repeat.
 
-    A process on its own widens its plans where a batch needs it, in few steps, each of which compiles once more. For
-    `several`, which would have to agree, it is what no batch can exceed: as many as ids, or as rows of the table.
+    A single process widens its plans when a batch needs it; there are few widths, and each new one recompiles the step.
+    With `several` processes, which would have to agree, the width is an upper bound for every batch: the number of ids,
+    or of rows of the table.
     """
     most = min(first.shape[1], spec.stored_rows)
     return most if several else min(wider(most_distinct(first)), most)
@@ -65,16 +69,18 @@ def _width(spec: TableSpec, first: np.ndarray, several: bool) -> int:
 class EmbeddingTables:
     """The tables of a model on a mesh.
 
-    State: by table, "rows" [stored rows, dim], the optimizer's slots and those of the moving average, sharded over the
-    batch axes by row, or replicated, and "count", how many steps wrote to it.
+    The state of each table has "rows" [stored rows, dim], the slots of the optimizer and of the moving average, and
+    "count", the number of steps that wrote to it. Rows and slots are sharded over the batch axes by row, or replicated.
     """
 
     def __init__(self, specs: Mapping[str, TableSpec], mesh: Mesh, first: Batch):
-        """`first` is a whole batch, the same on every process: capacities that are not given are made to fit it.
+        """Lays the tables out on a mesh, with capacities that fit the batch `first` where a spec gives none.
+
+        `first` is a whole batch, the same on every process.
 
         Raises:
-          UserError: `check_specs`; the batch shards of the mesh do not divide a `row` table, or `first`; `first` lacks
-            a feature.
+          UserError: a spec is invalid (`check_specs`), the number of batch shards of the mesh does not divide GROUPS
+            or the batch, or `first` lacks a feature.
         """
         check_specs(dict(specs))
         self.specs, self.mesh = dict(specs), mesh
@@ -97,9 +103,9 @@ class EmbeddingTables:
         self.plan = Planner(self.specs, self.shards, examples, self.capacities, widths)
 
     def needed(self, name: str) -> int:
-        """Rows that a device asks of another in one exchange of a divided table (or would ask, were it divided).
+        """Returns the rows that a device asks of another in one exchange, if the table is sharded by row.
 
-        A quarter more than the first batch needs, in eights; never more than all ids of a shard.
+        It is a quarter more than the first batch needs, rounded up (`wider`), and at most the number of ids of a shard.
         """
         spec = dataclasses.replace(self.specs[name], placement="row")
         stored = self._first[name]
@@ -109,11 +115,11 @@ class EmbeddingTables:
         return min(wider(most), max(stored.shape[1], 1))
 
     def sharding(self, name: str) -> NamedSharding:
-        """Of the rows and slots of a table."""
+        """Returns the sharding of the rows and slots of a table."""
         return sharding(self.specs[name], self.mesh)
 
     def init(self, key: Array) -> State:
-        """Fresh rows and slots, made where they lie; the same on every mesh."""
+        """Returns initial rows and slots, made on the devices that hold them, with the same values on every mesh."""
         return {name: self._init(name, jax.random.fold_in(key, at)) for at, name in enumerate(sorted(self.specs))}
 
     def _init(self, name: str, key: Array) -> dict[str, Array]:
@@ -124,7 +130,7 @@ class EmbeddingTables:
         draw: Callable[..., Array] = jax.random.normal if spec.init == "normal" else centred
 
         def local(key: Array) -> dict[str, Array]:
-            # Group by group: random bits and what becomes of them would take several times a whole table.
+            # Groups are drawn one by one: the temporaries of a whole table's draw would take several times its memory.
             first = jax.lax.axis_index(self.axes) * (groups // each) if each > 1 else 0
 
             def rows(group: Array) -> Array:
@@ -145,7 +151,7 @@ class EmbeddingTables:
         return jax.jit(self._map(local, P(), out))(key)
 
     def lookup(self, tables: State, batch: Batch) -> dict[str, Array]:
-        """By table, the distinct rows that each batch shard reads, float32 or wider, [shards * ids, dim]."""
+        """Returns by table the distinct rows that each batch shard reads, float32 or wider, [shards * width, dim]."""
         return {name: self._lookup(name, tables[name]["rows"], batch[PLAN][name]) for name in self.specs}
 
     def _lookup(self, name: str, rows: Array, plan: Mapping[str, Array]) -> Array:
@@ -165,14 +171,14 @@ class EmbeddingTables:
         )
 
     def expand(self, rows: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
-        """By feature, the row of each id, [batch, ..., dim]; zeros for no id. Nothing crosses a device."""
+        """Returns by feature the row of each id, [batch, ..., dim], zeros for -1; it needs no communication."""
 
         def local(rows: Array, slots: Array) -> Array:
             place = jnp.where(slots < 0, rows.shape[0], slots)
             return rows.at[place].get(mode="fill", fill_value=0)
 
         shards = P(self.axes)
-        # Checked, so that the transpose knows that nothing varies over the other axes: else it would add up over them.
+        # With `check_vma` the transpose knows that nothing varies over the other axes; else it would sum over them.
         take = jax.shard_map(local, in_specs=(shards, shards), out_specs=shards, check_vma=True)
         return {
             feature: take(rows[name], batch[SLOTS][feature])
@@ -181,14 +187,21 @@ class EmbeddingTables:
         }
 
     def metrics(self, batch: Batch) -> Sums:
-        """`tables/NAME/passes` of every `row` table: exchanges a step; above 1, some shard asked for more than fits."""
+        """Returns `tables/NAME/passes` of every `row` table: exchanges per step, above 1 if a capacity was exceeded."""
         return {
             f"tables/{name}/passes": Max(jnp.max(batch[PLAN][name]["passes"]).astype(jnp.float32))
             for name in self.capacities
         }
 
     def apply(self, tables: State, batch: Batch, row_grads: Mapping[str, Array], keep: Bool[Array, ""]) -> State:
-        """Writes the touched rows; none where `keep` is false."""
+        """Returns the tables after the optimizers' update of the touched rows.
+
+        Args:
+          tables: state of the tables.
+          batch: the planned batch.
+          row_grads: by table, the gradients of the rows that `lookup` returned.
+          keep: false for a skipped step, which changes nothing.
+        """
         return {name: self._apply(name, tables[name], batch[PLAN][name], row_grads[name], keep) for name in self.specs}
 
     def _apply(
@@ -213,7 +226,7 @@ class EmbeddingTables:
                 return {slot: x.at[rows].set(put[slot], mode="drop", unique_indices=True) for slot, x in arrays.items()}
 
             size = arrays["rows"].shape[0]
-            if self.shards == 1:  # a plan has each row once: there is nothing to exchange or to add up
+            if self.shards == 1:  # a plan has each row once, so nothing is exchanged or summed
                 return update(arrays, exchange.beyond(stored[0], size), grads)
             if spec.placed == "replicated":
                 return self._whole(arrays, size, stored[0], grads, update)
@@ -228,7 +241,7 @@ class EmbeddingTables:
         return {**written, "count": count}
 
     def _whole(self, arrays: Any, size: int, stored: Array, grads: Array, update: exchange.Update) -> Any:
-        """A small table, which every device holds: gradients are summed as large as it is."""
+        """Updates a replicated table; the summed gradients have the size of the table."""
         rows = exchange.beyond(stored, size)
         total = jnp.zeros((size, grads.shape[1]), grads.dtype).at[rows].set(grads, mode="drop", unique_indices=True)
         touched = jnp.zeros(size, jnp.int32).at[rows].set(1, mode="drop", unique_indices=True)
@@ -237,9 +250,9 @@ class EmbeddingTables:
         return update(arrays, exchange.beyond(at, size), total)
 
     def _map(self, local: Callable[..., Any], ins: Any, out: Any) -> Callable[..., Any]:
-        """`local` on each device. What it does varies over the batch axes only by what it is given."""
+        """Maps `local` over the devices; its results may vary over the batch axes only through its arguments."""
         return jax.shard_map(local, in_specs=ins, out_specs=out, check_vma=False)
 
     def bytes_per_device(self) -> dict[str, int]:
-        """Of rows and slots, by table."""
+        """Returns the bytes of rows and slots on each device, by table."""
         return {name: spec.bytes() // (self.shards if spec.placed == "row" else 1) for name, spec in self.specs.items()}

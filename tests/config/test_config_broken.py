@@ -280,6 +280,11 @@ BROKEN = [
         [],
         ["nothing is called with 1 positional, it takes 0"],
     ),
+    (
+        "objective: {fn: toybad.losses:Loss, lambda_: 3}",
+        [],
+        ["objective.lambda_ [my.yaml:3]: Loss takes no such keyword (known: gamma)"],
+    ),
     ("objective: {fn: toybad.losses:Loss, beta: 3}", [], ["Loss takes no such keyword (known: gamma)"]),
     (
         "objective: {fn: toybad.losses:half, beta: 3}",

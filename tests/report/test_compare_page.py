@@ -43,6 +43,7 @@ def make(tmp_path):
         folder.mkdir()
         (folder / "config.yaml").write_text(yaml.safe_dump(values))
         (folder / "data.json").write_text(json.dumps({"split": {"sha256": data, "test": 400, "valid": 400}}))
+        (folder / "about.json").write_text(json.dumps({"labels": {"item_knn": "Item-kNN"}, "metrics": {}}))
         ended = {"name": name, "state": state, "step": 400, "best_step": 300, "device": "1 x cpu"}
         (folder / "summary.json").write_text(json.dumps({**ended, **(results or {}), **summary}))
         writer = JsonlWriter(folder / "metrics.jsonl")
@@ -172,6 +173,13 @@ def test_the_page_says_it_all_loads_nothing_and_escapes(page):
         assert words in shown, words
     assert_loads_nothing(page)
     assert re.findall(r'<td class="best">([\d.]+)', page) == ["0.0900", "0.1600"]
+
+
+def test_batch_sizes_that_differ_in_the_middle_alone_are_seen(make, tmp_path):
+    """The curves of 1, 2 and 1 examples a step lie over the examples seen, and the axis says so."""
+    loss = [(step, {"train/loss": 1.0 / step}) for step in (5, 10)]
+    sides = [make(name, {"batch.global": size}, curve=loss) for name, size in (("a", 1), ("b", 2), ("c", 1))]
+    assert "examples seen" in Page(write_compare(compare_sides(sides), tmp_path / "c.html").read_text(encoding="utf-8"))
 
 
 def test_pictures_suit_light_and_dark_and_are_described(page):

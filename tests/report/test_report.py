@@ -13,6 +13,9 @@ from web_page import Page, assert_loads_nothing, assert_pictures_suit_both_theme
 
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.writers import JsonlWriter
+from jaxops.data.interactions.inspect import describe, histogram_of
+from jaxops.evaluate.ranking import ranking_metric
+from jaxops.families.rec.ranking import SAMPLED_RANKED
 from jaxops.report import figures, results
 from jaxops.report.folder import Series, finite, read_run, utc_time
 from jaxops.report.page import write_report
@@ -66,6 +69,15 @@ DATA = {
         "test_cold_item": 3,
     },
 }
+ABOUT = {
+    "version": 1,
+    "metrics": {"ndcg@10": {"better": "higher", "label": "NDCG@10"}},
+    "labels": {"item_knn": "Item-kNN"},
+    "model": "SASRec",
+    "data": describe(DATA),
+    "histogram": histogram_of(DATA),
+    "notes": ["Seen items are left out."],
+}
 SUMMARY = {
     "version": 1,
     "name": "night run",
@@ -108,6 +120,7 @@ def run_dir(tmp_path):
     writer.close()
     (folder / "config.yaml").write_text(CONFIG)
     (folder / "data.json").write_text(json.dumps(DATA))
+    (folder / "about.json").write_text(json.dumps(ABOUT))
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
     return folder
 
@@ -311,12 +324,13 @@ def test_a_task_without_baselines_and_a_metric_to_minimise(run_dir):
     others = {name: None for name in SUMMARY if "/" in name or name == "best_step"}
     edit_summary(run_dir, **others, **{"test/nll": 2.5, "valid/nll": 2.25})
     (run_dir / "config.yaml").write_text("model: {fn: 'mypkg.models:Mine'}\n")
+    (run_dir / "about.json").unlink()
     writer = JsonlWriter(run_dir / "metrics.jsonl")
     for step, value in ((100, 3.0), (200, 2.25), (300, 2.5)):
         writer.write(step, {"valid/nll": value})
     writer.close()
     page = page_of(run_dir)
-    assert "Validation nll 2.2500 best, at step 200" in page and "mypkg.models:Mine 2.5000" in page
+    assert "Validation NLL 2.2500 best, at step 200" in page and "mypkg.models:Mine 2.5000" in page
     assert "Bold is best" not in page and "vs best baseline" not in page
 
 
@@ -343,6 +357,9 @@ def test_the_best_point_is_the_curve_s_own(run_dir):
 
 def test_sampled_metrics_say_so(bare_dir):
     edit_summary(bare_dir, **{"test/sampled_ndcg@10": 0.6, "baseline/item_knn/test/sampled_ndcg@10": 0.5})
+    label = ranking_metric("sampled_ndcg@10").label
+    about = {"metrics": {"sampled_ndcg@10": {"better": "higher", "label": label}}, "notes": [SAMPLED_RANKED]}
+    (bare_dir / "about.json").write_text(json.dumps(about))
     page = page_of(bare_dir)
     assert "NDCG@10 (sampled)" in page and "rank against 100 random items only" in page
 
@@ -350,6 +367,7 @@ def test_sampled_metrics_say_so(bare_dir):
 def test_data_of_another_form_is_listed_plainly(bare_dir):
     data = {"prompts": 12000, "template": {"name": "chat"}, "files": ["a", "b"]}
     (bare_dir / "data.json").write_text(json.dumps(data))
+    (bare_dir / "about.json").unlink()
     page = page_of(bare_dir)
     for words in ("prompts 12,000", "template name chat", "files a, b"):
         assert words in page, words
@@ -438,5 +456,7 @@ def test_values_of_the_wrong_kind_are_no_numbers():
     ("metric", "lower"),
     [("ndcg@10", False), ("loss", True), ("rmse", True), ("auc", False), ("ne", True), ("kl", True)],
 )
-def test_direction_of_metrics(metric, lower):
-    assert results.lower_is_better(metric) is lower
+def test_direction_of_metrics(metric, lower, bare_dir):
+    """In folders from before a family wrote it down."""
+    (bare_dir / "summary.json").write_text(json.dumps({"state": "finished", f"test/{metric}": 1.0}))
+    assert (read_run(bare_dir).metric(metric).better == "lower") is lower

@@ -141,6 +141,7 @@ def about(config: RecConfig, inspection: dict[str, Any]) -> About:
     return About(
         model=getattr(type(config.model), "label", config.model.kind),
         labels=BASELINES,
+        headline="ndcg@10",
         data=describe(inspection) if inspection else (),
         histogram=histogram_of(inspection),
         note=NOTE,
