@@ -28,7 +28,11 @@ def examine() -> dict[str, Any]:
     existing = next(parent for parent in _parents(facts["data cache"]) if os.path.exists(parent))
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
         problems.append(f"the cache {facts['data cache']} cannot be written to: set JAXOPS_CACHE to another folder")
-    free = shutil.disk_usage(".").free / 2**30
+    try:
+        free = shutil.disk_usage(".").free / 2**30
+    except OSError as error:
+        problems.append(f"the current folder cannot be looked at: {error}")
+        return {"facts": facts, "problems": problems}
     facts["free disk here"] = f"{free:.1f} GiB"
     if free < 2:
         problems.append(f"only {free:.1f} GiB of disk are free here: checkpoints may not fit")

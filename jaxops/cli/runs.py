@@ -106,8 +106,8 @@ def compare(args: argparse.Namespace) -> int:
     page = _page(args)
     found = compare_runs(args.runs)
     if args.json:
-        yaml_of = None if args.out is None else _write(found, page)
-        return print_json({"version": 1, **_compared(found), "page": yaml_of})
+        path = None if args.out is None else _write(found, page)
+        return print_json({"version": 1, **_compared(found), "page": path})
     out = console()
     for table in (_results_table(found), _sides_table(found), _differences_table(found)):
         if table is not None:

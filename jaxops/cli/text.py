@@ -16,11 +16,6 @@ def flow(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize).removesuffix("\n...\n").strip()
 
 
-def count(number: int, what: str) -> str:
-    """Returns a number with its noun, such as `1 user` or `2,000 users`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
     """Yields lines with their cells in columns, two spaces apart; the columns numbered in `right` are right-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]

@@ -32,5 +32,8 @@ def test_what_is_wrong_with_a_table_is_told_of_the_table(finished):
         model.predict(pa.table({"item": ["i01"]}))
     with pytest.raises(UserError, match=r"expected a path, a pyarrow table or a data frame .*, got list"):
         model.predict([1, 2])
+    for ask in (model.predict, model.recall):
+        with pytest.raises(UserError, match="no user has a history that the model knows"):
+            ask(pa.table({"user": ["nobody"]}))
     with pytest.raises(UserError, match="top must be at least 1"):
         model.predict("plays.csv", top=0)

@@ -153,6 +153,8 @@ class ServedRanking:
           UserError: the source does not fit, or `top` is below one.
         """
         given = source if isinstance(source, Histories) else self.histories(source)
+        if not len(given.users):
+            raise UserError("predict: no user has a history that the model knows")
         _, vectors, seen = next(self._vectors(given, 512))
         return self.index(method).recall(vectors[: len(given.users)], top, seen[: len(given.users)])
 
