@@ -104,10 +104,11 @@ def _family_options(args: argparse.Namespace, command: str) -> tuple[Any, Any]:
     Raises:
       UserError: there is no such run, or its family does not have an option.
     """
-    from jaxops.cli.options import read_options
+    from jaxops.cli.options import overrides_of, read_options
     from jaxops.run.family import family_of
     from jaxops.run.folder.run_folder import RunFolder
 
+    list(overrides_of(args.options, f"jaxops {command}"))  # what is no option is told before the run is looked for
     family = family_of(str(RunFolder(args.run).config().get("task")))
     return family, read_options(getattr(family, command), args.options, f"jaxops {command} {args.run}")
 

@@ -13,10 +13,10 @@ def read_options(schema: type, given: Sequence[str], command: str) -> Any:
     Raises:
       UserError: a flag has no value, the schema lacks a flag, or a value does not fit.
     """
-    return from_dict(schema, {}, list(_overrides(given, command)), source=command).config
+    return from_dict(schema, {}, list(overrides_of(given, command)), source=command).config
 
 
-def _overrides(given: Sequence[str], command: str) -> Iterator[str]:
+def overrides_of(given: Sequence[str], command: str) -> Iterator[str]:
     """Yields `top=100` for each `--top 100`."""
     words = iter(given)
     for word in words:

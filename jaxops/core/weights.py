@@ -224,11 +224,11 @@ def cast_by_path(tree: PyTree, rules: Sequence[tuple[str, Any]], default: Any = 
 
     def one(path: str, leaf: Any) -> Any:
         dtype = next((dtype for pattern, dtype in compiled if pattern.search(path)), other)
-        if dtype is None or dtype == leaf.dtype or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
-        return leaf.astype(dtype)
+        return leaf.astype(dtype)  # also where it has this dtype, weakly: a step would be compiled twice
 
     return map_named(one, tree)
 

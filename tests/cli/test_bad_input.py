@@ -86,8 +86,8 @@ ROWS = [
     Bad("one argument too many", ["export", "runs/tiny", "a", "b"], ["unexpected 'b'"]),
     Bad(
         "flag of a wrong type",
-        ["predict", "r", "u", "--out", "o", "--top", "x"],
-        ["--top", "invalid int value: 'x'"],
+        ["predict", "r", "u", "--out", "o", "--top"],
+        ["--top needs a value"],
     ),
     Bad(
         "no cpu devices",
@@ -363,7 +363,7 @@ ROWS = [
     train(
         "begin from nothing that fits",
         "run.name=next init_from.run=runs/tiny init_from.match=tower",
-        "init_from: nothing of runs/tiny fits 'tower': it has block_0/attention/",
+        "init_from: weights: nothing of runs/tiny fits: no name has 'tower' in it; it has block_0/attention/",
         run=True,
     ),
     train("folder beneath a file", "run.dir=plays.csv", "run folder plays.csv/tiny: plays.csv is a file"),
@@ -468,7 +468,7 @@ ROWS = [
     Bad(
         "top none",
         ["predict", "runs/tiny", "plays.csv", "--top", "0", "--out", "o"],
-        ["--top: expected at least 1", "0"],
+        ["top must be at least 1", "0"],
         {},
         True,
     ),
