@@ -149,6 +149,11 @@ def abstract_batch(task: Task, tables: EmbeddingTables | None = None) -> dict[st
     return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in task.source.batch(0, 1).items()}
 
 
+def memory_limit(mesh: Mesh) -> int | None:
+    """Returns the bytes that a program may use on each device of the mesh; None on CPUs, which swap, and if unknown."""
+    return None if mesh.devices.flat[0].platform == "cpu" else device_memory(mesh)[0]
+
+
 def accumulation_of(task: Task, mesh: Mesh) -> int:
     """Returns the number of microbatches of an update.
 
@@ -162,9 +167,7 @@ def accumulation_of(task: Task, mesh: Mesh) -> int:
         if rows % batch.microbatch:
             raise UserError(f"batch.microbatch: {batch.microbatch} does not divide the {rows} examples of an update")
         return rows // batch.microbatch
-    device = mesh.devices.flat[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-    count = 1
+    limit, count = memory_limit(mesh), 1
     while limit and rows % (2 * count * batch_shards(mesh) * task.block) == 0:
         update, fresh, tables = build_training(task, mesh, count)
         program = update.programs(abstract(fresh, mesh), abstract_update_batch(task, tables))[0]
