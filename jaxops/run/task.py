@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -54,9 +54,17 @@ class Measured:
     samples: Sequence[Mapping[str, Any]] = ()
 
 
-CarryRows = Callable[[PyTree, Mapping[str, TableSpec], Any, str], tuple[PyTree, dict[str, tuple[int, int]]]]
+class CarriedRows(NamedTuple):
+    """How many rows another run gave: those of ids that both have, of ids that are new here, of ids gone since."""
+
+    taken: int
+    new: int
+    gone: int
+
+
+CarryRows = Callable[[PyTree, Mapping[str, TableSpec], Any, str], tuple[PyTree, dict[str, CarriedRows]]]
 """Given the tables' state, its specs, a SavedRun and a pattern of `tables/NAME`: the state with the rows of that run
-that have an id here, and by table how many of how many those are."""
+that have an id here, and by table how many those are."""
 Evaluate = Callable[[Weights, str, int, Poll], Measured]
 """Evaluates the weights on a part (`valid` or `test`) at a step; raises `core.evaluation.Interrupted` when told to."""
 
@@ -147,6 +155,8 @@ class Task:
       dtypes: (pattern, dtype) of parameters that are stored in another dtype than `precision.params`.
       start: gives the sources that a fresh state begins with, renamed onto its parameters (core/weights.py).
       carry_rows: takes rows of tables over from another run, for `init_from`.
+      row_ids: by path of a parameter that has a row for each id, the array of `transform` that holds those ids, of rows
+        1, 2, ...; `init_from` gives such rows to the same ids.
       step: makes the step that the loop drives from the built TrainStep; default: that itself. A step of several
         programs advances `state.step` itself (core/turn.py).
       update_batch: given a number of examples, a batch as the objective's update reads it, where that is not the
@@ -174,6 +184,7 @@ class Task:
     dtypes: Sequence[tuple[str, str]] = ()
     start: Callable[[], Sequence[WeightSource]] | None = None
     carry_rows: CarryRows | None = None
+    row_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
     step: Callable[[StepParts], Step] | None = None
     update_batch: Callable[[int], Mapping[str, Any]] | None = None
     baselines: Callable[[], dict[str, dict[str, float]]] | None = None
