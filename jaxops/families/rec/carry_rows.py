@@ -86,6 +86,7 @@ def _shared(
     if there is None or here.ids.kind != there.ids.kind:
         return none, none, CarriedRows(0, 0, 0)
     if not isinstance(here.ids, Vocabulary):
+        assert here.rows != "auto" and there.rows != "auto"  # TableConfig.problems
         rows = min(here.rows, there.rows) if here.ids == there.ids else 0
         rows = rows if isinstance(here.ids, Range) or here.rows == there.rows else 0
         return np.arange(rows), np.arange(rows), CarriedRows(rows, here.rows - rows, there.rows - rows)

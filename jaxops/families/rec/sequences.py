@@ -31,6 +31,7 @@ from jaxops.families.rec.sequence_tables import (
 from jaxops.families.rec.serving import ServedRanking
 from jaxops.families.rec.slices import slice_columns, with_slice_columns
 from jaxops.families.rec.tables_config import features_of
+from jaxops.families.rec.trained import trained_on
 from jaxops.models.inputs import ItemSequences
 from jaxops.run.callables import objective_from
 from jaxops.run.family import Given
@@ -61,13 +62,14 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
         if value is not None and "valid" not in opened.batches:
             raise UserError(f"{path}: there are no validation queries to go by; set {path}=null")
     ranking = ranking_of(opened.model)
+    seen = trained_on(data.inter, data.split).arrays() if data else {}
     task = Task(
         **of_config(config, loaded.resolved, opened.model),
         objective=objective_from(config.objective, given.objective, opened.model),
         source=opened.source,
         evaluation=ranking_evaluation(ranking, config.evaluate.metrics, opened.batches),
         inspection=opened.inspection,
-        transform={"item_ids": opened.item_ids},
+        transform={"item_ids": opened.item_ids, **seen},
         row_ids=dict.fromkeys(item_parameters(opened.model) if config.init_from else (), "item_ids"),
         baselines=functools.partial(baselines, data, config.evaluate) if data and config.evaluate.baselines else None,
         about=about(config, opened.inspection if data else {}),
