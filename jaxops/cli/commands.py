@@ -61,16 +61,18 @@ def _smoke(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Runs `jaxops evaluate RUN`."""
-    from jaxops.run.load import load
+    """`jaxops evaluate RUN [--other-data]`."""
+    from jaxops.run.load import evaluate_other, load
     from jaxops.run.progress import results_table
 
     model = load(args.run, args.step)
-    values = model.evaluate()
+    said: list[str] = []
+    values = evaluate_other(model, said.append) if args.other_data else model.evaluate()
     if args.json:
-        print_json({"step": model.saved.step, **values})
+        print_json({"step": model.saved.step, **({"other_data": said} if args.other_data else {}), **values})
     else:
-        title = f"{args.run}, step {model.saved.step}"
+        print("\n".join(said), end="\n" if said else "")
+        title = f"{args.run}, step {model.saved.step}{', other data' if args.other_data else ''}"
         console().print(results_table({"name": title, **values}, model.saved.config.evaluate.metrics, model.saved.note))
     return EXIT_OK
 

@@ -91,6 +91,8 @@ def _parser() -> Parser:
     train.add_argument("--smoke", action="store_true", help="two steps, evaluation, save, restore, in a scratch folder")
     evaluate = command("evaluate", "Evaluate a run's model on its validation and test data.", run=True, as_json=True)
     evaluate.add_argument("--step", type=int, help="the checkpoint of this step (default: the best, else the latest)")
+    other = "on what lies at the run's data now, though it has changed, without what training saw of it"
+    evaluate.add_argument("--other-data", action="store_true", help=other)
     predict = command("predict", "A run's answers for a file: its best items for users, clicks for rows.", run=True)
     predict.add_argument("source", help="what to predict for: a file with the columns of the run's data")
     predict.add_argument("--out", required=True, help="a .parquet file, or a folder")

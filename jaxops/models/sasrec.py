@@ -173,6 +173,7 @@ class SASRec:
             (r"(bias|scale)$", ()),
         ]
         self.shapes = self._pure.shapes
+        self.item_rows = () if on_tables else ("item/embedding",)
         self.padding = {} if on_tables else {"item/embedding": f"{self.rows - n_items} of {self.rows} rows are padding"}
 
     def init(self, key: Key[Array, ""]) -> Params:

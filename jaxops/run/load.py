@@ -1,5 +1,6 @@
 """`load` reads a trained model of any family from its run folder."""
 
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -70,14 +71,33 @@ def evaluate_saved(
 ) -> dict[str, float]:
     """Returns metrics on the run's own data, as `part/metric`, computed on the devices of this machine.
 
-    The task is built again for that. `check` gets it and raises where the data have changed.
+    `check` gets the task that is built again, and refuses data that have changed; data whose digests are others than
+    those that the run wrote down are refused in any case, as training on refuses them.
 
     Raises:
-      UserError: the data cannot be opened, or `check` refuses them.
+      UserError: the data cannot be opened, have changed, or `check` refuses them.
     """
     task = family_of(saved.config.task).build(saved.loaded, Given(objective=lambda *_: _no_objective))
     check(task)
+    if differs := saved.folder.other_data(task.inspection):
+        raise UserError(
+            f"{saved.folder.where}: the run's data has changed since ({differs}): what training saw may be among the"
+            " targets now. Evaluate on the data as it was, or with --other-data on what is there now without what"
+            " training saw"
+        )
     return evaluate_now(task, saved.mesh, saved.placed(saved.passes(task.tables, 512)), parts)
+
+
+def evaluate_other(served: Any, say: Callable[[str], None]) -> dict[str, float]:
+    """Metrics on what lies at a run's data now, without what training saw of it; `say` gets what was left out.
+
+    Raises:
+      UserError: the run's family cannot tell what training saw, or the data cannot be opened.
+    """
+    if "other_data" not in inspect.signature(served.evaluate).parameters:
+        raise UserError(f"--other-data: task {served.saved.config.task} evaluates on the run's own data alone")
+    found: dict[str, float] = served.evaluate(other_data=True, say=say)
+    return found
 
 
 def _no_objective(params: Any, batch: Any, key: Any) -> Sums:

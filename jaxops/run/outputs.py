@@ -44,6 +44,6 @@ def write_parquet(path: str | os.PathLike[str], make: Callable[[], pa.Table], wh
     return f"{counted(len(table), what)} -> {target}"
 
 
-def counted(number: int, what: str) -> str:
-    """Returns a number with its noun, such as `1 row` or `2,000 rows`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def counted(number: int, what: str, several: str = "") -> str:
+    """`1 row`, `2,000 rows`; `several` is the plural where an s does not make it."""
+    return f"{number:,} {what if number == 1 else several or what + 's'}"

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -57,9 +57,17 @@ class Measured:
     samples: Sequence[Mapping[str, Any]] = ()
 
 
-CarryRows = Callable[[PyTree, Mapping[str, TableSpec], Any, str], tuple[PyTree, dict[str, tuple[int, int]]]]
-"""Takes the state of the tables, their specs, a SavedRun and a pattern of `tables/NAME`. It returns the state with the
-rows of that run whose id this run has too, and by table (rows taken over, rows of the table)."""
+class CarriedRows(NamedTuple):
+    """How many rows another run gave: those of ids that both have, of ids that are new here, of ids gone since."""
+
+    taken: int
+    new: int
+    gone: int
+
+
+CarryRows = Callable[[PyTree, Mapping[str, TableSpec], Any, str], tuple[PyTree, dict[str, CarriedRows]]]
+"""Given the tables' state, its specs, a SavedRun and a pattern of `tables/NAME`: the state with the rows of that run
+that have an id here, and by table how many those are."""
 Evaluate = Callable[[Weights, str, int, Poll], Measured]
 """Evaluates weights on a part (`valid` or `test`) at a step; raises `core.evaluation.Interrupted` when polled true."""
 
@@ -157,14 +165,16 @@ class Task:
       dtypes: (pattern, dtype) of parameters that are stored in another dtype than `precision.params`.
       start: returns the sources that a fresh state takes its weights from, renamed to its parameters (core/weights.py).
       carry_rows: takes rows of tables over from another run, for `init_from`.
-      step: makes the step that the loop drives from the parts of the built one; by default the built TrainStep itself.
-        A step of several programs advances `state.step` itself (core/turn.py).
-      update_batch: maps a number of examples to a batch as the update reads it, where that is not a batch of the source
-        (a policy's update reads rollouts, its source has prompts).
-      baselines: computes {"most_popular": {"valid/hr@10": ...}}.
-      inspection: a description of the data, for `data.json`; its `split.sha256` detects that the data have changed.
-      transform: named arrays that serving needs and that are not parameters, such as the original ids.
-      about: the description for people.
+      row_ids: by path of a parameter that has a row for each id, the array of `transform` that holds those ids, of rows
+        1, 2, ...; `init_from` gives such rows to the same ids.
+      step: makes the step that the loop drives from the built TrainStep; default: that itself. A step of several
+        programs advances `state.step` itself (core/turn.py).
+      update_batch: given a number of examples, a batch as the objective's update reads it, where that is not the
+        source's own (a policy's update reads rollouts, its source has prompts).
+      baselines: {"most_popular": {"valid/hr@10": ...}}, computed when asked.
+      inspection: what the data is, for `data.json`; its `split.sha256` tells other data apart.
+      transform: what serving needs that is not a parameter (original ids), as named arrays.
+      about: what people read of it.
     """
 
     config: Any
@@ -184,6 +194,7 @@ class Task:
     dtypes: Sequence[tuple[str, str]] = ()
     start: Callable[[], Sequence[WeightSource]] | None = None
     carry_rows: CarryRows | None = None
+    row_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
     step: Callable[[StepParts], Step] | None = None
     update_batch: Callable[[int], Mapping[str, Any]] | None = None
     baselines: Callable[[], dict[str, dict[str, float]]] | None = None

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +12,8 @@ from jaxops.data.ids import Ids
 from jaxops.families.rec.config import RecConfig
 from jaxops.run.family import family_of
 from jaxops.run.saved_run import SavedRun
+from jaxops.run.task import CarriedRows
+from jaxops.run.warm_start import shared_rows, with_rows
 from jaxops.tables.average import AVERAGE
 from jaxops.tables.spec import TableSpec, stack, stored_rows
 from jaxops.tables.tables import evaluated
@@ -32,8 +33,8 @@ def carry_rows(
     ours: Mapping[str, TableSpec],
     source: SavedRun,
     match: str,
-) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """Returns the tables with the rows whose id both runs have, and by `tables/NAME` (rows taken over, rows of it).
+) -> tuple[Any, dict[str, CarriedRows]]:
+    """The tables with the rows that both runs have the id of, and how many those are, by `tables/NAME`.
 
     A row is written to the row that has the same id in this run. Rows of ids that the other run lacks stay fresh.
     Hashed rows are taken over where salt and number of rows are the same.
@@ -52,14 +53,14 @@ def carry_rows(
     stacks = stack(trained_tables(source))
     known = {name: (whole, of) for whole, spec in stacks.items() for name, of in stored_rows(whole, spec).items()}
     evaluated_rows: dict[str, np.ndarray] = {}
-    taken: dict[str, tuple[int, int]] = {}
+    taken: dict[str, CarriedRows] = {}
     tables = dict(state)
     for whole, spec in ours.items():
         for name, stored in stored_rows(whole, spec).items():
             if name not in known or not re.search(match, f"tables/{name}"):
                 continue
             there, stored_there = known[name]
-            here_ids, there_ids = _shared(name, config, transform, source)
+            here_ids, there_ids, count = _shared(name, config, transform, source)
             if len(here_ids) == 0 or stacks[there].dim != spec.dim:
                 continue
             if there not in evaluated_rows:
@@ -67,29 +68,30 @@ def carry_rows(
                 evaluated_rows[there] = np.asarray(evaluated(stacks[there], local))
             new = evaluated_rows[there][stored_there(there_ids)]
             for slot in {"rows", AVERAGE} & set(tables[whole]):
-                old = tables[whole][slot]
-                write = jax.sharding.auto_axes(
-                    lambda x, at, y: x.at[at].set(y), out_sharding=jax.typeof(old).sharding.spec
-                )
-                written = jax.jit(write)(old, stored(here_ids), new.astype(old.dtype))
+                written = with_rows(tables[whole][slot], stored(here_ids), new)
                 tables[whole] = {**tables[whole], slot: written}
-            taken[f"tables/{name}"] = (len(here_ids), specs[name].rows)
+            taken[f"tables/{name}"] = count
     return tables, taken
 
 
 def _shared(
     name: str, config: RecConfig, transform: Mapping[str, np.ndarray], source: SavedRun
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns row numbers in this run and in the source that have the same id, with the row of unknown ids."""
+) -> tuple[np.ndarray, np.ndarray, CarriedRows]:
+    """The rows of a table that are of the same id here and there, the unknown's among them; and how many ids those are.
+
+    Of hashed ids and ranges, whose rows no list of ids names, rows are counted.
+    """
     here, there = config.tables[name], source.config.tables.get(name)
+    none = np.zeros(0, np.int64)
     if there is None or here.ids.kind != there.ids.kind:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        return none, none, CarriedRows(0, 0, 0)
     if not isinstance(here.ids, Vocabulary):
+        assert here.rows != "auto" and there.rows != "auto"  # TableConfig.problems
         rows = min(here.rows, there.rows) if here.ids == there.ids else 0
-        same = isinstance(here.ids, Range) or here.rows == there.rows
-        return np.arange(rows if same else 0), np.arange(rows if same else 0)
+        rows = rows if isinstance(here.ids, Range) or here.rows == there.rows else 0
+        return np.arange(rows), np.arange(rows), CarriedRows(rows, here.rows - rows, there.rows - rows)
     theirs = Ids.of(source.transform(f"map.{name}.ids"), first=1)
     mine = Ids.of(transform[f"map.{name}.ids"], first=1)
-    at = theirs.rows(mine.originals(np.arange(1, len(mine) + 1))) if len(mine) and len(theirs) else np.zeros(0, int)
-    found = np.flatnonzero(at > 0)
-    return np.concatenate([[0], found + 1]), np.concatenate([[0], at[found]])
+    at, there_at = shared_rows(mine, theirs)
+    count = CarriedRows(len(at), len(mine) - len(at), len(theirs) - len(at))
+    return np.concatenate([[0], at]), np.concatenate([[0], there_at]), count

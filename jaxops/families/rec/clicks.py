@@ -28,6 +28,7 @@ from jaxops.families.rec.options import Predict
 from jaxops.families.rec.own_model import require_parts
 from jaxops.families.rec.serving import same_transform
 from jaxops.families.rec.tables_config import features_of, match
+from jaxops.families.rec.trained import digest
 from jaxops.models.inputs import ExampleFeatures, Input
 from jaxops.run.batched import BatchedEvaluation
 from jaxops.run.callables import objective_from
@@ -65,7 +66,7 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
             _sums(config, model, data),
             plots=("reliability",),
         ),
-        inspection=data.inspection,
+        inspection={**data.inspection, "features": digest(_held(data.examples))},
         transform=data.transform,
         tables=specs,
         carry_rows=functools.partial(carry_rows, config, data.transform, specs),
@@ -184,12 +185,25 @@ class ServedClicks:
         """
         raise UserError(f"{self.saved.config.model.kind} predicts clicks: it ranks no items and has no item vectors")
 
-    def evaluate(self, parts: tuple[str, ...] = ("valid", "test")) -> dict[str, float]:
-        """Returns metrics on the run's own data, computed on the devices of this machine.
+    def evaluate(
+        self,
+        parts: tuple[str, ...] = ("valid", "test"),
+        *,
+        other_data: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> dict[str, float]:
+        """Metrics on the run's own data, on the devices that are here.
 
         Raises:
-          UserError: the data cannot be opened, or have changed.
+          UserError: the data cannot be opened, or have changed; other data are meant.
         """
+        del say
+        if other_data:
+            raise UserError(
+                f"--other-data: {self.saved.folder.where} predicts clicks of rows, and keeps no record of the rows that"
+                " it was trained on. `jaxops predict` writes its probabilities beside the columns of new rows: judge"
+                " those"
+            )
         return evaluate_saved(self.saved, parts, lambda task: same_transform(self.saved, task.transform))
 
 
@@ -205,6 +219,15 @@ def restore(saved: SavedRun) -> ServedClicks:
 def _reads(config: RecConfig) -> dict[str, tuple[str, ...]]:
     """Returns the features of each table."""
     return {name: table.features or (name,) for name, table in config.tables.items()}
+
+
+def _held(examples: Examples) -> dict[str, np.ndarray]:
+    """All that examples hold beside their labels, by name, for a digest."""
+    found = {"numeric": examples.numeric, "weight": examples.weight}
+    for name, column in examples.features.items():
+        parts = {"codes": column.codes, "index": column.index, "weights": column.weights}
+        found |= {f"{name}/{part}": values for part, values in parts.items() if values is not None}
+    return found
 
 
 def _sums(config: RecConfig, model: Any, data: ClickData) -> Callable[[Params, Mapping[str, Any]], Sums]:

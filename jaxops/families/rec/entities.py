@@ -17,6 +17,7 @@ from jaxops.data.interactions.spec import InteractionsFile
 from jaxops.data.spec import SideFile
 from jaxops.families.rec.config import RecConfig
 from jaxops.families.rec.tables_config import TableConfig, features_of
+from jaxops.families.rec.trained import digest
 from jaxops.tables.spec import TableSpec
 
 RESERVED = frozenset(
@@ -67,6 +68,11 @@ class Encoded:
         out = {name: (entry, self.codes[name]) for name, entry in entries.items() if name in self.codes}
         weights = {f"{name}{WEIGHT}": (entries[name], found) for name, found in self.weights.items() if name in entries}
         return out | weights
+
+    def digest(self) -> dict[str, str]:
+        """A digest of what the features hold, which tells changed ones apart."""
+        weights = {f"{name}{WEIGHT}": values for name, values in self.weights.items()}
+        return digest({**self.codes, **weights})
 
     def add_nobody(self, features: Collection[str]) -> None:
         """Appends one row to the codes of these features, which index -1 reads: an unknown user, or no event.

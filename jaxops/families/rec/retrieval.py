@@ -28,6 +28,7 @@ from jaxops.families.rec.ranking import Catalogue, Ranking, about, baselines, ra
 from jaxops.families.rec.serving import ServedRanking
 from jaxops.families.rec.slices import slice_columns
 from jaxops.families.rec.tables_config import features_of, match
+from jaxops.families.rec.trained import trained_on
 from jaxops.models.inputs import Input, TowerFeatures
 from jaxops.models.two_tower import TwoTowerConfig
 from jaxops.objectives.retrieval import InBatchSoftmax, count_items, log_frequency, no_frequencies
@@ -60,7 +61,7 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
     ranking = two_tower_ranking(config, encoded, inter.n_items)
     columns = {**ranking.columns, **slice_columns(config.evaluate.slices, data)}
     size, history, seen = config.batch.global_, config.model.history, seen_width(split.valid, split.test)
-    inspection = inspect(data)
+    inspection = {**inspect(data), "features": encoded.digest()}
 
     def batches(part: Any, size: int) -> EvalBatches:
         return ColumnBatches(QueryBatches(inter, part, history, size, seen=seen), columns)
@@ -73,6 +74,7 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
     transform = {
         "item_ids": np.asarray(inter.item_ids.values),
         "user_ids": np.asarray(inter.user_ids.values),
+        **trained_on(inter, split).arrays(),
         **encoded.frozen([name for name in encoded.codes if name not in inter.contexts]),
     }
     return Task(

@@ -101,6 +101,7 @@ def read_inputs_from_tables(task: Task, ranking: Ranking, config: RecConfig, dat
         evaluation=ranking_evaluation(with_tables(ranking, config, encoded), config.evaluate.metrics, batches),
         tables=encoded.specs,
         transform=transform,
+        inspection={**task.inspection, "features": encoded.digest()},
         carry_rows=functools.partial(carry_rows, config, transform, encoded.specs),
     )
 

@@ -4,11 +4,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxops.config.load import Loaded
 from jaxops.config.types import ByPath
 from jaxops.core.failures import UserError
+from jaxops.core.sharding import named_leaves
 from jaxops.data.ids import Ids
 from jaxops.data.interactions.inspect import inspect
 from jaxops.data.interactions.open import RecData, open_data
@@ -29,6 +31,7 @@ from jaxops.families.rec.sequence_tables import (
 from jaxops.families.rec.serving import ServedRanking
 from jaxops.families.rec.slices import slice_columns, with_slice_columns
 from jaxops.families.rec.tables_config import features_of
+from jaxops.families.rec.trained import trained_on
 from jaxops.models.inputs import ItemSequences
 from jaxops.run.callables import objective_from
 from jaxops.run.family import Given
@@ -59,13 +62,15 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
         if value is not None and "valid" not in opened.batches:
             raise UserError(f"{path}: there are no validation queries to go by; set {path}=null")
     ranking = ranking_of(opened.model)
+    seen = trained_on(data.inter, data.split).arrays() if data else {}
     task = Task(
         **of_config(config, loaded.resolved, opened.model),
         objective=objective_from(config.objective, given.objective, opened.model),
         source=opened.source,
         evaluation=ranking_evaluation(ranking, config.evaluate.metrics, opened.batches),
         inspection=opened.inspection,
-        transform={"item_ids": opened.item_ids},
+        transform={"item_ids": opened.item_ids, **seen},
+        row_ids=dict.fromkeys(item_parameters(opened.model) if config.init_from else (), "item_ids"),
         baselines=functools.partial(baselines, data, config.evaluate) if data and config.evaluate.baselines else None,
         about=about(config, opened.inspection if data else {}),
     )
@@ -87,6 +92,17 @@ def build_sequence_model(config: RecConfig, given: Given, n_items: int) -> Any:
     model = given.model(data) if given.model is not None else chosen.call(data)
     methods = {"encode": ("params", "batch", "key"), "item_vectors": ("params",)}
     return require_parts(model, "a sequence model", methods, numbers=("length",), n_items=n_items)
+
+
+def item_parameters(model: Any) -> tuple[str, ...]:
+    """Paths of the parameters that have a row for each item: `model.item_rows`, where the model says so.
+
+    Of a model that does not, those with as many rows as its item vectors have.
+    """
+    if hasattr(model, "item_rows"):
+        return tuple(model.item_rows)
+    rows = jax.eval_shape(model.item_vectors, model.shapes).shape[0]
+    return tuple(path for path, leaf in named_leaves(model.shapes) if leaf.shape[:1] == (rows,))
 
 
 def ranking_of(model: Any) -> Ranking:

@@ -21,6 +21,7 @@ from jaxops.evaluate.index import Index
 from jaxops.families.rec.entities import query_codes
 from jaxops.families.rec.histories import Histories, HistoryBatches, read_histories, same_items
 from jaxops.families.rec.options import Export, Predict
+from jaxops.families.rec.other_data import evaluate_other_data
 from jaxops.families.rec.ranking import Ranking, with_catalogue
 from jaxops.run.given_table import as_file
 from jaxops.run.load import evaluate_saved
@@ -174,12 +175,25 @@ class ServedRanking:
         del options, keywords
         return write_parquet(path, self.item_vectors, "item vector")
 
-    def evaluate(self, parts: tuple[str, ...] = ("valid", "test")) -> dict[str, float]:
-        """Returns metrics on the run's own data, computed on the devices of this machine.
+    def evaluate(
+        self,
+        parts: tuple[str, ...] = ("valid", "test"),
+        *,
+        other_data: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> dict[str, float]:
+        """Metrics on the run's own data, on the devices that are here.
+
+        Args:
+          parts: which of them.
+          other_data: on what lies there now, whether or not it is the run's data, without what training saw of it.
+          say: gets what a person should know of other data.
 
         Raises:
           UserError: the data cannot be opened, or have changed.
         """
+        if other_data:
+            return evaluate_other_data(self, parts, say)
 
         def check(task: Any) -> None:
             if "item_ids" in task.transform:
@@ -215,9 +229,13 @@ class ServedRanking:
             vectors = self.ranking.items(self._weights.params)
             return np.asarray(vectors.astype(self.config.precision.compute))
 
-    def _vectors(self, given: Histories, size: int) -> Iterator[tuple[int, Any, Any]]:
-        """Yields (first user, vectors of users, items they have seen) for each batch; the last batch is padded."""
-        ranking, passes = self.ranking, self._passes(size)
+    def batches(self, given: Histories, size: int) -> ColumnBatches:
+        """Batches of these histories, as the model reads them.
+
+        Raises:
+          UserError: the model reads a column that the histories do not bring.
+        """
+        ranking = self.ranking
         users = np.full(len(given.users), -1) if self.user_ids is None else self.user_ids.rows(given.users)
         values = {**given.context, **given.along}
         missing = [name for name in ranking.context if name not in values]
@@ -227,7 +245,12 @@ class ServedRanking:
         asked = {name: values[name] for name in ranking.context}
         brought = query_codes(self.config.tables, asked, self.saved.transform)
         columns = {**ranking.columns, **{name: (ranking.context[name], codes) for name, codes in brought.items()}}
-        batches = ColumnBatches(HistoryBatches(given, users, ranking.length, passes.size), columns)
+        return ColumnBatches(HistoryBatches(given, users, ranking.length, size), columns)
+
+    def _vectors(self, given: Histories, size: int) -> Iterator[tuple[int, Any, Any]]:
+        """By batches: the first user, the users' vectors and the items they have seen; the last batch padded."""
+        ranking, passes = self.ranking, self._passes(size)
+        batches = self.batches(given, passes.size)
         answer = lambda params, batch: (ranking.queries(params, batch), batch["seen"])
         with jax.set_mesh(self.saved.mesh):
             found = passes.over("queries", answer, self._weights, batches)

@@ -152,13 +152,20 @@ class RunFolder:
         return True
 
     def _check_data(self, inspection: Mapping[str, Any]) -> None:
-        here = inspection.get("split", {}).get("sha256")
-        there = self._json("data.json").get("split", {}).get("sha256")
-        if here and there and here != there:
+        if differs := self.other_data(inspection):
             raise UserError(
-                f"run folder {self.where}: the data is no longer what the run began with (SHA-256 of the split {there}"
-                f" there, {here} here). Set run.name to begin another run."
+                f"run folder {self.where}: the data is no longer what the run began with ({differs})."
+                " Set run.name to begin another run."
             )
+
+    def other_data(self, inspection: Mapping[str, Any]) -> str:
+        """What tells these data from those that the run began with, in words; empty where nothing does."""
+        recorded = self._json("data.json")
+        for part, what in (("split", "the split"), ("features", "the features")):
+            here, there = (found.get(part, {}).get("sha256") for found in (inspection, recorded))
+            if here and there and here != there:
+                return f"SHA-256 of {what} {there} there, {here} here"
+        return ""
 
     def config(self) -> dict[str, Any]:
         """Returns the resolved config of the run.

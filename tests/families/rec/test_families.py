@@ -320,6 +320,39 @@ def test_values_that_moved_since_training_are_not_evaluated(whole):
         before.write_bytes(held)
 
 
+def test_features_that_changed_are_not_evaluated(whole):
+    """The vocabulary and every row's label are as they were; what one test row, or one film, holds is another value."""
+    log, films = Path("clicks.tsv"), Path("films.parquet")
+    held = {path: path.read_bytes() for path in (log, films)}
+    try:
+        *lines, before, last = log.read_text().splitlines()
+        cells = last.split("\t")
+        log.write_text(
+            "\n".join([*lines, before, "\t".join([*cells[:14], before.split("\t")[20], *cells[15:]])]) + "\n"
+        )
+        table = pq.read_table(films)
+        year = pa.array([*table["year"].to_pylist()[:-1], "1990"])
+        pq.write_table(table.set_column(table.column_names.index("year"), "year", year), films)
+        for name in ("clicks", "two_tower"):
+            with pytest.raises(UserError, match=r"data has changed since \(SHA-256 of the features"):
+                jx.load(whole(name).dir).evaluate(("test",))
+            with pytest.raises(UserError, match=r"no longer what the run began with \(SHA-256 of the features"):
+                jx.fit(task(name, f"run.name={name}-whole"), quiet=True)
+        with pytest.raises(UserError, match=r"--other-data: .* keeps no record of the rows"):
+            jx.load(whole("clicks").dir).evaluate(other_data=True)
+    finally:
+        for path, content in held.items():
+            path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["sasrec", "two_tower"])
+def test_the_same_data_as_other_data_gives_the_run_s_numbers(name, whole):
+    """By what serving reads: frozen features, context of the query or of the events, rows of users."""
+    model = jx.load(whole(name).dir)
+    own = {key: value for key, value in model.evaluate().items() if "[" not in key}
+    assert model.evaluate(other_data=True) == pytest.approx(own, abs=1e-6)
+
+
 def test_a_history_without_what_the_model_reads_is_told(whole):
     for name, field in (("sasrec", "along"), ("two_tower", "context")):
         model = jx.load(whole(name).dir)
