@@ -127,7 +127,7 @@ class RunFolder:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise UserError(f"run folder {self.path}: {parent} cannot be written to; set {self._set}")
         if not self.exists:
-            found = sorted(self._names())
+            found = sorted(self.names())
             if not BEGUN.issuperset(found):
                 raise UserError(
                     f"run folder {self.where} is not empty and holds no config.yaml ({', '.join(found[:5])}): not a"
@@ -237,8 +237,8 @@ class RunFolder:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _names(self) -> set[str]:
-        """What lies in the folder."""
+    def names(self) -> set[str]:
+        """What lies in the folder, or in an object store as of the last look."""
         if self._mirror is not None:
             return self._mirror.names
         return {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
