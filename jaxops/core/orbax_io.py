@@ -20,6 +20,8 @@ from jaxops.core import plain, stores
 
 ITEM = "state"
 """Where orbax's tree lies in a checkpoint; `orbax.checkpoint.v1.load(folder)` reads it without jaxops."""
+FILES = frozenset({"_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt"})
+"""What orbax writes beside it."""
 _CHUNK, _FILE = 32 << 20, 128 << 20
 """Bytes: the pieces that arrays are cut to, and the files that they are gathered in."""
 

@@ -6,12 +6,13 @@ Nothing damaged is deleted, and nothing that a checkpoint names. Held by tests/c
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from jaxops.core import manifest, plain
+from jaxops.core import manifest, plain, stores
 from jaxops.core.manifest import Damaged, File, Manifest
 
 DAMAGED = "jaxops.damaged"
@@ -128,6 +129,8 @@ class SharedParts:
     def mark(self) -> None:
         """Leaves what is known to be damaged in its folder, for the runs to come."""
         for name, found in self._damaged.items():
+            if not stores.is_url(self.path) and os.path.islink(os.fspath(self.path / name)):
+                continue
             with contextlib.suppress(OSError):
                 (self.path / name / DAMAGED).write_text("\n".join(found) + "\n")
 

@@ -337,8 +337,10 @@ _EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 
 def _keep_until(path: Path, step: float, again: tuple[str, ...] = ()) -> None:
-    """Rewrites the file without torn lines and without those of steps after `step`; untouched if it has
-    none. Of `step` itself the lines go that have an entry, or record an event, whose name begins with one of `again`."""
+    """Rewrites the file without torn lines and without those of steps after `step`; untouched if it has none.
+
+    Of `step` itself the lines go that have an entry, or record an event, whose name begins with one of `again`.
+    """
 
     def stays(line: Mapping[str, Any]) -> bool:
         if line["step"] != step or not again:

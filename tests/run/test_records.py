@@ -1,4 +1,4 @@
-"""The records of a resumed run are those of one that never stopped, line by line: metrics.jsonl, TensorBoard, samples."""
+"""The records of a resumed run are those of one that never stopped, line by line."""
 
 import struct
 from pathlib import Path
@@ -14,6 +14,7 @@ from jaxops.run.fit import FinishedRun, fit
 
 pytestmark = pytest.mark.usefixtures("no_report")
 QUICK = ["evaluate.baselines=false", "run.log_every=5", "run.loggers=[tensorboard]"]
+WRITE = Writers.write
 OF_THE_CLOCK = ("time", "train/targets_per_s", "train/examples_per_s", "train/step_ms", "train/tflops_per_s")
 
 
@@ -68,6 +69,10 @@ class Killed(BaseException):
     """Nothing catches it: the run ends there, as by a kill."""
 
 
+def killing(*args, **kwargs):
+    raise Killed
+
+
 @pytest.mark.parametrize("place", ["write_summary", "Writers.write"])
 def test_a_kill_after_the_last_evaluation_leaves_its_lines_once(folder, monkeypatch, place):
     train("whole")
@@ -81,8 +86,7 @@ def test_a_kill_after_the_last_evaluation_leaves_its_lines_once(folder, monkeypa
             if place == "write_summary":
                 patch.setattr("jaxops.run.training_run.write_summary", killed)
             else:
-                write = Writers.write
-                patch.setattr(Writers, "write", lambda *args: (killed(*args), write(*args)))
+                patch.setattr(Writers, "write", lambda *args: (killed(*args), WRITE(*args)))
             train("parts")
     assert train("parts").state == "finished"
     assert_same_records("parts", "whole")
@@ -95,9 +99,7 @@ def test_a_kill_between_an_evaluation_and_its_save_leaves_its_lines_once(folder,
     train("whole", *rule)
     stopped("parts", 10, *rule)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(
-            "jaxops.run.training_run.TrainingRun._save", lambda *args, **kwargs: (_ for _ in ()).throw(Killed)
-        )
+        patch.setattr("jaxops.run.training_run.TrainingRun._save", killing)
         train("parts", *rule)
     assert 10 in curve("parts", "valid/ndcg@10")
     assert train("parts", *rule).state == "finished"
@@ -116,6 +118,6 @@ def test_what_was_logged_before_a_checkpoint_is_in_tensorboard_after_a_kill(fold
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("jaxops.core.writers.TensorBoardWriter.close", lose_what_is_buffered)
         patch.setattr("jaxops.core.writers.TensorBoardWriter.FLUSH_SECONDS", 1e9)
-        patch.setattr("jaxops.run.training_run.TrainingRun._conclude", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr("jaxops.run.training_run.TrainingRun._conclude", killing)
         train("parts", "checkpoint.every=5")
     assert [step for step, _ in shown("parts")["train/loss"]][-1] == 20
