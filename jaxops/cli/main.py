@@ -9,6 +9,7 @@ import argparse
 import os
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -18,6 +19,8 @@ from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, RunFailed, Us
 EPILOG = """exit status: 0 done, 1 the run failed, 2 wrong input (nothing was written), 75 interrupted and saved (the
 same command resumes), 130 stopped at once"""
 EXIT_STOPPED = 130
+GRACE_SECONDS = 15.0
+"""How long threads have to end after a failure, before the process ends without them."""
 OVERRIDE = "a.b=VALUE"
 
 
@@ -207,5 +210,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def script() -> None:
-    """The console script."""
-    sys.exit(main())
+    """The console script. Where it failed, no thread that a library left behind keeps the process for long."""
+    status = main()
+    if status:
+        late = threading.Timer(GRACE_SECONDS, os._exit, [status])
+        late.daemon = True
+        late.start()
+    sys.exit(status)
