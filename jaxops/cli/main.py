@@ -6,6 +6,7 @@ one before there was anything to save).
 """
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -19,6 +20,8 @@ from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, RunFailed, Us
 EPILOG = """exit status: 0 done, 1 the run failed, 2 wrong input (nothing was written), 75 interrupted and saved (the
 same command resumes), 130 stopped at once"""
 EXIT_STOPPED = 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a file system says that cannot take more: no mistake of the program, so no traceback."""
 GRACE_SECONDS = 15.0
 """How long threads have to end after a failure, before the process ends without them."""
 OVERRIDE = "a.b=VALUE"
@@ -143,12 +146,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not error.shared or _is_primary():
             print(f"jaxops: {error}", file=sys.stderr)
         return _abandon(error, status)
-    except KeyboardInterrupt as error:
-        print("jaxops: stopped", file=sys.stderr)
-        return _abandon(error, EXIT_STOPPED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except OSError as error:
+        if error.errno not in NO_ROOM or trace:
+            raise
+        print(f"jaxops: {_told(error)}", file=sys.stderr)
+        return _abandon(error, EXIT_FAILED)
+    except KeyboardInterrupt as error:
+        print("jaxops: stopped", file=sys.stderr)
+        return _abandon(error, EXIT_STOPPED)
+
+
+def _told(error: OSError) -> str:
+    """What the file system said, and of which file, where it is known."""
+    where = f"cannot write {error.filename}: " if error.filename else "cannot write: "
+    return f"{where}{os.strerror(error.errno or 0)}; nothing half written was left. Make room, then try again"
 
 
 def _is_distributed() -> bool:
@@ -199,6 +213,8 @@ def _prepare(args: argparse.Namespace) -> bool:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if hasattr(args, "run"):
+        args.run = runs.find_run(args.run)
     if args.command in runs.COMMANDS:
         return getattr(runs, args.command)(args)
     # Imported here: `jaxops --help` must not wait for jax.

@@ -48,7 +48,8 @@ def release_threads() -> None:
 
     # What they would have done is dropped, and Python says so of each, around the one message that matters.
     warnings.filterwarnings("ignore", message=r"coroutine '.*' was never awaited", category=RuntimeWarning)
-    for thread in threading.enumerate():
+    waiting: list[Any] = list(threading.enumerate())
+    for thread in waiting:
         if isinstance(thread, getattr(future, "_SignalingThread", ())):
             with contextlib.suppress(Exception):  # of another version: it ends in its own time
                 thread._cancelled = True

@@ -79,7 +79,7 @@ class JsonlWriter:
     begin with one of `again`, which the run is about to write once more.
 
     Raises:
-      RunFailed: the file cannot be written (disk full, permissions).
+      RunFailed: the file cannot be written (disk full, permissions), or (by `write` and `flush`) it is gone.
     """
 
     def __init__(
@@ -112,6 +112,23 @@ class JsonlWriter:
         """Records that something happened: `resumed`, `skipped`, `recompiled`, ..."""
         self._append(step, {"event": event, "text": text})
 
+    def flush(self) -> None:
+        """Every line is written as it comes; this only looks whether they still lie where one would look for them.
+
+        Raises:
+          RunFailed: the file was deleted or moved.
+        """
+        try:
+            there, ours = os.stat(self.path), os.fstat(self._file.fileno())
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+            raise RunFailed(
+                f"{self.path} was deleted, moved or replaced while the run was writing it: what is logged and saved"
+                " from here on would not be found again, so the run stops. What lies in"
+                f" {self.path.parent} by now is what there is to resume from"
+            )
+
     def close(self) -> None:
         self._file.close()
 
@@ -121,6 +138,7 @@ class JsonlWriter:
         with writing(self.path):
             while data:
                 data = data[self._file.write(data) :]
+        self.flush()
 
 
 class SamplesWriter:

@@ -342,6 +342,8 @@ class TrainingRun:
 
     def _save(self, at: Position, wait: bool = False) -> None:
         before = self.watch.at("save")
+        if distributed.is_primary():
+            self.folder.require_there()
         self.writers.flush()  # a checkpoint is never ahead of its records
         if self.task.step is not None and (oldest := self.saving.oldest()) is not None:
             self.parts.journal.trim(oldest)
