@@ -6,9 +6,11 @@ one before there was anything to save).
 """
 
 import argparse
+import errno
 import os
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -18,6 +20,10 @@ from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, RunFailed, Us
 EPILOG = """exit status: 0 done, 1 the run failed, 2 wrong input (nothing was written), 75 interrupted and saved (the
 same command resumes), 130 stopped at once"""
 EXIT_STOPPED = 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a file system says that cannot take more: no mistake of the program, so no traceback."""
+GRACE_SECONDS = 15.0
+"""How long threads have to end after a failure, before the process ends without them."""
 OVERRIDE = "a.b=VALUE"
 
 
@@ -147,12 +153,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not error.shared or _is_primary():
             print(f"jaxops: {error}", file=sys.stderr)
         return _abandon(error, status)
-    except KeyboardInterrupt as error:
-        print("jaxops: stopped", file=sys.stderr)
-        return _abandon(error, EXIT_STOPPED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except OSError as error:
+        if error.errno not in NO_ROOM or trace:
+            raise
+        print(f"jaxops: {_told(error)}", file=sys.stderr)
+        return _abandon(error, EXIT_FAILED)
+    except KeyboardInterrupt as error:
+        print("jaxops: stopped", file=sys.stderr)
+        return _abandon(error, EXIT_STOPPED)
+
+
+def _told(error: OSError) -> str:
+    """What the file system said, and of which file, where it is known."""
+    where = f"cannot write {error.filename}: " if error.filename else "cannot write: "
+    return f"{where}{os.strerror(error.errno or 0)}; nothing half written was left. Make room, then try again"
 
 
 def _is_distributed() -> bool:
@@ -203,6 +220,8 @@ def _prepare(args: argparse.Namespace) -> bool:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if hasattr(args, "run"):
+        args.run = runs.find_run(args.run)
     if args.command in runs.COMMANDS:
         return getattr(runs, args.command)(args)
     # It is imported here, since `jaxops --help` must not wait for jax.
@@ -214,5 +233,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def script() -> None:
-    """Runs `main` as the console script and exits with its status."""
-    sys.exit(main())
+    """The console script. Where it failed, no thread that a library left behind keeps the process for long."""
+    status = main()
+    if status:
+        late = threading.Timer(GRACE_SECONDS, os._exit, [status])
+        late.daemon = True
+        late.start()
+    sys.exit(status)

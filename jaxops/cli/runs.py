@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxops.report.compare import Comparison, Score
     from jaxops.run.folder.listing import Listed
 
-COMMANDS = ("runs", "compare", "ckpt")
+COMMANDS = ("runs", "report", "compare", "ckpt")
 _COLOURS = {"finished": "green", "running": "blue", "failed": "red"}
 _ACTIONS = {
     "list": "The checkpoints of a run: step, when, size, metrics.",
@@ -30,11 +30,14 @@ _ACTIONS = {
 
 
 def add_commands(sub: Any) -> None:
-    """Adds the three commands to the subparsers of `jaxops`."""
+    """Adds these commands to the subparsers of `jaxops`."""
     what = "Every run in a folder: state, step, best metric, wall time, last activity."
     made = sub.add_parser("runs", help=what, description=what)
     made.add_argument("dir", nargs="?", default="runs", help="a folder of runs and sweeps, or its URL (default: runs)")
     made.add_argument("--json", action="store_true", help="print one JSON object")
+    what = "Make the report.html of a run again, from whatever it has left."
+    made = sub.add_parser("report", help=what, description=what)
+    made.add_argument("run", help="the folder of a run, its name in runs/, or its URL")
     what = "Config differences, final numbers and overlaid curves of up to 8 runs."
     made = sub.add_parser("compare", help=what, description=what)
     made.add_argument("runs", nargs="+", metavar="RUN", help="the folders of the runs, or URLs")
@@ -79,6 +82,21 @@ def runs(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def report(args: argparse.Namespace) -> int:
+    """`jaxops report RUN`."""
+    from jaxops.cli.printing import console, say
+    from jaxops.run.summary import report_again
+
+    say(console(), f"report: {report_again(args.run)}")
+    return EXIT_OK
+
+
+def find_run(name: str) -> str:
+    """The folder that a run is named by: a path or URL as it is, else the run of that name in `runs`."""
+    below = os.path.join("runs", name)
+    return below if not os.path.exists(name) and "://" not in name and os.path.isdir(below) else name
+
+
 def _runs_table(found: Sequence["Listed"]) -> "Table":
     from jaxops.cli.printing import ago, cell, grid
     from jaxops.report.results import duration
@@ -104,7 +122,7 @@ def compare(args: argparse.Namespace) -> int:
     from jaxops.run.folder.listing import compare_runs
 
     page = _page(args)
-    found = compare_runs(args.runs)
+    found = compare_runs([find_run(name) for name in args.runs])
     if args.json:
         path = None if args.out is None else _write(found, page)
         return print_json({"version": 1, **_compared(found), "page": path})

@@ -6,6 +6,7 @@ been read back. Entries that hardly ever change are written once and shared (sha
 orbax_io.py only. Tested in tests/core/test_checkpoint*.py, which kill real processes in mid-save.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
 from jaxops.core import manifest, orbax_io, plain, shared_parts, writing
-from jaxops.core.checkpoint_folder import CheckpointFolder, Retention, some
+from jaxops.core.checkpoint_folder import CheckpointFolder, Retention, is_link, some
 from jaxops.core.failures import RunFailed, UserError, nearest
 from jaxops.core.fingerprint import fingerprint
 from jaxops.core.manifest import Damaged, Manifest, SavedArray
@@ -120,6 +121,7 @@ class Checkpoints:
             ours = jax.process_count() == 1 and (len(writes) > 1 or all(map(writing.on_cpu, leaves.values())))
             begun = [write.hold(copied=ours, wait=write.folder != folder) for write in writes]
         except Exception as error:
+            orbax_io.release_threads()
             raise RunFailed(_failed(folder, error)) from error
         self._thread = threading.Thread(target=self._complete, args=(writes, begun), name="checkpoint")
         self._thread.start()
@@ -237,6 +239,27 @@ class Checkpoints:
             found.append("no checksums were written: the sizes are right, the contents are not known to be")
         return found
 
+    def complete(self, step: int) -> None:
+        """Reads a checkpoint that was killed between its commit and its checksums, and notes them; else nothing.
+
+        For a run that has just restored it: what it goes on from is then held to every byte by all that come after.
+        One that lies behind a link, or may not be written, stays as it is.
+
+        Raises:
+          UserError: no such step, or its manifest is damaged.
+        """
+        self._settle()
+        if jax.process_index() != 0 or not self._checksums:
+            return
+        folder, saved = self._folder.open(step)
+        if is_link(folder) or all(file.crc32 is not None for file in saved.files.values()):
+            return
+        with contextlib.suppress(OSError, RunFailed):
+            there = manifest.survey(folder, checksums=True)
+            files = {name: there[name] for name in saved.files if name in there}
+            if [file.bytes for file in files.values()] == [file.bytes for file in saved.files.values()]:
+                manifest.write(folder, dataclasses.replace(saved, files=files))
+
     def restore(self, step: int, abstract: Any) -> Any:
         """Returns the state saved at `step` as a tree like `abstract`, with the shardings of its leaves, on any mesh.
 
@@ -350,6 +373,7 @@ class Checkpoints:
                 self._folder.retire(self._retention)
         except BaseException as error:
             self._swept = False
+            orbax_io.release_threads()
             self._failures.append((_failed(writes[-1].folder, error), error))
 
     def _load(

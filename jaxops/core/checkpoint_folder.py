@@ -1,9 +1,10 @@
 """The folder of a run's checkpoints: it lists the steps, finds the undamaged ones, and deletes old ones.
 
-A checkpoint is a folder `20` with a manifest (or `20-2` where step 20 was saved again: a new save is put beside the
-older one, never over it). Damaged checkpoints are never deleted, and no checkpoint is deleted before a newer one is
-complete. Arrays that checkpoints have in common are stored beside them (shared_parts.py) as long as one of them names
-them. Tested in tests/core/test_checkpoint_folder.py.
+A checkpoint is a folder `20` (or `20-2` where step 20 was saved again: beside the older, never over it) that
+has a manifest. Nothing damaged is deleted, and nothing goes before something newer is whole. What checkpoints have in
+common lies beside them (shared_parts.py), as long as one of them names it. Folders of somebody else are left alone,
+whatever their names, and nothing is changed through a link: a checkpoint that was moved away and linked is read.
+Held by tests/core/test_checkpoint_folder.py.
 """
 
 import contextlib
@@ -17,12 +18,14 @@ from typing import Any, Literal
 
 from etils import epath
 
-from jaxops.core import manifest, plain, store_paths, stores
+from jaxops.core import manifest, orbax_io, plain, store_paths, stores
 from jaxops.core.failures import UserError
 from jaxops.core.manifest import Damaged, File, Manifest
 from jaxops.core.shared_parts import DAMAGED, Known, SharedParts
 
 _NAME = re.compile(r"(\d+)(?:-(\d+))?$")
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_WRITTEN = {orbax_io.ITEM, *orbax_io.FILES, DAMAGED, manifest.TEMPORARY}
 _UNFINISHED = re.compile(r"\d+(-\d+)?\.orbax-checkpoint-tmp.*")
 
 
@@ -176,12 +179,13 @@ class CheckpointFolder:
         return None
 
     def sweep(self) -> None:
-        """Removes the leftovers of killed or failed saves; no save may be under way."""
+        """Removes what killed or failed saves left behind, and nothing else; no save may be under way."""
         for path in list(self.shared.sweep(self._named())):
-            _delete(path)
+            if _TEMPORARY in path.name or is_ours(path):
+                _delete(path)
         for path in self.path.iterdir():
             named = _NAME.fullmatch(path.name) and not (path / manifest.FILE).exists()
-            if named or _UNFINISHED.fullmatch(path.name):
+            if (named and is_ours(path)) or _UNFINISHED.fullmatch(path.name):
                 _delete(path)
 
     def retire(self, retention: Retention) -> None:
@@ -191,6 +195,8 @@ class CheckpointFolder:
         folder, so that later runs know them.
         """
         for folder, found in self._damaged.items():
+            if is_link(folder):
+                continue
             with contextlib.suppress(OSError):
                 (folder / DAMAGED).write_text("\n".join(found) + "\n")
         self.shared.mark()
@@ -204,11 +210,12 @@ class CheckpointFolder:
         kept = retention.kept(good)
         for folder, step, _ in self._listing():
             superseded = step in good and (step not in kept or folder != folders[step])
-            if superseded and folder not in self._damaged and not (folder / DAMAGED).exists():
+            if superseded and folder not in self._damaged and not (folder / DAMAGED).exists() and is_ours(folder):
                 _delete(folder)
         if self.shared.names() and (named := self._named()) is not None:
             for folder in list(self.shared.unnamed(named)):
-                _delete(folder)
+                if is_ours(folder):
+                    _delete(folder)
 
     def _named(self) -> set[str] | None:
         """Returns the shared folders that checkpoints name, damaged ones too; None if a manifest cannot be read."""
@@ -248,7 +255,24 @@ def some(items: list[Any], most: int = 10) -> str:
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
 
 
+def is_link(folder: epath.Path) -> bool:
+    """Whether the path is a symbolic link: what it leads to is not this folder's to change."""
+    return not stores.is_url(folder) and os.path.islink(os.fspath(folder))
+
+
+def is_ours(folder: epath.Path) -> bool:
+    """Whether a save made this folder: it has our manifest, or nothing in it but what orbax writes before that.
+
+    A folder `2023` with somebody's notes is none, and neither is a link.
+    """
+    if is_link(folder) or not folder.is_dir():
+        return False
+    return (folder / manifest.FILE).exists() or _WRITTEN.issuperset(path.name for path in folder.iterdir())
+
+
 def _delete(folder: epath.Path) -> None:
-    """Deletes a checkpoint, manifest first: a process killed in between leaves no checkpoint, not a damaged one."""
+    """Manifest first: a process killed in between leaves no checkpoint rather than a damaged one. Never a link."""
+    if is_link(folder):
+        return
     (folder / manifest.FILE).unlink(missing_ok=True)
     folder.rmtree(missing_ok=True)

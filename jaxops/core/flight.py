@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxops.core.failures import RunFailed, UserError
-from jaxops.core.sums import LOSS, Sum, Sums, finalize
+from jaxops.core.sums import LOSS, Sum, Sums, finalize, merge
 
 LONG_SECONDS, SHORT_SECONDS = 0.1, 0.001
 """Seconds above which a step is long and below which it is short. Long steps need not be queued far ahead: the host
@@ -76,6 +76,48 @@ class Window:
         return out
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenWindow:
+    """A window that an interrupt cut short: the run that goes on from there takes it up and closes it where it was due.
+
+    Attributes:
+      first: the step after which it began.
+      sums: what its steps have summed so far, by name: (total, count) of a Sum, (maximum,) of a Max.
+      cursors: the cursor before the window and after each of its steps.
+      updates: updates of the optimizer that each step made.
+    """
+
+    first: int
+    sums: Mapping[str, tuple[np.ndarray, ...]]
+    cursors: tuple[int, ...]
+    updates: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.updates)
+
+    def merged(self, sums: Sums) -> Sums | None:
+        """These sums on top of the window's; None where they are not of the same names and shapes."""
+        if sums.keys() != self.sums.keys():
+            return None
+        held: Sums = {}
+        for name, entry in sums.items():
+            leaves, structure = jax.tree.flatten(entry)
+            kept = self.sums[name]
+            if [np.shape(leaf) for leaf in leaves] != [leaf.shape for leaf in kept]:
+                return None
+            placed = [_placed(old, new) for old, new in zip(kept, leaves, strict=True)]
+            held[name] = jax.tree.unflatten(structure, placed)
+        return jax.block_until_ready(_merge(held, sums))
+
+
+def _placed(old: np.ndarray, new: Any) -> Any:
+    return jax.device_put(old, new.sharding) if isinstance(new, jax.Array) else old
+
+
+_merge = jax.jit(merge)
+
+
 class Windows:
     """The steps in flight, oldest first, and the windows that are not yet delivered to `on_window`.
 
@@ -83,16 +125,25 @@ class Windows:
     it is done.
     """
 
-    def __init__(self, start: int, cursor: int, serial: bool, on_window: Callable[[Window], dict[str, Any]]):
+    def __init__(
+        self,
+        start: int,
+        cursor: int,
+        serial: bool,
+        on_window: Callable[[Window], dict[str, Any]],
+        begun: OpenWindow | None = None,
+    ):
         self._serial, self._on_window = serial, on_window
         self._most, self._left = SERIAL if serial else USUAL
         self._flying: collections.deque[tuple[Any, ...]] = collections.deque()
-        self._opened = start
-        # For the steps that are not delivered: the time each was done, the cursors before and after, the updates.
-        self._base, self._done = start, list[float]()
-        self._cursors, self._updates = [cursor], list[int]()
+        self._start, self._begun = start, begun.steps if begun else 0
+        self._opened = start - self._begun
+        # Of the steps that are not delivered: when each was done, the cursor before and after, updates.
         self._clock = self._seen = time.perf_counter()
-        self._untimed = 0
+        self._base, self._done = self._opened, [self._clock] * self._begun
+        self._cursors = [*(begun.cursors[:-1] if begun else ()), cursor]
+        self._updates = list(begun.updates if begun else ())
+        self._untimed = self._begun
         self._closed: list[tuple[int, int, Sums]] = []
         self._values: dict[str, Any] = {}
 
@@ -140,16 +191,30 @@ class Windows:
             self._observe()
 
     def compiled(self, window: int) -> None:
-        """Waits for the first step, which compiles. The clock starts after it, unless it is a whole window."""
-        self._settle(self._base + 1)
+        """The first step was called: waits for it. The clock begins after it, unless it is a window of its own."""
+        self._settle(self._start + 1)
         if window > 1:
-            self._untimed, self._clock = 1, self._seen
+            self._untimed, self._clock = self._begun + 1, self._seen
 
     def close(self, at: int, sums: Sums | None) -> None:
         """Ends the window with the step `at`, whose call returned these sums."""
         if sums is not None and at > self._opened:
             self._closed.append((self._opened, at, sums))
         self._opened = at
+
+    def leave(self, at: int, sums: Sums | None, check: Callable[[Window], object]) -> OpenWindow | None:
+        """Delivers what is closed and returns the window that is not, as of the step `at`; `check` sees it before.
+
+        A window that `check` refuses, by an error, is nobody's: the run goes back or ends.
+        """
+        self.deliver()
+        if sums is None or at == self._opened:
+            return None
+        self._settle(at)
+        cursors, updates = tuple(self._cursors), tuple(self._updates)
+        check(Window(self._opened, at, sums, 1.0, at - self._opened, cursors, sum(updates)))
+        held = {name: tuple(np.asarray(x) for x in jax.tree.leaves(entry)) for name, entry in sums.items()}
+        return OpenWindow(self._opened, held, cursors, updates)
 
     def deliver(self, keep: int = 0) -> dict[str, Any]:
         """Delivers all but the newest `keep` closed windows, and returns the newest values."""

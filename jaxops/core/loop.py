@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxops.core.failures import RunFailed, UserError
-from jaxops.core.flight import Window, Windows
+from jaxops.core.flight import OpenWindow, Window, Windows
 from jaxops.core.interrupt import Interrupted
 from jaxops.core.mesh import serialise_dispatch
 from jaxops.core.recovery import GoBack
@@ -54,10 +54,11 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """A function `fn` that is called after every `every`-th step."""
+    """A function called after every `every`-th step; `flushes` where it always ends the window there."""
 
     every: int
     fn: Callable[[Snapshot], None]
+    flushes: bool = False
 
 
 def every(steps: int, fn: Callable[[Snapshot], None]) -> Hook:
@@ -77,16 +78,16 @@ def every(steps: int, fn: Callable[[Snapshot], None]) -> Hook:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """The end of the loop: its last state, step and cursor.
+    """Where and why the loop ended: `finished`, `interrupted`, or the reason a hook gave.
 
-    Attributes:
-      reason: `finished`, `interrupted`, or the reason that a hook gave.
+    `window` is the one that an interrupt cut short, for the run that goes on from there.
     """
 
     state: State
     step: int
     cursor: int
     reason: str
+    window: OpenWindow | None = None
 
 
 def check_finite(values: dict[str, Any], window: Window, policy: NonFinite) -> None:
@@ -131,6 +132,8 @@ def run_loop(
     on_window: Callable[[Window], dict[str, Any]] = lambda window: {},
     poll: Callable[[], bool] = lambda: False,
     on_step: Callable[[int], None] = lambda step: None,
+    begun: OpenWindow | None = None,
+    on_open: Callable[[Window], object] | None = None,
 ) -> Ended:
     """Runs steps `start` + 1 to `steps`; call it inside `jax.set_mesh(mesh)`.
 
@@ -146,8 +149,11 @@ def run_loop(
       window: steps between fetches of metrics; the window fetched is the previous one.
       hooks: are called in this order after the steps at which they are due.
       on_window: gets each closed window, one boundary late or when a hook flushes, and returns the values hooks see.
-      poll: is called before every step; true ends the loop as `interrupted`. So does `Interrupted`, raised by a step.
-      on_step: is called with the number of each step before its batch is taken.
+      poll: asked before every step; true ends the loop as `interrupted`. So does `Interrupted`, raised by a step.
+      on_step: told the number of each step before its batch is taken.
+      begun: the window that an interrupt cut short at `start`, which this run ends where it was due.
+      on_open: sees the window that an interrupt cuts short, and may refuse it by an error; the window is then returned
+        in `Ended`. Without it such a window is delivered as it is.
 
     A hook's error passes through after the windows before it are delivered.
 
@@ -157,7 +163,7 @@ def run_loop(
     """
     at = start
     sums: Sums | None = None
-    windows = Windows(start, cursor, serialise_dispatch(mesh), on_window)
+    windows = Windows(start, cursor, serialise_dispatch(mesh), on_window, begun)
     turn = Turn(batches, poll)
 
     def flush() -> dict[str, Any]:
@@ -167,8 +173,14 @@ def run_loop(
         return windows.deliver()
 
     def end(reason: str) -> Ended:
-        flush()
-        return Ended(state, at, cursor, reason)
+        cut = reason == "interrupted" and on_open is not None
+        if cut and at == start:
+            return Ended(state, at, cursor, reason, begun)
+        if not cut or at % window == 0 or any(at % hook.every == 0 for hook in hooks if hook.flushes):
+            flush()
+            return Ended(state, at, cursor, reason)
+        assert on_open is not None
+        return Ended(state, at, cursor, reason, windows.leave(at, sums, on_open))
 
     while at < steps and not poll():
         due = min((at // n + 1) * n for n in (window, *(hook.every for hook in hooks)))
@@ -184,6 +196,8 @@ def run_loop(
                 return end("interrupted")
             at += 1
             cursor += int(turn.examples)
+            if begun is not None and at == start + 1:
+                sums = begun.merged(sums) or sums
             windows.add(sums, cursor, turn.updates)
             if at == start + 1:
                 _require_one_step(before, state)

@@ -25,7 +25,7 @@ FILE = "jaxops.json"
 FORMAT = 2
 """The newest version that is read, as are all older ones. Only manifests with shared parts are written as version 2."""
 
-_TEMPORARY = f".{FILE}.tmp"
+TEMPORARY = f".{FILE}.tmp"
 SHARED_NAME = re.compile(r"(\w+-[0-9a-f]{16})(?:-(\d+))?")
 """The name of a folder with arrays that several checkpoints have in common (shared_parts.py)."""
 
@@ -113,11 +113,11 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
     if is_url(folder):  # object stores write an object whole or not at all
         (folder / FILE).write_text(text)
         return
-    with open(folder / _TEMPORARY, "w", encoding="utf-8") as file:
+    with open(folder / TEMPORARY, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(folder / _TEMPORARY, folder / FILE)
+    os.replace(folder / TEMPORARY, folder / FILE)
 
 
 def read(folder: epath.Path) -> Manifest:
@@ -159,7 +159,7 @@ def survey(folder: epath.Path, *, checksums: bool, early: Early | None = None) -
         known = early.known(folder / name) if early else None
         return of_file(folder / name) if known is None else known
 
-    sizes = {name: size for name, size in sorted(_sizes(folder).items()) if name not in (FILE, _TEMPORARY)}
+    sizes = {name: size for name, size in sorted(_sizes(folder).items()) if name not in (FILE, TEMPORARY)}
     crcs = side_by_side(crc, sizes) if checksums else [None] * len(sizes)
     return {name: File(size, crc) for (name, size), crc in zip(sizes.items(), crcs, strict=True)}
 

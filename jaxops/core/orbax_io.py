@@ -4,11 +4,14 @@ This is the only module that imports orbax, and it does so on first use. All use
 there is no public way, are here too. Tested in tests/core/test_checkpoint.py and test_stores.py.
 """
 
+import contextlib
 import functools
 import logging
 import math
 import os
 import sys
+import threading
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,7 +22,9 @@ from etils import epath
 from jaxops.core import plain, stores
 
 ITEM = "state"
-"""The folder of orbax's tree in a checkpoint; `orbax.checkpoint.v1.load(folder)` reads it without jaxops."""
+"""Where orbax's tree lies in a checkpoint; `orbax.checkpoint.v1.load(folder)` reads it without jaxops."""
+FILES = frozenset({"_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt"})
+"""What orbax writes beside it."""
 _CHUNK, _FILE = 32 << 20, 128 << 20
 """Bytes of the chunks that arrays are cut into, and of the files that hold the chunks."""
 
@@ -35,6 +40,27 @@ def save_async(folder: epath.Path, tree: Any, leaves: Iterable[Any], *, compress
     """
     with options(folder, leaves, compress=compress):
         return _orbax().save_async(folder, tree, checkpointable_name=ITEM)
+
+
+def release_threads() -> None:
+    """After a save has failed: ends the threads of orbax that wait, minutes long, for a part of it that never comes.
+
+    They are no daemons, so that the process would stay, and hold its devices, long after it has said what went wrong.
+    Orbax has no call for that. No save may be under way; several processes end by themselves (distributed.leave).
+    Held by tests/core/test_checkpoint.py.
+    """
+    if jax.process_count() > 1:
+        return
+    from orbax.checkpoint._src.futures import future
+
+    # What they would have done is dropped, and Python says so of each, around the one message that matters.
+    warnings.filterwarnings("ignore", message=r"coroutine '.*' was never awaited", category=RuntimeWarning)
+    signalling: Any = getattr(future, "_SignalingThread", ())
+    threads: list[Any] = [thread for thread in threading.enumerate() if isinstance(thread, signalling)]
+    for thread in threads:
+        with contextlib.suppress(Exception):  # of another version: it ends in its own time
+            thread._cancelled = True
+            future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
 
 
 def options(folder: epath.Path, leaves: Iterable[Any], *, compress: bool) -> Any:

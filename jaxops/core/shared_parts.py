@@ -7,12 +7,13 @@ Tested in tests/core/test_checkpoint_shared.py.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from jaxops.core import manifest, plain
+from jaxops.core import manifest, plain, stores
 from jaxops.core.manifest import Damaged, File, Manifest
 
 DAMAGED = "jaxops.damaged"
@@ -132,6 +133,8 @@ class SharedParts:
     def mark(self) -> None:
         """Writes the problems of each damaged folder into it, so that later runs know them."""
         for name, found in self._damaged.items():
+            if not stores.is_url(self.path) and os.path.islink(os.fspath(self.path / name)):
+                continue
             with contextlib.suppress(OSError):
                 (self.path / name / DAMAGED).write_text("\n".join(found) + "\n")
 

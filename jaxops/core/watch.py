@@ -70,6 +70,8 @@ class Watch:
     def begin(self) -> None:
         """Starts the signs of life in the run's folder, once the run is accepted: a refused folder stays as it was."""
         self._signs = True
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)  # here alone: a folder that is deleted later stays so
         self._sign()
         if self._several and (file := self._open()):  # jax sends SIGABRT to a process that lost the others
             faulthandler.enable(file)
@@ -96,7 +98,7 @@ class Watch:
         """Returns the file for stacks; None where it cannot be written, which is no reason to stop a run."""
         with contextlib.suppress(OSError):
             if self._stacks is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self._folder.mkdir(exist_ok=True)
                 self._stacks = open(self._folder / f"{self._rank}.stacks.txt", "w")  # noqa: SIM115 (kept open for a fatal signal)
         return self._stacks
 
@@ -120,7 +122,6 @@ class Watch:
         sign = {"process": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
         text = json.dumps({**sign, "phase": self.phase, "step": self.step}) + "\n"
         with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
             replace_file(self._folder / f"{self._rank}.json", [text.encode()])
 
     def _dump(self, seconds: float) -> None:

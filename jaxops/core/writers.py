@@ -7,6 +7,8 @@ dropped first. Every write either reaches the file or raises `RunFailed`; nothin
 import json
 import math
 import os
+import re
+import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ _RESERVED = frozenset({"v", "step", "time", "event", "text"})
 
 @runtime_checkable
 class Writer(Protocol):
-    """The protocol of a writer of scalars. `close()`, `event` and `samples` are called where they exist."""
+    """Receives scalars at a step. `close()`, `flush()` and `event(step, event, text)` are called where they exist."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records scalars of a step by name."""
@@ -51,6 +53,11 @@ class Writers:
         for method in self._optional("samples"):
             method(step, samples)
 
+    def flush(self) -> None:
+        """What was written so far is on its way to the disk when this returns: called before a checkpoint is saved."""
+        for method in self._optional("flush"):
+            method()
+
     def close(self) -> None:
         """Closes every writer, then raises the first error."""
         errors = []
@@ -70,19 +77,22 @@ class JsonlWriter:
     """A writer of one JSON object per line; each is handed to the operating system before `write` returns.
 
     A line is `{"v": 1, "step": ..., "time": <unix seconds>, name: number, ...}`, or for an event `{...,
-    "event": ..., "text": ...}`; NaN and infinities become null. The constructor removes a line torn by a kill and,
-    with `resume_step`, the lines of later steps, atomically.
+    "event": ..., "text": ...}`; NaN and infinities become null. Opening cuts off a line torn by a kill; with
+    `resume_step` the lines of later steps are removed too, atomically, and of that step itself the lines whose names
+    begin with one of `again`, which the run is about to write once more.
 
     Raises:
-      RunFailed: the file cannot be written (disk full, permissions).
+      RunFailed: the file cannot be written (disk full, permissions), or (by `write` and `flush`) it is gone.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, resume_step: int | None = None, again: tuple[str, ...] = ()
+    ) -> None:
         self.path = Path(path)
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
-                _keep_until(self.path, math.inf if resume_step is None else resume_step)
+                _keep_until(self.path, math.inf if resume_step is None else resume_step, again)
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (kept open until close)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -105,6 +115,23 @@ class JsonlWriter:
         """Records an event such as `resumed`, `skipped` or `recompiled`."""
         self._append(step, {"event": event, "text": text})
 
+    def flush(self) -> None:
+        """Every line is written as it comes; this only looks whether they still lie where one would look for them.
+
+        Raises:
+          RunFailed: the file was deleted or moved.
+        """
+        try:
+            there, ours = os.stat(self.path), os.fstat(self._file.fileno())
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+            raise RunFailed(
+                f"{self.path} was deleted, moved or replaced while the run was writing it: what is logged and saved"
+                " from here on would not be found again, so the run stops. What lies in"
+                f" {self.path.parent} by now is what there is to resume from"
+            )
+
     def close(self) -> None:
         self._file.close()
 
@@ -114,20 +141,24 @@ class JsonlWriter:
         with writing(self.path):
             while data:
                 data = data[self._file.write(data) :]
+        self.flush()
 
 
 class SamplesWriter:
     """A writer that appends the text of a model in an evaluation to `samples.jsonl`, one JSON object per sample.
 
-    The first sample creates the file. On resume the samples of steps after `resume_step` are removed.
+    The file is made by the first sample. On resume the samples of steps after `resume_step` are cut off, and of that
+    step those with an entry whose name begins with one of `again`.
 
     Raises:
       RunFailed: the file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, resume_step: int | None = None, again: tuple[str, ...] = ()
+    ) -> None:
         self._path = Path(path)
-        self._lines = JsonlWriter(path, resume_step=resume_step) if self._path.exists() else None
+        self._lines = JsonlWriter(path, resume_step=resume_step, again=again) if self._path.exists() else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Ignores scalars, which other writers record."""
@@ -179,8 +210,15 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class TensorBoardWriter:
     """A writer of scalars to a TensorBoard events file in `folder`; a resume hides the events after `resume_step`.
 
-    It writes on the caller's thread: tensorboardX's own writer thread dies when the disk is full and then blocks the
-    run.
+    With `replay`, the lines of `metrics.jsonl` at that very step, what TensorBoard has of the step is hidden too and
+    those lines take its place: whatever a kill has lost of it, the two agree. Written from the caller's thread:
+    tensorboardX's own writer thread dies of a full disk and then blocks the run.
+
+    Args:
+      folder: where the file goes; one for each part of a run.
+      resume_step: the step that the run goes on from.
+      replay: lines of `metrics.jsonl` at `resume_step`.
+      names: of the files of the run that lie elsewhere (an object store), so that this one comes after them.
 
     Raises:
       RunFailed: the file cannot be written.
@@ -188,37 +226,57 @@ class TensorBoardWriter:
 
     FLUSH_SECONDS = 10.0
 
-    def __init__(self, folder: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        resume_step: int | None = None,
+        replay: Sequence[Mapping[str, Any]] | None = None,
+        names: Iterable[str] = (),
+    ) -> None:
         from tensorboardX.proto import event_pb2, summary_pb2
+        from tensorboardX.record_writer import RecordWriter
 
         self.folder = Path(folder)
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            # The library names files by the second, so the suffix keeps a quick resume from overwriting a file.
-            self._file = EventsWriter(str(self.folder / "events"), f".{time.time_ns()}")
+            there = [*names, *(path.name for path in self.folder.glob("events.out.tfevents.*"))]
+            self._file = RecordWriter(str(self.folder / _events_name(there)))
+            self._put(file_version="brain.Event:2")
             if resume_step is not None:
                 start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-                self._put(step=resume_step + 1, session_log=start)
+                self._put(step=resume_step + (replay is None), session_log=start)
+            for line in replay or ():
+                values = {name: value for name, value in line.items() if name not in _RESERVED}
+                self._scalars(int(line["step"]), values, wall_time=float(line.get("time", time.time())))
             self._file.flush()
         self._flushed = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        value = self._summary.Value
-        scalars = [value(tag=name, simple_value=float(number)) for name, number in values.items()]
         with writing(self.folder):
-            self._put(step=step, summary=self._summary(value=scalars))
+            self._scalars(step, values)
             if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
                 self._file.flush()
                 self._flushed = time.monotonic()
+
+    def flush(self) -> None:
+        """What was written so far is on its way to the disk when this returns."""
+        with writing(self.folder):
+            self._file.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         with writing(self.folder):
             self._file.close()
 
+    def _scalars(self, step: int, values: Mapping[str, float], **fields: Any) -> None:
+        value = self._summary.Value
+        scalars = [value(tag=name, simple_value=float(number)) for name, number in values.items()]
+        self._put(step=step, summary=self._summary(value=scalars), **fields)
+
     def _put(self, **fields: Any) -> None:
-        self._file.write_event(self._event(wall_time=time.time(), **fields))
+        self._file.write(self._event(**{"wall_time": time.time(), **fields}).SerializeToString())
 
 
 class WandbWriter:
@@ -291,10 +349,33 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     return line if numbered else None
 
 
-def _keep_until(path: Path, step: float) -> None:
-    """Rewrites the file without torn lines and lines of steps after `step`; without any it stays untouched."""
+def _events_name(there: Iterable[str]) -> str:
+    """The name of a new TensorBoard file, which sorts after those that are there.
+
+    TensorBoard reads the files of a folder in the order of their names, which begin with the second they were made at:
+    one that is made after a clock was set back must not come before what it hides.
+    """
+    found = [int(match[1]) for name in there if (match := _EVENTS.match(name))]
+    second = max([int(time.time()), *(before + 1 for before in found)])
+    return f"events.out.tfevents.{second:010}.{socket.gethostname()}.{time.time_ns()}"
+
+
+_EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")
+
+
+def _keep_until(path: Path, step: float, again: tuple[str, ...] = ()) -> None:
+    """Rewrites the file without torn lines and without those of steps after `step`; untouched if it has none.
+
+    Of `step` itself the lines go that have an entry, or record an event, whose name begins with one of `again`.
+    """
+
+    def stays(line: Mapping[str, Any]) -> bool:
+        if line["step"] != step or not again:
+            return bool(line["step"] <= step)
+        return not any(name.startswith(again) for name in (*line, str(line.get("event", ""))))
+
     old = path.read_bytes()
-    lines = (raw for raw in old.split(b"\n") if (line := _parse(raw)) is not None and line["step"] <= step)
+    lines = (raw for raw in old.split(b"\n") if (line := _parse(raw)) is not None and stays(line))
     new = b"".join(raw + b"\n" for raw in lines)
     if new != old:
         replace_file(path, [new])

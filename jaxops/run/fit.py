@@ -19,7 +19,7 @@ from jaxops.core.step import Step
 from jaxops.run.build import completed
 from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.progress import Progress
-from jaxops.run.summary import FinishedRun
+from jaxops.run.summary import FinishedRun, report_again
 from jaxops.run.task import StepParts, Task
 from jaxops.run.training import accumulation_of, build_training
 from jaxops.run.training_run import TrainingRun
@@ -102,6 +102,8 @@ def _finished(task: Task, folder: RunFolder, progress: Progress) -> dict[str, An
     if summary.get("state") != "finished" or not (early or summary.get("step", 0) >= task.steps):
         return None
     why = f", {summary['reason']}" if early else ""
+    if not folder.has("report.html"):  # killed between the summary and the report
+        report_again(folder.dir)
     progress.say(f"{folder.where} is finished (step {summary['step']}{why}); nothing to do")
     progress.table(summary, task.config.evaluate.metrics, task.about.note)
     progress.say(f"report: {folder.shown('report.html')}")

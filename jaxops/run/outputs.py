@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxops.core.failures import UserError
+from jaxops.core.failures import RunFailed, UserError
 
 
 def parquet_target(path: str | os.PathLike[str]) -> Path:
@@ -34,13 +34,19 @@ def write_parquet(path: str | os.PathLike[str], make: Callable[[], pa.Table], wh
 
     Raises:
       UserError: the path cannot be written.
+      RunFailed: the disk is full.
     """
     target = parquet_target(path)
     table = make()
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.tmp")
-    pq.write_table(table, scratch)
-    os.replace(scratch, target)
+    try:
+        pq.write_table(table, scratch)
+        os.replace(scratch, target)
+    except OSError as error:
+        raise RunFailed(f"{target} cannot be written: {error}; nothing of it was left") from error
+    finally:
+        scratch.unlink(missing_ok=True)
     return f"{counted(len(table), what)} -> {target}"
 
 

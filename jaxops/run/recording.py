@@ -7,34 +7,61 @@ from typing import Any
 from jaxops.config.types import ByPath
 from jaxops.core import distributed
 from jaxops.core.failures import UserError
-from jaxops.core.writers import JsonlWriter, SamplesWriter, TensorBoardWriter, WandbWriter, Writer, Writers
+from jaxops.core.writers import (
+    JsonlWriter,
+    SamplesWriter,
+    TensorBoardWriter,
+    WandbWriter,
+    Writer,
+    Writers,
+    read_metrics,
+)
 from jaxops.run.callables import require_callable
 from jaxops.run.config import RunConfig, TensorBoard, Wandb
 from jaxops.run.folder.run_folder import RunFolder
 
+EVALUATED = ("valid/", "test/", "stopped")
+"""What an evaluation and the end of a run record of a step."""
+SAMPLED = ("part",)
+
 
 def open_writers(
-    config: RunConfig, resolved: Any, folder: RunFolder, own: Sequence[Writer], step: int, resumed: bool
+    config: RunConfig,
+    resolved: Any,
+    folder: RunFolder,
+    own: Sequence[Writer],
+    step: int,
+    resumed: bool,
+    evaluates_again: bool = False,
 ) -> Writers:
-    """Opens `metrics.jsonl`, `samples.jsonl` and the config's loggers; other processes than 0 get no writers.
+    """`metrics.jsonl` and the config's loggers, cut off after `step`; none on processes that do not write.
 
     Args:
-      config: the run's config.
-      resolved: the same config as plain values, for loggers that record it.
-      folder: the run folder.
-      own: the user's loggers, made by `own_loggers`.
-      step: the step that the run begins at; records of later steps are cut off.
-      resumed: true where the run has records already.
+      config: names the loggers.
+      resolved: the same as plain values, for W&B.
+      folder: of the run.
+      own: loggers that came by import path.
+      step: what the run goes on from.
+      resumed: whether there was something before.
+      evaluates_again: the evaluation of `step` is still to come, so what is recorded of it goes: a run that was killed
+        between its last evaluation and its summary would record it twice.
     """
     if not distributed.is_primary():
         return Writers([])
     resume = step if resumed else None
-    samples = SamplesWriter(folder.path / "samples.jsonl", resume_step=step)
-    writers: list[Any] = [JsonlWriter(folder.metrics, resume_step=step), samples, *own]
+    again = EVALUATED if evaluates_again else ()
+    samples = SamplesWriter(folder.path / "samples.jsonl", resume_step=step, again=SAMPLED if evaluates_again else ())
+    lines = JsonlWriter(folder.metrics, resume_step=step, again=again)
+    writers: list[Any] = [lines, samples, *own]
     try:
         for logger in config.run.loggers:
             if isinstance(logger, TensorBoard):
-                writers.append(TensorBoardWriter(folder.path, resume_step=resume))
+                there = None
+                if resumed:
+                    read = read_metrics(folder.metrics)
+                    there = [line for line in read if line["step"] == step and "event" not in line]
+                names = folder.names()
+                writers.append(TensorBoardWriter(folder.path, resume_step=resume, replay=there, names=names))
             elif isinstance(logger, Wandb):
                 project, entity, name = logger.project, logger.entity, config.run.name
                 writers.append(WandbWriter(folder.path, project=project, entity=entity, name=name, config=resolved))

@@ -105,6 +105,7 @@ class Saving:
             state = self._checkpoints.restore(latest, wanted)
         else:  # saved before updates were counted apart from steps
             state = updates_from_step(self._checkpoints.restore(latest, without_updates(wanted)))
+        self._checkpoints.complete(latest)
         self.last, self._scored = latest, bool(self._checkpoints.metrics(latest))
         return Position(state, latest, meta["cursor"]), meta["history"]
 

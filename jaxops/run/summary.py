@@ -2,13 +2,15 @@
 
 import dataclasses
 import importlib.metadata
+import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxops.core.failures import RunFailed
+from jaxops.core.failures import RunFailed, UserError
+from jaxops.run.folder.listing import MARKS, existing_folder, is_run
 from jaxops.run.folder.run_folder import SUMMARY_VERSION, RunFolder
 from jaxops.run.task import Task
 
@@ -48,6 +50,24 @@ def write_summary(folder: RunFolder, state: str, values: Mapping[str, Any]) -> t
     return summary, folder.shown("report.html")
 
 
+def report_again(run: str | os.PathLike[str]) -> str:
+    """Writes `report.html` once more from whatever a run has left in its folder (or URL); the report's path or URL.
+
+    Raises:
+      UserError: there is no such folder, or it holds no run.
+      RunFailed: the report cannot be written.
+    """
+    from jaxops.report.page import write_report  # matplotlib takes a second to import
+
+    path = existing_folder(run)
+    if not is_run(path):
+        raise UserError(f"{run} is not a run: it holds none of {', '.join(MARKS)}")
+    write_report(path)
+    folder = RunFolder(run)
+    folder.send("report.html")
+    return folder.shown("report.html")
+
+
 def about_of(task: Task) -> dict[str, Any]:
     """Returns what reports and comparisons read about a task: names for people, and each metric's better direction."""
     metrics = {name: {"better": metric.better, "label": metric.shown} for name, metric in task.metrics.items()}
@@ -60,6 +80,8 @@ def write_failure(folder: RunFolder, error: BaseException, values: Mapping[str, 
     A failure to write it is ignored, so that it does not hide the error that ended the run.
     """
     reason = f"{type(error).__name__}: {error}".split("\n")[0]
+    if not (folder.path / "config.yaml").is_file():
+        return  # nothing began here, or its folder was deleted: a summary alone would be in the way of the next run
     try:
         folder.write_json("summary.json", {"version": SUMMARY_VERSION, "state": "failed", "reason": reason, **values})
     except (OSError, RunFailed):

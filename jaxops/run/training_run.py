@@ -20,6 +20,7 @@ from jaxops.core import distributed
 from jaxops.core.compiles import Compiles
 from jaxops.core.evaluation import Interrupted
 from jaxops.core.failures import RunFailed
+from jaxops.core.flight import OpenWindow
 from jaxops.core.interrupt import Interrupt
 from jaxops.core.journal import Journal
 from jaxops.core.loop import Ended, Hook, Snapshot, Window, check_finite, run_loop
@@ -36,6 +37,7 @@ from jaxops.data.loader import Loader
 from jaxops.run.accounting import Accounting
 from jaxops.run.checkpoints import open_checkpoints
 from jaxops.run.folder.run_folder import RunFolder
+from jaxops.run.open_window import window_from_json, window_to_json
 from jaxops.run.progress import Progress
 from jaxops.run.recording import open_writers, own_loggers
 from jaxops.run.saving import Position, Saving
@@ -72,7 +74,8 @@ class TrainingRun:
         with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
             rates = build_schedule(self.config.optimizer, task.steps)(jnp.arange(task.steps))
         self.lr = np.broadcast_to(rates, task.steps)
-        self.began = time.time()
+        self.began = time.monotonic()
+        self.window: OpenWindow | None = None
         self.wall_before = 0.0
         self.rollbacks: list[dict[str, Any]] = []
         spike = self.config.rollback.spike
@@ -98,7 +101,7 @@ class TrainingRun:
                 self.parts.journal = stack.enter_context(Journal(self.folder.dir, fresh=self.saving.last < 0))
             distributed.run_on_primary("write the run folder", self._write_folder)
             self.watch.begin()
-            self._open_writers(at.step)
+            self._open_writers(at.step, self._evaluates_first(at.step))
             try:
                 stack.enter_context(self.interrupt.installed())
                 stack.enter_context(self.compiles.watching())
@@ -153,10 +156,16 @@ class TrainingRun:
         self.wall_before = history["wall_s"]
         self.rollbacks = list(history.get("rollbacks", ()))
         self.validation.history |= {name: history[name] for name in self.validation.history}
+        self.window = window_from_json(history.get("window"))
         return at
 
     def _history(self) -> dict[str, Any]:
-        return {**self.validation.history, "wall_s": self._wall(), "rollbacks": self.rollbacks}
+        found = {**self.validation.history, "wall_s": self._wall(), "rollbacks": self.rollbacks}
+        return found if self.window is None else {**found, "window": window_to_json(self.window)}
+
+    def _evaluates_first(self, step: int) -> bool:
+        """Whether a run that goes on from `step` begins with an evaluation of it, or ends with one at once."""
+        return step >= self.task.steps or self.validation.missed_evaluation(step) or bool(self.validation.stop_reason())
 
     def _write_folder(self) -> None:
         if not self.folder.exists:
@@ -164,9 +173,11 @@ class TrainingRun:
         self.folder.write_about(about_of(self.task))  # a folder of an older version has none
         self.folder.write_text("config.yaml", dump_yaml(self.task.resolved))  # a resumed run may change some of it
 
-    def _open_writers(self, step: int) -> None:
+    def _open_writers(self, step: int, evaluates_again: bool = False) -> None:
         resumed = self.folder.metrics.exists()
-        self.writers = open_writers(self.config, self.task.resolved, self.folder, self.loggers, step, resumed)
+        self.writers = open_writers(
+            self.config, self.task.resolved, self.folder, self.loggers, step, resumed, evaluates_again
+        )
 
     def _train(self, at: Position, hooks: Sequence[Hook]) -> FinishedRun:
         if at.step:
@@ -197,6 +208,7 @@ class TrainingRun:
         size = self.config.batch.global_
         self.watch.at("train")
         plan = self.tables.plan if self.tables else None
+        begun, self.window = self.window, None
         rows, place = (
             functools.partial(local_rows, self.mesh),
             functools.cache(functools.partial(global_arrays, self.mesh)),
@@ -216,6 +228,8 @@ class TrainingRun:
                 on_window=self._on_window,
                 poll=self._poll,
                 on_step=functools.partial(setattr, self.watch, "step"),
+                begun=begun,
+                on_open=self._check,
             )
 
     def _go_back(self, bad: GoBack) -> Position:
@@ -251,6 +265,7 @@ class TrainingRun:
         """Ends the run after its last step: the last save and, unless interrupted, the final evaluation."""
         at = Position(ended.state, ended.step, ended.cursor)
         if ended.reason == "interrupted":
+            self.window = ended.window
             self._save(at, wait=True)
             self.writers.event(ended.step, self._stopped, f"{self.interrupt.signal}: saved at step {ended.step}")
             self.progress.say(f"saved at step {ended.step}; the same command goes on from there")
@@ -277,12 +292,17 @@ class TrainingRun:
         return self.interrupt()
 
     def _hooks(self) -> list[Hook]:
-        hooks = [Hook(self.config.evaluate.every, self._evaluate_hook)] if self.validation.on else []
-        return [*hooks, Hook(self.saving.every, self._save_if_due)]
+        hooks = [Hook(self.config.evaluate.every, self._evaluate_hook, True)] if self.validation.on else []
+        return [*hooks, Hook(self.saving.every, self._save_if_due, True)]
 
-    def _on_window(self, window: Window) -> dict[str, Any]:
+    def _check(self, window: Window) -> dict[str, Any]:
+        """The values of a window, if all of its steps are good; raises as `check_finite`."""
         values = window.values(self.task.loss_weights)
         check_finite(values, window, self.config.nonfinite)
+        return values
+
+    def _on_window(self, window: Window) -> dict[str, Any]:
+        values = self._check(window)
         if self.spikes and (score := self.spikes(values["loss"])) is not None:
             why = f"the loss leapt to {values['loss']:.4g} in steps {window.first + 1} to {window.last} (z {score:.1f})"
             raise GoBack(window.first + 1, window.last, window.cursor_after(window.last), why)
@@ -323,13 +343,16 @@ class TrainingRun:
 
     def _save(self, at: Position, wait: bool = False) -> None:
         before = self.watch.at("save")
+        if distributed.is_primary():
+            self.folder.require_there()
+        self.writers.flush()  # a checkpoint is never ahead of its records
         if self.task.step is not None and (oldest := self.saving.oldest()) is not None:
             self.parts.journal.trim(oldest)
         self.saving.save(at, self.validation.values if self.validation.step == at.step else None, wait=wait)
         self.watch.at(before)
 
     def _wall(self) -> float:
-        return self.wall_before + time.time() - self.began
+        return self.wall_before + time.monotonic() - self.began
 
     def _final(self, at: Position) -> dict[str, float]:
         """Saves a last time and returns the metrics on validation and test of the parameters that are kept.

@@ -1,12 +1,16 @@
 """Saving, restoring and resharding real arrays; errors that are not lost; damage that is found."""
 
+import builtins
 import dataclasses
+import gc
 import json
+import os
 import pathlib
 import resource
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import jax
@@ -435,6 +439,33 @@ def test_a_failed_save_is_raised_at_the_next_call_and_leaves_the_others(checkpoi
     assert sorted(path.name for path in checkpoints._folder.path.iterdir()) == ["1", "2"]
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+@pytest.mark.parametrize("names", ["2.orbax", "ocdbt", "_METADATA"])
+def test_a_failed_save_leaves_no_thread_that_keeps_the_process(checkpoints, monkeypatch, names):
+    """Orbax's threads would wait five minutes for signals of the part that failed."""
+    checkpoints.save(1, small(), {}, wait=True)
+
+    def refusing(real):
+        def made(path, *args, **kwargs):
+            if names in str(path):
+                raise OSError(28, "No space left on device", str(path))
+            return real(path, *args, **kwargs)
+
+        return made
+
+    for name in ("mkdir", "makedirs", "open"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    monkeypatch.setattr(builtins, "open", refusing(open))
+    with pytest.raises(RunFailed, match=r"saving .*/2 failed: .*No space left on device"):
+        checkpoints.save(2, small(), {}, wait=True)
+    until = time.monotonic() + 20
+    waiting = lambda: [t for t in threading.enumerate() if type(t).__name__ == "_SignalingThread"]
+    while waiting() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not waiting()
+    gc.collect()
+
+
 @pytest.mark.parametrize("call", ["wait", "close", "steps", "latest", "best", "meta", "restore", "exit", "check"])
 def test_no_call_loses_the_error(tmp_path, monkeypatch, call):
     def broken(*_):
@@ -571,6 +602,23 @@ def test_checksums_may_be_left_out(tmp_path):
 
 
 # Quiet
+
+
+def test_a_save_killed_before_its_checksums_is_completed_by_who_goes_on_from_it(three):
+    folder = epath.Path(three / "3")
+    bare = manifest.read(folder)
+    sums = {name: file.crc32 for name, file in bare.files.items()}
+    manifest.write(
+        folder, dataclasses.replace(bare, files={n: manifest.File(f.bytes, None) for n, f in bare.files.items()})
+    )
+    with Checkpoints(three) as checkpoints:
+        assert [text.partition(":")[0] for text in checkpoints.verify(3)] == ["no checksums were written"]
+        checkpoints.complete(3)
+        assert checkpoints.verify(3) == []
+    assert {name: file.crc32 for name, file in manifest.read(folder).files.items()} == sums
+    before = (folder / manifest.FILE).stat()
+    Checkpoints(three).complete(3)
+    assert (folder / manifest.FILE).stat() == before
 
 
 @pytest.mark.latest

@@ -24,8 +24,8 @@ class Run:
     def add(self, step, name=None, commit=True, **metrics):
         self.serial += 1
         path = epath.Path(self.path / (name or str(step)))
-        path.mkdir(parents=True)
-        (path / "data").write_text(f"contents {self.serial}")
+        (path / "state").mkdir(parents=True)
+        (path / "state" / "data").write_text(f"contents {self.serial}")
         if commit:
             files = manifest.survey(path, checksums=True)
             whole = Manifest(step=step, serial=self.serial, meta={}, metrics=metrics, arrays={}, files=files)
@@ -145,7 +145,7 @@ def test_bad_rules(rules, message):
 def test_damaged_ones_neither_count_nor_go(run):
     for step in (10, 20, 30, 40):
         run.add(step)
-    (run.path / "40" / "data").write_text("cut")
+    (run.path / "40" / "state" / "data").write_text("cut")
     (run.path / "30" / "jaxops.json").write_text("{")
     assert run.retire(keep=1) == [20, 30, 40]
 
@@ -154,7 +154,7 @@ def test_what_was_passed_over_as_damaged_does_not_push_out_a_good_one(run):
     """A flipped byte is seen by the search, not by retention's look at sizes."""
     for step in (10, 20):
         run.add(step)
-    data = run.path / "20" / "data"
+    data = run.path / "20" / "state" / "data"
     data.write_text(data.read_text().replace("c", "C"))
     assert run.retire(keep=2) == [10, 20]
     warnings = []
@@ -167,16 +167,16 @@ def test_what_was_passed_over_as_damaged_does_not_push_out_a_good_one(run):
 def test_the_search_goes_back_to_the_newest_good_one_and_says_what_it_passes(run):
     for step in (10, 20, 30, 40):
         run.add(step)
-    (run.path / "40" / "data").unlink()
+    (run.path / "40" / "state" / "data").unlink()
     (run.path / "30" / "jaxops.json").write_text("{")
-    (run.path / "20" / "data").write_text("CONTENTS 2")
+    (run.path / "20" / "state" / "data").write_text("CONTENTS 2")
     before = sorted(path.relative_to(run.path) for path in run.path.rglob("*"))
     warnings = []
     assert run.folder.newest_good(warnings.append) == 10
     assert ["WARNING: checkpoint " in warning for warning in warnings] == [True] * 3
     assert "30 is damaged and is passed over: jaxops.json cannot be read" in warnings[0]
-    assert "40 is damaged and is passed over: data: missing" in warnings[1]
-    assert "20 is damaged and is passed over: data: contents were changed" in warnings[2]
+    assert "40 is damaged and is passed over: state/data: missing" in warnings[1]
+    assert "20 is damaged and is passed over: state/data: contents were changed" in warnings[2]
     assert sorted(path.relative_to(run.path) for path in run.path.rglob("*")) == before
 
 
@@ -191,6 +191,42 @@ def test_the_sweep_removes_what_is_unfinished_and_nothing_else(run):
     (damaged / "jaxops.json").write_text("{")
     run.folder.sweep()
     assert sorted(path.name for path in run.path.iterdir()) == ["10", "50", "notes", "readme.txt"]
+
+
+def test_folders_of_somebody_else_stay_whatever_their_names(run):
+    """Notes in a folder named by a year, one that looks like a shared part, and the first edition of a step."""
+    for name in ("2023", "9", "notes-0123456789abcdef", "30"):
+        (run.path / name).mkdir(parents=True)
+        (run.path / name / "notes.txt").write_text("precious")
+    for step in (10, 20):
+        run.add(step)
+    run.add(30, name=run.folder.at(30, run.folder.edition(30)).name)
+    run.folder.sweep()
+    assert run.retire(keep=1) == [30]
+    there = sorted(path.name for path in run.path.iterdir())
+    assert there == ["2023", "30", "30-2", "9", "notes-0123456789abcdef"]
+    assert len(list(run.path.glob("*/notes.txt"))) == 4
+
+
+def test_nothing_is_changed_through_a_link_and_a_linked_checkpoint_is_read(run, tmp_path):
+    for step in (10, 20):
+        run.add(step)
+    elsewhere = tmp_path / "elsewhere"
+    (run.path / "10").rename(elsewhere)
+    (run.path / "10").symlink_to(elsewhere)
+    (tmp_path / "half" / "state").mkdir(parents=True)
+    (run.path / "15").symlink_to(tmp_path / "half")
+    (run.path / "25.orbax-checkpoint-tmp").symlink_to(tmp_path / "half")
+    before = sorted(path for path in tmp_path.glob("e*/**/*"))
+    run.folder.sweep()
+    assert run.retire(keep=1) == [10, 20]
+    assert sorted(path for path in tmp_path.glob("e*/**/*")) == before and (tmp_path / "half" / "state").is_dir()
+    assert run.folder.find(10).name == "10" and run.folder.problems(*run.folder.open(10), checksums=True) == []
+    (elsewhere / "state" / "data").write_text("CONTENTS 1")  # damaged there: told, and nothing is noted there
+    (run.path / "20" / "state" / "data").write_text("x")
+    assert run.folder.newest_good([].append) is None
+    run.retire(keep=1)
+    assert not (elsewhere / "jaxops.damaged").exists() and (run.path / "20" / "jaxops.damaged").exists()
 
 
 def test_deleting_takes_the_manifest_first(run, monkeypatch):

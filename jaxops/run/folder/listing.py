@@ -139,7 +139,7 @@ def compare_runs(paths: Sequence[str | os.PathLike[str]]) -> Comparison:
     for place, folder in enumerate(folders):
         if folder.resolve() in {other.resolve() for other in folders[:place]}:
             raise UserError(f"compare: {folder} is given twice")
-        if not _is_run(folder):
+        if not is_run(folder):
             raise UserError(f"{folder} is not a run: it holds none of {', '.join(MARKS[:3])}")
     runs = [read_run(folder) for folder in folders]
     sides = []
@@ -175,7 +175,7 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def _find(folder: Path, depth: int) -> Iterator[Path]:
-    if _is_run(folder):
+    if is_run(folder):
         yield folder
     elif depth:
         try:
@@ -214,7 +214,8 @@ def _list_stored(top: stores.Location) -> list[Listed]:
     return [dataclasses.replace(run, path=str(place)) for run, place in zip(listed, places, strict=True)]
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run, or what is left of one."""
     try:
         return any((folder / name).exists() for name in MARKS)
     except OSError:  # an unreadable folder is listed, with the reason

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 from jaxops.config.dump import diff, dump_yaml
 from jaxops.config.shapes import ABSENT
 from jaxops.core import stores
-from jaxops.core.failures import UserError
+from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.writers import writing
 from jaxops.run.config import MAY_CHANGE_ON_RESUME
 from jaxops.run.folder.mirror import KEPT, Mirror
@@ -29,6 +30,8 @@ from jaxops.run.folder.mirror import KEPT, Mirror
 SUMMARY_VERSION = 1
 ABOUT_VERSION = 1
 LOCK = ".lock"
+SCRATCH = re.compile(r"\.(?:.+\.)?(?:[0-9a-f]{32}|tmp)")
+"""The names of temporary files: those of `replace_file` and `write_text`."""
 BEGUN = {LOCK, "transform", "data.json", ".data.json.tmp", ".config.yaml.tmp"}
 """The files of a run that was killed while it made its folder. The next run makes the folder again."""
 
@@ -130,7 +133,7 @@ class RunFolder:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise UserError(f"run folder {self.path}: {parent} cannot be written to; set {self._set}")
         if not self.exists:
-            found = sorted(self._names())
+            found = sorted(self.names())
             if not BEGUN.issuperset(found):
                 raise UserError(
                     f"run folder {self.where} is not empty and holds no config.yaml ({', '.join(found[:5])}): not a"
@@ -224,12 +227,43 @@ class RunFolder:
         file = self.path / name
         scratch = file.with_name(f".{name}.tmp")
         with writing(file):
-            scratch.write_text(text)
-            os.replace(scratch, file)
+            try:
+                with open(scratch, "w") as out:
+                    out.write(text)
+                    out.flush()
+                    os.fsync(out.fileno())  # a machine that loses power after the rename has the text, not its length
+                os.replace(scratch, file)
+            finally:
+                scratch.unlink(missing_ok=True)
 
     def write_json(self, name: str, values: Any) -> None:
         """Writes a small JSON file whole or not at all; NaN and infinities become null."""
         self.write_text(name, json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
+
+    def require_there(self) -> None:
+        """Refuses to go on in a run folder that was deleted or moved: what is saved there would belong to no run.
+
+        Raises:
+          RunFailed: its config.yaml is gone.
+        """
+        if not (self.path / "config.yaml").is_file():
+            raise RunFailed(
+                f"run folder {self.path} was deleted or moved while the run was training (its config.yaml is gone):"
+                " what is saved from here on could not be found again, so the run stops"
+            )
+
+    def has(self, name: str) -> bool:
+        """Whether the folder holds this file (of one in an object store: as of the last look)."""
+        return name in self.names()
+
+    def send(self, name: str) -> None:
+        """Brings one small file to the object store, where the run lies in one: for a run that nobody trains.
+
+        Raises:
+          RunFailed: the store does not take it.
+        """
+        if self._mirror is not None:
+            self._mirror.send(name)
 
     def summary(self) -> dict[str, Any]:
         """Returns the contents of `summary.json`, empty where there is none yet."""
@@ -247,8 +281,8 @@ class RunFolder:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _names(self) -> set[str]:
-        """Returns the names of the files and folders in the run folder."""
+    def names(self) -> set[str]:
+        """What lies in the folder, or in an object store as of the last look."""
         if self._mirror is not None:
             return self._mirror.names
         return {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
@@ -285,18 +319,27 @@ class RunFolder:
             file.truncate()
             file.write(f"pid {os.getpid()}")
             file.flush()
+            self._sweep()
             try:
                 with self._mirror.held(say) if self._mirror else contextlib.nullcontext():
                     yield
             finally:
                 file.truncate(0)
-                left = {entry.name for entry in self.path.iterdir()}
-                if left <= {LOCK, *KEPT}:
+                left = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+                if left and left <= {LOCK, *KEPT}:
                     for name in left:
                         (self.path / name).unlink()
                     with contextlib.suppress(OSError):  # another run may have begun beside this one
                         for folder in made:
                             folder.rmdir()
+
+    def _sweep(self) -> None:
+        """Removes the temporary files that killed processes left in the folder, which this process alone holds."""
+        for folder in (self.path, self.path / "processes"):
+            for path in folder.glob(".*"):
+                if SCRATCH.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
 
 def shown_value(value: Any) -> str:
