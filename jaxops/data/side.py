@@ -11,7 +11,7 @@ from jaxops.core.failures import UserError, nearest
 from jaxops.data import formats
 from jaxops.data.bags import WEIGHT, parallel
 from jaxops.data.files import DataFile, expand_paths, summary
-from jaxops.data.idmaps import plain
+from jaxops.data.values import plain
 from jaxops.data.ids import Ids
 from jaxops.data.numeric import numbers as as_numbers
 from jaxops.data.spec import Format, SideFile

@@ -11,7 +11,8 @@ from jaxtyping import Float32, Float64
 from jaxops.core.failures import UserError
 from jaxops.data import side, sources
 from jaxops.data.clicks.spec import ClickDataConfig, ClicksFile, Criteo, Label, MovieLensClicks
-from jaxops.data.ids import Ids, sortable
+from jaxops.data.files import expand_paths
+from jaxops.data.ids import Ids, settle
 from jaxops.data.numeric import numbers, times, weights
 from jaxops.data.spec import SideFile
 
@@ -134,6 +135,14 @@ def as_clicks_file(config: ClicksFile | Criteo) -> ClicksFile:
     )
 
 
+def is_text(config: ClickDataConfig) -> bool:
+    """True where the files are of a format that cannot tell integers from text."""
+    if isinstance(config, MovieLensClicks):
+        return False
+    file = as_clicks_file(config)
+    return expand_paths(file.path, file.format)[0].format in ("csv", "tsv")
+
+
 def _who(config: ClicksFile) -> dict[str, str]:
     """By `user` and `item`, the column that says which."""
     found = {"user": config.columns.user, "item": config.columns.item}
@@ -174,7 +183,7 @@ def _file(config: ClicksFile) -> Raw:
     ids, of = {}, {}
     for kind, file in files.items():
         if kind in own.who:
-            ids[kind], of[kind] = _by_id(own.who[kind], kind)
+            ids[kind], of[kind] = _by_id(own.who[kind], f"data.columns.{kind}", is_text(config))
         elif file is not None:
             raise UserError(f"data.{kind}_features: say which column is the {kind}, data.columns.{kind}")
         if file is not None:
@@ -213,14 +222,15 @@ def _named(named: Sequence[tuple[str, Sequence[str]]], owner: Mapping[str, str])
     return out
 
 
-def _by_id(values: pa.Array, what: str) -> tuple[Ids, np.ndarray]:
+def _by_id(values: pa.Array, what: str, text: bool = False) -> tuple[Ids, np.ndarray]:
     """The distinct ids in sorted order, and the row there of each of `values`, int64 (-1: null)."""
     encoded = values.dictionary_encode()
-    known = sortable(encoded.dictionary.to_pylist(), False, what)
-    order = np.argsort(known, kind="stable")
-    place = np.empty(len(order) + 1, np.int64)
-    place[order], place[-1] = np.arange(len(order)), -1
-    return Ids(known[order], first=0), place[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    settled = settle(encoded.dictionary.to_pylist(), text, what, integers=False)
+    order = np.argsort(settled.values, kind="stable")
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    return Ids(settled.values[order], first=0), np.append(place[settled.index], -1)[codes]
 
 
 def _film_columns(table: pa.Table) -> Own:

@@ -33,6 +33,15 @@ class MinCount:
     item: Annotated[int, Field(ge=1)] = 1
 
 
+Duplicates = Literal["auto", "drop", "keep"]
+"""What becomes of exact copies of events, equal in every column that is read.
+
+`auto` drops and counts them where times are finer than a day. Where times are dates alone it keeps and counts them
+(honest repeats look the same), and a held-out target that has a copy in its history is left out. `drop` drops them all
+and `keep` keeps them all.
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class LeaveOneOut:
     """Each user's last event is the test target, the one before it the validation target."""
@@ -82,6 +91,7 @@ class InteractionsFile(Part):
     cache: str | None = None
     format: Format = "auto"
     header: tuple[str, ...] | None = None
+    duplicates: Duplicates = "auto"
     user_features: SideFile | None = None
     item_features: SideFile | None = None
 
