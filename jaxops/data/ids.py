@@ -253,7 +253,8 @@ def settle(
       integers: text that is spelled as integers becomes int64 (default: if `text`), else it stays text.
 
     Raises:
-      UserError: `text` that is no integer throughout and has entries that differ only in blanks around them, leading zeros or `.0`; ids that are too long.
+      UserError: `text` that is no integer throughout and has entries that differ only in blanks around them,
+      leading zeros or `.0`; ids that are too long.
     """
     if not given or all(isinstance(one, int) for one in given):
         return Settled(np.array(given, np.int64), np.arange(len(given)))

@@ -1,4 +1,4 @@
-"""Remarks on data that a person should see: printed once on stderr (logger `jaxops.data`), and kept for `data inspect`."""
+"""Remarks on data that a person should see: printed on stderr (logger `jaxops.data`) and kept for `data inspect`."""
 
 import contextlib
 import contextvars

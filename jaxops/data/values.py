@@ -114,8 +114,9 @@ def _of_floats(values: pa.Array, at: At, ids: bool) -> pa.Array:
     if ids:
         index = int(np.flatnonzero(~whole)[0])
         raise UserError(
-            f"{at(index)} is {float(numbers[index])!r}, which is no id: floats are ids where they are whole and below 2**53; "
-            "write the ids as integers or text"
+            f"{at(index)} is {float(numbers[index])!r}, which is no id: floats are ids where they are whole"
+            " and below 2**53;"
+            " write the ids as integers or text"
         )
     text = pc.if_else(pa.array(whole), pc.cast(integers, pa.string()), pc.cast(values, pa.string()))
     return pc.if_else(pa.array(nothing), pa.scalar(None, pa.string()), text)

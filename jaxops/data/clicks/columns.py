@@ -112,10 +112,10 @@ def read_own(config: ClickDataConfig, path: str | os.PathLike[str]) -> Own:
         return _film_columns(side.read_columns(os.fspath(path), ("user", "item", "time")))
     file, has = as_clicks_file(config), layout(config)
     path = os.fspath(path)
-    there = side.columns_of(path, file.format, file.header)
+    there = side.columns_of(path, file.format, file.header, file.text)
     who = {kind: name for kind, name in _who(file).items() if name in there or kind in has.sides.values()}
     wanted = [*file.categorical, *file.bags, *file.weights.values(), *file.numeric, *who.values()]
-    table = side.read_columns(path, list(dict.fromkeys(wanted)), file.format, file.header, _numbers(file))
+    table = side.read_columns(path, list(dict.fromkeys(wanted)), file.format, file.header, _numbers(file), file.text)
     return _own(file, table, who)
 
 
@@ -176,7 +176,8 @@ def _file(config: ClicksFile) -> Raw:
     _check_names(config)
     named = [name for name in (columns.time, columns.weight) if name is not None]
     wanted = [*_who(config).values(), *named, *labels, *features, *config.weights.values()]
-    table = side.read_columns(config.path, list(dict.fromkeys(wanted)), config.format, config.header, _numbers(config))
+    names = list(dict.fromkeys(wanted))
+    table = side.read_columns(config.path, names, config.format, config.header, _numbers(config), config.text)
     own = _own(config, table, _who(config))
     files: dict[str, SideFile | None] = {"user": config.user_features, "item": config.item_features}
     values: dict[str, pa.Array | np.ndarray] = {}

@@ -47,7 +47,7 @@ def build_cache(
     target = Path(out_dir).expanduser()
     if target.exists() and any(target.iterdir()) and not (target / MANIFEST).exists():
         raise UserError(f"{target} exists and is not a jaxops data cache; give an empty or a new folder")
-    files = expand_paths(config.path, config.format)
+    files = expand_paths(config.path, config.format, config.text)
     prints = _fingerprint(config, files)
     try:
         with scratch.folder_beside(target) as work:
@@ -91,7 +91,7 @@ def ensure(config: InteractionsFile, root: str | os.PathLike[str], progress: arr
     key = hashlib.sha256(json.dumps(_reading(config), sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(root).expanduser() / key
     if (folder / MANIFEST).exists():
-        prints = _fingerprint(config, expand_paths(config.path, config.format))
+        prints = _fingerprint(config, expand_paths(config.path, config.format, config.text))
         if _manifest(folder)["fingerprint"] == prints:
             return folder
     return build_cache(config, folder, progress)
@@ -177,7 +177,7 @@ def _write_manifest(folder: Path, inter: Interactions, prints: dict[str, Any]) -
 def _reading(config: InteractionsFile) -> dict[str, Any]:
     """The part of the config that decides the columns (neither the split nor where the cache lies)."""
     fields = dataclasses.asdict(config)
-    return {name: fields[name] for name in ("path", "columns", "min_count", "format", "header", "duplicates")}
+    return {name: fields[name] for name in ("path", "columns", "min_count", "format", "header", "duplicates", "text")}
 
 
 def _fingerprint(config: InteractionsFile, files: Sequence[DataFile]) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxops.data.interactions.ranges import user_ranges
 from jaxops.data.interactions.interactions import Interactions
 from jaxops.data.interactions.open import RecData
+from jaxops.data.interactions.ranges import user_ranges
 from jaxops.data.moments import iso
 
 CHUNK = 1 << 22

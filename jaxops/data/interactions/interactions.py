@@ -20,7 +20,7 @@ from jaxops.data.interactions import arrange, read
 from jaxops.data.interactions.copies import Granularity
 from jaxops.data.interactions.read import Events
 from jaxops.data.interactions.spec import Columns, Duplicates, MinCount
-from jaxops.data.spec import Format
+from jaxops.data.spec import Format, TextFormat
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +30,8 @@ class Interactions:
     Users are rows 0..n_users-1, items 1..n_items (0 is padding), both in sorted order of their original ids.
     `time` is in unix seconds; when not `timed` it is the position in the original order. `dropped` says what
     was left out and why. `context` are codes of further columns and `contexts`, by
-    name, the values that they stand for, unsorted (-1: null). `copies` counts exact copies of events that were kept. Arrays may be memory-mapped and must not be written to.
+    name, the values that they stand for, unsorted (-1: null).
+    `copies` counts exact copies of events that were kept. Arrays may be memory-mapped and must not be written to.
     """
 
     user: Int32[np.ndarray, " events"]
@@ -82,6 +83,7 @@ def read_interactions(
     format: Format = "auto",
     header: Sequence[str] | None = None,
     duplicates: Duplicates = "auto",
+    text: TextFormat = TextFormat(),
     progress: arrange.Progress = arrange.silent,
 ) -> Interactions:
     """Read CSV, TSV, JSONL or Parquet into memory (`cache.build` is for what does not fit).
@@ -89,14 +91,13 @@ def read_interactions(
     Raises:
       UserError: what `files.expand` and `read.read_events` raise; no rows; nothing left after `min_count`.
     """
-    files = expand_paths(path, format)
+    files = expand_paths(path, format, text)
     events = read.read_events(files, columns, header)
-    text, shown = read.is_text(files), summary(files)
     return from_events(
         events,
         min_count,
-        text=text,
-        shown=shown,
+        text=read.is_text(files),
+        shown=summary(files),
         progress=progress,
         context=columns.context,
         duplicates=duplicates,

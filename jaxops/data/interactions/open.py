@@ -67,14 +67,14 @@ def _tell_copies(inter: Interactions, split: Split) -> None:
     dropped = inter.dropped.get("duplicate_events", 0)
     if dropped:
         notes.tell(
-            f"{dropped:,} event(s) are exact copies of another (same user, item, time and all other columns that are read)"
-            " and were dropped; data.duplicates: keep keeps them"
+            f"{dropped:,} event(s) are exact copies of another (the same in all columns that are read) and were"
+            " dropped; data.duplicates: keep keeps them"
         )
     if inter.copies:
         left_out = sum(split.counts.get(f"{part}_copies", 0) for part in ("valid", "test"))
         notes.tell(
-            f"{inter.copies:,} event(s) are exact copies of another, and times are dates alone, where honest repeats look"
-            f" the same: they are kept, and {left_out:,} held-out target(s) with a copy in their history are left out;"
+            f"{inter.copies:,} event(s) are exact copies of another, and times are dates alone, where honest repeats"
+            f" look the same: they are kept, and {left_out:,} held-out target(s) with a copy in their history are left out;"
             " data.duplicates: drop or keep decides otherwise"
         )
 
@@ -127,6 +127,7 @@ def _events(config: InteractionsConfig, progress: arrange.Progress) -> tuple[Int
                 format=config.format,
                 header=config.header,
                 duplicates=config.duplicates,
+                text=config.text,
                 progress=progress,
             )
             return inter, {"path": config.path}

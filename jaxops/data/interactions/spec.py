@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from jaxops.config.part import Part
-from jaxops.data.spec import Format, Moment, SideFile, TimeUnit
+from jaxops.data.spec import Format, Moment, SideFile, TextFormat, TimeUnit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,7 @@ class InteractionsFile(Part):
     cache: str | None = None
     format: Format = "auto"
     header: tuple[str, ...] | None = None
+    text: TextFormat = TextFormat()
     duplicates: Duplicates = "auto"
     user_features: SideFile | None = None
     item_features: SideFile | None = None

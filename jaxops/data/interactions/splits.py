@@ -7,11 +7,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from jaxops.core.failures import UserError
-from jaxops.data.interactions.ranges import user_ranges
 from jaxops.data.interactions.copies import are_copies
 from jaxops.data.interactions.heldout import Queries, Split
 from jaxops.data.interactions.interactions import Interactions
 from jaxops.data.interactions.leaks import check_no_leak
+from jaxops.data.interactions.ranges import user_ranges
 from jaxops.data.interactions.spec import LeaveOneOut, SplitConfig
 from jaxops.data.moments import iso, moment
 from jaxops.data.spec import Moment
@@ -60,11 +60,11 @@ def leave_one_out(inter: Interactions, *, repeats: bool = False) -> Split:
             counts[f"{name}_copies"] = int(np.count_nonzero(~fresh))
         if not len(users):
             raise UserError(
-                f"leave_one_out: every {name} target is an exact copy of an event before it (same user, item and time); "
+                f"leave_one_out: every {name} target is an exact copy of an event before it (same user, item, time); "
                 "data.duplicates: drop removes copies, keep takes them as repeats"
             )
         parts.append(_queries(inter, users, history))
-    return _checked(inter, Split(inter, "leave_one_out", train_end, *parts), counts)
+    return _checked(inter, Split(inter, "leave_one_out", train_end, parts[0], parts[1]), counts)
 
 
 def global_time(inter: Interactions, valid_from: Moment, test_from: Moment) -> Split:

@@ -9,6 +9,7 @@ from jaxops.core.failures import UserError
 from jaxops.data.interactions.interactions import read_interactions
 from jaxops.data.interactions.sequences import read_sequences
 from jaxops.data.interactions.spec import Columns, MinCount
+from jaxops.data.spec import TextFormat
 
 
 def parquet(folder, name="a.parquet", **columns):
@@ -84,7 +85,30 @@ BROKEN = {
         {},
         ["a.csv", "Row #3", "Expected 3 columns, got 2"],
     ),
-    "not utf-8": (text("a.csv", CSV.encode() + b"\xff,1,1\n"), "a.csv", {}, ["a.csv", "UTF8"]),
+    "not utf-8": (
+        text("a.csv", CSV.encode() + "é,1,1\n".encode() + b"\xff,1,1\n"),
+        "a.csv",
+        {},
+        ["a.csv:4: b'\\xff,1,1\\n' is no UTF-8 text", "text.encoding: latin-1"],
+    ),
+    "unknown encoding": (
+        text("a.csv", CSV),
+        "a.csv",
+        {"text": TextFormat(encoding="latin-9000")},
+        ["text.encoding: 'latin-9000' is no encoding"],
+    ),
+    "quote astray": (
+        text("a.csv", CSV + '1,"Weird,2\n1,7,3\n1,"good",4\n'),
+        "a.csv",
+        {},
+        ["a.csv:3: a quoted field opens here and goes on after its closing quote", "Weird", "text.quote: none"],
+    ),
+    "quote that never closes": (
+        text("a.csv", CSV + '1,2,3\n1,"Weird,2\n1,7,3\n'),
+        "a.csv",
+        {},
+        ["a.csv:4: a quoted field opens here and does not close"],
+    ),
     "NaN rating": (
         table(rating=[1.0, np.nan]),
         "a.parquet",
