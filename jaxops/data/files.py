@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from jaxops.core.failures import UserError, nearest
-from jaxops.data.spec import Format
+from jaxops.data.spec import Format, TextFormat
 
 SUFFIXES: dict[str, Format] = {
     ".csv": "csv",
@@ -40,6 +40,7 @@ class DataFile:
     size: int
     mtime_ns: int
     partition: dict[str, str]
+    text: TextFormat = TextFormat()
 
     def stream(self) -> pa.NativeFile:
         """Opened for reading from the start, decompressed where the suffix says so."""
@@ -49,8 +50,8 @@ class DataFile:
         return self.filesystem.open_input_file(self.path)
 
 
-def expand_paths(path: str | Sequence[str], format: Format = "auto") -> list[DataFile]:
-    """The files that `path` stands for, each once, all of one format.
+def expand_paths(path: str | Sequence[str], format: Format = "auto", text: TextFormat = TextFormat()) -> list[DataFile]:
+    """The files that `path` stands for, each once, all of one format; `text` says how CSV and TSV are written.
 
     Raises:
       UserError: nothing there, a glob that matches nothing, a suffix that is not known, or mixed formats.
@@ -62,7 +63,7 @@ def expand_paths(path: str | Sequence[str], format: Format = "auto") -> list[Dat
     for one in given:
         for file in _remote(one, format) if "://" in one else _local(one, format):
             files.setdefault(file.name, file)
-    found = list(files.values())
+    found = [dataclasses.replace(file, text=text) for file in files.values()]
     formats = {file.format: file.name for file in reversed(found)}
     if len(formats) > 1:
         examples = ", ".join(f"{name} ({kind})" for kind, name in sorted(formats.items()))

@@ -4,7 +4,6 @@ Text is read as strings and JSON with types fixed by its first lines, so where a
 type.
 """
 
-import csv
 import functools
 import io
 import itertools
@@ -18,6 +17,7 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from jaxops.core.failures import UserError, nearest
+from jaxops.data.dialect import dialect_of, names_of, not_utf8, open_text
 from jaxops.data.files import DataFile
 
 ROWS = 1 << 18
@@ -64,13 +64,14 @@ def columns(file: DataFile, header: Sequence[str] | None = None) -> list[str]:
     elif file.size and file.format == "jsonl":
         names = list(_json_types(file, (), ()))
     elif file.size:
-        names = _names(file, header)
+        names = list(header) if header is not None else names_of(file, dialect_of(file))
     return list(dict.fromkeys([*names, *file.partition]))
 
 
 def _text(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     """CSV and TSV: all is read as strings, so no value's type depends on where a block happens to end."""
-    names = _names(file, header)
+    dialect = dialect_of(file, wanted, header)
+    names = list(header) if header is not None else names_of(file, dialect)
     if not names:
         return
     inside = _check_columns(file, wanted, names)
@@ -80,22 +81,19 @@ def _text(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -
         strings_can_be_null=True,
         null_values=[""],
     )
-    parse = pacsv.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True)
+    parse = pacsv.ParseOptions(
+        delimiter=dialect.delimiter,
+        quote_char='"' if dialect.quoted else False,
+        newlines_in_values=dialect.quoted,
+    )
     # One thread, so that a broken row is told by its number.
     read = pacsv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=header)
-    with file.stream() as stream, pacsv.open_csv(stream, read, parse, convert) as reader:
-        yield from reader
-
-
-def _names(file: DataFile, header: Sequence[str] | None) -> list[str]:
-    if header is not None:
-        return list(header)
-    with file.stream() as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace") as text:
-        return next(csv.reader([text.readline()], delimiter=_delimiter(file)), [])
-
-
-def _delimiter(file: DataFile) -> str:
-    return "\t" if file.format == "tsv" else ","
+    try:
+        with open_text(file, dialect) as stream, pacsv.open_csv(stream, read, parse, convert) as reader:
+            yield from reader
+    except pa.ArrowInvalid as error:
+        told = not_utf8(file) if "UTF8" in str(error) else ""
+        raise UserError(told or f"{file.name}: cannot be read as {file.format}: {error}") from error
 
 
 def _jsonl(

@@ -17,7 +17,8 @@ from jaxtyping import Int32
 from pydantic import Field
 
 from jaxops.core.failures import UserError
-from jaxops.data.ids import Ids, sortable
+from jaxops.data.ids import Ids, settle, spelled_integers
+from jaxops.data.values import plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class Fitted:
             key = self.config.salt.to_bytes(8, "little", signed=True)
             digest = functools.partial(hashlib.blake2b, digest_size=8, key=key)
             prefix = f"{feature}\0" if self.config.apart else ""
-            texts = pc.cast(distinct, pa.string()).to_pylist()
+            texts = spelled_integers(pc.cast(distinct, pa.string()))[0].to_pylist()
             hashes = [int.from_bytes(digest(f"{prefix}{text}".encode()).digest(), "little") for text in texts]
             return np.array([1 + value % (self.rows - 1) for value in hashes], np.int32)
         if isinstance(self.config, Range):
@@ -85,10 +86,17 @@ class Fitted:
         return out | ({} if self.known is None else {"ids": np.asarray(self.known.values)})
 
 
-def fit_map(config: IdMap, name: str, values: pa.Array, rows: int | None) -> Fitted:
+def fit_map(config: IdMap, name: str, values: pa.Array, rows: int | None, *, text: bool = False) -> Fitted:
     """The map of a table for the ids that training has; `rows` (with row 0) is None where the vocabulary decides.
 
     Where a vocabulary has more ids than there are rows the most frequent get them, equals in sorted order.
+
+    Args:
+      config: the kind of map.
+      name: the table.
+      values: the ids.
+      rows: the rows of the table.
+      text: the values are from a format that cannot tell integers from text.
 
     Raises:
       UserError: hashing or a range without a number of rows; ids of a type that none can have.
@@ -99,7 +107,9 @@ def fit_map(config: IdMap, name: str, values: pa.Array, rows: int | None) -> Fit
         return Fitted(config, rows)
     counted = pc.value_counts(plain(values).drop_null())
     ids, counts = counted.field("values"), counted.field("counts").to_numpy(zero_copy_only=False)
-    sorted_ids = sortable(ids.to_pylist(), False, name)
+    settled = settle(ids.to_pylist(), text, f"tables.{name}", integers=False)
+    sorted_ids = settled.values
+    counts = np.bincount(settled.index, counts, minlength=len(sorted_ids)).astype(np.int64)
     order = np.argsort(sorted_ids, kind="stable")
     order = order[counts[order] >= config.min_count]
     if rows is not None and len(order) > rows - 1:
@@ -114,20 +124,9 @@ def restore_map(config: IdMap, read: Callable[[str], np.ndarray]) -> Fitted:
     return Fitted(config, int(read("rows")[0]), known)
 
 
-def plain(values: pa.Array) -> pa.Array:
-    """Integers as int64, everything else as text; a float that is a whole number reads as that number."""
-    if isinstance(values, pa.ChunkedArray):
-        values = values.combine_chunks()
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    if pa.types.is_integer(values.type):
-        return pc.cast(values, pa.int64())
-    return values if pa.types.is_string(values.type) else pc.cast(values, pa.string())
-
-
 def _integers(values: pa.Array) -> np.ndarray:
     """int64; -1 for text that is no integer."""
     if pa.types.is_integer(values.type):
         return values.to_numpy(zero_copy_only=False)
-    proper = pc.match_substring_regex(values, r"^(0|[1-9][0-9]{0,17})$")
-    return pc.cast(pc.if_else(proper, values, "-1"), pa.int64()).to_numpy(zero_copy_only=False)
+    digits, fits = spelled_integers(values)
+    return pc.cast(pc.if_else(pa.array(fits), digits, "-1"), pa.int64()).to_numpy(zero_copy_only=False)

@@ -11,10 +11,10 @@ from jaxops.core.failures import UserError, nearest
 from jaxops.data import formats
 from jaxops.data.bags import WEIGHT, parallel
 from jaxops.data.files import DataFile, expand_paths, summary
-from jaxops.data.idmaps import plain
 from jaxops.data.ids import Ids
 from jaxops.data.numeric import numbers as as_numbers
-from jaxops.data.spec import Format, SideFile
+from jaxops.data.spec import Format, SideFile, TextFormat
+from jaxops.data.values import plain
 
 
 def read_columns(
@@ -23,13 +23,22 @@ def read_columns(
     format: Format = "auto",
     header: Sequence[str] | None = None,
     numbers: Collection[str] = (),
+    text: TextFormat = TextFormat(),
 ) -> pa.Table:
-    """These columns of the files, in order; text where the format cannot tell. `numbers` as in `formats.batches`.
+    """These columns of the files, in order; text where the format cannot tell.
+
+    Args:
+      path: a file, glob, folder or several of them.
+      wanted: the names of the columns.
+      format: the format of the files.
+      header: the names of all columns where text has no header line.
+      numbers: columns that are read as numbers alone, as in `formats.batches`.
+      text: how CSV and TSV are written.
 
     Raises:
       UserError: what `files.expand` and reading raise; no rows.
     """
-    files = expand_paths(path, format)
+    files = expand_paths(path, format, text)
     parts: list[pa.RecordBatch] = []
     for file in files:
         with _told(file):
@@ -49,14 +58,19 @@ def _told(file: DataFile) -> Iterator[None]:
         raise UserError(f"{file.name}: cannot be read as {file.format}: {error}") from error
 
 
-def columns_of(path: str | Sequence[str], format: Format = "auto", header: Sequence[str] | None = None) -> list[str]:
+def columns_of(
+    path: str | Sequence[str],
+    format: Format = "auto",
+    header: Sequence[str] | None = None,
+    text: TextFormat = TextFormat(),
+) -> list[str]:
     """The columns that any of the files has: reading one of them says which file lacks it.
 
     Raises:
       UserError: what `files.expand` raises; a file that cannot be read, or is not of its format.
     """
     found: dict[str, None] = {}
-    for file in expand_paths(path, format):
+    for file in expand_paths(path, format, text):
         with _told(file):
             found |= dict.fromkeys(formats.columns(file, header))
     return list(found)
@@ -121,7 +135,7 @@ def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
     """
     wanted = [config.key, *config.columns, *config.bags, *config.weights.values(), *config.numeric]
     alone = {*config.numeric} - {config.key, *config.columns}
-    table = read_columns(config.path, list(dict.fromkeys(wanted)), config.format, config.header, alone)
+    table = read_columns(config.path, list(dict.fromkeys(wanted)), config.format, config.header, alone, config.text)
     keys = column(table, config.key)
     if len(pc.unique(keys.drop_null())) != len(keys) - keys.null_count:
         table = _one_each(table, keys, f"{what}: {config.key}")

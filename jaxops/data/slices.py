@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool
 
 from jaxops.core.failures import UserError, nearest
-from jaxops.data.idmaps import plain
+from jaxops.data.values import plain
 
 SLICE = "slice/"
 """What the entries of a batch begin with that say which examples belong to a slice."""

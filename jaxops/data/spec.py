@@ -2,12 +2,27 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 Format = Literal["auto", "csv", "tsv", "jsonl", "parquet"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
 Moment = str | int | float
 """An ISO date or time (UTC unless it says otherwise) or unix seconds."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFormat:
+    """How CSV and TSV files are written; `auto` looks at the beginning of each file and says what it found.
+
+    `separator` is a comma, a tab, `;`, `|`, `::` or anything else. `quote`: fields may stand in double quotes, or
+    quotes are letters (`auto`: letters in TSV). `encoding` is a name that Python knows.
+    """
+
+    separator: Annotated[str, Field(min_length=1)] = "auto"
+    quote: Literal["auto", "double", "none"] = "auto"
+    encoding: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +39,7 @@ class SideFile:
     bags: tuple[str, ...] = ()
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
     numeric: tuple[str, ...] = ()
-    separator: str = "|"
+    separator: Annotated[str, Field(min_length=1)] = "|"
     format: Format = "auto"
     header: tuple[str, ...] | None = None
+    text: TextFormat = TextFormat()

@@ -17,7 +17,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from jaxops.core.failures import UserError
 from jaxops.data.bags import WEIGHT, flat, joined, padded, padded_weights
-from jaxops.data.clicks.columns import Layout, Own, Raw, layout, read_own, read_raw
+from jaxops.data.clicks.columns import Layout, Own, Raw, is_text, layout, read_own, read_raw
 from jaxops.data.clicks.examples import Column, ExampleBatches, Examples, ExampleSource
 from jaxops.data.clicks.spec import ClickDataConfig, Fractions
 from jaxops.data.draws import mixed
@@ -72,7 +72,7 @@ def open_clicks(
     Raises:
       UserError: what reading raises; labels that are none; a part of the split that is empty; no such slice.
     """
-    raw, has = read_raw(config), layout(config)
+    raw, has, text = read_raw(config), layout(config), is_text(config)
     parts = split_examples(config.split, raw)
     for name, at in ((name, at) for name in parts for at in range(len(has.labels))):
         if np.isnan(raw.labels[parts[name], at]).all():
@@ -84,7 +84,8 @@ def open_clicks(
     for table, names in tables.items():
         mine = {name: _column(raw, has, name) for name in names if name in has.features}
         ids, wanted = maps[table]
-        fitted = fit_map(ids, table, joined([_of(values, index, train) for values, index in mine.values()]), wanted)
+        trained = joined([_of(values, index, train) for values, index in mine.values()])
+        fitted = fit_map(ids, table, trained, wanted, text=text)
         for name, (values, index) in mine.items():
             weights = None
             if name in has.weighted:

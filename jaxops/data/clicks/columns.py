@@ -11,7 +11,8 @@ from jaxtyping import Float32, Float64
 from jaxops.core.failures import UserError
 from jaxops.data import side, sources
 from jaxops.data.clicks.spec import ClickDataConfig, ClicksFile, Criteo, Label, MovieLensClicks
-from jaxops.data.ids import Ids, sortable
+from jaxops.data.files import expand_paths
+from jaxops.data.ids import Ids, settle
 from jaxops.data.numeric import numbers, times, weights
 from jaxops.data.spec import SideFile
 
@@ -111,10 +112,10 @@ def read_own(config: ClickDataConfig, path: str | os.PathLike[str]) -> Own:
         return _film_columns(side.read_columns(os.fspath(path), ("user", "item", "time")))
     file, has = as_clicks_file(config), layout(config)
     path = os.fspath(path)
-    there = side.columns_of(path, file.format, file.header)
+    there = side.columns_of(path, file.format, file.header, file.text)
     who = {kind: name for kind, name in _who(file).items() if name in there or kind in has.sides.values()}
     wanted = [*file.categorical, *file.bags, *file.weights.values(), *file.numeric, *who.values()]
-    table = side.read_columns(path, list(dict.fromkeys(wanted)), file.format, file.header, _numbers(file))
+    table = side.read_columns(path, list(dict.fromkeys(wanted)), file.format, file.header, _numbers(file), file.text)
     return _own(file, table, who)
 
 
@@ -132,6 +133,14 @@ def as_clicks_file(config: ClicksFile | Criteo) -> ClicksFile:
         format="tsv",
         header=("label", *INTEGERS, *CATEGORIES),
     )
+
+
+def is_text(config: ClickDataConfig) -> bool:
+    """True where the files are of a format that cannot tell integers from text."""
+    if isinstance(config, MovieLensClicks):
+        return False
+    file = as_clicks_file(config)
+    return expand_paths(file.path, file.format)[0].format in ("csv", "tsv")
 
 
 def _who(config: ClicksFile) -> dict[str, str]:
@@ -167,14 +176,15 @@ def _file(config: ClicksFile) -> Raw:
     _check_names(config)
     named = [name for name in (columns.time, columns.weight) if name is not None]
     wanted = [*_who(config).values(), *named, *labels, *features, *config.weights.values()]
-    table = side.read_columns(config.path, list(dict.fromkeys(wanted)), config.format, config.header, _numbers(config))
+    names = list(dict.fromkeys(wanted))
+    table = side.read_columns(config.path, names, config.format, config.header, _numbers(config), config.text)
     own = _own(config, table, _who(config))
     files: dict[str, SideFile | None] = {"user": config.user_features, "item": config.item_features}
     values: dict[str, pa.Array | np.ndarray] = {}
     ids, of = {}, {}
     for kind, file in files.items():
         if kind in own.who:
-            ids[kind], of[kind] = _by_id(own.who[kind], kind)
+            ids[kind], of[kind] = _by_id(own.who[kind], f"data.columns.{kind}", is_text(config))
         elif file is not None:
             raise UserError(f"data.{kind}_features: say which column is the {kind}, data.columns.{kind}")
         if file is not None:
@@ -213,14 +223,15 @@ def _named(named: Sequence[tuple[str, Sequence[str]]], owner: Mapping[str, str])
     return out
 
 
-def _by_id(values: pa.Array, what: str) -> tuple[Ids, np.ndarray]:
+def _by_id(values: pa.Array, what: str, text: bool = False) -> tuple[Ids, np.ndarray]:
     """The distinct ids in sorted order, and the row there of each of `values`, int64 (-1: null)."""
     encoded = values.dictionary_encode()
-    known = sortable(encoded.dictionary.to_pylist(), False, what)
-    order = np.argsort(known, kind="stable")
-    place = np.empty(len(order) + 1, np.int64)
-    place[order], place[-1] = np.arange(len(order)), -1
-    return Ids(known[order], first=0), place[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    settled = settle(encoded.dictionary.to_pylist(), text, what, integers=False)
+    order = np.argsort(settled.values, kind="stable")
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    return Ids(settled.values[order], first=0), np.append(place[settled.index], -1)[codes]
 
 
 def _film_columns(table: pa.Table) -> Own:

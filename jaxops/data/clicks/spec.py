@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from jaxops.config.part import Part
-from jaxops.data.spec import Format, SideFile
+from jaxops.data.spec import Format, SideFile, TextFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class ClicksFile(Part):
     categorical: tuple[str, ...] = ()
     bags: tuple[str, ...] = ()
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    separator: str = "|"
+    separator: Annotated[str, Field(min_length=1)] = "|"
     numeric: tuple[str, ...] = ()
     log: bool = False
     user_features: SideFile | None = None
@@ -69,6 +69,7 @@ class ClicksFile(Part):
     split: Fractions = Fractions()
     format: Format = "auto"
     header: tuple[str, ...] | None = None
+    text: TextFormat = TextFormat()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

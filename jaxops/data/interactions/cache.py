@@ -24,7 +24,9 @@ from jaxops.data.interactions import arrange, read
 from jaxops.data.interactions.interactions import Interactions, assemble, gather_events
 from jaxops.data.interactions.spec import InteractionsFile
 
-VERSION = 2
+VERSION = 3
+READABLE = (2, VERSION)
+"""Version 2 knew nothing of exact copies."""
 MANIFEST = "manifest.json"
 COLUMNS = arrange.EncodedIds._fields
 OTHERS = ("offsets", "user_ids", "item_ids")
@@ -45,7 +47,7 @@ def build_cache(
     target = Path(out_dir).expanduser()
     if target.exists() and any(target.iterdir()) and not (target / MANIFEST).exists():
         raise UserError(f"{target} exists and is not a jaxops data cache; give an empty or a new folder")
-    files = expand_paths(config.path, config.format)
+    files = expand_paths(config.path, config.format, config.text)
     prints = _fingerprint(config, files)
     try:
         with scratch.folder_beside(target) as work:
@@ -57,10 +59,16 @@ def build_cache(
                 gathered = gather_events(events, sink, text=text, shown=shown, progress=progress, context=context)
             allocate = _Mapped(folder)
             columns = arrange.arrange(
-                sink.columns(), gathered.codes, config.min_count, allocate, chunk=chunk, progress=progress
+                sink.columns(),
+                gathered.codes,
+                config.min_count,
+                allocate,
+                copies=gathered.copy_rule(config.duplicates),
+                chunk=chunk,
+                progress=progress,
             )
             inter = assemble(columns, gathered)
-            allocate.flush()
+            allocate.finish()
             np.save(folder / "offsets.npy", inter.offsets)
             np.save(folder / "user_ids.npy", inter.user_ids.values)
             np.save(folder / "item_ids.npy", inter.item_ids.values)
@@ -83,7 +91,7 @@ def ensure(config: InteractionsFile, root: str | os.PathLike[str], progress: arr
     key = hashlib.sha256(json.dumps(_reading(config), sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(root).expanduser() / key
     if (folder / MANIFEST).exists():
-        prints = _fingerprint(config, expand_paths(config.path, config.format))
+        prints = _fingerprint(config, expand_paths(config.path, config.format, config.text))
         if _manifest(folder)["fingerprint"] == prints:
             return folder
     return build_cache(config, folder, progress)
@@ -106,6 +114,7 @@ def open_cache(folder: str | os.PathLike[str], verify: bool = False) -> Interact
         item_ids=Ids(arrays["item_ids"], 1),
         timed=manifest["timed"],
         dropped=manifest["dropped"],
+        copies=manifest.get("copies", 0),
         contexts={name: Ids(arrays[file], 0) for name, file in contexts.items()},
     )
 
@@ -123,7 +132,7 @@ def _manifest(root: Path) -> dict[str, Any]:
         raise UserError(f"no data cache in {root} (no {MANIFEST}); build one with `jaxops data build`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{root / MANIFEST} is damaged ({error}); remove {root} and build it again") from error
-    if version != VERSION:
+    if version not in READABLE:
         raise UserError(f"{root} is a data cache of version {version}, this jaxops reads {VERSION}; build it again")
     return manifest
 
@@ -158,6 +167,7 @@ def _write_manifest(folder: Path, inter: Interactions, prints: dict[str, Any]) -
         "users": inter.n_users,
         "items": inter.n_items,
         "dropped": inter.dropped,
+        "copies": inter.copies,
         "contexts": list(inter.contexts),
         "columns": columns,
     }
@@ -167,7 +177,7 @@ def _write_manifest(folder: Path, inter: Interactions, prints: dict[str, Any]) -
 def _reading(config: InteractionsFile) -> dict[str, Any]:
     """The part of the config that decides the columns (neither the split nor where the cache lies)."""
     fields = dataclasses.asdict(config)
-    return {name: fields[name] for name in ("path", "columns", "min_count", "format", "header")}
+    return {name: fields[name] for name in ("path", "columns", "min_count", "format", "header", "duplicates", "text")}
 
 
 def _fingerprint(config: InteractionsFile, files: Sequence[DataFile]) -> dict[str, Any]:
@@ -215,18 +225,26 @@ def _mapped(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class _Mapped:
-    """Allocates the columns, in their order, as memory-mapped `.npy` files."""
+    """Allocates columns, in their order, as memory-mapped `.npy` files; of several sets the last one stays."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._arrays: list[np.memmap] = []
+        self._paths: list[Path] = []
 
     def __call__(self, shape: Any, dtype: Any) -> np.ndarray:
-        path = self._folder / f"{COLUMNS[len(self._arrays)]}.npy"
+        at = len(self._arrays)
+        path = self._folder / f"{COLUMNS[at % len(COLUMNS)]}-{at // len(COLUMNS)}.npy"
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         self._arrays.append(array)
+        self._paths.append(path)
         return array
 
-    def flush(self) -> None:
-        for array in self._arrays:
+    def finish(self) -> None:
+        """Writes the last set under the names of the columns and removes the others."""
+        for array in self._arrays[-len(COLUMNS) :]:
             array.flush()
+        for path in self._paths[: -len(COLUMNS)]:
+            path.unlink()
+        for name, path in zip(COLUMNS, self._paths[-len(COLUMNS) :], strict=True):
+            path.rename(self._folder / f"{name}.npy")

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int32, Int64
 
-from jaxops.data.interactions.arrange import user_ranges
 from jaxops.data.interactions.interactions import Interactions
+from jaxops.data.interactions.ranges import user_ranges
 
 CHUNK = 1 << 20
 """Events that are hashed at once."""

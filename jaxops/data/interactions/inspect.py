@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxops.data.interactions.arrange import user_ranges
 from jaxops.data.interactions.interactions import Interactions
 from jaxops.data.interactions.open import RecData
+from jaxops.data.interactions.ranges import user_ranges
 from jaxops.data.moments import iso
 
 CHUNK = 1 << 22
@@ -36,6 +36,7 @@ def inspect(data: RecData) -> dict[str, Any]:
         "lengths": {**_quantiles(inter.lengths), "histogram": _histogram(inter.lengths)},
         "events_per_item": _quantiles(per_item[1:]),
         "dropped": inter.dropped,
+        "copies": inter.copies,
         "split": {
             "kind": split.kind,
             "sha256": split.sha256,
@@ -62,17 +63,20 @@ def describe(info: dict[str, Any]) -> list[tuple[str, str]]:
         ("events a user", _span(info["lengths"])),
         ("events an item", _span(info["events_per_item"])),
         ("dropped", ", ".join(f"{n:,} {why}" for why, n in info["dropped"].items()) or "nothing"),
+        *([("exact copies", f"{info['copies']:,} events, kept")] if info.get("copies") else []),
         ("split", split["kind"] + (" at " + ", ".join(split["boundaries"]) if split["boundaries"] else "")),
         ("training", f"{split['train_events']:,} events of {split['train_users']:,} users"),
     ]
     rows += [(title, _part(split, name)) for name, title in (("valid", "validation"), ("test", "test"))]
+    rows += [("note", text) for text in source.get("notes", ())]
     return [*rows, ("split SHA-256", split["sha256"])]
 
 
 def _part(split: dict[str, Any], name: str) -> str:
     cold = f"{split[f'{name}_cold_user']:,} with a cold user, {split[f'{name}_cold_item']:,} with a cold item"
-    left_out = split.get(f"{name}_no_history", 0)
-    return f"{split[name]:,} queries ({cold})" + (f"; {left_out:,} users without a history" if left_out else "")
+    left_out = {"users without a history": "no_history", "copies of an earlier event left out": "copies"}
+    counts = {what: split.get(f"{name}_{key}", 0) for what, key in left_out.items()}
+    return f"{split[name]:,} queries ({cold})" + "".join(f"; {n:,} {what}" for what, n in counts.items() if n)
 
 
 def _scan(inter: Interactions) -> tuple[np.ndarray, int]:

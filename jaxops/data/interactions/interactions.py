@@ -17,9 +17,10 @@ from jaxops.core.failures import UserError
 from jaxops.data.files import expand_paths, summary
 from jaxops.data.ids import IdCollector, Ids
 from jaxops.data.interactions import arrange, read
+from jaxops.data.interactions.copies import Granularity
 from jaxops.data.interactions.read import Events
-from jaxops.data.interactions.spec import Columns, MinCount
-from jaxops.data.spec import Format
+from jaxops.data.interactions.spec import Columns, Duplicates, MinCount
+from jaxops.data.spec import Format, TextFormat
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +30,8 @@ class Interactions:
     Users are rows 0..n_users-1, items 1..n_items (0 is padding), both in sorted order of their original ids.
     `time` is in unix seconds; when not `timed` it is the position in the original order. `dropped` says what
     was left out and why. `context` are codes of further columns and `contexts`, by
-    name, the values that they stand for, unsorted (-1: null). Arrays may be memory-mapped and must not be written to.
+    name, the values that they stand for, unsorted (-1: null).
+    `copies` counts exact copies of events that were kept. Arrays may be memory-mapped and must not be written to.
     """
 
     user: Int32[np.ndarray, " events"]
@@ -43,6 +45,7 @@ class Interactions:
     dropped: dict[str, int]
     context: Int32[np.ndarray, "events columns"]
     contexts: Mapping[str, Ids]
+    copies: int = 0
 
     @property
     def n_users(self) -> int:
@@ -79,6 +82,8 @@ def read_interactions(
     *,
     format: Format = "auto",
     header: Sequence[str] | None = None,
+    duplicates: Duplicates = "auto",
+    text: TextFormat = TextFormat(),
     progress: arrange.Progress = arrange.silent,
 ) -> Interactions:
     """Read CSV, TSV, JSONL or Parquet into memory (`cache.build` is for what does not fit).
@@ -86,10 +91,17 @@ def read_interactions(
     Raises:
       UserError: what `files.expand` and `read.read_events` raise; no rows; nothing left after `min_count`.
     """
-    files = expand_paths(path, format)
+    files = expand_paths(path, format, text)
     events = read.read_events(files, columns, header)
-    text, shown = read.is_text(files), summary(files)
-    return from_events(events, min_count, text=text, shown=shown, progress=progress, context=columns.context)
+    return from_events(
+        events,
+        min_count,
+        text=read.is_text(files),
+        shown=summary(files),
+        progress=progress,
+        context=columns.context,
+        duplicates=duplicates,
+    )
 
 
 def from_arrays(
@@ -99,6 +111,7 @@ def from_arrays(
     weights: Any = None,
     *,
     min_count: MinCount = MinCount(),
+    duplicates: Duplicates = "auto",
 ) -> Interactions:
     """Interactions of one's own arrays, one entry an event; without `times` the given order is the order.
 
@@ -109,7 +122,8 @@ def from_arrays(
     named = {name: name if name in given else None for name in ("time", "weight")}
     batch = pa.RecordBatch.from_pydict(given)
     columns = Columns(time=named["time"], weight=named["weight"])
-    return from_events(read.convert_batches(iter([batch]), columns, "arrays"), min_count, shown="the arrays")
+    events = read.convert_batches(iter([batch]), columns, "arrays")
+    return from_events(events, min_count, shown="the arrays", duplicates=duplicates)
 
 
 def from_events(
@@ -120,6 +134,7 @@ def from_events(
     shown: str = "the data",
     progress: arrange.Progress = arrange.silent,
     context: Sequence[str] = (),
+    duplicates: Duplicates = "auto",
 ) -> Interactions:
     """Encode, filter and sort events in memory; `text` as in `IdCollector`, `shown` names them in errors.
 
@@ -130,7 +145,8 @@ def from_events(
     """
     sink = _Memory()
     gathered = gather_events(events, sink, text=text, shown=shown, progress=progress, context=context)
-    columns = arrange.arrange(sink.columns(), gathered.codes, min_count, np.empty, progress=progress)
+    copies = gathered.copy_rule(duplicates)
+    columns = arrange.arrange(sink.columns(), gathered.codes, min_count, np.empty, copies=copies, progress=progress)
     return assemble(columns, gathered)
 
 
@@ -163,6 +179,13 @@ class Gathered:
     timed: bool
     null_ids: int
     contexts: Mapping[str, IdCollector]
+    dates_alone: bool
+
+    def copy_rule(self, duplicates: Duplicates) -> arrange.CopyRule:
+        """What becomes of exact copies of these events; without times honest repeats are not counted as copies."""
+        fine = self.timed and not self.dates_alone
+        drop = duplicates == "drop" or (duplicates == "auto" and fine)
+        return arrange.CopyRule(count=self.timed, drop=drop, timed=self.timed)
 
 
 def gather_events(
@@ -177,15 +200,20 @@ def gather_events(
     """Encode the ids of every batch and append it to `sink`; ids and nothing else stay in memory here."""
     users, items = IdCollector("user", text), IdCollector("item", text)
     contexts = {name: IdCollector(name, text) for name in context}
-    rows, null_ids, timed = 0, 0, True
+    rows, null_ids, timed, clock = 0, 0, True, Granularity()
     for batch in events:
         row_numbers = np.arange(rows, rows + len(batch.user), dtype=np.float64)
         timed = batch.time is not None
-        given = [contexts[name].add(values, batch.where) for name, values in zip(context, batch.context, strict=True)]
+        if batch.time is not None:
+            clock.add(batch.time)
+        given = [
+            contexts[name].add(values, batch.where, batch.rows)
+            for name, values in zip(context, batch.context, strict=True)
+        ]
         sink.append(
             arrange.EncodedIds(
-                users.add(batch.user, batch.where),
-                items.add(batch.item, batch.where),
+                users.add(batch.user, batch.where, batch.rows),
+                items.add(batch.item, batch.where, batch.rows),
                 row_numbers if batch.time is None else batch.time,
                 np.ones(len(batch.user), np.float32) if batch.weight is None else batch.weight,
                 np.stack(given, axis=1) if given else np.empty((len(batch.user), 0), np.int32),
@@ -197,7 +225,7 @@ def gather_events(
     if not rows:
         why = f"all {null_ids} rows lack a user or an item id" if null_ids else "it is empty"
         raise UserError(f"no events in {shown}: {why}")
-    return Gathered((users, items), timed, null_ids, contexts)
+    return Gathered((users, items), timed, null_ids, contexts, clock.dates_alone)
 
 
 def assemble(columns: arrange.Arranged, gathered: Gathered) -> Interactions:
@@ -215,4 +243,5 @@ def assemble(columns: arrange.Arranged, gathered: Gathered) -> Interactions:
         {why: count for why, count in dropped.items() if count},
         columns.context,
         {name: Ids(found.values(), 0) for name, found in gathered.contexts.items()},
+        columns.copies,
     )

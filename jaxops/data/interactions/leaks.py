@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from jaxops.core.failures import UserError
-from jaxops.data.interactions.arrange import user_ranges
 from jaxops.data.interactions.heldout import Split
 from jaxops.data.interactions.interactions import Interactions
+from jaxops.data.interactions.ranges import user_ranges
 from jaxops.data.moments import iso
 
 CHUNK = 1 << 22

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from jaxops.core.failures import UserError
-from jaxops.data import side, sources
+from jaxops.data import notes, side, sources
 from jaxops.data.interactions import arrange, cache
 from jaxops.data.interactions.heldout import Split
 from jaxops.data.interactions.interactions import Interactions, read_interactions
@@ -52,14 +52,31 @@ def open_data(
     for kind, file in (("user", users), ("item", items)):
         if file is not None and file.numeric:
             raise UserError(f"data.{kind}_features.numeric: {file.numeric[0]!r}: only click models read numbers")
-    inter, info = _events(config, progress)
-    return RecData(
-        inter,
-        make_split(inter, config.split),
-        {"kind": config.kind, **info},
-        side.read_side(users, inter.user_ids, "data.user_features") if users else {},
-        side.read_side(items, inter.item_ids, "data.item_features") if items else {},
-    )
+    duplicates = config.duplicates if isinstance(config, InteractionsFile) else "auto"
+    with notes.collected() as remarks:
+        inter, info = _events(config, progress)
+        split = make_split(inter, config.split, repeats=duplicates == "keep")
+        if duplicates == "auto":
+            _tell_copies(inter, split)
+        user_features = side.read_side(users, inter.user_ids, "data.user_features") if users else {}
+        item_features = side.read_side(items, inter.item_ids, "data.item_features") if items else {}
+    return RecData(inter, split, {"kind": config.kind, **info, "notes": remarks}, user_features, item_features)
+
+
+def _tell_copies(inter: Interactions, split: Split) -> None:
+    dropped = inter.dropped.get("duplicate_events", 0)
+    if dropped:
+        notes.tell(
+            f"{dropped:,} event(s) are exact copies of another (the same in all columns that are read) and were"
+            " dropped; data.duplicates: keep keeps them"
+        )
+    if inter.copies:
+        left_out = sum(split.counts.get(f"{part}_copies", 0) for part in ("valid", "test"))
+        notes.tell(
+            f"{inter.copies:,} event(s) are exact copies of another, and times are dates alone, where honest repeats"
+            f" look the same: they are kept, and {left_out:,} held-out target(s) with a copy in their history are left out;"
+            " data.duplicates: drop or keep decides otherwise"
+        )
 
 
 def user_columns(config: object) -> tuple[str, ...]:
@@ -109,6 +126,8 @@ def _events(config: InteractionsConfig, progress: arrange.Progress) -> tuple[Int
                 config.min_count,
                 format=config.format,
                 header=config.header,
+                duplicates=config.duplicates,
+                text=config.text,
                 progress=progress,
             )
             return inter, {"path": config.path}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Int64
 
 from jaxops.core.failures import UserError
 from jaxops.data import formats
@@ -20,6 +20,7 @@ from jaxops.data.files import DataFile
 from jaxops.data.interactions.spec import Columns
 from jaxops.data.moments import iso_seconds, unix_seconds
 from jaxops.data.spec import TimeUnit
+from jaxops.data.values import decoded, is_missing, plain
 
 UNITS: dict[TimeUnit, float] = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 FAR_FUTURE = 32_503_680_000.0
@@ -30,7 +31,8 @@ FAR_FUTURE = 32_503_680_000.0
 class Events:
     """A batch of events; `time` and `weight` are None where the data has no such column. Only `context` has nulls.
 
-    `null_ids` counts the rows that were left out because they name no user or no item; `where` is the file.
+    `null_ids` counts the rows that were left out because they name no user or no item; `where` is the file and `rows`
+    are the numbers of the rows there, from 1.
     """
 
     user: pa.Array
@@ -39,6 +41,7 @@ class Events:
     weight: Float32[np.ndarray, " rows"] | None
     null_ids: int
     where: str
+    rows: Int64[np.ndarray, " rows"]
     context: tuple[pa.Array, ...] = ()
 
 
@@ -82,23 +85,24 @@ def convert_batches(batches: Iterator[pa.RecordBatch], columns: Columns, where: 
     for batch in batches:
         place = lambda column, first=row: _Place(where, first, column)
         _refuse_missing(batch, batches, columns, place)
-        context = tuple(_context_column(batch.column(name), place(name)) for name in columns.context)
-        user = _id_column(batch.column(columns.user), place(columns.user))
-        item = _id_column(batch.column(columns.item), place(columns.item))
+        context = tuple(plain(batch.column(name), place(name).row) for name in columns.context)
+        user = plain(batch.column(columns.user), place(columns.user).row, ids=True)
+        item = plain(batch.column(columns.item), place(columns.item).row, ids=True)
         time, weight = None, None
         if columns.time is not None:
             time = _times(batch.column(columns.time), columns.time_unit, place(columns.time))
         if columns.weight is not None:
             weight = _numbers(batch.column(columns.weight), place(columns.weight)).astype(np.float32)
+        rows = np.arange(row, row + len(batch))
         known = pc.and_(pc.is_valid(user), pc.is_valid(item))
         null_ids = len(batch) - known.true_count
         if null_ids:
             keep = known.to_numpy(zero_copy_only=False)
-            user, item = user.filter(known), item.filter(known)
+            user, item, rows = user.filter(known), item.filter(known), rows[keep]
             time = None if time is None else time[keep]
             weight = None if weight is None else weight[keep]
             context = tuple(values.filter(known) for values in context)
-        yield Events(user, item, time, weight, null_ids, where, context)
+        yield Events(user, item, time, weight, null_ids, where, rows, context)
         row += len(batch)
 
 
@@ -112,55 +116,28 @@ def _refuse_missing(
     for name in (columns.time, columns.weight):
         if name is None:
             continue
-        missing = _missing(batch.column(name))
+        missing = _missing(batch.column(name), place(name))
         first = pc.index(missing, True).as_py()
         if first >= 0:
-            count = sum(pc.sum(_missing(b.column(name))).as_py() or 0 for b in itertools.chain([batch], rest))
+            count = sum(
+                pc.sum(_missing(b.column(name), place(name))).as_py() or 0 for b in itertools.chain([batch], rest)
+            )
             raise UserError(
                 f"{place(name).row(first)} has no value (null or NaN); {count} such row(s) in this file. "
                 "Drop or fill them: an event needs its time and weight"
             )
 
 
-def _missing(column: pa.Array) -> pa.Array:
-    column = _plain(column)
+def _missing(column: pa.Array, place: _Place) -> pa.Array:
+    column = decoded(column, place.row)
     if pa.types.is_string(column.type):
-        blank = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(column)), pa.array(["", "nan", "null", "none", "na"]))
-        return pc.or_(pc.is_null(column), pc.fill_null(blank, False))
+        blank = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(column)), pa.array(["nan", "null", "none", "na"]))
+        return pc.or_(is_missing(column), pc.fill_null(blank, False))
     return pc.is_null(column, nan_is_null=True)
 
 
-def _plain(column: pa.Array) -> pa.Array:
-    """Dictionaries decoded, every string type as `string`."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    kind = column.type
-    other = pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_binary(kind)
-    return pc.cast(column, pa.string()) if other or pa.types.is_large_binary(kind) else column
-
-
-def _id_column(column: pa.Array, place: _Place) -> pa.Array:
-    """int64 or string, nulls kept."""
-    column = _plain(column)
-    if pa.types.is_string(column.type):
-        return column
-    if pa.types.is_integer(column.type):
-        return _converted(column, lambda c: pc.cast(c, pa.int64()), place, "an id that fits 64 bits")
-    if pa.types.is_null(column.type):
-        return pc.cast(column, pa.string())
-    hint = ""
-    if pa.types.is_floating(column.type):
-        hint = "; floats often come from a table with missing values: write the ids as integers or strings"
-    raise UserError(f"{place.file}: the id column {place.column!r} holds {column.type}{hint}")
-
-
-def _context_column(column: pa.Array, place: _Place) -> pa.Array:
-    """As `_id_column`; true and false as text."""
-    return pc.cast(column, pa.string()) if pa.types.is_boolean(column.type) else _id_column(column, place)
-
-
 def _numbers(column: pa.Array, place: _Place, expected: str = "a number") -> Float64[np.ndarray, " rows"]:
-    column = _plain(column)
+    column = decoded(column, place.row)
     kind = column.type
     numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     if not (numeric or pa.types.is_string(kind) or pa.types.is_boolean(kind)):
@@ -178,7 +155,7 @@ def _numbers(column: pa.Array, place: _Place, expected: str = "a number") -> Flo
 
 def _times(column: pa.Array, unit: TimeUnit, place: _Place) -> Float64[np.ndarray, " rows"]:
     """Unix seconds, float64 (microseconds stay apart until 2255); strings are read as the first one is."""
-    column = _plain(column)
+    column = decoded(column, place.row)
     kind = column.type
     if not len(column):
         return np.empty(0)

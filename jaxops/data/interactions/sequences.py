@@ -48,7 +48,9 @@ def read_sequences(path: str | os.PathLike[str]) -> Interactions:
         raise UserError(f"{name}: no sequences in it, expected lines of `user item item ...`")
     _refuse_twice(name, users, numbers)
     repeated = np.repeat(np.arange(len(users)), lengths)
-    events = Events(pa.array(users).take(pa.array(repeated)), pa.array(items), None, None, 0, name)
+    events = Events(
+        pa.array(users).take(pa.array(repeated)), pa.array(items), None, None, 0, name, np.array(numbers)[repeated]
+    )
     return from_events([events], text=True, shown=name)
 
 

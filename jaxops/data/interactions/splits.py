@@ -7,10 +7,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from jaxops.core.failures import UserError
-from jaxops.data.interactions.arrange import user_ranges
+from jaxops.data.interactions.copies import are_copies
 from jaxops.data.interactions.heldout import Queries, Split
 from jaxops.data.interactions.interactions import Interactions
 from jaxops.data.interactions.leaks import check_no_leak
+from jaxops.data.interactions.ranges import user_ranges
 from jaxops.data.interactions.spec import LeaveOneOut, SplitConfig
 from jaxops.data.moments import iso, moment
 from jaxops.data.spec import Moment
@@ -21,21 +22,27 @@ CHUNK = 1 << 22
 """Events that are looked at once."""
 
 
-def make_split(inter: Interactions, config: SplitConfig) -> Split:
-    """The split that a config asks for."""
+def make_split(inter: Interactions, config: SplitConfig, *, repeats: bool = False) -> Split:
+    """The split that a config asks for; `repeats` as in `leave_one_out`.
+
+    Raises:
+      UserError: what the split raises.
+    """
     if isinstance(config, LeaveOneOut):
-        return leave_one_out(inter)
+        return leave_one_out(inter, repeats=repeats)
     return global_time(inter, config.valid_from, config.test_from)
 
 
-def leave_one_out(inter: Interactions) -> Split:
+def leave_one_out(inter: Interactions, *, repeats: bool = False) -> Split:
     """Each user's last event is the test target, the one before it the validation target, the rest trains.
 
-    Users with fewer than three events only train. Note that training events of one user may be later than
-    another's test event: published protocol (SASRec, ICDM 2018), not a forecast.
+    Users with fewer than three events only train. A target that is an exact copy of an event before it is left out
+    and counted (`valid_copies`, `test_copies`), unless `repeats` says that copies are honest repeats. Note that
+    training events of one user may be later than another's test event: published protocol (SASRec, ICDM 2018), not a
+    forecast.
 
     Raises:
-      UserError: no user has three events; a leak.
+      UserError: no user has three events; all targets are copies; a leak.
     """
     lengths = inter.lengths
     chosen = np.flatnonzero(lengths >= 3)
@@ -44,9 +51,20 @@ def leave_one_out(inter: Interactions) -> Split:
             f"leave_one_out needs users with three events; the busiest of {inter.n_users} has {lengths.max()}"
         )
     train_end = np.where(lengths >= 3, lengths - 2, lengths)
-    valid = _queries(inter, chosen, lengths[chosen] - 2)
-    test = _queries(inter, chosen, lengths[chosen] - 1)
-    return _checked(inter, Split(inter, "leave_one_out", train_end, valid, test), {})
+    parts, counts = [], {}
+    for name, back in (("valid", 2), ("test", 1)):
+        users, history = chosen, lengths[chosen] - back
+        if inter.copies and not repeats:
+            fresh = ~are_copies(inter, inter.offsets, inter.offsets[users] + history)
+            users, history = users[fresh], history[fresh]
+            counts[f"{name}_copies"] = int(np.count_nonzero(~fresh))
+        if not len(users):
+            raise UserError(
+                f"leave_one_out: every {name} target is an exact copy of an event before it (same user, item, time); "
+                "data.duplicates: drop removes copies, keep takes them as repeats"
+            )
+        parts.append(_queries(inter, users, history))
+    return _checked(inter, Split(inter, "leave_one_out", train_end, parts[0], parts[1]), counts)
 
 
 def global_time(inter: Interactions, valid_from: Moment, test_from: Moment) -> Split:

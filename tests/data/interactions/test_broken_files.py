@@ -9,6 +9,7 @@ from jaxops.core.failures import UserError
 from jaxops.data.interactions.interactions import read_interactions
 from jaxops.data.interactions.sequences import read_sequences
 from jaxops.data.interactions.spec import Columns, MinCount
+from jaxops.data.spec import TextFormat
 
 
 def parquet(folder, name="a.parquet", **columns):
@@ -84,7 +85,30 @@ BROKEN = {
         {},
         ["a.csv", "Row #3", "Expected 3 columns, got 2"],
     ),
-    "not utf-8": (text("a.csv", CSV.encode() + b"\xff,1,1\n"), "a.csv", {}, ["a.csv", "UTF8"]),
+    "not utf-8": (
+        text("a.csv", CSV.encode() + "é,1,1\n".encode() + b"\xff,1,1\n"),
+        "a.csv",
+        {},
+        ["a.csv:4: b'\\xff,1,1\\n' is no UTF-8 text", "text.encoding: latin-1"],
+    ),
+    "unknown encoding": (
+        text("a.csv", CSV),
+        "a.csv",
+        {"text": TextFormat(encoding="latin-9000")},
+        ["text.encoding: 'latin-9000' is no encoding"],
+    ),
+    "quote astray": (
+        text("a.csv", CSV + '1,"Weird,2\n1,7,3\n1,"good",4\n'),
+        "a.csv",
+        {},
+        ["a.csv:3: a quoted field opens here and goes on after its closing quote", "Weird", "text.quote: none"],
+    ),
+    "quote that never closes": (
+        text("a.csv", CSV + '1,2,3\n1,"Weird,2\n1,7,3\n'),
+        "a.csv",
+        {},
+        ["a.csv:4: a quoted field opens here and does not close"],
+    ),
     "NaN rating": (
         table(rating=[1.0, np.nan]),
         "a.parquet",
@@ -136,23 +160,22 @@ BROKEN = {
         ["row 1", "1794700800000", "year 3000", "`columns.time_unit`"],
     ),
     "float ids": (
-        table(user=[1.0, np.nan]),
+        table(user=[1.0, 2.5]),
         "a.parquet",
         {},
-        ["id column 'user' holds double", "missing values"],
+        ["a.parquet: row 2, column 'user' is 2.5, which is no id", "whole"],
     ),
     "float ids in jsonl": (
         text("a.jsonl", '{"user": 1.5, "item": 2, "time": 3}\n'),
         "a.jsonl",
         {},
-        ["id column 'user' holds double"],
+        ["a.jsonl: row 1, column 'user' is 1.5, which is no id"],
     ),
-    "date ids": (table(item=pa.array([1, 2], pa.date32())), "a.parquet", {}, ["'item' holds date32"]),
-    "too large id": (
-        table(user=pa.array([1, 2**63], pa.uint64())),
+    "date ids": (
+        table(item=pa.array([1, 2], pa.date32())),
         "a.parquet",
         {},
-        ["row 2, column 'user' is 9223372036854775808", "64 bits"],
+        ["row 1, column 'item'", "the id column holds date32"],
     ),
     "an essay as id": (table(user=["x", "y" * 5000]), "a.parquet", {}, ["1000 bytes", "right column?"]),
     "a NUL in an id": (table(user=["x", "x\0"]), "a.parquet", {}, ["NUL"]),
@@ -160,7 +183,7 @@ BROKEN = {
         two([1, 2], ["a", "b"]),
         "*.parquet",
         {},
-        ["user ids are of different types", "int64 in", "string in", "b.parquet"],
+        ["user ids are of different types", "int64 in", "string in", "'a' in", "b.parquet: row 1"],
     ),
     "types of ids differ in jsonl": (
         text("a.jsonl", '{"user": 1, "item": 2, "time": 3}\n{"user": "x", "item": 2, "time": 3}\n'),

@@ -113,7 +113,7 @@ def test_left_overs_of_a_killed_process_are_swept(tmp_path):
 import os, signal
 from jaxops.data.interactions import cache
 from jaxops.data.interactions.spec import InteractionsFile
-cache.build(InteractionsFile({config.path!r}), {str(tmp_path / "cache")!r},
+cache.build_cache(InteractionsFile({config.path!r}), {str(tmp_path / "cache")!r},
             lambda stage, done, total: os.kill(os.getpid(), signal.SIGKILL))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
@@ -139,7 +139,7 @@ def manifest(**fields):
     [
         (lambda folder: (folder / "manifest.json").unlink(), "no data cache in"),
         (change("manifest.json", lambda raw: raw[:50]), "manifest.json is damaged"),
-        (manifest(version=99), "a data cache of version 99, this jaxops reads 2"),
+        (manifest(version=99), "a data cache of version 99, this jaxops reads 3"),
         (lambda folder: (folder / "item.npy").unlink(), "item.npy is missing"),
         (change("item.npy", lambda raw: raw[:-4]), "item.npy has"),
         (change("time.npy", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])), "time.npy has SHA-256"),

@@ -167,10 +167,10 @@ def test_hive_partitions_globs_lists_and_folders(tmp_path):
     days = [str(tmp_path / "plays" / f"dt=2026-11-{d}") for d in (15, 16)]
     same(read_interactions(days, COLUMNS), expected)
     same(read_interactions([*days, november], COLUMNS), expected)  # each file once
-    assert read_interactions(str(tmp_path / "plays"), COLUMNS).n_events == 2 * len(ROWS)
+    assert read_interactions(str(tmp_path / "plays"), COLUMNS, duplicates="keep").n_events == 2 * len(ROWS)
     remote = (tmp_path / "plays").as_uri()
     same(read_interactions(f"{remote}/dt=2026-11-1?/**/*.parquet", COLUMNS), expected)
-    assert read_interactions(remote, COLUMNS).n_events == 2 * len(ROWS)
+    assert read_interactions(remote, COLUMNS, duplicates="keep").n_events == 2 * len(ROWS)
     by_day = read_interactions(november, Columns(user="u", item="i", time="dt"))
     assert set(by_day.time) == {1794700800.0, 1794787200.0}
 
@@ -265,9 +265,9 @@ def test_arrange_is_the_reference(rows, min_user, min_item, chunk, strings):
         arrange.arrange = lambda *a, **k: whole(*a, **{**k, "chunk": chunk})
         if not expected:
             with pytest.raises(UserError, match="no event is left after min_count"):
-                from_arrays(*zip(*rows, strict=True), min_count=min_count)
+                from_arrays(*zip(*rows, strict=True), min_count=min_count, duplicates="keep")
             return
-        inter = from_arrays(*zip(*rows, strict=True), min_count=min_count)
+        inter = from_arrays(*zip(*rows, strict=True), min_count=min_count, duplicates="keep")
     finally:
         arrange.arrange = whole
     assert spelled(inter) == expected

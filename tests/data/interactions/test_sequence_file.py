@@ -16,7 +16,7 @@ def test_a_line_is_a_user_in_order(tmp_path):
 
 def test_tokens_are_strings_unless_all_are_integers(tmp_path):
     path = tmp_path / "seq.txt"
-    path.write_text("1 7 B00X\n2 007\n")
+    path.write_text("1 8 B00X\n2 007\n")
     inter = read_sequences(str(path))
     assert (inter.user_ids.kind, inter.item_ids.kind) == ("integer", "string")
-    assert inter.item_ids.originals(inter.item).tolist() == ["7", "B00X", "007"]
+    assert inter.item_ids.originals(inter.item).tolist() == ["8", "B00X", "007"]
