@@ -94,7 +94,7 @@ def metrics(run: RunRecord, split: str) -> list[str]:
         keys = [key for key in run.series if key.startswith("valid/") and len(run.series[key])]
     names = [key.removeprefix(f"{split}/") for key in keys if "[" not in key]
     asked = run.setting("evaluate", "metrics")
-    order = {name: at for at, name in enumerate(asked)} if isinstance(asked, list) else {}
+    order = {str(name): at for at, name in enumerate(asked)} if isinstance(asked, list) else {}
     return sorted(names, key=lambda name: order.get(name, len(order)))
 
 

@@ -74,8 +74,8 @@ def _tell_copies(inter: Interactions, split: Split) -> None:
         left_out = sum(split.counts.get(f"{part}_copies", 0) for part in ("valid", "test"))
         notes.tell(
             f"{inter.copies:,} event(s) are exact copies of another, and times are dates alone, where honest repeats"
-            f" look the same: they are kept, and {left_out:,} held-out target(s) with a copy in their history are left out;"
-            " data.duplicates: drop or keep decides otherwise"
+            f" look the same: they are kept, and {left_out:,} held-out target(s) with a copy in their history are left"
+            " out; data.duplicates: drop or keep decides otherwise"
         )
 
 
