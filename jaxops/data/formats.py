@@ -192,7 +192,9 @@ def _broken_line(file: DataFile, schema: pa.Schema) -> str:
 def _parquet(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     with _open_parquet(file) as parquet:
         inside = _check_columns(file, wanted, parquet.schema_arrow.names)
-        yield from parquet.iter_batches(batch_size=ROWS, columns=inside)
+        for batch in parquet.iter_batches(batch_size=ROWS, columns=inside):
+            batch.validate(full=True)  # text that is no UTF-8, or offsets of a damaged file, would crash later
+            yield batch
 
 
 def _open_parquet(file: DataFile) -> pq.ParquetFile:
