@@ -199,8 +199,10 @@ def _parquet(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None
 
 def _open_parquet(file: DataFile) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file.random())
-    except (pa.ArrowInvalid, OSError) as error:
+        opened = pq.ParquetFile(file.random())
+        opened.schema_arrow.names  # noqa: B018 - a damaged file may have names that are no text
+        return opened
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file.name}: not a Parquet file ({error})") from error
 
 

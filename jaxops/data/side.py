@@ -82,7 +82,7 @@ def _told(file: DataFile) -> Iterator[None]:
     """An error of reading as one of the user's, with the file's name."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file.name}: cannot be read as {file.format}: {error}") from error
 
 

@@ -75,7 +75,7 @@ def read_events(files: Sequence[DataFile], columns: Columns, header: Sequence[st
     for file in files:
         try:
             yield from convert_batches(formats.batches(file, wanted, header, numbers), columns, file.name)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file.name}: cannot be read as {file.format}: {error}") from error
 
 
