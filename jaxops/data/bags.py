@@ -8,6 +8,7 @@ from jaxtyping import Float32, Int32
 
 from jaxops.core.failures import UserError
 from jaxops.data.numeric import numbers
+from jaxops.data.values import plain
 
 WEIGHT = "/weight"
 """What follows a bag's name where its weights are meant, in columns and in batches."""
@@ -19,7 +20,9 @@ def flat(values: pa.Array) -> pa.Array:
 
 
 def joined(parts: Sequence[pa.Array]) -> pa.Array:
-    """One after another; as text where they are of different types."""
+    """One after another; of different types read by the one rule of values.py, and as text where that leaves two."""
+    if len({part.type for part in parts}) > 1:
+        parts = [plain(part) for part in parts]
     if len({part.type for part in parts}) > 1:
         parts = [part.cast(pa.string()) for part in parts]
     return pa.concat_arrays(parts) if parts else pa.array([], pa.int64())

@@ -192,13 +192,17 @@ def _broken_line(file: DataFile, schema: pa.Schema) -> str:
 def _parquet(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     with _open_parquet(file) as parquet:
         inside = _check_columns(file, wanted, parquet.schema_arrow.names)
-        yield from parquet.iter_batches(batch_size=ROWS, columns=inside)
+        for batch in parquet.iter_batches(batch_size=ROWS, columns=inside):
+            batch.validate(full=True)  # text that is no UTF-8, or offsets of a damaged file, would crash later
+            yield batch
 
 
 def _open_parquet(file: DataFile) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file.random())
-    except (pa.ArrowInvalid, OSError) as error:
+        opened = pq.ParquetFile(file.random())
+        opened.schema_arrow.names  # noqa: B018 - a damaged file may have names that are no text
+        return opened
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file.name}: not a Parquet file ({error})") from error
 
 

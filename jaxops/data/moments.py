@@ -40,12 +40,30 @@ def unix_seconds(column: pa.Array) -> Float64[np.ndarray, " rows"]:
     return pc.cast(micros, pa.int64()).to_numpy(zero_copy_only=False) / 1e6
 
 
+def compact_dates(numbers: Float64[np.ndarray, " rows"]) -> Float64[np.ndarray, " rows"]:
+    """Unix seconds of dates of 1900 to 2100 that are written as 20150401; NaN where a number is none."""
+    whole = np.nan_to_num(numbers, nan=0.0, posinf=0.0, neginf=0.0)
+    days = np.where((whole >= 1.9e7) & (whole < 2.11e7) & (np.trunc(whole) == whole), whole, 0).astype(np.int64)
+    year, month, day = days // 10000, days // 100 % 100, days % 100
+    likely = (days > 0) & (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)
+    start = ((np.where(likely, year, 1970) - 1970) * 12 + np.where(likely, month, 1) - 1).astype("datetime64[M]")
+    date = start.astype("datetime64[D]") + (np.where(likely, day, 1) - 1)
+    right = likely & (date.astype("datetime64[M]") == start)
+    return np.where(right, date.astype(np.int64) * 86400.0, np.nan)
+
+
 def iso_seconds(column: pa.Array) -> Float64[np.ndarray, " rows"]:
-    """ISO 8601 strings as unix seconds, UTC unless they carry an offset.
+    """ISO 8601 strings as unix seconds, UTC unless they carry an offset; as pandas and BigQuery write them too.
+
+    Digits beyond the microsecond are cut off.
 
     Raises:
       pyarrow.ArrowInvalid: one of them is no date or time.
     """
+    column = pc.utf8_trim_whitespace(column)
+    column = pc.replace_substring_regex(column, r"\s*(UTC|utc|GMT|z)$", "Z")
+    column = pc.replace_substring_regex(column, r"\s+([+-][0-9]{2}(:?[0-9]{2})?)$", r"\1")
+    column = pc.replace_substring_regex(column, r"(:[0-9]{2}\.[0-9]{6})[0-9]+", r"\1")
     zoned = pc.match_substring_regex(column, r"[0-9]{2}:[0-9]{2}.*(Z|[+-][0-9]{2}(:?[0-9]{2})?)$")
     with_zone = pc.cast(pc.if_else(zoned, column, "1970-01-01T00:00:00Z"), pa.timestamp("us", "UTC"))
     without = pc.cast(pc.if_else(zoned, "1970-01-01", column), pa.timestamp("us"))

@@ -2,27 +2,25 @@
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Float32, Float64
 
 from jaxops.core.failures import UserError
 from jaxops.data.moments import iso_seconds, unix_seconds
+from jaxops.data.values import converted, decoded, floats, is_missing, rows_of
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def numbers(values: pa.Array, what: str) -> Float64[np.ndarray, " rows"]:
     """float64, NaN where there is none.
 
     Raises:
-      UserError: text that is no number; an infinite one, which would make every statistic of the column NaN.
+      UserError: text that is no number; an infinite one, or one that float32 cannot hold, which would make every
+        statistic of the column infinite or NaN.
     """
-    if pa.types.is_string(values.type):
-        values = pc.utf8_trim_whitespace(values)
-        values = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
-    try:
-        found = np.array(pc.cast(values, pa.float64()).fill_null(float("nan")))
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{what}: expected numbers: {error}") from None
+    found = floats(values, rows_of(what))
     _refuse(np.isinf(found), what, "infinite; expected a finite number or none")
+    _refuse(np.abs(found) > LARGEST, what, f"larger than {LARGEST:.3g}, the largest number that models compute with")
     return found
 
 
@@ -44,17 +42,16 @@ def times(values: pa.Array, what: str) -> Float64[np.ndarray, " rows"]:
     Raises:
       UserError: a time that is missing (it would sort last, into the test part) or cannot be read.
     """
-    _refuse(np.asarray(values.is_null()), what, "null; a split by time needs a time of every example")
+    at = rows_of(what)
+    values = decoded(values, at)
+    null = is_missing(values) if pa.types.is_string(values.type) else values.is_null(nan_is_null=True)
+    _refuse(np.asarray(null), what, "null; a split by time needs a time of every example")
     if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
         return unix_seconds(values)
+    expected = "unix times or ISO dates"
     if pa.types.is_string(values.type) and len(values) and not _reads_as_number(values[0].as_py()):
-        try:
-            return iso_seconds(values)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{what}: expected unix times or ISO dates: {error}") from None
-    found = numbers(values, what)
-    _refuse(np.isnan(found), what, "null; a split by time needs a time of every example")
-    return found
+        return np.asarray(converted(values, iso_seconds, at, expected))
+    return floats(values, at, expected)
 
 
 def _refuse(wrong: np.ndarray, what: str, why: str) -> None:

@@ -1,6 +1,7 @@
 """Columns as they are in a file, and side files joined to users or items by their original ids."""
 
 import contextlib
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -8,13 +9,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jaxops.core.failures import UserError, nearest
-from jaxops.data import formats
-from jaxops.data.bags import WEIGHT, parallel
+from jaxops.data import formats, notes
+from jaxops.data.bags import WEIGHT, joined, parallel
 from jaxops.data.files import DataFile, expand_paths, summary
 from jaxops.data.ids import Ids
 from jaxops.data.numeric import numbers as as_numbers
 from jaxops.data.spec import Format, SideFile, TextFormat
-from jaxops.data.values import plain
+from jaxops.data.values import is_missing, plain
+
+FEW = 0.5
+"""The share of users or items below which a side file that has no row for the others is surely a mistake."""
 
 
 def read_columns(
@@ -46,7 +50,31 @@ def read_columns(
             parts += [batch.select(list(wanted)) for batch in found]
     if not any(len(part) for part in parts):
         raise UserError(f"no rows in {summary(files)}")
-    return pa.concat_tables([pa.Table.from_batches([part]) for part in parts], promote_options="permissive")
+    return _concatenated(parts, list(wanted))
+
+
+def _concatenated(parts: Sequence[pa.RecordBatch], names: Sequence[str]) -> pa.Table:
+    """One table; a column whose types differ between files is read by the one rule of values.py."""
+    tables = [pa.Table.from_batches([part]) for part in parts]
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:
+        pass
+    columns: dict[str, pa.ChunkedArray] = {}
+    for name in names:
+        found = [table[name] for table in tables]
+        kinds = {values.type for values in found}
+        if len(kinds) > 1 and any(pa.types.is_nested(kind) for kind in kinds):
+            raise UserError(f"column {name!r} is {' and '.join(sorted(map(str, kinds)))} in different files")
+        whole_column = found[0].combine_chunks() if len(kinds) == 1 and len(found) == 1 else None
+        columns[name] = pa.chunked_array(
+            [joined([_piece(values) for values in found])] if whole_column is None else [whole_column]
+        )
+    return pa.table(columns)
+
+
+def _piece(values: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
 
 
 @contextlib.contextmanager
@@ -54,7 +82,7 @@ def _told(file: DataFile) -> Iterator[None]:
     """An error of reading as one of the user's, with the file's name."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file.name}: cannot be read as {file.format}: {error}") from error
 
 
@@ -79,31 +107,70 @@ def columns_of(
 def whole(table: pa.Table, name: str) -> pa.Array:
     """A column in one piece, of the type that it has."""
     values = table[name].combine_chunks()
-    if isinstance(values, pa.ChunkedArray):
-        values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
-    return values
+    return _piece(values) if isinstance(values, pa.ChunkedArray) else values
 
 
 def column(table: pa.Table, name: str, separator: str | None = None) -> pa.Array:
     """A column in one piece; with `separator` a bag, a list a row (null and empty text: an empty one).
 
     Raises:
-      UserError: lists where there is no bag, or a bag that is neither lists nor text.
+      UserError: lists where there is no bag, or a bag that is neither lists nor text; nested values.
     """
+    return _listed(table, name, separator)[0] if separator is not None else _single(table, name)
+
+
+def _single(table: pa.Table, name: str) -> pa.Array:
+    values = whole(table, name)
+    if _is_list(values.type):
+        raise UserError(f"column {name!r} holds lists; a feature of several values is named in `bags`")
+    return plain(values, f"column {name!r}")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _listed(table: pa.Table, name: str, separator: str, *weights: tuple[str, str]) -> tuple[pa.Array, list[pa.Array]]:
+    """A bag without its missing values, and its weights (column, what to call it) without those of missing values."""
+    bag = _split(table, name, separator)
+    beside = [parallel(bag, _split(table, column, separator), what) for column, what in weights]
+    values = bag.flatten()
+    missing = is_missing(values) if pa.types.is_string(values.type) else pc.is_null(values, nan_is_null=True)
+    if not missing.true_count:
+        return bag, beside
+    keep = pc.invert(missing)
+    lengths = bag.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    row = np.repeat(np.arange(len(bag)), lengths)[keep.to_numpy(zero_copy_only=False)]
+    offsets = pa.array(np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(bag)))]).astype(np.int32))
+    kept = [pa.ListArray.from_arrays(offsets, one.flatten().filter(keep)) for one in (bag, *beside)]
+    return kept[0], kept[1:]
+
+
+def _split(table: pa.Table, name: str, separator: str) -> pa.Array:
     values = whole(table, name)
     kind = values.type
-    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if listed and separator is None:
-        raise UserError(f"column {name!r} holds lists; a feature of several values is named in `bags`")
-    if separator is None:
-        return plain(values)
-    if listed:
-        return values if pa.types.is_list(kind) else pc.cast(values, pa.list_(kind.value_type))
-    if pa.types.is_primitive(kind):
+    if _is_list(kind):
+        values = values if pa.types.is_list(kind) else pc.cast(values, pa.list_(kind.value_type))
+        if pa.types.is_nested(kind.value_type):
+            raise UserError(f"column {name!r} holds {kind}; expected a bag: lists of numbers or text")
+        return values
+    if pa.types.is_primitive(kind) or pa.types.is_decimal(kind):
         raise UserError(f"column {name!r} holds {kind}; expected a bag: lists, or text apart by {separator!r}")
-    text = plain(values)
-    text = pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text)
-    return pc.split_pattern(text, separator)
+    text = plain(values, f"column {name!r}")
+    _tell_other_separator(text, name, separator)
+    lists = pc.split_pattern(text, separator)
+    return pa.ListArray.from_arrays(lists.offsets, pc.utf8_trim_whitespace(lists.values), mask=lists.is_null())
+
+
+def _tell_other_separator(text: pa.Array, name: str, separator: str) -> None:
+    """A bag whose rows hold one value each although another separator stands in most of them is surely none."""
+    there = len(text) - text.null_count
+    if not there or pc.any(pc.match_substring(text, separator)).as_py():
+        return
+    for other in ("|", ",", ";"):
+        if (pc.sum(pc.match_substring(text, other)).as_py() or 0) * 2 > there:
+            notes.tell(f"column {name!r} is a bag apart by {separator!r}, which no row holds; most hold {other!r}")
+            return
 
 
 def bags(
@@ -117,18 +184,58 @@ def bags(
     for name in weights:
         if name not in names:
             raise UserError(f"{what}.weights: {name!r} is none of {what}.bags{nearest(name, names)}")
-    out = {name: column(table, name, separator) for name in names}
-    for name, weight in weights.items():
-        given = column(table, weight, separator)
-        out[f"{name}{WEIGHT}"] = parallel(out[name], given, f"{what}.weights.{name}: column {weight!r}")
+    out: dict[str, pa.Array] = {}
+    for name in names:
+        given = [(weights[name], f"{what}.weights.{name}: column {weights[name]!r}")] if name in weights else []
+        out[name], beside = _listed(table, name, separator, *given)
+        out |= {f"{name}{WEIGHT}": found for found in beside}
     return out
 
 
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """How a side file was joined to the users or items of the data.
+
+    Attributes:
+      ids: how many there are.
+      matched: how many of them have a row in the file.
+      unmatched: keys of the file that no user or item of the data has.
+      without_key: rows of the file that name nobody.
+      empty: by column, matched ids for which it holds nothing.
+    """
+
+    file: str
+    key: str
+    ids: int
+    matched: int
+    unmatched: int
+    without_key: int
+    empty: dict[str, int]
+
+    def __str__(self) -> str:
+        empty = ", ".join(f"{count:,} without {name}" for name, count in self.empty.items() if count)
+        return (
+            f"{self.matched:,} of {self.ids:,} have a row ({self.matched / max(self.ids, 1):.1%})"
+            + (f", of them {empty}" if empty else "")
+            + f"; {self.unmatched:,} key(s) of the file are not in the data, {self.without_key:,} row(s) have no key"
+        )
+
+
 def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
+    """The columns of `join_side` alone.
+
+    Raises:
+      UserError: what `join_side` raises.
+    """
+    return join_side(config, ids, what)[0]
+
+
+def join_side(config: SideFile, ids: Ids, what: str) -> tuple[dict[str, pa.Array], Join]:
     """The file's columns by row of `ids` (its first row is 0 here); null, or an empty bag, where the file has none.
 
     Weights of a bag are `NAME/weight`; numbers are float64, NaN where there is none. A key may have several rows that
-    say the same: columns of items in the file of the events are read so.
+    say the same: columns of items in the file of the events are read so. How it was joined is told, and where fewer
+    than `FEW` of the ids have a row with a warning.
 
     Raises:
       UserError: what `read_columns` and `bags` raise; rows of one key that differ.
@@ -137,6 +244,7 @@ def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
     alone = {*config.numeric} - {config.key, *config.columns}
     table = read_columns(config.path, list(dict.fromkeys(wanted)), config.format, config.header, alone, config.text)
     keys = column(table, config.key)
+    without_key = keys.null_count
     if len(pc.unique(keys.drop_null())) != len(keys) - keys.null_count:
         table = _one_each(table, keys, f"{what}: {config.key}")
         keys = column(table, config.key)
@@ -155,7 +263,28 @@ def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
         values = as_numbers(column(table, name), f"{what}.numeric: {name}")
         out[name] = pa.array(np.where(at < 0, np.nan, values[at]))
     held = bags(table, config.bags, config.weights, config.separator, what)
-    return out | {name: values.take(take) for name, values in held.items()}
+    out |= {name: values.take(take) for name, values in held.items()}
+    matched, there = int(found.sum()), pa.array(at >= 0)
+    empty = {name: _empty(values.filter(there)) for name, values in out.items() if not name.endswith(WEIGHT)}
+    join = Join(
+        summary(expand_paths(config.path, config.format)),
+        config.key,
+        len(ids),
+        matched,
+        len(rows) - matched,
+        without_key,
+        {name: count for name, count in empty.items() if count},
+    )
+    few = matched < FEW * len(ids)
+    warning = f": are the ids written alike in both, and is {config.key!r} the right column?" if few else ""
+    notes.tell(f"{'WARNING: ' if few else ''}{what}: {join}{warning}")
+    return out, join
+
+
+def _empty(values: pa.Array) -> int:
+    if pa.types.is_list(values.type):
+        return int(np.count_nonzero(values.value_lengths().fill_null(0).to_numpy(zero_copy_only=False) == 0))
+    return int(pc.sum(pc.is_null(values, nan_is_null=True)).as_py() or 0)
 
 
 def _one_each(table: pa.Table, keys: pa.Array, what: str) -> pa.Table:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 Format = Literal["auto", "csv", "tsv", "jsonl", "parquet"]
-TimeUnit = Literal["s", "ms", "us", "ns"]
+TimeUnit = Literal["s", "ms", "us", "ns", "date"]
+"""The unit of times that are numbers since 1970; `date` is 20150401."""
 Moment = str | int | float
 """An ISO date or time (UTC unless it says otherwise) or unix seconds."""
 

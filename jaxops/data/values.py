@@ -5,10 +5,12 @@ null. Which spellings of one integer are one id is decided over all values of a 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Float64
 
 from jaxops.core.failures import UserError
 
@@ -135,3 +137,52 @@ def _of_decimals(values: pa.Array, at: At, ids: bool) -> pa.Array:
         index = pc.index(fraction, True).as_py()
         raise UserError(f"{at(index)} is {text[index].as_py()}, which is no id: decimals are ids where they are whole")
     return text
+
+
+def converted(column: pa.Array, convert: Callable[[pa.Array], Any], at: At, expected: str) -> Any:
+    """`convert(column)`; when it fails, bisects for the first value that it cannot take.
+
+    Raises:
+      UserError: it fails, with the row and the value.
+    """
+    try:
+        return convert(column)
+    except pa.ArrowInvalid:
+        good, bad = 0, len(column)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            try:
+                convert(column.slice(good, middle - good))
+                good = middle
+            except pa.ArrowInvalid:
+                bad = middle
+        raise UserError(f"{at(good)} is {column[good].as_py()!r}, expected {expected}") from None
+
+
+def floats(column: pa.Array, at: At, expected: str = "a number") -> Float64[np.ndarray, " rows"]:
+    """float64, NaN for null; truth values, decimals and text that reads as numbers (or as true and false) too.
+
+    Raises:
+      UserError: what is no number, with its row.
+    """
+    column = decoded(column, at)
+    kind = column.type
+    if pa.types.is_string(kind):
+        column = pc.if_else(is_missing(column), pa.scalar(None, pa.string()), pc.utf8_trim_whitespace(column))
+        truths = pc.utf8_lower(column)
+        known = pc.is_in(truths, pa.array(["true", "false", None]))
+        if column.null_count < len(column) and pc.all(known).as_py():
+            column = pc.equal(truths, "true")
+    elif pa.types.is_null(kind):
+        column = pc.cast(column, pa.float64())
+    elif not (
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_decimal(kind)
+        or pa.types.is_boolean(kind)
+    ):
+        raise UserError(f"{at(0)}: the column holds {kind}, expected numbers")
+    if pa.types.is_boolean(column.type):
+        column = pc.cast(column, pa.int8())
+    cast = lambda c: pc.cast(c, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    return np.array(converted(column, cast, at, expected), np.float64)

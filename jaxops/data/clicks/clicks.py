@@ -16,6 +16,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Float64, Int64
 
 from jaxops.core.failures import UserError
+from jaxops.data import notes
 from jaxops.data.bags import WEIGHT, flat, joined, padded, padded_weights
 from jaxops.data.clicks.columns import Layout, Own, Raw, is_text, layout, read_own, read_raw
 from jaxops.data.clicks.examples import Column, ExampleBatches, Examples, ExampleSource
@@ -72,7 +73,9 @@ def open_clicks(
     Raises:
       UserError: what reading raises; labels that are none; a part of the split that is empty; no such slice.
     """
-    raw, has, text = read_raw(config), layout(config), is_text(config)
+    with notes.collected() as remarks:
+        raw = read_raw(config)
+    has, text = layout(config), is_text(config)
     parts = split_examples(config.split, raw)
     for name, at in ((name, at) for name in parts for at in range(len(has.labels))):
         if np.isnan(raw.labels[parts[name], at]).all():
@@ -100,6 +103,7 @@ def open_clicks(
         transform[f"numbers.{name}"] = np.asarray(raw.values[name])
     numeric = _numeric(has, raw.own, raw.values, raw.of)
     mean, spread = _statistics(numeric[train])
+    _refuse_outliers(has.numeric, numeric, train, spread)
     transform |= {"numeric.mean": mean, "numeric.spread": spread} if has.numeric else {}
     cold = {f"cold_{kind}": ~np.isin(of, np.unique(of[train])) for kind, of in raw.of.items()}
     examples = Examples(
@@ -117,7 +121,7 @@ def open_clicks(
         has.labels,
         examples,
         parts,
-        _inspect(config, raw, parts, cold),
+        _inspect(config, raw, parts, cold) | ({"notes": remarks} if remarks else {}),
         transform,
     )
 
@@ -247,6 +251,21 @@ def _statistics(numeric: Float64[np.ndarray, "examples numbers"]) -> tuple[np.nd
     return means, np.where(spreads > 1e-12, spreads, 1.0)
 
 
+def _refuse_outliers(names: Sequence[str], numeric: np.ndarray, train: np.ndarray, spread: np.ndarray) -> None:
+    """Refuses a column in which a few values are so large that float32 no longer tells the others apart."""
+    for at, name in enumerate(names):
+        seen = numeric[train, at]
+        known = seen[~np.isnan(seen)]
+        low, middle, high = np.quantile(known, (0.25, 0.5, 0.75)) if len(known) else (0.0, 0.0, 0.0)
+        if 0 < high - low < 1e-6 * spread[at]:
+            row = train[int(np.nanargmax(np.abs(seen - middle)))]
+            raise UserError(
+                f"data.numeric: {name}: row {row + 1} is {numeric[row, at]:g}, so large beside the middle half of the"
+                f" column ({low:g} to {high:g}) that those would be one number; is it a placeholder? drop it, or set"
+                " data.log"
+            )
+
+
 def _standard(numeric: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> Float32[np.ndarray, "examples numbers"]:
     """By mean and spread; 0 where there is none."""
     return np.nan_to_num((numeric - mean) / spread, nan=0.0).astype(np.float32)
@@ -264,6 +283,7 @@ def _inspect(
         "path": getattr(config, "path", None),
         "split": {"kind": config.split.by, "sha256": digest.hexdigest()},
     }
+    out |= {name: dataclasses.asdict(join) for name, join in raw.joins.items()}
     for name, rows in parts.items():
         out[f"{name}_examples"] = len(rows)
         for at, task in enumerate(layout(config).labels):

@@ -80,6 +80,7 @@ class Raw:
     Attributes:
       values: columns of users and items by their row in `ids`; a bag has a list a row, numbers are float64.
       of: by `user` and `item`, the row of each example in `ids`, int64, -1 for nobody.
+      joins: by side file, how it was joined.
     """
 
     own: Own
@@ -89,6 +90,7 @@ class Raw:
     labels: Float32[np.ndarray, "examples tasks"]
     weight: Float32[np.ndarray, " examples"]
     time: np.ndarray | None
+    joins: dict[str, side.Join] = dataclasses.field(default_factory=dict)
 
 
 def read_raw(config: ClickDataConfig) -> Raw:
@@ -181,21 +183,22 @@ def _file(config: ClicksFile) -> Raw:
     own = _own(config, table, _who(config))
     files: dict[str, SideFile | None] = {"user": config.user_features, "item": config.item_features}
     values: dict[str, pa.Array | np.ndarray] = {}
-    ids, of = {}, {}
+    ids, of, joins = {}, {}, {}
     for kind, file in files.items():
         if kind in own.who:
             ids[kind], of[kind] = _by_id(own.who[kind], f"data.columns.{kind}", is_text(config))
         elif file is not None:
             raise UserError(f"data.{kind}_features: say which column is the {kind}, data.columns.{kind}")
         if file is not None:
-            values |= side.read_side(file, ids[kind], f"data.{kind}_features")
+            found, joins[f"{kind}_features"] = side.join_side(file, ids[kind], f"data.{kind}_features")
+            values |= found
     time, weight = None, np.ones(len(table), np.float32)
     if columns.time is not None and config.split.by in ("time", "user_time"):
         time = times(side.whole(table, columns.time), "data.columns.time")
     if columns.weight is not None:
         weight = weights(side.column(table, columns.weight), "data.columns.weight")
     given = [_label(side.column(table, label.column), label, name) for name, label in config.labels.items()]
-    return Raw(own, values, ids, of, np.stack(given, axis=1), weight, time)
+    return Raw(own, values, ids, of, np.stack(given, axis=1), weight, time, joins)
 
 
 def _check_names(config: ClicksFile) -> None:

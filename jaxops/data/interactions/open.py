@@ -58,9 +58,12 @@ def open_data(
         split = make_split(inter, config.split, repeats=duplicates == "keep")
         if duplicates == "auto":
             _tell_copies(inter, split)
-        user_features = side.read_side(users, inter.user_ids, "data.user_features") if users else {}
-        item_features = side.read_side(items, inter.item_ids, "data.item_features") if items else {}
-    return RecData(inter, split, {"kind": config.kind, **info, "notes": remarks}, user_features, item_features)
+        features: dict[str, dict[str, pa.Array]] = {"user": {}, "item": {}}
+        for kind, file, ids in (("user", users, inter.user_ids), ("item", items, inter.item_ids)):
+            if file is not None:
+                features[kind], join = side.join_side(file, ids, f"data.{kind}_features")
+                info[f"{kind}_features"] = dataclasses.asdict(join)
+    return RecData(inter, split, {"kind": config.kind, **info, "notes": remarks}, features["user"], features["item"])
 
 
 def _tell_copies(inter: Interactions, split: Split) -> None:
@@ -74,8 +77,8 @@ def _tell_copies(inter: Interactions, split: Split) -> None:
         left_out = sum(split.counts.get(f"{part}_copies", 0) for part in ("valid", "test"))
         notes.tell(
             f"{inter.copies:,} event(s) are exact copies of another, and times are dates alone, where honest repeats"
-            f" look the same: they are kept, and {left_out:,} held-out target(s) with a copy in their history are left"
-            " out; data.duplicates: drop or keep decides otherwise"
+            f" look the same: they are kept, and {left_out:,} held-out target(s) with a copy before them are left out;"
+            " data.duplicates: drop or keep decides otherwise"
         )
 
 

@@ -7,7 +7,6 @@ order).
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +17,12 @@ from jaxops.core.failures import UserError
 from jaxops.data import formats
 from jaxops.data.files import DataFile
 from jaxops.data.interactions.spec import Columns
-from jaxops.data.moments import iso_seconds, unix_seconds
+from jaxops.data.moments import compact_dates, iso, iso_seconds, unix_seconds
+from jaxops.data.numeric import LARGEST
 from jaxops.data.spec import TimeUnit
-from jaxops.data.values import decoded, is_missing, plain
+from jaxops.data.values import converted, decoded, floats, is_missing, plain
 
-UNITS: dict[TimeUnit, float] = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+UNITS: dict[str, float] = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 FAR_FUTURE = 32_503_680_000.0
 """The year 3000 in unix seconds: a time beyond it is in another unit than was said."""
 
@@ -75,7 +75,7 @@ def read_events(files: Sequence[DataFile], columns: Columns, header: Sequence[st
     for file in files:
         try:
             yield from convert_batches(formats.batches(file, wanted, header, numbers), columns, file.name)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file.name}: cannot be read as {file.format}: {error}") from error
 
 
@@ -92,7 +92,7 @@ def convert_batches(batches: Iterator[pa.RecordBatch], columns: Columns, where: 
         if columns.time is not None:
             time = _times(batch.column(columns.time), columns.time_unit, place(columns.time))
         if columns.weight is not None:
-            weight = _numbers(batch.column(columns.weight), place(columns.weight)).astype(np.float32)
+            weight = _weights(batch.column(columns.weight), place(columns.weight))
         rows = np.arange(row, row + len(batch))
         known = pc.and_(pc.is_valid(user), pc.is_valid(item))
         null_ids = len(batch) - known.true_count
@@ -137,20 +137,19 @@ def _missing(column: pa.Array, place: _Place) -> pa.Array:
 
 
 def _numbers(column: pa.Array, place: _Place, expected: str = "a number") -> Float64[np.ndarray, " rows"]:
-    column = decoded(column, place.row)
-    kind = column.type
-    numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    if not (numeric or pa.types.is_string(kind) or pa.types.is_boolean(kind)):
-        raise UserError(f"{place.file}: column {place.column!r} holds {kind}, expected numbers")
-    if pa.types.is_boolean(kind):
-        column = pc.cast(column, pa.int8())
-    if pa.types.is_string(kind):
-        column = pc.utf8_trim_whitespace(column)
-    cast = lambda c: pc.cast(c, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    values = _converted(column, cast, place, expected)
-    if not np.all(np.isfinite(values)):
-        raise UserError(f"{place.row(int(np.flatnonzero(~np.isfinite(values))[0]))} is infinite")
+    values = floats(column, place.row, expected)
+    wrong = np.flatnonzero(~np.isfinite(values))
+    if len(wrong):
+        raise UserError(f"{place.row(int(wrong[0]))} is infinite")
     return values
+
+
+def _weights(column: pa.Array, place: _Place) -> Float32[np.ndarray, " rows"]:
+    values = _numbers(column, place)
+    wrong = np.flatnonzero(np.abs(values) > LARGEST)
+    if len(wrong):
+        raise UserError(f"{place.row(int(wrong[0]))} is {values[wrong[0]]:g}; expected at most {LARGEST:.3g}")
+    return values.astype(np.float32)
 
 
 def _times(column: pa.Array, unit: TimeUnit, place: _Place) -> Float64[np.ndarray, " rows"]:
@@ -162,13 +161,28 @@ def _times(column: pa.Array, unit: TimeUnit, place: _Place) -> Float64[np.ndarra
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return unix_seconds(column)
     if pa.types.is_string(kind) and not _reads_as_number(column[0].as_py()):
-        return _converted(column, iso_seconds, place, "unix time or an ISO date or time (2026-11-15T08:30:00)")
-    seconds = _numbers(column, place, "a unix time as in the rows before") / UNITS[unit]
+        expected = "unix time or an ISO date or time (2026-11-15T08:30:00)"
+        return np.asarray(converted(column, iso_seconds, place.row, expected))
+    numbers = _numbers(column, place, "a unix time as in the rows before")
+    dates = compact_dates(numbers)
+    if unit == "date":
+        wrong = np.flatnonzero(np.isnan(dates))
+        if len(wrong):
+            shown = column[int(wrong[0])].as_py()
+            raise UserError(f"{place.row(int(wrong[0]))} is {shown!r}, expected a date as 20150401 (columns.time_unit)")
+        return dates
+    if not np.isnan(dates).any():
+        shown = int(numbers[0])
+        raise UserError(
+            f"{place.row(0)} is {shown}: the date {iso(dates[0])[:10]}, or {shown:,} seconds after 1970? All rows look"
+            " like dates; set `columns.time_unit: date` (of seconds take any constant off, order alone counts)"
+        )
+    seconds = numbers / UNITS[unit]
     far = np.flatnonzero(np.abs(seconds) >= FAR_FUTURE)
     if len(far):
         raise UserError(
             f"{place.row(int(far[0]))} is {column[int(far[0])].as_py()}, which is past the year 3000 in "
-            f"{unit!r}; set `columns.time_unit` (s, ms, us, ns)"
+            f"{unit!r}; set `columns.time_unit` (s, ms, us, ns, date)"
         )
     return seconds
 
@@ -179,19 +193,3 @@ def _reads_as_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _converted(column: pa.Array, convert: Callable[[pa.Array], Any], place: _Place, expected: str) -> Any:
-    """`convert(column)`; when it fails, bisect for the first value that it cannot take."""
-    try:
-        return convert(column)
-    except pa.ArrowInvalid:
-        good, bad = 0, len(column)
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            try:
-                convert(column.slice(good, middle - good))
-                good = middle
-            except pa.ArrowInvalid:
-                bad = middle
-        raise UserError(f"{place.row(good)} is {column[good].as_py()!r}, expected {expected}") from None

@@ -17,6 +17,7 @@ from jaxops.data.bags import joined
 from jaxops.data.ids import Ids
 from jaxops.data.interactions.interactions import Interactions, read_interactions
 from jaxops.data.interactions.open import open_data
+from jaxops.data.interactions.queries import distinct_width, seen_items
 from jaxops.data.interactions.spec import Columns, InteractionsFile
 
 
@@ -151,22 +152,13 @@ def same_items(known: Ids, values: np.ndarray) -> None:
 class HistoryBatches:
     """Batches of `size` histories, all entries int32; the last batch is padded.
 
-    Entries: "id" [B]; "items" [B, length], latest last, padded with 0 on the left; "seen" [B, S], all items of the
-    history; "user" [B], the model's row of the user; "users" [B, length], the same for each item; "events" [B, length],
-    rows of the histories' events. Rows are -1 where there is none. S is the longest history of all, rounded up to a
-    multiple of 8, so that all batches have one shape.
-
-    Args:
-      given: the histories.
-      users: the model's row of each user, -1 for users that it does not know.
-      length: items of a history that the model reads.
-      size: histories of a batch.
+    S has room for the distinct items of any of them, so that there is one shape.
     """
 
     def __init__(self, given: Histories, users: Int32[np.ndarray, " users"], length: int, size: int) -> None:
         self._given, self._users, self._length, self._size = given, users, length, size
         self._counts = np.diff(given.offsets)
-        self._seen = -(-max(int(self._counts.max(initial=1)), 1) // 8) * 8
+        self._seen = distinct_width(given.items, given.offsets[:-1], self._counts)
 
     def __len__(self) -> int:
         return -(-len(self._users) // self._size)
@@ -178,12 +170,12 @@ class HistoryBatches:
         """Returns rows `[start, stop)` of batch k."""
         index = np.minimum(np.arange(k * self._size + start, k * self._size + stop), len(self._users) - 1)
         first, count = self._given.offsets[:-1][index], self._counts[index]
-        column, wide = np.arange(self._length), np.arange(self._seen)
+        column = np.arange(self._length)
         take = lambda at: self._given.items.take(at, mode="clip")
         latest = column >= (self._length - np.minimum(count, self._length))[:, None]
         at = (first + count - self._length)[:, None] + column
         items = np.where(latest, take(at), 0)
-        seen = np.where(wide < count[:, None], take(first[:, None] + wide), 0)
+        seen = seen_items(self._given.items, first, count, self._seen)
         user = self._users[index]
         places = {"events": np.where(latest, at, -1), "users": np.where(latest, user[:, None], -1)}
         found = {"id": index, "items": items, "seen": seen, "user": user, **places}

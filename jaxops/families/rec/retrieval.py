@@ -60,8 +60,8 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
     encoded = _encoded(config, data)
     ranking = two_tower_ranking(config, encoded, inter.n_items)
     columns = {**ranking.columns, **slice_columns(config.evaluate.slices, data)}
-    size, history, seen = config.batch.global_, config.model.history, seen_width(split.valid, split.test)
-    inspection = {**inspect(data), "features": encoded.digest()}
+    size, history, seen = config.batch.global_, config.model.history, seen_width(inter, split.valid, split.test)
+    inspection = inspect(data)
 
     def batches(part: Any, size: int) -> EvalBatches:
         return ColumnBatches(QueryBatches(inter, part, history, size, seen=seen), columns)

@@ -216,7 +216,10 @@ def test_splits_keep_their_order(folder, by):
     "change, said",
     [
         ({"labels": {"x": Label(column="stars")}}, r"labels.x: row \d+ of column 'stars' is \d, expected 0 or 1"),
-        ({"labels": {"x": Label(column="device", at_least=1)}}, "labels.x: column 'device': expected numbers"),
+        (
+            {"labels": {"x": Label(column="device", at_least=1)}},
+            "labels.x: column 'device': row 1 is 'tv'",
+        ),
         ({"categorical": ("devise",)}, "no column 'devise'.*device"),
         ({"split": Fractions(valid=0.6, test=0.5)}, "leave nothing to train on"),
         ({"split": Fractions(valid=0.001, test=0.3)}, "the valid part is empty"),

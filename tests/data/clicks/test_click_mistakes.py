@@ -15,6 +15,7 @@ from jaxops.data.idmaps import Vocabulary
 from jaxops.data.interactions.open import open_data
 from jaxops.data.interactions.spec import InteractionsFile
 from jaxops.data.spec import SideFile
+from jaxops.run.build import config_from_dict
 
 ROWS = 100
 BY_TIME = {"columns": ClickColumns(time="at"), "split": Fractions(by="time")}
@@ -52,7 +53,11 @@ def first(value, rest, count=1):
         ({"w": first(None, 1.0)}, {"columns": ClickColumns(weight="w")}, "columns.weight: row 1 is null"),
         ({"w": first(-1.0, 1.0)}, {"columns": ClickColumns(weight="w")}, "columns.weight: row 1 is negative"),
         ({"at": [None, None, *range(ROWS - 2)]}, BY_TIME, r"columns.time: row 1 is null.*2 such row"),
-        ({"at": first("yesterday", "2020-01-01")}, BY_TIME, "columns.time: expected unix times or ISO dates"),
+        (
+            {"at": first("yesterday", "2020-01-01")},
+            BY_TIME,
+            "columns.time: row 1 is 'yesterday', expected unix times",
+        ),
         ({"x": first(float("inf"), 1.0)}, {"numeric": ("x",)}, "numeric: x: row 1 is infinite"),
         ({"click": [*[1] * 80, *[None] * 10, *[0] * 10]}, {}, "labels.y: no example of the valid part has it"),
         ({"weight": ["a"] * ROWS}, {"categorical": ("weight",)}, "cannot be called 'weight'"),
@@ -95,6 +100,24 @@ def first(value, rest, count=1):
             "data.user_features.columns: 'age' is named by data.categorical already",
         ),
         ({"list": [["a", "b"]] * ROWS}, {"categorical": ("list",)}, "column 'list' holds lists.*`bags`"),
+        ({"s": [{"a": 1}] * ROWS}, {"categorical": ("s",)}, "column 's': row 1: the column holds struct"),
+        ({"s": [{"a": 1}] * ROWS}, {"bags": ("s",)}, "column 's': row 1: the column holds struct"),
+        ({"s": [{"a": 1}] * ROWS}, {"numeric": ("s",)}, "column 's': row 1: the column holds struct"),
+        ({"l": [[["a"]]] * ROWS}, {"bags": ("l",)}, "column 'l' holds list<.*lists of numbers or text"),
+        (
+            {"m": pa.array([[("a", 1)]] * ROWS, pa.map_(pa.string(), pa.int64()))},
+            {"bags": ("m",)},
+            "column 'm': row 1: the column holds map",
+        ),
+        ({"b": first(b"x", b"\xff")}, {"categorical": ("b",)}, r"column 'b': row 2 is b'\\xff', which is no UTF-8"),
+        ({"x": first(1e308, 1.0)}, {"numeric": ("x",)}, "numeric: x: row 1 is larger than 3.4e.38"),
+        (
+            {"x": [1e30, *map(float, range(1, ROWS))]},
+            {"numeric": ("x",)},
+            r"numeric: x: row 1 is 1e\+30, so large.*placeholder",
+        ),
+        ({"w": first(1e39, 1.0)}, {"columns": ClickColumns(weight="w")}, "columns.weight: row 1 is larger than"),
+        ({"x": first("1,5", "2")}, {"numeric": ("x",)}, "numeric: x: row 1 is '1,5', expected a number"),
     ],
 )
 def test_what_would_go_unnoticed_is_told(columns, change, said):
@@ -179,3 +202,72 @@ def test_numbers_of_side_files_are_for_click_models_alone():
     config = InteractionsFile("plays.pq", format="parquet", user_features=side)
     with pytest.raises(UserError, match=r"data.user_features.numeric: 'age': only click models read numbers"):
         open_data(config, sides=True)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [True, False] * 50,
+        ["True", "False"] * 50,
+        ["true", " false"] * 50,
+        pa.array(["1.0", "0.0"] * 50).cast(pa.decimal128(5, 2)),
+        pa.array([1, 0] * 50, pa.uint64()),
+    ],
+)
+def test_truth_values_and_decimals_are_numbers(values):
+    write(click=values, x=values)
+    data = opened(numeric=("x",))
+    assert data.examples.labels[:4, 0].tolist() == [1, 0, 1, 0]
+    np.testing.assert_allclose(data.examples.numeric[:2, 0], [1, -1])
+
+
+def test_what_was_true_or_false_may_be_a_category():
+    write(device=[True, False] * 50)
+    data = opened()
+    assert data.rows == {"device": 3} and data.source(0).batch(0, 4)["device"].tolist()
+
+
+def test_bags_drop_blanks_around_values_and_empty_parts_with_their_weights():
+    write(tags=["b | a||nan", "", "|", " a"] * 25, much=["1|2|3|4", "", "5|6", "7"] * 25)
+    data = opened(("device", "tags"), bags=("tags",), weights={"tags": "much"})
+    batch = data.examples.batch(np.arange(4), np.arange(4))
+    assert batch["tags"].tolist() == [[2, 1], [-1, -1], [-1, -1], [1, -1]]
+    assert batch["tags/weight"].tolist() == [[1, 2], [0, 0], [0, 0], [7, 0]]
+
+
+def test_a_bag_apart_by_another_separator_is_told(caplog):
+    write(tags=["a,b"] * ROWS)
+    opened(("device", "tags"), bags=("tags",))
+    assert "column 'tags' is a bag apart by '|', which no row holds; most hold ','" in caplog.text
+
+
+def test_side_files_that_hardly_join_are_warned_of(caplog):
+    ages = {"key": ["u1", "stranger", None], "age": ["30", "40", "50"], "tags": ["x", "y", "z"]}
+    pq.write_table(pa.table(ages), "side.pq")
+    write()
+    data = opened(("device", "age", "tags"), columns=ClickColumns(user="who"), user_features=SIDE)
+    counts = data.inspection["user_features"]
+    assert [counts[name] for name in ("ids", "matched", "unmatched", "without_key", "empty")] == [10, 1, 1, 1, {}]
+    assert "WARNING: data.user_features: 1 of 10 have a row (10.0%)" in caplog.text
+    assert "is 'key' the right column?" in data.inspection["notes"][0]
+    caplog.clear()
+    pq.write_table(pa.table({"key": [f"u{at}" for at in range(9)], "age": [None] * 9, "tags": ["x"] * 9}), "side.pq")
+    data = opened(("device", "tags"), columns=ClickColumns(user="who"), user_features=SIDE)
+    assert data.inspection["user_features"]["empty"] == {"age": 9}
+    assert "9 of 10 have a row (90.0%), of them 9 without age" in caplog.text and "WARNING: " not in caplog.text
+
+
+def test_columns_of_unlike_types_in_several_files():
+    write(device=[1, 2] * 50)
+    Path("clicks.pq").rename("a.pq")
+    write(device=["1", "2"] * 50)
+    Path("clicks.pq").rename("b.pq")
+    data = opened(path=("a.pq", "b.pq"))
+    assert data.rows == {"device": 3}
+
+
+def test_empty_separators_are_refused():
+    with pytest.raises(UserError, match="separator"):
+        config_from_dict(
+            {"task": "rec", "data": {"kind": "clicks", "path": "x", "separator": ""}, "run": {"steps": 1}}, source="x"
+        )

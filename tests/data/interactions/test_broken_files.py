@@ -201,6 +201,21 @@ BROKEN = {
         {},
         ["a.parquet: not a Parquet file"],
     ),
+    "parquet with damaged names": (
+        lambda folder: (
+            table()(folder),
+            (folder / "a.parquet").write_bytes((folder / "a.parquet").read_bytes().replace(b"item", b"it\xecm")),
+        ),
+        "a.parquet",
+        {},
+        ["a.parquet: not a Parquet file", "utf-8"],
+    ),
+    "parquet with text that is none": (
+        table(user=pa.array([b"x", b"\xff"]).view(pa.string())),
+        "a.parquet",
+        {},
+        ["a.parquet: cannot be read as parquet", "UTF8"],
+    ),
     "broken json": (
         text("a.jsonl", '{"user": 1, "item": 2, "time": 3}\n\n{"user": 1, "item": 2, "tim\n'),
         "a.jsonl",

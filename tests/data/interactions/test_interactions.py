@@ -273,3 +273,39 @@ def test_arrange_is_the_reference(rows, min_user, min_item, chunk, strings):
     assert spelled(inter) == expected
     assert inter.dropped.get("min_count_users", 0) == len({r[0] for r in rows}) - len(expected)
     assert inter.dropped.get("min_count_events", 0) == len(rows) - inter.n_events
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [
+        ("2015-04-01 10:00:00 UTC", 1427882400.0),
+        ("2015-04-01 10:00:00.25 UTC", 1427882400.25),
+        ("2015-04-01 10:00:00.123456789", 1427882400.123456),
+        ("2015-04-01T10:00:00.123456789Z", 1427882400.123456),
+        ("2015-04-01 12:00:00+02:00", 1427882400.0),
+        ("2015-04-01 12:00:00.5 +0200", 1427882400.5),
+        ("2015-04-01T10:00:00z", 1427882400.0),
+    ],
+)
+def test_times_as_pandas_and_bigquery_write_them(tmp_path, text, seconds):
+    (tmp_path / "a.csv").write_text(f"user,item,time\n1,2,{text}\n1,3,{text}\n")
+    assert read_interactions(str(tmp_path / "a.csv")).time.tolist() == [seconds] * 2
+
+
+def test_compact_dates_are_asked_about(tmp_path):
+    path = str(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("user,item,time\n1,2,20150401\n1,3,20160229\n")
+    with pytest.raises(UserError, match=r"row 1, column 'time' is 20150401: the date 2015-04-01, or 20,150,401 sec"):
+        read_interactions(path)
+    found = read_interactions(path, Columns(time_unit="date"))
+    assert found.time.tolist() == [1427846400.0, 1456704000.0]
+    (tmp_path / "a.csv").write_text("user,item,time\n1,2,20150401\n1,3,20150229\n")
+    assert read_interactions(path).time.tolist() == [20150229.0, 20150401.0]  # the second is no date
+    with pytest.raises(UserError, match=r"row 2, column 'time' is '20150229', expected a date as 20150401"):
+        read_interactions(path, Columns(time_unit="date"))
+
+
+def test_a_weight_that_no_model_can_hold(tmp_path):
+    pq.write_table(pa.table({"user": [1], "item": [2], "w": [1e308]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"row 1, column 'w' is 1e\+308; expected at most 3.4"):
+        read_interactions(str(tmp_path / "a.parquet"), Columns(time=None, weight="w"))

@@ -11,7 +11,8 @@ def make(size, length=4, part="test"):
     users = np.repeat(np.arange(5), lengths)
     inter = from_arrays(users, np.random.default_rng(0).integers(0, 9, len(users)))
     split = leave_one_out(inter)
-    width = seen_width(split.valid, split.test)
+    assert seen_width(inter, split.valid, split.test) == 8  # of nine items the longest history has at most eight
+    width = 16
     return inter, split, QueryBatches(inter, getattr(split, part), length, size, seen=width)
 
 
@@ -19,7 +20,7 @@ def make(size, length=4, part="test"):
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 def test_batches_are_what_a_loop_would_build(part, size):
     inter, split, batches = make(size, part=part)
-    assert batches.seen == 16  # the longest history, of the test part, has 11 events
+    assert batches.seen == 16  # room for the longest history, of the test part, of 11 events
     assert len(batches) == -(-5 // size)
     queries = getattr(split, part)
     rows = [{name: value[r] for name, value in batch.items()} for batch in batches for r in range(size)]
@@ -69,7 +70,21 @@ def test_bounds():
     inter, split, batches = make(4)
     with pytest.raises(IndexError, match="batch 2 of 2"):
         batches[2]
-    with pytest.raises(ValueError, match="longest history has 11 events, seen=8"):
-        QueryBatches(inter, split.test, 4, 4, seen=8)
-    assert QueryBatches(inter, split.valid, 4, 4).seen == 16
+    with pytest.raises(ValueError, match=r"has [0-9] distinct items, seen=2"):
+        QueryBatches(inter, split.test, 4, 4, seen=2)[0]
     assert QueryBatches(inter, split.valid, 4, 4).length == 4
+
+
+def test_memory_is_bounded_by_distinct_items():
+    """One user with 100,000 events of 300 items does not make every batch 100,000 wide."""
+    draw = np.random.default_rng(1)
+    users = np.repeat([0, 1, 2], [5, 100_000, 4])
+    items = draw.integers(0, 300, len(users))
+    inter = from_arrays(users, items)
+    split = leave_one_out(inter)
+    batches = QueryBatches(inter, split.test, 4, 3)
+    assert batches.seen == seen_width(inter, split.valid, split.test) == 304
+    batch = batches[0]
+    for user in range(3):
+        past = inter.item[inter.offsets[user] : inter.offsets[user + 1] - 1]
+        assert set(batch["seen"][user]) - {0} == set(past.tolist())
