@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int, Int64
 
 from jaxops.core.failures import UserError, nearest
-from jaxops.evaluate.ranking import COVERAGE, UNRANKED, parse_metric
+from jaxops.evaluate.ranking import COVERAGE, UNRANKED, Repeats, parse_metric
 
 BLOCK_CELLS = 2**23
 """Scores held at once: 64 MiB of float64."""
@@ -32,6 +32,7 @@ def evaluate_baseline(
     *,
     n_items: int,
     slices: Mapping[str, Bool[np.ndarray, " queries"]] | None = None,
+    repeats: Repeats = "exclude",
 ) -> dict[str, float]:
     """The mean of each metric over the queries (of coverage, the share of the catalogue) for `most_popular` or
     `item_knn`: whole catalogue, unseen items; `ndcg@10[NAME]` over those of a slice alone. Without a query a
@@ -39,7 +40,8 @@ def evaluate_baseline(
 
     User u's events are `items[offsets[u]:offsets[u + 1]]`, of which the first `train_end[u]` may be learnt
     from; a query asks where `target` ranks after the first `history` events of `user`. Items are 1..n_items.
-    Metrics named `sampled_...` are left out: a baseline is quoted on the whole catalogue.
+    Metrics named `sampled_...` are left out: a baseline is quoted on the whole catalogue. `repeats` is as in
+    `ranking.evaluate_scores`: targets that were seen are left out, or seen items ranked like all others.
 
     Raises:
       UserError: an unknown baseline or metric.
@@ -50,17 +52,20 @@ def evaluate_baseline(
     train = prefixes(items, offsets, np.arange(len(train_end)), train_end, n_items=n_items)
     seen = prefixes(items, offsets, user, history, n_items=n_items)
     score = BASELINES[name](train, seen)
-    ranks = ranks_of(score, seen, target, n_items=n_items)
+    hidden = seen if repeats == "exclude" else sp.csr_array(seen.shape)
+    ranks = ranks_of(score, hidden, target, n_items=n_items)
+    fresh = hidden[np.arange(len(target)), target] == 0 if len(target) else np.ones(0, bool)
     parts = {"": np.ones(len(ranks), bool)} | {f"[{name}]": mask for name, mask in (slices or {}).items()}
     masks = np.stack(list(parts.values()))
-    sizes = masks.sum(1)
+    counted = masks & fresh
+    sizes = counted.sum(1)
     out: dict[str, float] = {}
     for metric in parsed:
         if metric.kind == COVERAGE:
-            found = coverage(score, seen, metric.k, masks, n_items=n_items)
+            found = coverage(score, hidden, metric.k, masks, n_items=n_items)
         else:
             gains = metric.gain(ranks).astype(np.float64)
-            found = masks @ gains / np.maximum(sizes, 1)
+            found = counted @ gains / np.maximum(sizes, 1)
             found = np.where(sizes > 0, found, np.nan)
         out |= {f"{metric.name}{part}": float(value) for part, value in zip(parts, found, strict=True)}
     return out

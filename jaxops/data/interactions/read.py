@@ -89,7 +89,7 @@ def convert_batches(batches: Iterator[pa.RecordBatch], columns: Columns, where: 
         if columns.time is not None:
             time = _times(batch.column(columns.time), columns.time_unit, place(columns.time))
         if columns.weight is not None:
-            weight = _numbers(batch.column(columns.weight), place(columns.weight)).astype(np.float32)
+            weight = _weights(batch.column(columns.weight), place(columns.weight))
         known = pc.and_(pc.is_valid(user), pc.is_valid(item))
         null_ids = len(batch) - known.true_count
         if null_ids:
@@ -174,6 +174,19 @@ def _numbers(column: pa.Array, place: _Place, expected: str = "a number") -> Flo
     if not np.all(np.isfinite(values)):
         raise UserError(f"{place.row(int(np.flatnonzero(~np.isfinite(values))[0]))} is infinite")
     return values
+
+
+def _weights(column: pa.Array, place: _Place) -> Float32[np.ndarray, " rows"]:
+    """Zero or more: an event of weight zero is history, and nothing to learn."""
+    values = _numbers(column, place)
+    wrong = np.flatnonzero((values < 0) | (values > np.finfo(np.float32).max))
+    if len(wrong):
+        row = int(wrong[0])
+        raise UserError(
+            f"{place.row(row)} is {values[row]:g}; {len(wrong)} such row(s) here. A weight says how much an event"
+            " counts: expected 0 or more, and a number that float32 can hold"
+        )
+    return values.astype(np.float32)
 
 
 def _times(column: pa.Array, unit: TimeUnit, place: _Place) -> Float64[np.ndarray, " rows"]:

@@ -1,5 +1,6 @@
 """Click models put together: many features, binary cross-entropy, probabilities judged by order and by honesty."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
@@ -142,9 +143,9 @@ class ServedClicks:
         """
         del say
         given = options or Predict(**keywords)
-        for name in ("top", "index"):
-            if getattr(given, name) is not None:
-                where = f"{self.saved.folder.where} predicts clicks of rows"
+        for field in dataclasses.fields(given):
+            if getattr(given, field.name) is not None:
+                name, where = field.name.replace("_", "-"), f"{self.saved.folder.where} predicts clicks of rows"
                 raise UserError(f"--{name}: {where}; it searches no items, leave --{name} out")
         with as_file(source) as path:
             examples, own = self._rows(path)
