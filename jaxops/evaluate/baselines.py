@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int, Int64
 
 from jaxops.core.failures import UserError, nearest
-from jaxops.evaluate.ranking import COVERAGE, UNRANKED, parse_metric
+from jaxops.evaluate.ranking import COVERAGE, UNRANKED, Repeats, parse_metric
 
 BLOCK_CELLS = 2**23
 """Number of scores held at once: 64 MiB of float64."""
@@ -31,24 +31,14 @@ def evaluate_baseline(
     *,
     n_items: int,
     slices: Mapping[str, Bool[np.ndarray, " queries"]] | None = None,
+    repeats: Repeats = "exclude",
 ) -> dict[str, float]:
     """Evaluates `most_popular` or `item_knn` on the whole catalogue, seen items left out.
 
-    The value of a metric is its mean over the queries; that of coverage is a share of the catalogue. `ndcg@10[NAME]`
-    covers the queries of a slice alone. Without a query a mean is NaN and coverage is 0. Metrics named `sampled_...`
-    are left out: a baseline is quoted on the whole catalogue.
-
-    Args:
-      name: `most_popular` or `item_knn`.
-      items: item of each event, 1..n_items; user u's events are `items[offsets[u]:offsets[u + 1]]`.
-      offsets: where each user's events begin, and where the last user's end.
-      train_end: number of each user's first events that may be learnt from.
-      user: user of each query.
-      history: number of the user's first events that a query may read.
-      target: item of each query whose rank is asked for.
-      metrics: names, as `parse_metric` reads them.
-      n_items: size of the catalogue.
-      slices: masks over the queries, by the slice's name.
+    User u's events are `items[offsets[u]:offsets[u + 1]]`, of which the first `train_end[u]` may be learnt
+    from; a query asks where `target` ranks after the first `history` events of `user`. Items are 1..n_items.
+    Metrics named `sampled_...` are left out: a baseline is quoted on the whole catalogue. `repeats` is as in
+    `ranking.evaluate_scores`: targets that were seen are left out, or seen items ranked like all others.
 
     Raises:
       UserError: the baseline or a metric is unknown.
@@ -59,17 +49,20 @@ def evaluate_baseline(
     train = prefixes(items, offsets, np.arange(len(train_end)), train_end, n_items=n_items)
     seen = prefixes(items, offsets, user, history, n_items=n_items)
     score = BASELINES[name](train, seen)
-    ranks = ranks_of(score, seen, target, n_items=n_items)
+    hidden = seen if repeats == "exclude" else sp.csr_array(seen.shape)
+    ranks = ranks_of(score, hidden, target, n_items=n_items)
+    fresh = hidden[np.arange(len(target)), target] == 0 if len(target) else np.ones(0, bool)
     parts = {"": np.ones(len(ranks), bool)} | {f"[{name}]": mask for name, mask in (slices or {}).items()}
     masks = np.stack(list(parts.values()))
-    sizes = masks.sum(1)
+    counted = masks & fresh
+    sizes = counted.sum(1)
     out: dict[str, float] = {}
     for metric in parsed:
         if metric.kind == COVERAGE:
-            found = coverage(score, seen, metric.k, masks, n_items=n_items)
+            found = coverage(score, hidden, metric.k, masks, n_items=n_items)
         else:
             gains = metric.gain(ranks).astype(np.float64)
-            found = masks @ gains / np.maximum(sizes, 1)
+            found = counted @ gains / np.maximum(sizes, 1)
             found = np.where(sizes > 0, found, np.nan)
         out |= {f"{metric.name}{part}": float(value) for part, value in zip(parts, found, strict=True)}
     return out

@@ -7,7 +7,7 @@ Everything here is pure and per example, so any cut of the evaluation set into b
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from jaxops.core.sums import Sum, Sums
 
 A = TypeVar("A", Array, np.ndarray)
 
+Repeats = Literal["exclude", "allow"]
+"""Whether a user may be recommended what they have had before."""
 UNRANKED = np.iinfo(np.int32).max
 """The rank of a target that cannot be ranked: a miss at every K."""
 KINDS = ("hr", "recall", "ndcg", "mrr")
@@ -229,7 +231,12 @@ def _share_above_zero(times: Float[np.ndarray, " items"]) -> float:
 
 
 def evaluate_scores(
-    scores: Float[Array, "batch vocab"], batch: Mapping[str, Array], metrics: Sequence[str], *, n_items: int
+    scores: Float[Array, "batch vocab"],
+    batch: Mapping[str, Array],
+    metrics: Sequence[str],
+    *,
+    n_items: int,
+    repeats: Repeats = "exclude",
 ) -> Sums:
     """Returns the ranking metrics of one evaluation batch, which holds `target`, `seen`, `id` and `weight`.
 
@@ -239,14 +246,28 @@ def evaluate_scores(
       metrics: names of metrics, in the order of the result.
       n_items: size of the catalogue.
 
+    With `repeats: exclude` what a user has seen is not recommended, so a query whose target they have seen counts for
+    nothing; with `allow` seen items are ranked like all others.
+
+    Args:
+      scores: of each query and item.
+      batch: the queries.
+      metrics: their names.
+      n_items: the size of the catalogue.
+      repeats: as in the run's config.
+
     Raises:
       UserError: a metric name is unknown.
     """
     parsed = [parse_metric(name) for name in metrics]
-    target, seen, weight = batch["target"], batch["seen"], batch["weight"]
+    target, seen, everyone = batch["target"], batch["seen"], batch["weight"]
+    if repeats == "allow":
+        seen = jnp.zeros((seen.shape[0], 1), seen.dtype)
+    known = jnp.any((seen == target[:, None]) & (target[:, None] > 0), axis=1)
+    weight = jnp.where(known, jnp.zeros_like(everyone), everyone)
     ranked = [metric.name for metric in parsed if metric.kind != COVERAGE]
     covered = [metric.name for metric in parsed if metric.kind == COVERAGE]
-    sums = coverage_sums(scores, seen, weight, covered, n_items=n_items) if covered else {}
+    sums = coverage_sums(scores, seen, everyone, covered, n_items=n_items) if covered else {}
     if ranked:
         ranks = target_ranks(scores, target, seen, n_items=n_items)
         sampled = None

@@ -175,6 +175,7 @@ class Task:
       inspection: what the data is, for `data.json`; its `split.sha256` tells other data apart.
       transform: what serving needs that is not a parameter (original ids), as named arrays.
       about: what people read of it.
+      notices: lines that are said before training begins.
     """
 
     config: Any
@@ -201,6 +202,7 @@ class Task:
     inspection: dict[str, Any] = dataclasses.field(default_factory=dict)
     transform: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     about: About = About()
+    notices: Sequence[str] = ()
 
     @property
     def steps(self) -> int:

@@ -130,6 +130,8 @@ class TrainingRun:
         self.progress.say(
             f"{self.config.run.name}: {describe_devices(self.mesh)}, {self.accounting.describe(self.step)}"
         )
+        for notice in self.task.notices:
+            self.progress.say(notice)
         for placement in placements(self.task.model.shapes, self.task.rules, self.mesh):
             if placement.dropped:
                 self.progress.say(f"sharding of {placement.path} {placement.shape}: {'; '.join(placement.dropped)}")

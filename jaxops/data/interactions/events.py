@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 
 from jaxops.core.failures import UserError
 from jaxops.data.draws import mixed
@@ -32,19 +32,26 @@ class EventSource:
 
     Batches: {"id" [B] int32 training event, "event" [B] int32 row of all events, "user" [B] int32 row, "item" [B] int32
     row, "items" [B, H] int32 the item rows that came before, latest last, 0 where there are fewer, "weight" [B] float32
-    ones}.
+    of the event, by `weights`: 1 without}.
 
     Raises:
       UserError: there is no training event, or more events than 32-bit numbers can tell apart.
     """
 
-    def __init__(self, inter: Interactions, split: Split, history: int, seed: int) -> None:
+    def __init__(
+        self,
+        inter: Interactions,
+        split: Split,
+        history: int,
+        seed: int,
+        weights: Float32[np.ndarray, " events"] | None = None,
+    ) -> None:
         position = np.arange(inter.n_events) - inter.offsets[:-1].repeat(inter.lengths)
         self._events = np.flatnonzero(position < split.train_end.repeat(inter.lengths))
         if not len(self._events):
             raise UserError("there is no training event")
         require_small_rows(inter)
-        self._inter, self._history = inter, history
+        self._inter, self._history, self._weights = inter, history, weights
         self.examples = len(self._events)
         self._epochs = Epochs(self.examples, seed)
 
@@ -60,7 +67,7 @@ class EventSource:
             "user": np.asarray(user, np.int32),
             "item": np.asarray(self._inter.item[event], np.int32),
             "items": latest(self._inter, event, before, self._history),
-            "weight": np.ones(size, np.float32),
+            "weight": np.ones(size, np.float32) if self._weights is None else self._weights[event],
         }
 
 

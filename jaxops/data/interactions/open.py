@@ -113,7 +113,7 @@ def _events(config: InteractionsConfig, progress: arrange.Progress) -> tuple[Int
             source = sources.find_source("movielens_100k")
             inter = read_interactions(
                 str(sources.get(source.name)),
-                Columns(weight="rating"),
+                Columns(),  # a rating is no weight: a film that somebody disliked was seen too
                 config.min_count,
                 format="tsv",
                 header=("user", "item", "rating", "time"),

@@ -5,7 +5,7 @@ and epoch). Windows in a row do not see each other ("segment") and keep the posi
 """
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
 from jaxops.core.failures import UserError
 from jaxops.data.epochs import Epochs
@@ -18,20 +18,28 @@ class PackedSource:
 
     A user's transitions are cut into windows of `length` from the end, so the first window is the short one; every
     transition is a target exactly once an epoch. Batches: {"id" [B] int32 row, "items" and "targets" [B, L] int32,
-    "weight" [B, L] float32, "segment" [B, L] int32 (1, 2, ... within the row, 0 where nothing is), "position" [B, L]
-    int32 (as if the window stood alone, padded on the left)}; with `event_rows` also `Interactions.event_rows` of the
-    items, [B, L].
+    "weight" [B, L] float32 (of the target's event, by `weights`: 1 without), "segment" [B, L] int32 (1, 2, ... within
+    the row, 0 where nothing is), "position" [B, L] int32 (as if the window stood alone, padded on the left)}; with
+    `event_rows` also `Interactions.event_rows` of the items, [B, L].
 
     Raises:
       UserError: nobody has two training events.
     """
 
-    def __init__(self, inter: Interactions, split: Split, length: int, seed: int, event_rows: bool = False) -> None:
+    def __init__(
+        self,
+        inter: Interactions,
+        split: Split,
+        length: int,
+        seed: int,
+        event_rows: bool = False,
+        weights: Float32[np.ndarray, " events"] | None = None,
+    ) -> None:
         users = np.flatnonzero(split.train_end >= 2)
         if not len(users):
             raise UserError("nobody has two training events, so there is no next item to learn from")
         self.length, self.seed = length, seed
-        self._inter, self._items, self._event_rows = inter, inter.item, event_rows
+        self._inter, self._items, self._event_rows, self._weights = inter, inter.item, event_rows, weights
         transitions = split.train_end[users] - 1
         count = -(-transitions // length)
         number = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
@@ -66,7 +74,10 @@ class PackedSource:
             at = np.full(size * self.length, -1)
             at[place] = event
             shaped |= self._inter.event_rows(at.reshape(size, self.length))
-        return {"id": rows, **shaped, "weight": (shaped["segment"] > 0).astype(np.float32)}
+        weight = (shaped["segment"] > 0).astype(np.float32)
+        if self._weights is not None:
+            weight.reshape(-1)[place] = self._weights[event + 1]
+        return {"id": rows, **shaped, "weight": weight}
 
 
 def pack(

@@ -18,7 +18,6 @@ from jaxops.data import formats
 from jaxops.data.files import DataFile
 from jaxops.data.interactions.spec import Columns
 from jaxops.data.moments import compact_dates, iso, iso_seconds, unix_seconds
-from jaxops.data.numeric import LARGEST
 from jaxops.data.spec import TimeUnit
 from jaxops.data.values import converted, decoded, floats, is_missing, plain
 
@@ -93,7 +92,6 @@ def convert_batches(batches: Iterator[pa.RecordBatch], columns: Columns, where: 
             time = _times(batch.column(columns.time), columns.time_unit, place(columns.time))
         if columns.weight is not None:
             weight = _weights(batch.column(columns.weight), place(columns.weight))
-        rows = np.arange(row, row + len(batch))
         known = pc.and_(pc.is_valid(user), pc.is_valid(item))
         null_ids = len(batch) - known.true_count
         if null_ids:
@@ -145,10 +143,15 @@ def _numbers(column: pa.Array, place: _Place, expected: str = "a number") -> Flo
 
 
 def _weights(column: pa.Array, place: _Place) -> Float32[np.ndarray, " rows"]:
+    """Zero or more: an event of weight zero is history, and nothing to learn."""
     values = _numbers(column, place)
-    wrong = np.flatnonzero(np.abs(values) > LARGEST)
+    wrong = np.flatnonzero((values < 0) | (values > np.finfo(np.float32).max))
     if len(wrong):
-        raise UserError(f"{place.row(int(wrong[0]))} is {values[wrong[0]]:g}; expected at most {LARGEST:.3g}")
+        row = int(wrong[0])
+        raise UserError(
+            f"{place.row(row)} is {values[row]:g}; {len(wrong)} such row(s) here. A weight says how much an event"
+            " counts: expected 0 or more, and a number that float32 can hold"
+        )
     return values.astype(np.float32)
 
 

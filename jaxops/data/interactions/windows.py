@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
 from jaxops.core.failures import UserError
 from jaxops.data.draws import mixed
@@ -28,8 +28,8 @@ class SequenceSource:
     than two training events have none.
 
     Batches: {"id" [B] int32 window, "items" [B, L] int32 padded with 0 on the left, "targets" [B, L] int32
-    (0: none), "weight" [B, L] float32 (1 where there is a target)}; with `event_rows` also `Interactions.event_rows` of
-    the items, [B, L].
+    (0: none), "weight" [B, L] float32 (of the target's event, by `weights`: 1 without; 0: no target)}; with
+    `event_rows` also `Interactions.event_rows` of the items, [B, L].
 
     Raises:
       UserError: nobody has two training events.
@@ -45,6 +45,7 @@ class SequenceSource:
         stride: int | None = None,
         shift: bool = True,
         event_rows: bool = False,
+        weights: Float32[np.ndarray, " events"] | None = None,
     ) -> None:
         stride = length if stride is None else stride
         if not 1 <= stride <= length or seed < 0:
@@ -53,7 +54,7 @@ class SequenceSource:
         if not len(users):
             raise UserError("nobody has two training events, so there is no next item to learn from")
         self.length, self.seed, self.stride, self.shift = length, seed, stride, shift
-        self._inter, self._items, self._event_rows = inter, inter.item, event_rows
+        self._inter, self._items, self._event_rows, self._weights = inter, inter.item, event_rows, weights
         self._begin = inter.offsets[users]
         self._transitions = split.train_end[users] - 1
         windows = np.maximum(-(-(self._transitions - length) // stride), 0) + 1
@@ -77,11 +78,14 @@ class SequenceSource:
         events = self._items.take(at, mode="wrap")
         real = self._columns >= (self.length - widths).astype(np.int32)[:, None]
         mask = real.astype(np.int32)
+        weight = real.astype(np.float32)
+        if self._weights is not None:
+            weight *= self._weights.take(at[:, 1:], mode="wrap")
         return {
             "id": ids,
             "items": events[:, :-1] * mask,
             "targets": events[:, 1:] * mask,
-            "weight": real.astype(np.float32),
+            "weight": weight,
             **(self._inter.event_rows(np.where(real, at[:, :-1], -1)) if self._event_rows else {}),
         }
 

@@ -1,5 +1,6 @@
 """Click models: a task from many features and binary cross-entropy, judged by AUC and calibration, and its serving."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
@@ -149,9 +150,9 @@ class ServedClicks:
         """
         del say
         given = options or Predict(**keywords)
-        for name in ("top", "index"):
-            if getattr(given, name) is not None:
-                where = f"{self.saved.folder.where} predicts clicks of rows"
+        for field in dataclasses.fields(given):
+            if getattr(given, field.name) is not None:
+                name, where = field.name.replace("_", "-"), f"{self.saved.folder.where} predicts clicks of rows"
                 raise UserError(f"--{name}: {where}; it searches no items, leave --{name} out")
         with as_file(source) as path:
             examples, own = self._rows(path)

@@ -9,7 +9,7 @@ from jaxops.core.metric import Metric
 from jaxops.data.clicks.spec import ClickDataConfig
 from jaxops.data.interactions.spec import InteractionsConfig
 from jaxops.evaluate.clicks import click_metric
-from jaxops.evaluate.ranking import ranking_metric
+from jaxops.evaluate.ranking import Repeats, ranking_metric
 from jaxops.families.rec.tables_config import TableConfig
 from jaxops.models.dcn import DCNv2Config
 from jaxops.models.dlrm import DLRMConfig
@@ -66,7 +66,11 @@ class RecEvaluate(Evaluate):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecConfig(RunConfig):
-    """The config of a recommender run."""
+    """A recommender run.
+
+    `repeats` says whether an item that a user has had may be learnt, measured and recommended again, and
+    `untrained_items` whether two-tower recommends items that training never saw, whose id rows are still random.
+    """
 
     task: str = "rec"
     data: RecData
@@ -74,6 +78,8 @@ class RecConfig(RunConfig):
     tables: Mapping[str, TableConfig] = dataclasses.field(default_factory=dict)
     objective: RecObjective = Softmax()
     evaluate: RecEvaluate = RecEvaluate()
+    repeats: Repeats = "exclude"
+    untrained_items: Literal["exclude", "allow"] = "exclude"
 
     @property
     def sort(self) -> Sort:
@@ -97,6 +103,9 @@ class RecConfig(RunConfig):
             found.append(("objective", text))
         if self.data.sort not in ("", "clicks" if clicks else "interactions") or (clicks and not self.data.sort):
             found.append(("data", EXPECTED_DATA[clicks].format(model=self.model.kind, got=self.data.kind)))
+        for name in ("repeats", "untrained_items"):
+            if clicks and getattr(self, name) == "allow":
+                found.append((name, f"{self.model.kind} predicts clicks of rows and recommends nothing; leave it out"))
         return found + self.model.problems_in(self) + self.objective.problems_in(self)
 
     def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -4,10 +4,10 @@ from jaxops.config.types import ByPath
 from jaxops.core.failures import UserError
 from jaxops.data.clicks.spec import ClickDataConfig
 from jaxops.data.interactions.cache import ensure
-from jaxops.data.interactions.inspect import describe, inspect
 from jaxops.data.interactions.open import open_data
 from jaxops.data.interactions.spec import InteractionsConfig, InteractionsFile
 from jaxops.families.rec.config import RecConfig
+from jaxops.families.rec.ranking import described, inspected
 from jaxops.run.family import Shown
 
 
@@ -35,8 +35,8 @@ def inspect_data(config: RecConfig) -> Shown:
     found = _not_by_path(config)
     if not isinstance(found, InteractionsConfig):
         raise UserError(f"data: {found.kind} is for click models; there are no interactions to open")
-    info = inspect(open_data(found, sides=isinstance(found, InteractionsFile)))
-    return Shown(info, describe(info))
+    info = inspected(open_data(found))
+    return Shown(info, described(info))
 
 
 def _not_by_path(config: RecConfig) -> InteractionsConfig | ClickDataConfig:

@@ -8,13 +8,13 @@ from typing import Literal
 class Predict:
     """The options of `predict`; a click model takes none of them.
 
-    Attributes:
-      top: how many items each user gets.
-      index: the search of the items. `approx` finds nearly all and is faster on a TPU; `auto` uses it on TPUs only.
+    `approx` finds nearly all and is faster on a TPU; `auto` takes it there alone. `untrained_items` is the run's own
+    setting, unless it is given. A model of clicks takes none of them.
     """
 
     top: int | None = None
     index: Literal["auto", "exact", "approx"] | None = None
+    untrained_items: Literal["exclude", "allow"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -112,8 +112,7 @@ def _measured(served: Any, asked: Mapping[str, tuple[Histories, np.ndarray]]) ->
         return lambda size: AskedBatches(served.batches(given, size), target, size)
 
     config = served.config
-    metrics = config.evaluate.metrics
-    evaluation = ranking_evaluation(served.ranking, metrics, {part: batches(part) for part in asked})
+    evaluation = ranking_evaluation(served.ranking, config, {part: batches(part) for part in asked})
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, slices=()))
     task: Any = types.SimpleNamespace(config=config, tables=served.ranking.tables, evaluation=evaluation)
     saved = served.saved

@@ -7,34 +7,49 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxops.core.state import Params
 from jaxops.core.sums import Sums
-from jaxops.data.interactions.inspect import describe, histogram_of
+from jaxops.data.interactions.inspect import describe, histogram_of, inspect
 from jaxops.data.interactions.open import RecData
+from jaxops.data.slices import SLICE
 from jaxops.evaluate.baselines import evaluate_baseline
-from jaxops.evaluate.grouped import with_slices
-from jaxops.evaluate.ranking import evaluate_scores, is_sampled
+from jaxops.evaluate.grouped import sliced, with_slices
+from jaxops.evaluate.ranking import Repeats, evaluate_scores, is_sampled
 from jaxops.families.rec.config import RecConfig
+from jaxops.families.rec.repeats import count_repeats, describe_repeats, repeats_notices
 from jaxops.families.rec.slices import slice_columns, slice_masks
 from jaxops.run.batched import BatchedEvaluation
-from jaxops.run.config import Evaluate
 from jaxops.run.passes import Passes
 from jaxops.run.task import About, EvalBatches
 from jaxops.run.weights import Weights
 from jaxops.tables.spec import TableSpec
 
 BASELINES = {"most_popular": "Most popular", "item_knn": "Item-kNN"}
-"""The baselines that a ranker is compared with, with names for people."""
-RANKED = (
-    "Each target is ranked against the whole catalogue without the items its user has already seen; equal scores are"
-    " ordered by item."
+"""What a ranker has to beat, with names for people."""
+RANKED: Mapping[Repeats, str] = {
+    "exclude": (
+        "Each target is ranked against the whole catalogue without the items its user has already seen; a target that"
+        " they have seen themselves is left out. Equal scores are ordered by item."
+    ),
+    "allow": (
+        "Each target is ranked against the whole catalogue, with the items its user has already seen; equal scores are"
+        " ordered by item."
+    ),
+}
+TRAINED_ALONE = (
+    "Items that training never saw are not recommended, so as a target they are a miss; the slice cold_item ranks them"
+    " among all."
 )
 SAMPLED_RANKED = (
     "Columns marked sampled rank against 100 random items only: they are far higher, and can order models differently."
 )
-NOTE = "ranked over the whole catalogue, seen items removed"
+NOTE: Mapping[Repeats, str] = {
+    "exclude": "ranked over the whole catalogue, seen items removed",
+    "allow": "ranked over the whole catalogue, seen items among it",
+}
+COLD_ITEM = f"{SLICE}cold_item"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +76,13 @@ class Ranking:
       model: the model itself.
       n_items: the number of items.
       length: how many of the latest items a query holds, `items` [batch, length].
-      queries: (params, batch) -> vectors of users [batch, dim].
-      items: params -> vectors of items [rows, dim]; row i is item i, 1 <= i <= n_items.
-      columns: by feature, the batch entry with the rows to look it up, and its codes by row.
-      context: context columns whose values come with a query, each with the batch entry with the rows to look it up:
-        `id` for a column of the prediction, `events` for one of each event of the history.
-      tables: the embedding tables by name.
-      catalogue: the pass over all items, for a model whose item vectors are not a parameter.
-      by_user: true where the model reads the user's row.
+      queries: (params, batch) -> [batch, dim].
+      items: params -> [rows, dim]; row i is item i, 1 <= i <= n_items.
+      columns: features of a batch: the entry whose rows they are read by, and their codes by row.
+      context: columns of events that a query brings along, by name the entry whose rows they are read by: `id`, the
+        circumstances that are asked in, or `events`, those of each event of the history.
+      by_user: the model reads the row of the user who asks.
+      trained: by item row, whether training saw the item, where the vectors of others are random.
     """
 
     model: Any
@@ -81,6 +95,7 @@ class Ranking:
     tables: Mapping[str, TableSpec] = dataclasses.field(default_factory=dict)
     catalogue: Catalogue | None = None
     by_user: bool = False
+    trained: Bool[np.ndarray, " rows"] | None = None
 
     def scores(self, params: Params, batch: Mapping[str, Any]) -> Float[Array, "batch rows"]:
         """Returns the score of every item for each query. The product itself is float32, since rounded scores tie."""
@@ -96,13 +111,29 @@ def with_catalogue(catalogue: Catalogue, passes: Passes, weights: Weights) -> We
 
 
 def ranking_evaluation(
-    ranking: Ranking, metrics: tuple[str, ...], batches: Mapping[str, Callable[[int], EvalBatches]]
+    ranking: Ranking, config: RecConfig, batches: Mapping[str, Callable[[int], EvalBatches]]
 ) -> BatchedEvaluation:
-    """Returns the evaluation of a ranker over the whole catalogue, on all queries and on the slices in its batches."""
+    """The evaluation of a ranker over the whole catalogue, and over the slices that its batches carry.
+
+    What is not recommended is not ranked: items that a user has seen, by `repeats`, and items that training never saw,
+    where `untrained_items` leaves them out. Only the slice of cold items ranks those among all others.
+    """
+    metrics = config.evaluate.metrics
+    trained = ranking.trained if config.untrained_items == "exclude" else None
+
+    def judged(scores: Array, part: Mapping[str, Array]) -> Sums:
+        return evaluate_scores(scores, part, metrics, n_items=ranking.n_items, repeats=config.repeats)
 
     def sums(params: Params, batch: Mapping[str, Array]) -> Sums:
         scores = ranking.scores(params, batch)
-        return with_slices(lambda part: evaluate_scores(scores, part, metrics, n_items=ranking.n_items), batch)
+        if trained is None:
+            return with_slices(functools.partial(judged, scores), batch)
+        ranked = jnp.where(trained[None], scores[:, : len(trained)], -jnp.inf)
+        found = with_slices(functools.partial(judged, ranked), {n: x for n, x in batch.items() if n != COLD_ITEM})
+        if COLD_ITEM in batch:
+            cold = {COLD_ITEM.removeprefix(SLICE): batch[COLD_ITEM]}
+            found |= sliced(lambda weight: judged(scores, {**batch, "weight": weight}), cold, batch["weight"])
+        return found
 
     catalogue = ranking.catalogue
     return BatchedEvaluation(
@@ -110,9 +141,9 @@ def ranking_evaluation(
     )
 
 
-def baselines(data: RecData, evaluate: Evaluate) -> dict[str, dict[str, float]]:
-    """Computes the metrics of most-popular and item-kNN on the same queries: {"item_knn": {"valid/hr@10": ...}}."""
-    inter, split = data.inter, data.split
+def baselines(data: RecData, config: RecConfig) -> dict[str, dict[str, float]]:
+    """What most-popular and item-kNN reach on the same queries, as {"item_knn": {"valid/hr@10": ...}}."""
+    inter, split, evaluate = data.inter, data.split, config.evaluate
     slices = slice_columns(evaluate.slices, data)
     out: dict[str, dict[str, float]] = {}
     for name in BASELINES:
@@ -131,19 +162,44 @@ def baselines(data: RecData, evaluate: Evaluate) -> dict[str, dict[str, float]]:
                 evaluate.metrics,
                 n_items=inter.n_items,
                 slices=slice_masks(slices, inter, queries),
+                repeats=config.repeats,
             )
             out[name] |= {f"{part}/{metric}": value for metric, value in values.items()}
     return out
 
 
-def about(config: RecConfig, inspection: dict[str, Any]) -> About:
-    """Returns the description of a ranker for people; `inspection` is empty for data of the user's own."""
+def inspected(data: RecData) -> dict[str, Any]:
+    """All that is known of the data: `inspect` of them, and how many events come again."""
+    return {**inspect(data), "repeats": count_repeats(data)}
+
+
+def described(inspection: dict[str, Any]) -> list[tuple[str, str]]:
+    """The outcome of `inspected` as (what, how much) rows for a table."""
+    *rows, digest = describe(inspection)
+    return [*rows, ("repeats", describe_repeats(inspection["repeats"], inspection["split"])), digest]
+
+
+def notices_of(config: RecConfig, inspection: dict[str, Any], untrained: int = 0) -> tuple[str, ...]:
+    """Lines for people before training begins: of repeats, and of `untrained` items that are not recommended."""
+    found = repeats_notices(inspection["repeats"], inspection["split"], config.repeats)
+    if untrained:
+        found.append(
+            f"untrained_items: exclude: {untrained:,} of {inspection['items']:,} items have no training event: they are"
+            " not recommended, and as a target they are a miss (untrained_items=allow ranks them by their random rows)"
+        )
+    return tuple(found)
+
+
+def about(config: RecConfig, inspection: dict[str, Any], trained_alone: bool = False) -> About:
+    """What people read of a ranker; of data of the user's own nothing is known."""
+    notes = [RANKED[config.repeats]]
+    notes += [SAMPLED_RANKED] if any(map(is_sampled, config.evaluate.metrics)) else []
+    notes += [TRAINED_ALONE] if trained_alone else []
     return About(
         model=getattr(type(config.model), "label", config.model.kind),
         labels=BASELINES,
-        headline="ndcg@10",
-        data=describe(inspection) if inspection else (),
+        data=described(inspection) if inspection else (),
         histogram=histogram_of(inspection),
-        note=NOTE,
-        notes=[RANKED, SAMPLED_RANKED] if any(map(is_sampled, config.evaluate.metrics)) else [RANKED],
+        note=NOTE[config.repeats],
+        notes=notes,
     )

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from jaxops.config.load import Loaded
 from jaxops.config.types import ByPath
@@ -11,7 +12,6 @@ from jaxops.core.failures import UserError
 from jaxops.core.step import Extra
 from jaxops.data.ids import Ids
 from jaxops.data.interactions.events import ColumnBatches, EntityBatches, EventSource, WithColumns
-from jaxops.data.interactions.inspect import inspect
 from jaxops.data.interactions.open import RecData, open_data
 from jaxops.data.interactions.queries import QueryBatches, seen_width
 from jaxops.families.rec.carry_rows import carry_rows
@@ -24,11 +24,12 @@ from jaxops.families.rec.entities import (
     feature_names,
     restored_features,
 )
-from jaxops.families.rec.ranking import Catalogue, Ranking, about, baselines, ranking_evaluation
+from jaxops.families.rec.ranking import Catalogue, Ranking, about, baselines, inspected, notices_of, ranking_evaluation
+from jaxops.families.rec.repeats import target_weights
 from jaxops.families.rec.serving import ServedRanking
 from jaxops.families.rec.slices import slice_columns
 from jaxops.families.rec.tables_config import features_of, match
-from jaxops.families.rec.trained import trained_on
+from jaxops.families.rec.trained import recorded, trained_on
 from jaxops.models.inputs import Input, TowerFeatures
 from jaxops.models.two_tower import TwoTowerConfig
 from jaxops.objectives.retrieval import InBatchSoftmax, count_items, log_frequency, no_frequencies
@@ -58,10 +59,12 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
     data = open_data(config.data, sides=True)  # type: ignore[arg-type]
     inter, split = data.inter, data.split
     encoded = _encoded(config, data)
-    ranking = two_tower_ranking(config, encoded, inter.n_items)
+    seen_in_training = trained_on(inter, split)
+    ranking = two_tower_ranking(config, encoded, inter.n_items, seen_in_training.items)
+    weights = target_weights(inter, split, config.repeats, first=True)
     columns = {**ranking.columns, **slice_columns(config.evaluate.slices, data)}
-    size, history, seen = config.batch.global_, config.model.history, seen_width(inter, split.valid, split.test)
-    inspection = inspect(data)
+    size, history, seen = config.batch.global_, config.model.history, seen_width(split.valid, split.test)
+    inspection = {**inspected(data), "features": encoded.digest()}
 
     def batches(part: Any, size: int) -> EvalBatches:
         return ColumnBatches(QueryBatches(inter, part, history, size, seen=seen), columns)
@@ -71,25 +74,28 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
         for name, part in (("valid", split.valid), ("test", split.test))
         if len(part)
     }
+    trained = ranking.trained if config.untrained_items == "exclude" else None
+    untrained = 0 if trained is None else int((~trained[1:]).sum())
     transform = {
         "item_ids": np.asarray(inter.item_ids.values),
         "user_ids": np.asarray(inter.user_ids.values),
-        **trained_on(inter, split).arrays(),
+        **seen_in_training.arrays(),
         **encoded.frozen([name for name in encoded.codes if name not in inter.contexts]),
     }
     return Task(
         **of_config(config, loaded.resolved, ranking.model),
         objective=objective_from(config.objective, given.objective, ranking.model, size),
-        source=WithColumns(EventSource(inter, split, history, config.run.seed), ranking.columns),
-        evaluation=ranking_evaluation(ranking, config.evaluate.metrics, parts),
+        source=WithColumns(EventSource(inter, split, history, config.run.seed, weights), ranking.columns),
+        evaluation=ranking_evaluation(ranking, config, parts),
         inspection=inspection,
         transform=transform,
         carry_rows=functools.partial(carry_rows, config, transform, encoded.specs),
-        baselines=functools.partial(baselines, data, config.evaluate) if config.evaluate.baselines else None,
+        baselines=functools.partial(baselines, data, config) if config.evaluate.baselines else None,
         block=(config.objective.block or size) if isinstance(config.objective, InBatchSoftmax) else 1,
         tables=encoded.specs,
         extras=_extras(config.objective, encoded) if given.objective is None else {},
-        about=about(config, inspection),
+        notices=notices_of(config, inspection, untrained),
+        about=about(config, inspection, untrained > 0),
     )
 
 
@@ -103,11 +109,23 @@ def restore(saved: SavedRun) -> ServedRanking:
     items, users = Ids.of(read("item_ids"), first=1), Ids.of(read("user_ids"), first=0)
     names = (*config.model.user, *config.model.item)
     encoded = restored_features(config, names, query_context(config), read)
-    return ServedRanking(saved, two_tower_ranking(config, encoded, len(items)), items, users)
+    record = recorded(saved)
+    ranking = two_tower_ranking(config, encoded, len(items), None if record is None else record.items)
+    return ServedRanking(saved, ranking, items, users)
 
 
-def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Ranking:
-    """Builds the ranking of both towers for these features."""
+def two_tower_ranking(
+    config: RecConfig, encoded: Encoded, n_items: int, trained: Bool[np.ndarray, " rows"] | None = None
+) -> Ranking:
+    """Both towers for these features.
+
+    Args:
+      config: of the run.
+      encoded: the features.
+      n_items: the size of the catalogue.
+      trained: by item row, whether training saw it (None: not known). What it did not see has the random row of its id
+        in its vector, and is recommended only where `untrained_items` allows it.
+    """
     assert isinstance(config.model, TwoTowerConfig)
     features = TowerFeatures(*(_inputs(names, config, encoded) for names in (config.model.user, config.model.item)))
     model = config.model.build(features)
@@ -131,6 +149,7 @@ def two_tower_ranking(config: RecConfig, encoded: Encoded, n_items: int) -> Rank
             lambda params, batch: model.items(params, batch, None),
         ),
         by_user=True,
+        trained=trained if "item" in config.model.item else None,
     )
 
 

@@ -98,7 +98,7 @@ def read_inputs_from_tables(task: Task, ranking: Ranking, config: RecConfig, dat
     return dataclasses.replace(
         task,
         source=WithColumns(source, columns),
-        evaluation=ranking_evaluation(with_tables(ranking, config, encoded), config.evaluate.metrics, batches),
+        evaluation=ranking_evaluation(with_tables(ranking, config, encoded), config, batches),
         tables=encoded.specs,
         transform=transform,
         inspection={**task.inspection, "features": encoded.digest()},

@@ -12,7 +12,6 @@ from jaxops.config.types import ByPath
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
 from jaxops.data.ids import Ids
-from jaxops.data.interactions.inspect import inspect
 from jaxops.data.interactions.open import RecData, open_data
 from jaxops.data.interactions.packing import PackedSource
 from jaxops.data.interactions.queries import QueryBatches, seen_width
@@ -20,7 +19,8 @@ from jaxops.data.interactions.windows import SequenceSource
 from jaxops.families.rec.config import RecConfig
 from jaxops.families.rec.own_model import require_parts
 from jaxops.families.rec.own_sequences import Opened, open_own
-from jaxops.families.rec.ranking import Ranking, about, baselines, ranking_evaluation
+from jaxops.families.rec.ranking import Ranking, about, baselines, inspected, notices_of, ranking_evaluation
+from jaxops.families.rec.repeats import target_weights
 from jaxops.families.rec.sequence_tables import (
     entries_of,
     read_inputs_from_tables,
@@ -67,11 +67,12 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
         **of_config(config, loaded.resolved, opened.model),
         objective=objective_from(config.objective, given.objective, opened.model),
         source=opened.source,
-        evaluation=ranking_evaluation(ranking, config.evaluate.metrics, opened.batches),
+        evaluation=ranking_evaluation(ranking, config, opened.batches),
         inspection=opened.inspection,
+        notices=notices_of(config, opened.inspection) if data else (),
         transform={"item_ids": opened.item_ids, **seen},
         row_ids=dict.fromkeys(item_parameters(opened.model) if config.init_from else (), "item_ids"),
-        baselines=functools.partial(baselines, data, config.evaluate) if data and config.evaluate.baselines else None,
+        baselines=functools.partial(baselines, data, config) if data and config.evaluate.baselines else None,
         about=about(config, opened.inspection if data else {}),
     )
     return read_inputs_from_tables(task, ranking, config, data) if inputs and data is not None else task
@@ -132,7 +133,8 @@ def _open(config: RecConfig, data: RecData, model: Any) -> Opened:
     inter, split, length = data.inter, data.split, model.length
     windows = PackedSource if config.batch.pack else SequenceSource
     event_rows = any(entry != "items" for entry in entries_of(config).values())
-    seen = seen_width(inter, split.valid, split.test)
+    weights = target_weights(inter, split, config.repeats, first=False)
+    seen = seen_width(split.valid, split.test)
     slices = slice_columns(config.evaluate.slices, data)
     batches: dict[str, Callable[[int], EvalBatches]] = {
         name: with_slice_columns(
@@ -143,8 +145,8 @@ def _open(config: RecConfig, data: RecData, model: Any) -> Opened:
     }
     return Opened(
         model=model,
-        source=windows(inter, split, length, config.run.seed, event_rows=event_rows),
+        source=windows(inter, split, length, config.run.seed, event_rows=event_rows, weights=weights),
         batches=batches,
-        inspection=inspect(data),
+        inspection=inspected(data),
         item_ids=np.asarray(inter.item_ids.values),
     )

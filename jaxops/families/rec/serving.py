@@ -48,7 +48,7 @@ class ServedRanking:
     def __init__(self, saved: SavedRun, ranking: Ranking, item_ids: Ids, user_ids: Ids | None = None):
         self.saved, self.ranking, self.item_ids, self.user_ids = saved, ranking, item_ids, user_ids
         self._passes_by_size: dict[int, Passes] = {}
-        self._indices: dict[str, Index] = {}
+        self._indices: dict[tuple[str, bool], Index] = {}
 
     @property
     def model(self) -> Any:
@@ -95,7 +95,10 @@ class ServedRanking:
         batch: int = 512,
         **keywords: Any,
     ) -> pa.Table:
-        """Predicts the best items that each user has not seen: columns user, rank (from 1), item, score; original ids.
+        """The best items for each user: user, rank (from 1), item, score; original ids.
+
+        What a user has seen is left out unless the run's `repeats` allows it, and so are items that training never saw
+        where their vectors are random (`untrained_items`).
 
         Args:
           source: a file as in `histories`, a pyarrow table, a data frame, or histories.
@@ -108,17 +111,19 @@ class ServedRanking:
         Raises:
           UserError: the source does not fit (see `histories`), or `top` is below one.
         """
-        wanted = Predict(top=options) if isinstance(options, int) else options or Predict(**keywords)
+        wanted = Predict(top=options, **keywords) if isinstance(options, int) else options or Predict(**keywords)
         top, method = TOP if wanted.top is None else wanted.top, wanted.index or "auto"
         if top < 1:
             raise UserError(f"predict: top must be at least 1 item, got {top}")
         given = source if isinstance(source, Histories) else self.histories(source)
         users, ranks, items, scores = [], [], [], []
-        index = self.index(method)
+        allow = (wanted.untrained_items or self.config.untrained_items) == "allow"
+        index, short = self.index(method, untrained=allow), 0
         for start, vectors, seen in self._vectors(given, batch):
             best, found = jax.device_get(index.search(vectors, top, seen))
             real = min(len(best), len(given.users) - start)
             keep = found[:real] > 0
+            short += int((~keep.all(axis=1)).sum())
             row, column = np.nonzero(keep)
             users.append(given.users[start + row])
             ranks.append(column.astype(np.int32) + 1)
@@ -131,24 +136,41 @@ class ServedRanking:
             say(f"{counted(given.unknown_users, 'user')} left out: the model knows nothing of what they did")
         if given.unknown_items:
             say(f"{counted(given.unknown_items, 'event')} left out: items that the model does not know")
+        if short:
+            said = f"{counted(short, 'user')} with fewer than {counted(top, 'item')}: no more are left to recommend"
+            excluded = " that they have not had (repeats: exclude)" if self.config.repeats == "exclude" else ""
+            say(said + excluded)
+        trained = self.ranking.trained
+        left_out = 0 if trained is None or allow else int((~trained[1:]).sum())
+        if left_out:
+            say(
+                f"{counted(left_out, 'item')} of {self.ranking.n_items:,} left out: training never saw them"
+                " (--untrained-items allow recommends them by their random rows)"
+            )
         if index.method != "exact":
-            recall = self.recall(given, top, method=method)
+            recall = self.recall(given, top, method=method, untrained=allow)
             say(f"recall@{top} against the exact search, of the first 512 users: {recall:.4f}")
         columns = {"user": users, "rank": ranks, "item": items, "score": scores}
         return pa.table({name: pa.array(np.concatenate(parts)) for name, parts in columns.items()})
 
-    def index(self, method: str = "auto") -> Index:
-        """Returns the index of item vectors over all devices of this machine, which vectors of users search.
+    def index(self, method: str = "auto", *, untrained: bool = False) -> Index:
+        """The items' vectors, to be searched by those of users; on all devices that are here.
+
+        With `untrained` also of items that training never saw, where they would be left out.
 
         Raises:
           UserError: the method is unknown.
         """
-        if method not in self._indices:
-            self._indices[method] = Index(self._items, self.saved.mesh, real=self.ranking.n_items, method=method)
-        return self._indices[method]
+        if (method, untrained) not in self._indices:
+            trained, rows = self.ranking.trained, np.arange(len(self._items))
+            real = (rows >= 1) & (rows <= self.ranking.n_items)
+            if trained is not None and not untrained:
+                real[: len(trained)] &= trained
+            self._indices[method, untrained] = Index(self._items, self.saved.mesh, real=real, method=method)
+        return self._indices[method, untrained]
 
-    def recall(self, source: Any, top: int = TOP, *, method: str = "auto") -> float:
-        """Returns the share of the exact best items that `predict` with this method finds, for the first 512 users.
+    def recall(self, source: Any, top: int = TOP, *, method: str = "auto", untrained: bool = False) -> float:
+        """The share of the exact best items that `predict` with this method finds, of the first 512 users.
 
         Raises:
           UserError: the source does not fit, or `top` is below one.
@@ -157,7 +179,9 @@ class ServedRanking:
         if not len(given.users):
             raise UserError("predict: no user has a history that the model knows")
         _, vectors, seen = next(self._vectors(given, 512))
-        return self.index(method).recall(vectors[: len(given.users)], top, seen[: len(given.users)])
+        return self.index(method, untrained=untrained).recall(
+            vectors[: len(given.users)], top, seen[: len(given.users)]
+        )
 
     def item_vectors(self) -> pa.Table:
         """Returns the original item ids and their vectors: columns item, vector (fixed-size list of float32)."""
@@ -251,7 +275,11 @@ class ServedRanking:
         """By batches: the first user, the users' vectors and the items they have seen; the last batch padded."""
         ranking, passes = self.ranking, self._passes(size)
         batches = self.batches(given, passes.size)
-        answer = lambda params, batch: (ranking.queries(params, batch), batch["seen"])
+        allow = self.config.repeats == "allow"  # then nothing is left out: a column of 0, which is no item
+        answer = lambda params, batch: (
+            ranking.queries(params, batch),
+            batch["seen"][:, :1] * 0 if allow else batch["seen"],
+        )
         with jax.set_mesh(self.saved.mesh):
             found = passes.over("queries", answer, self._weights, batches)
             for at, (vectors, seen) in enumerate(found):
