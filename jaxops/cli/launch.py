@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserError
+from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, UserError
 
 EXIT_STOPPED = 130
 GRACE_SECONDS = 15.0
@@ -116,7 +116,7 @@ class _Job:
         rank, code = failed or bad[0]
         if code < 0:
             print(f"jaxops: process {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
-            return EXIT_FAILED
+            return EXIT_LOST if -code in (signal.SIGKILL, signal.SIGABRT) else EXIT_FAILED
         return code
 
     def _end(self) -> None:

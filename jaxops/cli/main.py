@@ -1,8 +1,8 @@
 """`jaxops ...`: parse, call one function, print.
 
 Exit status: 0 done; 1 the run failed (non-finite loss, out of memory, an error in code); 2 the input is wrong and
-nothing was written; 75 interrupted and saved, the same command resumes; 130 stopped at once (a second Ctrl-C, or
-one before there was anything to save).
+nothing was written; 75 interrupted and saved, the same command resumes; 76 another process or the devices were lost,
+the same command resumes; 130 stopped at once (a second Ctrl-C, or one before there was anything to save).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from jaxops.cli import runs
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, RunFailed, UserError, nearest
 
 EPILOG = """exit status: 0 done, 1 the run failed, 2 wrong input (nothing was written), 75 interrupted and saved (the
-same command resumes), 130 stopped at once"""
+same command resumes), 76 another process or the devices were lost (the same command resumes), 130 stopped at once"""
 EXIT_STOPPED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a file system says that cannot take more: no mistake of the program, so no traceback."""
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         joined = _prepare(args)
         return _leave(_run(args)) if joined else _run(args)
     except (UserError, RunFailed) as error:
-        status = EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED
+        status = EXIT_USAGE if isinstance(error, UserError) else error.status
         if trace:
             raise
         if not error.shared or _is_primary():

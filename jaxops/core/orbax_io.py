@@ -50,7 +50,7 @@ def release_threads() -> None:
     warnings.filterwarnings("ignore", message=r"coroutine '.*' was never awaited", category=RuntimeWarning)
     waiting: list[Any] = list(threading.enumerate())
     for thread in waiting:
-        if isinstance(thread, getattr(future, "_SignalingThread", ())):
+        if type(thread).__name__ == "_SignalingThread":
             with contextlib.suppress(Exception):  # of another version: it ends in its own time
                 thread._cancelled = True
                 future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
