@@ -35,7 +35,10 @@ def launch(argv: Sequence[str], count: int) -> int:
     command = [sys.executable, "-c", _CHILD, *_without_processes(argv)]
     address = f"127.0.0.1:{_free_port()}"
     job = _Job([_start(command, address, count, rank) for rank in range(count)])
-    before = {number: signal.signal(number, job.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, job.ask) for number in numbers}
     try:
         return job.wait()
     finally:

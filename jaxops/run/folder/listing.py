@@ -4,8 +4,10 @@ Reads the small files alone and loads no jax. No folder, however broken, stops t
 Held by tests/run/folder/test_runs_listing.py.
 """
 
+import contextlib
 import dataclasses
 import datetime as dt
+import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ MARKS = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints")
 """A folder that holds one of these is a run, or what is left of one."""
 DEPTH = 3
 """Runs are looked for this many folders down: a sweep keeps its runs in a folder of its own."""
+_TAIL = 1 << 16
 _LATE = dt.timedelta(seconds=2)
 """The last line of the log may be written this much after the summary is dated."""
 
@@ -240,9 +243,23 @@ def _goes_on(run: RunRecord) -> bool:
     except OSError:
         written = None
     written = utc_time(run.summary.get("finished")) or written
-    if written is not None and run.last_time is not None:
-        return run.last_time > written + _LATE
-    return False
+    last = _last_logged(run.path / "metrics.jsonl") if written is not None else None
+    return written is not None and last is not None and last > written + _LATE
+
+
+def _last_logged(path: Path) -> dt.datetime | None:
+    """When the last line of a log was written: not the latest of all times, where a clock was set back in between."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - _TAIL, 0))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return None
+    for raw in reversed(lines):
+        with contextlib.suppress(ValueError, AttributeError):
+            if (found := utc_time(json.loads(raw).get("time"))) is not None:
+                return found
+    return None
 
 
 def _metric(run: RunRecord) -> str | None:
