@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserError
+from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, UserError
 
 EXIT_STOPPED = 130
 GRACE_SECONDS = 15.0
@@ -35,7 +35,10 @@ def launch(argv: Sequence[str], count: int) -> int:
     command = [sys.executable, "-c", _CHILD, *_without_processes(argv)]
     address = f"127.0.0.1:{_free_port()}"
     job = _Job([_start(command, address, count, rank) for rank in range(count)])
-    before = {number: signal.signal(number, job.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, job.ask) for number in numbers}
     try:
         return job.wait()
     finally:
@@ -116,7 +119,7 @@ class _Job:
         rank, code = failed or bad[0]
         if code < 0:
             print(f"jaxops: process {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
-            return EXIT_FAILED
+            return EXIT_LOST if -code in (signal.SIGKILL, signal.SIGABRT) else EXIT_FAILED
         return code
 
     def _end(self) -> None:

@@ -1,24 +1,27 @@
 """The command line `jaxops ...`: it parses, calls one function, and prints.
 
 Exit status: 0 done; 1 the run failed (non-finite loss, out of memory, an error in code); 2 the input is wrong and
-nothing was written; 75 interrupted and saved, the same command resumes; 130 stopped at once (a second Ctrl-C, or
-one before there was anything to save).
+nothing was written; 75 interrupted and saved, the same command resumes; 76 another process or the devices were lost,
+the same command resumes; 130 stopped at once (a second Ctrl-C, or one before there was anything to save).
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 from jaxops.cli import runs
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, RunFailed, UserError, nearest
 
 EPILOG = """exit status: 0 done, 1 the run failed, 2 wrong input (nothing was written), 75 interrupted and saved (the
-same command resumes), 130 stopped at once"""
+same command resumes), 76 another process or the devices were lost (the same command resumes), 130 stopped at once"""
 EXIT_STOPPED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a file system says that cannot take more: no mistake of the program, so no traceback."""
@@ -137,6 +140,34 @@ def _parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; a user's mistake is one message, never a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    with _told_to_stop():
+        return _main(argv)
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command with a word while it imports, builds data or evaluates.
+
+    A run that trains has handlers of its own, which save first (core/interrupt.py).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _main(argv: Sequence[str]) -> int:
     trace = "--traceback" in argv or bool(os.environ.get("JAXOPS_TRACEBACK"))
     try:
         args = parse_arguments([arg for arg in argv if arg != "--traceback"])
@@ -147,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         joined = _prepare(args)
         return _leave(_run(args)) if joined else _run(args)
     except (UserError, RunFailed) as error:
-        status = EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED
+        status = EXIT_USAGE if isinstance(error, UserError) else error.status
         if trace:
             raise
         if not error.shared or _is_primary():
@@ -162,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxops: {_told(error)}", file=sys.stderr)
         return _abandon(error, EXIT_FAILED)
     except KeyboardInterrupt as error:
-        print("jaxops: stopped", file=sys.stderr)
+        name = f" by {error}" if str(error) else ""
+        print(f"jaxops: stopped{name}; there was nothing to save", file=sys.stderr)
         return _abandon(error, EXIT_STOPPED)
 
 

@@ -11,6 +11,7 @@ import glob
 import importlib.util
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from jaxops.core.failures import EXIT_FAILED, EXIT_USAGE, RunFailed, UserError
+from jaxops.core.failures import EXIT_FAILED, EXIT_LOST, EXIT_USAGE, Lost, RunFailed, UserError
 
 VARIABLES = ("JAXOPS_COORDINATOR", "JAXOPS_NUM_PROCESSES", "JAXOPS_PROCESS_ID")
 INITIALIZATION_SECONDS = 300
@@ -83,7 +84,7 @@ def _nobody_came(job: tuple[str, int, int] | None, limit: int) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(EXIT_FAILED)
+    os._exit(EXIT_LOST)
 
 
 def _by_hand(env: Mapping[str, str]) -> tuple[str, int, int] | None:
@@ -146,7 +147,8 @@ def run_on_primary(what: str, fn: Callable[[], Any]) -> Any:
     A UserError or RunFailed of `fn` is raised on all processes.
 
     Raises:
-      RunFailed: process 0 has not answered within JAXOPS_BARRIER_SECONDS, or another process failed meanwhile.
+      Lost: process 0 has not answered within JAXOPS_BARRIER_SECONDS.
+      RunFailed: another process failed meanwhile.
     """
     if not is_distributed():
         return fn()
@@ -156,16 +158,21 @@ def run_on_primary(what: str, fn: Callable[[], Any]) -> Any:
             word = {"value": fn()}
         except (UserError, RunFailed) as error:
             error.shared = True
-            _client().key_value_set(key, json.dumps({"error": type(error).__name__, "text": str(error)}))
+            status = getattr(error, "status", EXIT_FAILED)
+            _client().key_value_set(
+                key, json.dumps({"error": type(error).__name__, "text": str(error), "status": status})
+            )
             raise
         _client().key_value_set(key, json.dumps(word))
         return word["value"]
     text, limit = _wait(key)
     if text is None:
-        raise RunFailed(f"{what}: no answer from process 0 in {limit} s; it {_doing(0)}{_LONGER}")
+        raise Lost(f"{what}: no answer from process 0 in {limit} s; it {_doing(0)}{_LONGER}")
     word = json.loads(text)
     if "error" in word:
-        raise (UserError if word["error"] == "UserError" else RunFailed)(word["text"], shared=True)
+        if word["error"] == "UserError":
+            raise UserError(word["text"], shared=True)
+        raise RunFailed(word["text"], shared=True, status=word["status"])
     return word["value"]
 
 
@@ -184,14 +191,14 @@ def barrier(what: str) -> None:
     """Returns when all processes have called it with the same `what`.
 
     Raises:
-      RunFailed: some did not come within JAXOPS_BARRIER_SECONDS; the message names them with their last phase.
+      Lost: some did not come within JAXOPS_BARRIER_SECONDS; it names them and what they did last.
     """
     if not is_distributed():
         return
     missing, limit = _absent(_next(f"jaxops/meet/{what}"))
     if missing:
         said = "; ".join(f"process {rank} {_doing(rank)}" for rank in missing)
-        raise RunFailed(f"waited {limit} s at '{what}' for {named(missing)}: {said}{_LONGER}")
+        raise Lost(f"waited {limit} s at '{what}' for {named(missing)}: {said}{_LONGER}")
 
 
 _LONGER = " (JAXOPS_BARRIER_SECONDS allows for more)"
@@ -230,7 +237,7 @@ def _wait(key: str, limit: int | None = None) -> tuple[str | None, int]:
 
 
 def _failed_there(rank: int, word: Mapping[str, Any]) -> RunFailed:
-    return RunFailed(f"process {rank} failed ({word['where']}): {word['text']}")
+    return RunFailed(f"process {rank} failed ({word['where']}): {word['text']}", status=int(word["status"]))
 
 
 def announce_phase(phase: str) -> None:
@@ -261,8 +268,9 @@ def announce_failure(error: BaseException, where: str) -> None:
     if not is_distributed() or getattr(error, "shared", False):
         return
     text = f"{type(error).__name__}: {error}".split("\n")[0][:500]
-    word = {"text": text, "where": where, "status": EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED}
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # announced before, or the coordinator itself is lost
+    status = EXIT_USAGE if isinstance(error, UserError) else getattr(error, "status", EXIT_FAILED)
+    word = {"text": text, "where": where, "status": status}
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # said already, or the coordinator is what was lost
         _client().key_value_set(f"{_FAILED}/{jax.process_index()}", json.dumps(word))
 
 
@@ -276,14 +284,12 @@ def others_failed() -> dict[int, dict[str, Any]]:
 
 
 def explain_lost(error: jax.errors.JaxRuntimeError, where: str) -> BaseException:
-    """Explains the error of a failed collective.
-
-    It returns the failure that another process has announced, or an error that names the lost processes, or `error`
-    itself if no process is missing.
-    """
+    """A computation failed: the other process's own words, or who is gone; the error itself where nothing is lost."""
     text = str(error)
-    if not is_distributed() or "RESOURCE_EXHAUSTED" in text:
+    if "RESOURCE_EXHAUSTED" in text:
         return error
+    if not is_distributed():
+        return _backend_lost(text, where) or error
     for _ in range(10):
         if failed := others_failed():
             return _failed_there(*next(iter(failed.items())))
@@ -293,10 +299,27 @@ def explain_lost(error: jax.errors.JaxRuntimeError, where: str) -> BaseException
     except jax.errors.JaxRuntimeError:  # the service does not answer, so process 0, which runs it, is lost
         missing = [0]
     if not missing:
-        return error
-    return RunFailed(
+        return _backend_lost(text, where) or error
+    return Lost(
         f"lost {named(missing)} ({where}): killed, or its machine is gone; the same command resumes from the last"
         f" checkpoint. jax says: {' '.join(text.split())[:200]}"
+    )
+
+
+_BACKEND = re.compile(
+    r"^(UNAVAILABLE|ABORTED|DATA_LOSS)\b|CUDA_ERROR_(ECC|DEVICE_UNAVAILABLE|SYSTEM_NOT_READY)"
+    r"|uncorrectable|device (is )?(lost|halted)|[Ss]ocket closed|[Cc]onnection (reset|refused)|TPU.*(unhealthy|preempt)"
+)
+"""What runtimes say of devices that are gone, or of the way to them."""
+
+
+def _backend_lost(text: str, where: str) -> Lost | None:
+    """The error of a device that is gone, in words; None where the program may be what is wrong."""
+    if _BACKEND.search(text) is None:
+        return None
+    return Lost(
+        f"lost the devices, or the way to them ({where}); the same command resumes from the last checkpoint. jax says:"
+        f" {' '.join(text.split())[:300]}"
     )
 
 

@@ -11,6 +11,9 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75
 """Interrupted (Ctrl-C or SIGTERM) and saved: the same command again resumes (sysexits' EX_TEMPFAIL)."""
 
+EXIT_LOST = 76
+"""Another process or the backend was lost, which is nobody's mistake: try again, the same command resumes."""
+
 
 class UserError(Exception):
     """A mistake in the user's input; the command line shows its message alone and exits with status 2.
@@ -30,18 +33,19 @@ class UserError(Exception):
 class RunFailed(Exception):
     """The run cannot go on (non-finite loss, lost save, out of memory); its message is shown, and the status is 1.
 
-    `shared` has the meaning that it has in `UserError`.
-
-    Example:
-      try:
-          run = jaxops.fit(task)
-      except jaxops.RunFailed as error:
-          print(f"the run failed: {error}")
+    `shared` as in UserError; `status` is the exit status, that of another process where this one ends with it.
     """
 
-    def __init__(self, message: str, *, shared: bool = False):
+    def __init__(self, message: str, *, shared: bool = False, status: int = EXIT_FAILED):
         super().__init__(message)
-        self.shared = shared
+        self.shared, self.status = shared, status
+
+
+class Lost(RunFailed):
+    """Another process of the run, its machine or the devices are gone: shown as its message, exit status 76."""
+
+    def __init__(self, message: str, *, shared: bool = False):
+        super().__init__(message, shared=shared, status=EXIT_LOST)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Interruption: Ctrl-C and SIGTERM become a flag that the loop polls, so that a run saves before it stops."""
+"""Ctrl-C, SIGTERM and SIGHUP become a flag that the loop polls, so that a run saves before it stops."""
 
 import contextlib
 import os
@@ -62,12 +62,17 @@ class Interrupt:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["Interrupt"]:
-        """Handles SIGINT and SIGTERM inside; only the main thread can, so in another thread nothing changes."""
+        """Handles SIGINT, SIGTERM and SIGHUP inside; outside the main thread Python cannot, and nothing changes.
+
+        SIGHUP comes where a terminal or its connection is closed; where it is ignored (nohup) it stays so.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         # Among several processes SIGTERM belongs to jax, whose handler was installed when they connected.
         numbers = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         before = [signal.signal(number, self._handle) for number in numbers]
         try:
             yield self

@@ -55,12 +55,12 @@ def release_threads() -> None:
 
     # What they would have done is dropped, and Python says so of each, around the one message that matters.
     warnings.filterwarnings("ignore", message=r"coroutine '.*' was never awaited", category=RuntimeWarning)
-    signalling: Any = getattr(future, "_SignalingThread", ())
-    threads: list[Any] = [thread for thread in threading.enumerate() if isinstance(thread, signalling)]
-    for thread in threads:
-        with contextlib.suppress(Exception):  # of another version: it ends in its own time
-            thread._cancelled = True
-            future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
+    waiting: list[Any] = list(threading.enumerate())
+    for thread in waiting:
+        if type(thread).__name__ == "_SignalingThread":
+            with contextlib.suppress(Exception):  # of another version: it ends in its own time
+                thread._cancelled = True
+                future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
 
 
 def options(folder: epath.Path, leaves: Iterable[Any], *, compress: bool) -> Any:

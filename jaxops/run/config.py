@@ -192,6 +192,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.loggers",
     "run.profile",
     "run.dir",
+    "data.cache",
     "evaluate.every",
     "evaluate.batch",
     "evaluate.baselines",

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,3 +169,18 @@ def test_early_stopping_is_the_end_until_its_rule_changes(folder, capsys):
     # more patience: the count of two goes on, and three more bad ones end it
     assert main(["train", "my.yaml", *stop, "evaluate.stop.patience=5"]) == 0
     assert summary(run)["step"] == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_anything_is_there_to_save_ends_with_a_word(folder, number):
+    """In the middle of the imports: as a scheduler that changes its mind would send it."""
+    code = f"import os; os.kill(os.getpid(), {int(number)})"
+    (folder / "yaml.py").write_text(code)  # what jaxops imports first of all
+    program = "import sys; sys.argv[0] = 'jaxops'; from jaxops.cli.main import script; script()"
+    argv = [sys.executable, "-c", program, "train", "my.yaml"]
+    repository = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(folder), str(repository)])
+    done = subprocess.run(argv, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == f"jaxops: stopped by {number.name}; there was nothing to save\n"
+    assert not (folder / "runs").exists()

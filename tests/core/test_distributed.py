@@ -2,10 +2,11 @@
 
 import sys
 
+import jax
 import pytest
 
 from jaxops.core import distributed
-from jaxops.core.failures import UserError
+from jaxops.core.failures import EXIT_LOST, Lost, UserError
 
 WHOLE = {"JAXOPS_COORDINATOR": "host0:1234", "JAXOPS_NUM_PROCESSES": "4", "JAXOPS_PROCESS_ID": "3"}
 
@@ -80,3 +81,24 @@ def test_alone_everything_is_decided_here():
     distributed.shut_down()
     error = distributed.jax.errors.JaxRuntimeError("INTERNAL: x")
     assert distributed.explain_lost(error, "x") is error
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("UNAVAILABLE: Socket closed", True),
+        ("INTERNAL: Failed to launch: CUDA_ERROR_ECC_UNCORRECTABLE: uncorrectable ECC error encountered", True),
+        ("INTERNAL: TPU worker is unhealthy", True),
+        ("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered", False),
+        ("RESOURCE_EXHAUSTED: Out of memory; UNAVAILABLE", False),
+        ("INVALID_ARGUMENT: Executable expected shape", False),
+    ],
+)
+def test_lost_devices_are_told_from_a_mistake_in_the_program(text, lost):
+    error = jax.errors.JaxRuntimeError(text)
+    told = distributed.explain_lost(error, "train, step 3")
+    if not lost:
+        assert told is error
+        return
+    assert isinstance(told, Lost) and told.status == EXIT_LOST == 76
+    assert "(train, step 3); the same command resumes" in str(told) and text[:40] in str(told)

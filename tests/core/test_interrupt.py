@@ -27,7 +27,7 @@ def child(leave):
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_sets_the_flag_and_handlers_are_put_back(number):
     said, before = [], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     interrupt = Interrupt(said.append)
@@ -44,6 +44,16 @@ def test_handlers_are_put_back_after_an_error():
     with pytest.raises(RuntimeError), Interrupt().installed():
         raise RuntimeError
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_hangup_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt().installed() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_anyone_may_ask():

@@ -231,6 +231,33 @@ def test_tensorboard_events_and_their_purge_on_resume(tmp_path):
     assert shown[2]["train/loss"] == 0.5 and math.isnan(shown[2]["valid/ndcg@10"])
 
 
+def test_tensorboard_files_are_in_order_where_a_clock_was_set_back(tmp_path, monkeypatch):
+    """TensorBoard reads them by name: what a resume hides must come before it."""
+    for now, start in ((2e9, None), (1.9e9, 2), (1.8e9, 3)):
+        monkeypatch.setattr("jaxops.core.writers.time.time", lambda now=now: now)
+        writer = TensorBoardWriter(tmp_path, resume_step=start)
+        for step in range((start or 0) + 1, 5):
+            writer.write(step, {"a": step + now})
+        writer.close()
+    starts = [event.step for event in tensorboard_events(tmp_path) if event.session_log.status == SessionLog.START]
+    assert starts == [3, 4] and len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_a_kill_lost_of_the_last_step_is_replayed(tmp_path):
+    writer = TensorBoardWriter(tmp_path)
+    writer.write(4, {"train/loss": 1.0})
+    writer.write(5, {"train/loss": 2.0})  # and valid/hr, which was not flushed
+    writer.close()
+    lines = [{"v": 1, "step": 5, "time": 7.5, "train/loss": 2.0}, {"v": 1, "step": 5, "time": 8.0, "valid/hr": 0.5}]
+    TensorBoardWriter(tmp_path, resume_step=5, replay=lines).close()
+    shown = []
+    for event in tensorboard_events(tmp_path):
+        if event.session_log.status == SessionLog.START:
+            shown = [point for point in shown if point[1] < event.step]
+        shown += [(value.tag, event.step, value.simple_value, event.wall_time) for value in event.summary.value]
+    assert shown[1:] == [("train/loss", 5, 2.0, 7.5), ("valid/hr", 5, 0.5, 8.0)]
+
+
 def test_tensorboard_flushes_while_it_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(TensorBoardWriter, "FLUSH_SECONDS", -1.0)
     writer = TensorBoardWriter(tmp_path)

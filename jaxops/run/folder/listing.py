@@ -4,8 +4,10 @@ It reads small files only and imports no jax. A broken run folder does not stop 
 Tested in tests/run/folder/test_runs_listing.py.
 """
 
+import contextlib
 import dataclasses
 import datetime as dt
+import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,8 @@ from jaxops.run.folder.log_parts import parts_of
 MARKS = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints")
 """A folder with one of these is a run, or the rest of one."""
 DEPTH = 3
-"""Runs are searched this many folders deep, since a sweep keeps its runs in a folder of its own."""
+"""Runs are looked for this many folders down: a sweep keeps its runs in a folder of its own."""
+_TAIL = 1 << 16
 _LATE = dt.timedelta(seconds=2)
 """The last line of the log may be this much younger than the summary."""
 
@@ -253,9 +256,23 @@ def _goes_on(run: RunRecord) -> bool:
     except OSError:
         written = None
     written = utc_time(run.summary.get("finished")) or written
-    if written is not None and run.last_time is not None:
-        return run.last_time > written + _LATE
-    return False
+    last = _last_logged(run.path / "metrics.jsonl") if written is not None else None
+    return written is not None and last is not None and last > written + _LATE
+
+
+def _last_logged(path: Path) -> dt.datetime | None:
+    """When the last line of a log was written: not the latest of all times, where a clock was set back in between."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - _TAIL, 0))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return None
+    for raw in reversed(lines):
+        with contextlib.suppress(ValueError, AttributeError):
+            if (found := utc_time(json.loads(raw).get("time"))) is not None:
+                return found
+    return None
 
 
 def _metric(run: RunRecord) -> str | None:
