@@ -33,7 +33,14 @@ class UserError(Exception):
 class RunFailed(Exception):
     """The run cannot go on (non-finite loss, lost save, out of memory); its message is shown, and the status is 1.
 
-    `shared` as in UserError; `status` is the exit status, that of another process where this one ends with it.
+    `shared` has the meaning that it has in `UserError`; `status` is the exit status, which is that of another process
+    where this one ends with it.
+
+    Example:
+      try:
+          run = jaxops.fit(task)
+      except jaxops.RunFailed as error:
+          print(f"the run failed: {error}")
     """
 
     def __init__(self, message: str, *, shared: bool = False, status: int = EXIT_FAILED):

@@ -87,6 +87,7 @@ def convert_batches(batches: Iterator[pa.RecordBatch], columns: Columns, where: 
         context = tuple(plain(batch.column(name), place(name).row) for name in columns.context)
         user = plain(batch.column(columns.user), place(columns.user).row, ids=True)
         item = plain(batch.column(columns.item), place(columns.item).row, ids=True)
+        rows = np.arange(row, row + len(batch))
         time, weight = None, None
         if columns.time is not None:
             time = _times(batch.column(columns.time), columns.time_unit, place(columns.time))

@@ -35,7 +35,7 @@ def inspect_data(config: RecConfig) -> Shown:
     found = _not_by_path(config)
     if not isinstance(found, InteractionsConfig):
         raise UserError(f"data: {found.kind} is for click models; there are no interactions to open")
-    info = inspected(open_data(found))
+    info = inspected(open_data(found, sides=isinstance(found, InteractionsFile)))
     return Shown(info, described(info))
 
 

@@ -63,7 +63,7 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
     ranking = two_tower_ranking(config, encoded, inter.n_items, seen_in_training.items)
     weights = target_weights(inter, split, config.repeats, first=True)
     columns = {**ranking.columns, **slice_columns(config.evaluate.slices, data)}
-    size, history, seen = config.batch.global_, config.model.history, seen_width(split.valid, split.test)
+    size, history, seen = config.batch.global_, config.model.history, seen_width(inter, split.valid, split.test)
     inspection = {**inspected(data), "features": encoded.digest()}
 
     def batches(part: Any, size: int) -> EvalBatches:

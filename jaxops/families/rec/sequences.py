@@ -134,7 +134,7 @@ def _open(config: RecConfig, data: RecData, model: Any) -> Opened:
     windows = PackedSource if config.batch.pack else SequenceSource
     event_rows = any(entry != "items" for entry in entries_of(config).values())
     weights = target_weights(inter, split, config.repeats, first=False)
-    seen = seen_width(split.valid, split.test)
+    seen = seen_width(inter, split.valid, split.test)
     slices = slice_columns(config.evaluate.slices, data)
     batches: dict[str, Callable[[int], EvalBatches]] = {
         name: with_slice_columns(
