@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jaxops.cli.printing import console, print_json
+from jaxops.cli.printing import console, print_json, say
 from jaxops.cli.text import aligned, flow
 from jaxops.config.dump import diff as differences
 from jaxops.config.load import explain
@@ -23,7 +23,7 @@ def train(args: argparse.Namespace) -> int:
 
     if args.smoke:
         return _smoke(args)
-    run = fit(build_task(load_config(args.config, args.overrides)))
+    run = fit(build_task(load_config(args.config, args.overrides)), accept_code=args.accept_code)
     if args.json and distributed.is_primary():
         print_json({"dir": str(run.dir), **run.summary})
     return EXIT_OK if run.state == "finished" else EXIT_INTERRUPTED
@@ -65,7 +65,9 @@ def evaluate(args: argparse.Namespace) -> int:
     from jaxops.run.load import load
     from jaxops.run.progress import results_table
 
-    model = load(args.run, args.step)
+    model = load(args.run, args.step, trust=args.trust, accept_code=args.accept_code)
+    for place in model.saved.left_out:
+        say(console(stderr=True), f"{args.run} is not known as your own, so nothing is written where it says: {place}")
     values = model.evaluate()
     if args.json:
         print_json({"step": model.saved.step, **values})
@@ -77,12 +79,12 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def predict(args: argparse.Namespace) -> int:
     """`jaxops predict RUN SOURCE [--OPTION VALUE ...] --out OUT`; the options are those of the run's family."""
-    from jaxops.run.load import open_saved_run
+    from jaxops.run.load import serve
     from jaxops.run.outputs import parquet_target, write_parquet
 
     parquet_target(args.out)
-    family, options = _family_options(args, "predict")
-    model = family.load(open_saved_run(args.run, args.step))
+    saved, options = _saved_and_options(args, "predict")
+    model = serve(saved)
     said: list[str] = []
     print(write_parquet(args.out, lambda: model.predict(args.source, options, say=said.append), "row"))
     print("\n".join(said), end="\n" if said else "")
@@ -91,25 +93,26 @@ def predict(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """`jaxops export RUN OUT [--OPTION VALUE ...]`; the options are those of the run's family."""
-    from jaxops.run.load import open_saved_run
+    from jaxops.run.load import serve
 
-    family, options = _family_options(args, "export")
-    print(family.load(open_saved_run(args.run, args.step)).export(Path(args.out), options))
+    saved, options = _saved_and_options(args, "export")
+    print(serve(saved).export(Path(args.out), options))
     return EXIT_OK
 
 
-def _family_options(args: argparse.Namespace, command: str) -> tuple[Any, Any]:
-    """The family of a run and the options that were given for one of its commands, read as a config is.
+def _saved_and_options(args: argparse.Namespace, command: str) -> tuple[Any, Any]:
+    """A run and the options that were given for one of its family's commands, read as a config is.
 
     Raises:
-      UserError: no run, or an option that its family does not have.
+      UserError: no run, an option that its family does not have, or a family that is not trusted.
     """
     from jaxops.cli.options import read_options
     from jaxops.run.family import family_of
-    from jaxops.run.folder.run_folder import RunFolder
+    from jaxops.run.load import open_saved_run
 
-    family = family_of(str(RunFolder(args.run).config().get("task")))
-    return family, read_options(getattr(family, command), args.options, f"jaxops {command} {args.run}")
+    saved = open_saved_run(args.run, args.step, trust=args.trust, accept_code=args.accept_code)
+    options = getattr(family_of(saved.config.task, saved.trust), command)
+    return saved, read_options(options, args.options, f"jaxops {command} {args.run}")
 
 
 def config(args: argparse.Namespace) -> int:

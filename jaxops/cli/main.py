@@ -6,14 +6,18 @@ one before there was anything to save).
 """
 
 import argparse
+import errno
 import os
 import re
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any, NoReturn
 
 from jaxops.cli import runs
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, RunFailed, UserError, nearest
+from jaxops.core.secret_text import printable, without_secrets
 
 EPILOG = """exit status: 0 done, 1 the run failed, 2 wrong input (nothing was written), 75 interrupted and saved (the
 same command resumes), 130 stopped at once"""
@@ -83,6 +87,7 @@ def _parser() -> Parser:
 
     train = command("train", "Train a config, or go on where it stopped.", config=True, as_json=True)
     train.add_argument("--processes", type=int, metavar="N", help="N processes on this machine, for development")
+    train.add_argument("--accept-code", action="store_true", help="go on although code by import path has changed")
     train.add_argument("--smoke", action="store_true", help="two steps, evaluation, save, restore, in a scratch folder")
     evaluate = command("evaluate", "Evaluate a run's model on its validation and test data.", run=True, as_json=True)
     evaluate.add_argument("--step", type=int, help="the checkpoint of this step (default: the best, else the latest)")
@@ -93,6 +98,10 @@ def _parser() -> Parser:
     export = command("export", "Write a run's model in another form: item vectors with their original ids.", run=True)
     export.add_argument("out", help="where to: a file or a folder")
     export.add_argument("--step", type=int, help="the checkpoint of this step")
+    for made in (evaluate, predict, export):
+        text = "import code of this package, module or path for a run that is not your own (may be given again)"
+        made.add_argument("--trust", action="append", default=[], metavar="PREFIX", help=text)
+        made.add_argument("--accept-code", action="store_true", help="take code that has changed since the training")
     for made in (predict, export):
         made.set_defaults(options=[])
         made.epilog = f"Further options, --NAME VALUE, are those of the run's family. {EPILOG}"
@@ -138,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if trace:
             raise
         if not error.shared or _is_primary():
-            print(f"jaxops: {error}", file=sys.stderr)
+            print(f"jaxops: {printable(without_secrets(str(error)))}", file=sys.stderr)
         return _abandon(error, status)
     except KeyboardInterrupt as error:
         print("jaxops: stopped", file=sys.stderr)
@@ -146,6 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG or trace:
+            raise
+        name = printable(without_secrets(str(error.filename or "a file")))
+        print(f"jaxops: no file system takes a name as long as {name[:60]!r}...", file=sys.stderr)
+        return _abandon(error, EXIT_USAGE)
 
 
 def _is_distributed() -> bool:
@@ -208,4 +223,18 @@ def _run(args: argparse.Namespace) -> int:
 
 def script() -> None:
     """The console script."""
+    sys.excepthook = _without_secrets(sys.excepthook)
     sys.exit(main())
+
+
+def _without_secrets(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """An excepthook that prints a traceback without the secrets that this process has read."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        text = "".join(traceback.format_exception(kind, error, trace))
+        if text == without_secrets(text):
+            hook(kind, error, trace)
+        else:
+            print(without_secrets(text), file=sys.stderr, end="")
+
+    return show

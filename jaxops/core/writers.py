@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxops.core.failures import RunFailed, UserError
+from jaxops.core.secret_text import without_secrets
+from jaxops.core.small_files import read_bytes
 
 VERSION = 1
 """Of a line of `metrics.jsonl`."""
+MOST_BYTES = 512 << 20
+"""Of a `metrics.jsonl` that is read: some two million lines."""
 _RESERVED = frozenset({"v", "step", "time", "event", "text"})
 
 
@@ -100,7 +104,7 @@ class JsonlWriter:
 
     def event(self, step: int, event: str, text: str) -> None:
         """Records that something happened: `resumed`, `skipped`, `recompiled`, ..."""
-        self._append(step, {"event": event, "text": text})
+        self._append(step, {"event": event, "text": without_secrets(text)})
 
     def close(self) -> None:
         self._file.close()
@@ -155,12 +159,13 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises:
       UserError: a line of a newer format than this version of jaxops knows.
+      OSError: it is no ordinary file, is larger than MOST_BYTES, or cannot be read.
     """
     path = Path(path)
     if not path.exists():
         return []
     lines = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, raw in enumerate(read_bytes(path, MOST_BYTES).split(b"\n"), start=1):
         line = _parse(raw)
         if line is None:
             continue
@@ -276,7 +281,7 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     """The JSON object of one line, or None for what is none (or has no version and step)."""
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     numbered = isinstance(line, dict) and all(isinstance(line.get(name), int) for name in ("v", "step"))
     return line if numbered else None

@@ -1,7 +1,7 @@
 """`load`: a trained model out of its run folder, whatever its family."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxops.core.failures import UserError
@@ -9,12 +9,19 @@ from jaxops.core.sums import Sums
 from jaxops.run.batched import evaluate_now
 from jaxops.run.build import config_from_dict
 from jaxops.run.checkpoints import open_checkpoints
-from jaxops.run.family import Given, Served, family_of
+from jaxops.run.family import Given, Served, family_of, guarded_schemas
 from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.saved_run import SavedRun
+from jaxops.run.trust import trust_of, without_places
 
 
-def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Served:
+def load(
+    run_dir: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    trust: Sequence[str] = (),
+    accept_code: bool = False,
+) -> Served:
     """The model of a run, ready to predict: the best checkpoint where the run keeps one, else the latest, or `step`'s.
 
     Example:
@@ -23,26 +30,53 @@ def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Served:
     Args:
       run_dir: a run folder, or its s3:// or gs:// URL.
       step: the step of the checkpoint to read.
+      trust: import paths, or the beginnings of some ("mypkg"), that may be imported though the run is somebody
+        else's; all that a run of one's own names may be.
+      accept_code: take code that has changed since the run was trained.
 
     Raises:
-      UserError: not a run folder, no checkpoint, a broken one, or no such step.
+      UserError: not a run folder, no checkpoint, a broken one, or no such step; code that is not trusted or has
+        changed.
     """
-    saved = open_saved_run(run_dir, step)
-    return family_of(saved.config.task).load(saved)
+    return serve(open_saved_run(run_dir, step, trust=trust, accept_code=accept_code))
 
 
-def open_saved_run(run_dir: str | os.PathLike[str], step: int | None = None) -> SavedRun:
+def serve(saved: SavedRun) -> Served:
+    """The model of a run, put together by its family.
+
+    Raises:
+      UserError: as `load`.
+    """
+    served = family_of(saved.config.task, saved.trust).load(saved)
+    saved.check_code()
+    return served
+
+
+def open_saved_run(
+    run_dir: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    trust: Sequence[str] = (),
+    accept_code: bool = False,
+) -> SavedRun:
     """A run's config and weights: of the best checkpoint where the run keeps one, else the latest, or of `step`.
 
     Args:
       run_dir: a run folder, or its s3:// or gs:// URL.
       step: the step of the checkpoint to read.
+      trust: as `load`.
+      accept_code: as `load`.
 
     Raises:
-      UserError: not a run folder, no checkpoint, a broken one, or no such step.
+      UserError: not a run folder, no checkpoint, a broken one, or no such step; a family by an import path that is
+        not trusted.
     """
     folder = RunFolder(run_dir)
-    loaded = config_from_dict(folder.config(), source=folder.shown("config.yaml"), check_imports=False)
+    values = folder.config()
+    trusted, left_out = trust_of(values, folder.where, trust), list[str]()
+    if not trusted.own and (task := values.get("task")) in guarded_schemas(trusted):
+        values, left_out = without_places(values, family_of(str(task), trusted).writes)
+    loaded = config_from_dict(values, source=folder.shown("config.yaml"), guard=trusted)
     keep = loaded.config.checkpoint
     with open_checkpoints(loaded.config, folder.checkpoints) as checkpoints:
         steps = checkpoints.steps()
@@ -60,7 +94,7 @@ def open_saved_run(run_dir: str | os.PathLike[str], step: int | None = None) -> 
                 f"{run_dir}: the checkpoint of step {step} is damaged: {'; '.join(damage[:3])}"
                 + (f". There are others: --step {others}" if others else "")
             )
-        return SavedRun(folder, loaded, step)
+        return SavedRun(folder, loaded, step, trusted, accept_code, tuple(left_out))
 
 
 def evaluate_saved(
@@ -73,7 +107,9 @@ def evaluate_saved(
     Raises:
       UserError: the data cannot be opened, or `check` refuses them.
     """
-    task = family_of(saved.config.task).build(saved.loaded, Given(objective=lambda *_: _no_objective))
+    family = family_of(saved.config.task, saved.trust)
+    task = family.build(saved.loaded, Given(objective=lambda *_: _no_objective))
+    saved.check_code()
     check(task)
     return evaluate_now(task, saved.mesh, saved.placed(saved.passes(task.tables, 512)), parts)
 

@@ -12,10 +12,13 @@ from jax.sharding import Mesh
 
 from jaxops.config.load import Loaded
 from jaxops.core.mesh import make_mesh
+from jaxops.core.secret_text import printable
 from jaxops.core.weights import Rename, WeightSource, from_checkpoint
 from jaxops.run.checkpoints import open_checkpoints
 from jaxops.run.folder.run_folder import RunFolder
+from jaxops.run.own_code import check_code
 from jaxops.run.passes import Passes
+from jaxops.run.trust import Trust
 from jaxops.run.weights import Weights, read_weights, served_part
 from jaxops.tables.spec import TableSpec
 
@@ -28,11 +31,25 @@ class SavedRun:
       folder: the run folder.
       loaded: its config, of which nothing was imported.
       step: of the checkpoint.
+      trust: what its config may have imported.
+      accept_code: take other code than the run was trained with.
+      left_out: what the config of somebody else's run says of places to write to, which is not followed.
     """
 
     folder: RunFolder
     loaded: Loaded[Any]
     step: int
+    trust: Trust
+    accept_code: bool = False
+    left_out: tuple[str, ...] = ()
+
+    def check_code(self) -> None:
+        """Holds what was imported for this run so far against the code that it was trained with.
+
+        Raises:
+          UserError: it has changed, and `accept_code` was not given.
+        """
+        check_code(self.folder, sorted(self.trust.used), self.accept_code)
 
     @functools.cached_property
     def weights(self) -> Weights:
@@ -75,7 +92,7 @@ class SavedRun:
     @property
     def note(self) -> str:
         """How the run's figures were made, for people."""
-        return str(self.folder.about().get("note", ""))
+        return printable(str(self.folder.about().get("note", "")))
 
     @functools.cached_property
     def mesh(self) -> Mesh:

@@ -7,7 +7,7 @@ batches. Held by tests/run/test_resume.py (bitwise on the same mesh) and tests/r
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,6 +80,7 @@ class TrainingRun:
         self.loggers = own_loggers(self.config.run.loggers)
         self.warm = False
         self.logged = 0
+        self.recorded: Callable[[], None] = lambda: None
 
     def measure(self) -> None:
         """Traces the whole step: what is wrong with an objective or a rule is said before anything is written."""
@@ -162,6 +163,7 @@ class TrainingRun:
             self.folder.create(self.task.resolved, self.task.transform, self.task.inspection)
         self.folder.write_about(about_of(self.task))  # what an older version did not write yet
         self.folder.write_text("config.yaml", dump_yaml(self.task.resolved))  # what a resumed run may change
+        self.recorded()
 
     def _open_writers(self, step: int) -> None:
         resumed = self.folder.metrics.exists()

@@ -16,12 +16,14 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from jaxops.config.dump import diff, dump_yaml
+from jaxops.config.node import plain_node
 from jaxops.config.shapes import ABSENT
-from jaxops.core import stores
+from jaxops.config.yaml_text import parse_yaml
+from jaxops.core import small_files, stores
 from jaxops.core.failures import UserError
+from jaxops.core.secret_text import without_secrets
 from jaxops.core.writers import writing
 from jaxops.run.config import MAY_CHANGE_ON_RESUME
 from jaxops.run.folder.mirror import KEPT, Mirror
@@ -150,7 +152,7 @@ class RunFolder:
 
     def _check_data(self, inspection: Mapping[str, Any]) -> None:
         here = inspection.get("split", {}).get("sha256")
-        there = self._json("data.json").get("split", {}).get("sha256")
+        there = self.read_json("data.json").get("split", {}).get("sha256")
         if here and there and here != there:
             raise UserError(
                 f"run folder {self.where}: the data is no longer what the run began with (SHA-256 of the split {there}"
@@ -165,10 +167,11 @@ class RunFolder:
         """
         self._refresh()
         try:
-            values = yaml.safe_load((self.path / "config.yaml").read_text())
+            text = small_files.read_text(self.path / "config.yaml")
+            values = plain_node(parse_yaml(text, self.shown("config.yaml")))
         except FileNotFoundError:
             raise UserError(f"{self.where} is not a run folder: it has no config.yaml") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.shown('config.yaml')} cannot be read: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"{self.shown('config.yaml')} holds no config")
@@ -223,17 +226,18 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any]:
         """`summary.json`, empty where there is none yet."""
-        return self._json("summary.json")
+        return self.read_json("summary.json")
 
     def about(self) -> dict[str, Any]:
         """`about.json`: names for people, and which way metrics are better; empty in folders of older versions."""
-        return self._json("about.json")
+        return self.read_json("about.json")
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The JSON object in a small file of the run, empty where there is none that can be read."""
         self._refresh()
         try:
-            found = json.loads((self.path / name).read_text())
-        except (OSError, ValueError):
+            found = json.loads(small_files.read_text(self.path / name))
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -304,6 +308,8 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, float) and not np.isfinite(value):
         return None
+    if isinstance(value, str):
+        return without_secrets(value)
     return value
 
 
