@@ -89,7 +89,8 @@ _LISTENING = """
 import os, re
 from jaxops.core import distributed
 distributed.initialize()
-ours = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")}
+links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+ours = {os.readlink(link) for link in links if os.path.islink(link)}
 for table in ("/proc/net/tcp", "/proc/net/tcp6"):
     for line in open(table).read().splitlines()[1:]:
         fields = line.split()

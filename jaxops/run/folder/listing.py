@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jaxops.core import stores
 from jaxops.core.failures import UserError, nearest
+from jaxops.core.small_files import read_bytes
 from jaxops.core.writers import read_metrics
 from jaxops.report import results
 from jaxops.report.compare import MAX_RUNS, Comparison, Side, compare_sides
@@ -109,7 +110,7 @@ def is_held(path: Path) -> bool | None:
     if held:
         return True
     try:  # one of another machine, where the folder stands in for one in an object store
-        return lease.is_fresh((path / lease.NAME).read_bytes()) or held
+        return lease.is_fresh(read_bytes(path / lease.NAME)) or held
     except OSError:
         return held
 
