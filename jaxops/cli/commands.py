@@ -107,12 +107,11 @@ def _saved_and_options(args: argparse.Namespace, command: str) -> tuple[Any, Any
       UserError: no run, an option that its family does not have, or a family that is not trusted.
     """
     from jaxops.cli.options import read_options
-    from jaxops.run.family import family_of
-    from jaxops.run.load import open_saved_run
+    from jaxops.run.load import open_saved_run, saved_family
 
-    saved = open_saved_run(args.run, args.step, trust=args.trust, accept_code=args.accept_code)
-    options = getattr(family_of(saved.config.task, saved.trust), command)
-    return saved, read_options(options, args.options, f"jaxops {command} {args.run}")
+    options = getattr(saved_family(args.run, args.trust), command)
+    read = read_options(options, args.options, f"jaxops {command} {args.run}")  # before anything large is
+    return open_saved_run(args.run, args.step, trust=args.trust, accept_code=args.accept_code), read
 
 
 def config(args: argparse.Namespace) -> int:

@@ -116,6 +116,8 @@ def _open(name: ConfigPath, origin: str, beside: Path | None) -> tuple[str, str,
         raise ConfigError([Problem("base", origin, str(name), str(error))]) if origin else error from None
     except (OSError, UnicodeDecodeError) as error:
         message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        if origin:
+            raise ConfigError([Problem("base", origin, str(name), f"{os.fspath(name)}: {message}")]) from None
         raise ConfigError([Problem("", os.fspath(name), None, message)]) from None
 
 

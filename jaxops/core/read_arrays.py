@@ -54,7 +54,7 @@ def read_arrays(folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) 
             raise ValueError(
                 f"{name} is {store.dtype.name}{list(store.shape)}, not {np.dtype(like.dtype).name}{list(like.shape)}"
             )
-        unpacked = store.chunk_layout.read_chunk.shape or ()
+        unpacked = store.chunk_layout.write_chunk.shape or ()  # no smaller than those that are read
         if any((piece or 0) > max(size, 1) for piece, size in zip(unpacked, like.shape, strict=False)):
             raise ValueError(f"{name} is stored in pieces larger than itself")  # each is unpacked whole
         for index, devices in _needed(like):

@@ -9,7 +9,7 @@ from jaxops.core.sums import Sums
 from jaxops.run.batched import evaluate_now
 from jaxops.run.build import config_from_dict
 from jaxops.run.checkpoints import open_checkpoints
-from jaxops.run.family import Given, Served, family_of, guarded_schemas
+from jaxops.run.family import Family, Given, Served, family_of, guarded_schemas
 from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.saved_run import SavedRun
 from jaxops.run.trust import trust_of, without_places
@@ -50,6 +50,17 @@ def serve(saved: SavedRun) -> Served:
     served = family_of(saved.config.task, saved.trust).load(saved)
     saved.check_code()
     return served
+
+
+def saved_family(run_dir: str | os.PathLike[str], trust: Sequence[str] = ()) -> Family:
+    """The family of a run, for the options of its commands.
+
+    Raises:
+      UserError: not a run folder, no such family, or one by an import path that is not trusted.
+    """
+    folder = RunFolder(run_dir)
+    values = folder.config()
+    return family_of(str(values.get("task")), trust_of(values, folder.where, trust))
 
 
 def open_saved_run(
