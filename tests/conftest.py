@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAXOPS_STATE"] = tempfile.mkdtemp(prefix="jaxops-state-")  # what the suite trains is nobody's own
 os.environ.setdefault("NPROC", "16")  # threads enough for eight devices to meet: see core.mesh.use_cpu_devices
 if "XLA_FLAGS" not in os.environ:
     # The suite compiles hundreds of tiny programs and runs each a few times: a quarter of the compile time.
@@ -25,6 +28,10 @@ install_import_hook(
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["JAXOPS_STATE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

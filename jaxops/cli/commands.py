@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jaxops.cli.printing import console, print_json
+from jaxops.cli.printing import console, print_json, say
 from jaxops.cli.text import aligned, flow
 from jaxops.config.dump import diff as differences
 from jaxops.config.load import explain
@@ -23,7 +23,7 @@ def train(args: argparse.Namespace) -> int:
 
     if args.smoke:
         return _smoke(args)
-    run = fit(build_task(load_config(args.config, args.overrides)))
+    run = fit(build_task(load_config(args.config, args.overrides)), accept_code=args.accept_code)
     if args.json and distributed.is_primary():
         print_json({"dir": str(run.dir), **run.summary})
     return EXIT_OK if run.state == "finished" else EXIT_INTERRUPTED
@@ -61,11 +61,13 @@ def _smoke(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """`jaxops evaluate RUN [--other-data]`."""
+    """Runs `jaxops evaluate RUN [--other-data]`."""
     from jaxops.run.load import evaluate_other, load
     from jaxops.run.progress import results_table
 
-    model = load(args.run, args.step)
+    model = load(args.run, args.step, trust=args.trust, accept_code=args.accept_code)
+    for place in model.saved.left_out:
+        say(console(stderr=True), f"{args.run} is not known as your own, so nothing is written where it says: {place}")
     said: list[str] = []
     values = evaluate_other(model, said.append) if args.other_data else model.evaluate()
     if args.json:
@@ -78,13 +80,13 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Runs `jaxops predict RUN SOURCE [--OPTION VALUE ...] --out OUT` with the options of the run's family."""
-    from jaxops.run.load import open_saved_run
+    """Runs `jaxops predict RUN SOURCE [--OPTION VALUE ...] --out OUT`; the options are those of the run's family."""
+    from jaxops.run.load import serve
     from jaxops.run.outputs import parquet_target, write_parquet
 
     parquet_target(args.out)
-    family, options = _family_options(args, "predict")
-    model = family.load(open_saved_run(args.run, args.step))
+    saved, options = _saved_and_options(args, "predict")
+    model = serve(saved)
     said: list[str] = []
     print(write_parquet(args.out, lambda: model.predict(args.source, options, say=said.append), "row"))
     print("\n".join(said), end="\n" if said else "")
@@ -92,27 +94,27 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Runs `jaxops export RUN OUT [--OPTION VALUE ...]` with the options of the run's family."""
-    from jaxops.run.load import open_saved_run
+    """Runs `jaxops export RUN OUT [--OPTION VALUE ...]`; the options are those of the run's family."""
+    from jaxops.run.load import serve
 
-    family, options = _family_options(args, "export")
-    print(family.load(open_saved_run(args.run, args.step)).export(Path(args.out), options))
+    saved, options = _saved_and_options(args, "export")
+    print(serve(saved).export(Path(args.out), options))
     return EXIT_OK
 
 
-def _family_options(args: argparse.Namespace, command: str) -> tuple[Any, Any]:
-    """Returns the family of a run, and the options of one of its commands, read like a config.
+def _saved_and_options(args: argparse.Namespace, command: str) -> tuple[Any, Any]:
+    """Returns a run and the options that were given for one of its family's commands, read as a config is.
 
     Raises:
-      UserError: there is no such run, or its family does not have an option.
+      UserError: no run, an option that its family does not have, or a family that is not trusted.
     """
     from jaxops.cli.options import overrides_of, read_options
-    from jaxops.run.family import family_of
-    from jaxops.run.folder.run_folder import RunFolder
+    from jaxops.run.load import open_saved_run, saved_family
 
     list(overrides_of(args.options, f"jaxops {command}"))  # what is no option is told before the run is looked for
-    family = family_of(str(RunFolder(args.run).config().get("task")))
-    return family, read_options(getattr(family, command), args.options, f"jaxops {command} {args.run}")
+    options = getattr(saved_family(args.run, args.trust), command)
+    read = read_options(options, args.options, f"jaxops {command} {args.run}")  # before anything large is
+    return open_saved_run(args.run, args.step, trust=args.trust, accept_code=args.accept_code), read
 
 
 def config(args: argparse.Namespace) -> int:

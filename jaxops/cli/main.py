@@ -13,12 +13,14 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from types import FrameType
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from jaxops.cli import runs
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, RunFailed, UserError, nearest
+from jaxops.core.secret_text import printable, without_secrets
 
 EPILOG = """exit status: 0 done, 1 the run failed, 2 wrong input (nothing was written), 75 interrupted and saved (the
 same command resumes), 76 another process or the devices were lost (the same command resumes), 130 stopped at once"""
@@ -97,6 +99,7 @@ def _parser() -> Parser:
 
     train = command("train", "Train a config, or go on where it stopped.", config=True, as_json=True)
     train.add_argument("--processes", type=int, metavar="N", help="N processes on this machine, for development")
+    train.add_argument("--accept-code", action="store_true", help="go on although code by import path has changed")
     train.add_argument("--smoke", action="store_true", help="two steps, evaluation, save, restore, in a scratch folder")
     evaluate = command("evaluate", "Evaluate a run's model on its validation and test data.", run=True, as_json=True)
     evaluate.add_argument("--step", type=int, help="the checkpoint of this step (default: the best, else the latest)")
@@ -109,6 +112,10 @@ def _parser() -> Parser:
     export = command("export", "Write a run's model in another form: item vectors with their original ids.", run=True)
     export.add_argument("out", help="where to: a file or a folder")
     export.add_argument("--step", type=int, help="the checkpoint of this step")
+    for made in (evaluate, predict, export):
+        text = "import code of this package, module or path for a run that is not your own (may be given again)"
+        made.add_argument("--trust", action="append", default=[], metavar="PREFIX", help=text)
+        made.add_argument("--accept-code", action="store_true", help="take code that has changed since the training")
     for made in (predict, export):
         made.set_defaults(options=[])
         made.epilog = f"Further options, --NAME VALUE, are those of the run's family. {EPILOG}"
@@ -182,16 +189,16 @@ def _main(argv: Sequence[str]) -> int:
         if trace:
             raise
         if not error.shared or _is_primary():
-            print(f"jaxops: {error}", file=sys.stderr)
+            print(f"jaxops: {printable(without_secrets(str(error)))}", file=sys.stderr)
         return _abandon(error, status)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except OSError as error:
-        if error.errno not in NO_ROOM or trace:
+        if error.errno not in (*NO_ROOM, errno.ENAMETOOLONG) or trace:
             raise
-        print(f"jaxops: {_told(error)}", file=sys.stderr)
-        return _abandon(error, EXIT_FAILED)
+        print(f"jaxops: {printable(without_secrets(_told(error)))}", file=sys.stderr)
+        return _abandon(error, EXIT_USAGE if error.errno == errno.ENAMETOOLONG else EXIT_FAILED)
     except KeyboardInterrupt as error:
         name = f" by {error}" if str(error) else ""
         print(f"jaxops: stopped{name}; there was nothing to save", file=sys.stderr)
@@ -199,7 +206,9 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _told(error: OSError) -> str:
-    """What the file system said, and of which file, where it is known."""
+    """Says what the file system said, and of which file, where it is known."""
+    if error.errno == errno.ENAMETOOLONG:
+        return f"no file system takes a name as long as {str(error.filename or 'a file')[:60]!r}..."
     where = f"cannot write {error.filename}: " if error.filename else "cannot write: "
     return f"{where}{os.strerror(error.errno or 0)}; nothing half written was left. Make room, then try again"
 
@@ -265,10 +274,27 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def script() -> None:
-    """The console script. Where it failed, no thread that a library left behind keeps the process for long."""
+    """Runs `main` as the console script and exits with its status.
+
+    After a failure, no thread that a library left behind keeps the process for long.
+    """
+    sys.excepthook = _without_secrets(sys.excepthook)
     status = main()
     if status:
         late = threading.Timer(GRACE_SECONDS, os._exit, [status])
         late.daemon = True
         late.start()
     sys.exit(status)
+
+
+def _without_secrets(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """An excepthook that prints a traceback without the secrets that this process has read."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        text = "".join(traceback.format_exception(kind, error, trace))
+        if text == without_secrets(text):
+            hook(kind, error, trace)
+        else:
+            print(without_secrets(text), file=sys.stderr, end="")
+
+    return show

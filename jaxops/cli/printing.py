@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxops.core.failures import EXIT_OK
+from jaxops.core.secret_text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,17 +17,17 @@ if TYPE_CHECKING:
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def console() -> "Console":
-    """Returns a console for stdout. It is as wide as a terminal; in a file or pipe, so wide that no row is broken."""
+def console(stderr: bool = False) -> "Console":
+    """As wide as the terminal; into a file or a pipe as wide as the text, so that a row stays a line."""
     from rich.console import Console
 
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=10_000)
+    out = Console(highlight=False, stderr=stderr)
+    return out if out.is_terminal else Console(highlight=False, width=10_000, stderr=stderr)
 
 
 def say(out: "Console", words: str, style: str = "") -> None:
-    """Prints one line without markup and without breaking it."""
-    out.print(words, style=style, markup=False, soft_wrap=True)
+    """One line as it is: no markup, never broken, nothing that a terminal would obey."""
+    out.print(printable(words), style=style, markup=False, soft_wrap=True)
 
 
 def grid(*columns: str, title: str | None = None) -> "Table":
@@ -45,10 +46,10 @@ def grid(*columns: str, title: str | None = None) -> "Table":
 
 
 def cell(words: str, style: str = "") -> "Text":
-    """Returns a table cell that shows its text literally, since brackets in a name are not markup."""
+    """Shown as it is: brackets in a name are no markup, and nothing in it is for the terminal to obey."""
     from rich.text import Text
 
-    return Text(words, style=style)
+    return Text(printable(words), style=style)
 
 
 def when(time: dt.datetime | None) -> str:

@@ -9,11 +9,13 @@ import pkgutil
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
 from jaxops.config.errors import unknown
 from jaxops.config.part import Part
+from jaxops.config.secrets import revealed, secrets_in
 from jaxops.core.failures import UserError, nearest
 
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -32,17 +34,37 @@ class Factory:
     note: str = ""
 
 
+class Guard(Protocol):
+    """Decides what a config that came with a run folder may have imported, and which secrets it may read."""
+
+    def imports(self, path: str) -> None:
+        """Lets `package.module:name` pass.
+
+        Raises:
+          UserError: it may not be imported.
+        """
+        ...
+
+    def secrets(self, names: Sequence[str]) -> None:
+        """Lets these secrets be read.
+
+        Raises:
+          UserError: they may not be.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class ByPath(Part):
     """A user's own callable: `{fn: "pkg.mod:name", gamma: 2}`, or `pkg.mod:name` alone.
 
-    Attributes:
-      fn: the import path.
-      kwargs: the keywords, by their Python names (`lambda_` for the key `lambda`); the mapping must not be changed.
+    `kwargs` holds Python names (`lambda_` for the key `lambda`) and must not be changed. A config out of a run folder
+    has a `guard`, which is asked before anything is imported or called.
     """
 
     fn: str
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    guard: Guard | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def kind(self) -> str:
@@ -53,11 +75,14 @@ class ByPath(Part):
         """Imports the object that `fn` names; the current folder is searched first, as for `python -m`.
 
         Raises:
-          UserError: there is no such module or attribute (the nearest names are given), or the import itself fails.
+          UserError: no such module or attribute (with the nearest names), the import itself fails, or the guard has
+            it not.
         """
         if not IMPORT_PATH.fullmatch(self.fn):
             raise UserError(f"expected an import path 'package.module:name', got {self.fn!r}")
         module_name, _, attributes = self.fn.partition(":")
+        if self.guard is not None:
+            self.guard.imports(self.fn)
         found = _import(module_name)
         for name in attributes.split("."):
             if not hasattr(found, name):
@@ -65,11 +90,15 @@ class ByPath(Part):
                 known = [known for known in dir(found) if not known.startswith("_")]
                 raise UserError(f"{where!r} has no {name!r}{nearest(name, known)}")
             found = getattr(found, name)
+            if self.guard is not None and (elsewhere := _home(found)) is not None:
+                self.guard.imports(elsewhere)  # `trusted.losses:os.system` is no path of trusted
         return found
 
     def call(self, *leading: Any) -> Any:
-        """Calls it with these positional arguments and the keywords of the configuration."""
-        return self.resolve()(*leading, **self.kwargs)
+        """What the callable returns for these positional arguments and the keywords of the configuration."""
+        if self.guard is not None and (names := list(secrets_in(self.kwargs))):
+            self.guard.secrets(names)
+        return self.resolve()(*leading, **revealed(self.kwargs))
 
     def check(self, leading: int = 1, note: str = "") -> None:
         """Checks the callable's signature against `leading` positional arguments and the keywords.
@@ -104,6 +133,15 @@ def spelled(name: str) -> str:
 def python_name(name: str) -> str:
     """Returns the Python name of a key in YAML, the inverse of `spelled`."""
     return f"{name}_" if keyword.iskeyword(name) else name
+
+
+def _home(found: Any) -> str | None:
+    """The import path of a module, function or class where it was defined; None for any other value."""
+    if isinstance(found, types.ModuleType):
+        return found.__name__
+    if isinstance(found, type | types.FunctionType | types.BuiltinFunctionType) and found.__module__:
+        return f"{found.__module__}:{found.__qualname__}"
+    return None
 
 
 def _noted(note: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from jaxops.config.bypath import ByPath, spelled
+from jaxops.config.secrets import Secret
 from jaxops.config.shapes import ABSENT
 from jaxops.config.types import Spelled
 from jaxops.config.yaml_text import Dumper
@@ -26,6 +27,8 @@ def plain_of(value: Any) -> Any:
     match value:
         case ByPath():
             return {"fn": value.fn} | {spelled(key): plain_of(entry) for key, entry in value.kwargs.items()}
+        case Secret():
+            return str(value)
         case Spelled():
             return value.to_config()
         case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):

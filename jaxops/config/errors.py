@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxops.config.node import Node, plain_node
 from jaxops.core.failures import UserError, nearest
+from jaxops.core.secret_text import without_secrets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Problem:
 
     def __str__(self) -> str:
         if not self.path:
-            return f"{self.origin}: {self.message}"
-        return f"{self.path} [{self.origin}]: {self.message}" if self.origin else f"{self.path}: {self.message}"
+            return without_secrets(f"{self.origin}: {self.message}")
+        where = f"{self.path} [{self.origin}]" if self.origin else self.path
+        return without_secrets(f"{where}: {self.message}")
 
 
 class ConfigError(UserError):

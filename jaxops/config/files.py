@@ -2,13 +2,13 @@
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxops.config.environment import expand_text
 from jaxops.config.errors import ConfigError, Problem, one_of
 from jaxops.config.node import Node
-from jaxops.config.yaml_text import parse_yaml
+from jaxops.config.yaml_text import MAX_BYTES, parse_yaml
 from jaxops.core.failures import UserError
 
 ConfigPath = str | os.PathLike[str]
@@ -29,18 +29,29 @@ def find_config(name: ConfigPath, beside: Path | None = None) -> Path:
     Raises:
       UserError: there is no such file; the nearest names are listed.
     """
-    wanted = Path(name).expanduser()
+    try:
+        wanted = Path(name).expanduser()
+    except RuntimeError:  # ~nobody
+        raise UserError(f"no such configuration: '{name}': there is no home folder of that name") from None
     inside = Path(*wanted.parts[1:]) if wanted.parts[:1] == ("configs",) else wanted
     tried = [folder / wanted for folder in (beside, Path()) if folder is not None] + [shipped_configs() / inside]
     for path in tried:
         for candidate in (path, path.with_name(path.name + ".yaml")) if path.name else ():
-            if candidate.is_file():
+            if _is(Path.is_file, candidate):
                 return candidate
-    folder = next((path for path in tried if path.is_dir()), None)
+    folder = next((path for path in tried if _is(Path.is_dir, path)), None)
     if folder is not None:
         listed = ", ".join(sorted(path.name for path in folder.glob("*.yaml"))) or "none"
         raise UserError(f"'{name}' is a folder; a configuration is a file (YAML files in it: {listed})")
     raise UserError(f"no such configuration: '{name}'{_near(wanted, inside, tried[0].parent)}")
+
+
+def _is(kind: Callable[[Path], bool], path: Path) -> bool:
+    """Whether there is a file or folder of this name; a name that no file can have (too long, NUL) has none."""
+    try:
+        return kind(path)
+    except (OSError, ValueError):
+        return False
 
 
 def _near(wanted: Path, inside: Path, folder: Path) -> str:
@@ -99,11 +110,14 @@ def _open(name: ConfigPath, origin: str, beside: Path | None) -> tuple[str, str,
         return _remote(os.fspath(name)), os.fspath(name), None
     try:
         path = find_config(name, beside)
-        return path.read_text(encoding="utf-8"), _shown(path), path.parent
+        with open(path, encoding="utf-8") as file:
+            return file.read(MAX_BYTES + 1), _shown(path), path.parent
     except UserError as error:
         raise ConfigError([Problem("base", origin, str(name), str(error))]) if origin else error from None
     except (OSError, UnicodeDecodeError) as error:
         message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        if origin:
+            raise ConfigError([Problem("base", origin, str(name), f"{os.fspath(name)}: {message}")]) from None
         raise ConfigError([Problem("", os.fspath(name), None, message)]) from None
 
 

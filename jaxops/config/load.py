@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
+from jaxops.config.bypath import Guard
 from jaxops.config.dump import flatten_config, plain_of
 from jaxops.config.environment import expand_variables
 from jaxops.config.errors import ConfigError, Problem, show, unknown
@@ -104,6 +105,7 @@ def from_dict(
     source: str = "given",
     by: str = "task",
     check_imports: bool = True,
+    guard: Guard | None = None,
 ) -> Loaded[T]:
     """Reads with one schema; `config` is an instance of it.
 
@@ -120,6 +122,7 @@ def from_dict(
     source: str = "given",
     by: str = "task",
     check_imports: bool = True,
+    guard: Guard | None = None,
 ) -> Loaded[Any]:
     """Reads with several schemas; `config` is an instance of the one that `values` chooses.
 
@@ -135,6 +138,7 @@ def from_dict(
     source: str = "given",
     by: str = "task",
     check_imports: bool = True,
+    guard: Guard | None = None,
 ) -> Loaded[Any]:
     """Validates plain values (a checkpoint's, a sweep point's) and overrides as `load` does.
 
@@ -146,18 +150,33 @@ def from_dict(
       by: the key that chooses among several schemas.
       check_imports: True imports what each `fn:` names and checks its signature.
 
+    Args:
+      schema: as `load`.
+      values: nested plain values.
+      overrides: as `load`.
+      source: their name.
+      by: as `load`.
+      check_imports: as `load`.
+      guard: of values that were resolved when they were written, such as a run's: nothing in them is read from the
+        environment again, and the guard decides what may be imported.
+
     Raises:
       ConfigError: the configuration is wrong; each problem has its dotted path and origin.
     """
-    return _resolve(schema, [node_of(values, source)], overrides, by, check_imports)
+    return _resolve(schema, [node_of(values, source)], overrides, by, check_imports and guard is None, guard)
 
 
 def _resolve(
-    schema: type[Any] | Variants, trees: list[Node], overrides: Sequence[str], by: str, check_imports: bool
+    schema: type[Any] | Variants,
+    trees: list[Node],
+    overrides: Sequence[str],
+    by: str,
+    check_imports: bool,
+    guard: Guard | None = None,
 ) -> Loaded[Any]:
-    given, tag = parse_overrides(overrides), None
+    given, tag, resolved_once = parse_overrides(overrides), None, guard is not None
     if isinstance(schema, Mapping):
-        tag = _tag(schema, [*trees, *given], by)
+        tag = _tag(schema, [*trees, *given], by, resolved_once)
         try:
             schema = schema[tag.value]
         except UserError as error:
@@ -167,8 +186,8 @@ def _resolve(
     merged = merge_all(root, trees, given, problems)
     if tag is not None and by not in root.fields:
         merged = Node({key: entry for key, entry in merged.value.items() if key != by}, merged.origin)
-    merged = expand_variables(merged, "", problems)
-    validator = Validator(root, check_imports=check_imports)
+    merged = expand_variables(merged, "", problems, resolved=resolved_once)
+    validator = Validator(root, check_imports=check_imports, guard=guard)
     config = validator.read(root, merged)
     problems += validator.problems
     if problems:
@@ -180,21 +199,21 @@ def _resolve(
     return Loaded(config, resolved, _origins(resolved, validator.origins))
 
 
-def _tag(variants: Variants, trees: Sequence[Node], by: str) -> Node:
-    """Returns the node that chooses among several schemas, the last one given; all trees must agree with it."""
+def _tag(variants: Variants, trees: Sequence[Node], by: str, resolved: bool) -> Node:
+    """Which of several schemas all the trees are written for: the last to say so."""
     said = [tree.value[by] for tree in trees if by in tree.value]
     if not said:
         origin = next((tree.origin for tree in reversed(trees) if not tree.implied), "")
         raise ConfigError([Problem(by, origin, None, f"missing (known: {', '.join(variants)})")])
     problems: list[Problem] = []
-    last = expand_variables(said[-1], by, problems)
+    last = expand_variables(said[-1], by, problems, resolved=resolved)
     if last.value is BROKEN:
         raise ConfigError(problems)
     if not isinstance(last.value, str) or last.value not in variants:
         message = unknown(f"unknown {by} {show(last)}", str(plain_node(last)), variants)
         raise ConfigError([Problem(by, last.origin, plain_node(last), message)])
     for other in said:
-        if plain_node(expand_variables(other, by, [])) != last.value:
+        if plain_node(expand_variables(other, by, [], resolved=resolved)) != last.value:
             message = f"{show(last)} here, but {show(other)} at {other.origin}, which it is merged over"
             raise ConfigError([Problem(by, last.origin, last.value, message)])
     return last

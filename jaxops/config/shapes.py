@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from jaxops.config.bypath import IMPORT_PATH, Factory, spelled
 from jaxops.config.errors import Refused, one_of, show, wording
 from jaxops.config.node import Node
+from jaxops.config.secrets import Secret
 from jaxops.core.failures import nearest
 
 ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "(absent)"})()
@@ -76,6 +77,11 @@ class Leaf:
           Refused: the value does not fit.
         """
         value = node.value
+        if isinstance(value, Secret):
+            raise Refused(
+                f"{value} goes to the keywords of code of your own ({{fn: ...}}) alone: what stands here is written"
+                " into the run folder and into messages"
+            )
         if self.base is str and node.text is not None and isinstance(value, int | float):
             value = node.text
         if self.base is int and isinstance(value, float) and value.is_integer():

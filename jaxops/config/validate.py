@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxops.config.bypath import ByPath, Factory, python_name, spelled
+from jaxops.config.bypath import ByPath, Factory, Guard, python_name, spelled
 from jaxops.config.dump import plain_of
 from jaxops.config.errors import Problem, Refused, one_of, show, unknown
 from jaxops.config.node import BROKEN, Node, join_path, plain_node
@@ -29,8 +29,8 @@ from jaxops.core.failures import UserError, nearest
 class Validator:
     """Reads nodes by shape; afterwards `problems` holds the errors and `origins` the origin of each value."""
 
-    def __init__(self, root: Record, *, check_imports: bool = True):
-        self.root, self.check_imports = root, check_imports
+    def __init__(self, root: Record, *, check_imports: bool = True, guard: Guard | None = None):
+        self.root, self.check_imports, self.guard = root, check_imports, guard
         self.problems: list[Problem] = []
         self.origins: dict[str, str] = {}
 
@@ -225,7 +225,7 @@ class Validator:
         if not isinstance(fn, str):
             expected = f"expected {Call(factory).expected}, got {show(fn)}"
             return self._wrong(fn_path, node.value["fn"], expected)
-        found = ByPath(fn, {python_name(key): value for key, value in entries.items()})
+        found = ByPath(fn, {python_name(key): value for key, value in entries.items()}, self.guard)
         if self.check_imports:
             for key, message in found.complaints(factory.leading, factory.note):
                 written = next(entry for entry in node.value if spelled(entry) == key)  # `lambda_` stands for `lambda`

@@ -4,6 +4,7 @@ PyYAML follows YAML 1.1, where `1e-4` is a string, `on` is true, `1:30` is 90 an
 false, integers (decimal, 0x, 0o, 0b; underscores allowed) and floats are special, and everything else is text.
 """
 
+import contextlib
 import re
 from typing import Any
 
@@ -19,6 +20,8 @@ _FLOAT = (
     rf"[-+]?(?:{_DIGITS}\.[0-9]*(?:{_EXPONENT})?|\.[0-9]+(?:{_EXPONENT})?|{_DIGITS}{_EXPONENT})"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
+MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1 << 20, 100, 100_000
+"""Of one file. A file of 300 bytes can ask for a thousand million values by its aliases."""
 _TAG = "tag:yaml.org,2002:"
 _RESOLVERS = {
     _TAG + "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -32,6 +35,17 @@ class YamlLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's scalars; it composes nodes only, and never constructs objects."""
 
     yaml_implicit_resolvers: dict = {}
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        try:
+            if self._depth > MAX_DEPTH:
+                mark = self.peek_event().start_mark
+                raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=mark)
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 for _tag, (_pattern, _first) in _RESOLVERS.items():
@@ -53,7 +67,8 @@ def scalar_of(text: str) -> Any:
     """Returns the value of an unquoted scalar: `5` is an int, `1e-4` a float, `null` None, anything else a string."""
     for tag, (pattern, _) in _RESOLVERS.items():
         if re.fullmatch(pattern, text):
-            return _construct(tag, text)
+            with contextlib.suppress(ValueError):  # an integer of too many digits
+                return _construct(tag, text)
     return text
 
 
@@ -79,19 +94,25 @@ def parse_yaml(text: str, name: str, *, lines: bool = True) -> Node:
     their text.
 
     Raises:
-      ConfigError: the text is not YAML, or has a key twice in one mapping, a key that is no scalar, or an unknown tag.
+      ConfigError: not YAML, a key twice in one mapping, a key that is no scalar, an unknown tag; more bytes, depth or
+        values than a configuration has.
     """
-    loader = YamlLoader(text)
+    if len(text) > MAX_BYTES:
+        message = f"too long for a configuration: {len(text):,} bytes (at most {MAX_BYTES:,})"
+        raise ConfigError([Problem("", name, None, message)])
+    loader = None
     try:
+        loader = YamlLoader(text)
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark and lines else name
         raise ConfigError([Problem("", where, None, _syntax(error))]) from None
     except yaml.YAMLError as error:
-        raise ConfigError([Problem("", name, None, f"not YAML: {error}")]) from None
+        raise ConfigError([Problem("", name, None, f"not YAML: {' '.join(str(error).split())}")]) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     converter = _Converter(name, lines)
     node = Node(None, name) if root is None else converter.convert(root, "", converter.origin(root))
     if converter.problems:
@@ -114,11 +135,16 @@ class _Converter:
     def __init__(self, name: str, lines: bool):
         self.name, self.lines, self.problems = name, lines, list[Problem]()
         self.open: set[int] = set()
+        self.values = 0
 
     def origin(self, node: yaml.Node) -> str:
         return f"{self.name}:{node.start_mark.line + 1}" if self.lines else self.name
 
     def convert(self, node: yaml.Node, path: str, origin: str) -> Node:
+        self.values += 1
+        if self.values > MAX_VALUES:
+            message = f"more than {MAX_VALUES:,} values, those that aliases (*) repeat among them"
+            raise ConfigError([Problem(path, origin, None, message)])
         if id(node) in self.open:
             return self._wrong(path, origin, "an alias (*) inside the very thing that its anchor (&) names")
         self.open.add(id(node))
@@ -141,6 +167,8 @@ class _Converter:
             where = self.origin(key)
             if not isinstance(key, yaml.ScalarNode):
                 self._wrong(path, where, "a key must be a single word or number")
+            elif strange := _STRANGE.search(key.value):
+                self._wrong(path, where, f"a key with a character that no configuration needs: {strange[0]!a}")
             elif key.value == "<<" and key.style is None:
                 self._wrong(path, where, "merge keys (<<) are not read; name other files in 'base:'")
             elif key.value in entries:
@@ -153,6 +181,8 @@ class _Converter:
     def _scalar(self, node: yaml.ScalarNode, path: str, origin: str) -> Node:
         if not node.tag.startswith(_TAG) or node.tag.removeprefix(_TAG) not in ("str", *_KINDS):
             return self._wrong(path, origin, f"unknown YAML tag {node.tag.replace(_TAG, '!!')!r}")
+        if strange := _STRANGE.search(node.value):
+            return self._wrong(path, origin, f"a character that no configuration needs: {strange[0]!a}")
         unquoted = node.style is None
         text = node.value if unquoted and (not self.lines or "${env" in node.value) else None
         try:
@@ -165,4 +195,6 @@ class _Converter:
         return Node(BROKEN, origin)
 
 
+_STRANGE = re.compile("[\\x00\\ud800-\\udfff]")
+"""NUL and halves of characters, which no path, file or terminal takes."""
 _KINDS = tuple(tag.removeprefix(_TAG) for tag in _RESOLVERS)

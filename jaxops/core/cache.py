@@ -1,4 +1,4 @@
-"""The one cache folder of jaxops on a machine, for data sets and compiled programs."""
+"""The folders of jaxops on a machine: the cache (data sets, compiled programs) and the user's state."""
 
 import os
 from pathlib import Path
@@ -10,3 +10,14 @@ def cache_root() -> Path:
     if own:
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxops"
+
+
+def state_root() -> Path:
+    """JAXOPS_STATE, else jaxops in XDG_STATE_HOME, else ~/.local/state/jaxops; nothing is created.
+
+    What lies there is of this user alone, such as which runs are their own, and is not to be thrown away as a cache is.
+    """
+    own = os.environ.get("JAXOPS_STATE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "jaxops"

@@ -239,7 +239,7 @@ class CheckpointFolder:
         except OSError as error:
             raise UserError(f"cannot read the checkpoint folder {self.path}: {error}") from error
         named = [(path, match) for path in paths if (match := _NAME.fullmatch(path.name))]
-        return [(path, int(match[1]), int(match[2] or 1)) for path, match in named]
+        return [(path, int(match[1]), int(match[2] or 1)) for path, match in named if len(path.name) < 40]
 
 
 def _readable(folder: epath.Path) -> Manifest | None:

@@ -9,6 +9,7 @@ coordination service. Tested in tests/recovery/, which run and kill real process
 import contextlib
 import glob
 import importlib.util
+import ipaddress
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 import jax
 
 from jaxops.core.failures import EXIT_FAILED, EXIT_LOST, EXIT_USAGE, Lost, RunFailed, UserError
+from jaxops.core.secret_text import without_secrets
 
 VARIABLES = ("JAXOPS_COORDINATOR", "JAXOPS_NUM_PROCESSES", "JAXOPS_PROCESS_ID")
 INITIALIZATION_SECONDS = 300
@@ -62,6 +64,8 @@ def initialize(environment: Mapping[str, str] | None = None) -> bool:
         return False
     if job is not None:
         options |= {"coordinator_address": job[0], "num_processes": job[1], "process_id": job[2]}
+        if _is_loopback(job[0]):  # jax would listen on every interface, and the service asks nobody who they are
+            options["coordinator_bind_address"] = job[0]
     late = threading.Timer(limit, _nobody_came, [job, limit])
     late.daemon = True
     late.start()
@@ -72,6 +76,15 @@ def initialize(environment: Mapping[str, str] | None = None) -> bool:
     sys.excepthook = _end_at_once
     announce_phase("start")
     return True
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether `host:port` is of this machine alone."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _nobody_came(job: tuple[str, int, int] | None, limit: int) -> None:
@@ -267,7 +280,7 @@ def announce_failure(error: BaseException, where: str) -> None:
     """Announces that this process fails and why, so that the other processes end too (`others_failed`)."""
     if not is_distributed() or getattr(error, "shared", False):
         return
-    text = f"{type(error).__name__}: {error}".split("\n")[0][:500]
+    text = without_secrets(f"{type(error).__name__}: {error}".split("\n")[0])[:500]
     status = EXIT_USAGE if isinstance(error, UserError) else getattr(error, "status", EXIT_FAILED)
     word = {"text": text, "where": where, "status": status}
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # said already, or the coordinator is what was lost
@@ -348,7 +361,7 @@ def _end_at_once(kind: type[BaseException], error: BaseException, trace: Traceba
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    traceback.print_exception(kind, error, trace)
+    print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
     announce_failure(error, "outside of the run")
     leave(EXIT_FAILED)
 

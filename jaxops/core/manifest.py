@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from jaxops.core import plain
+from jaxops.core import plain, small_files
 from jaxops.core.checksums import Early, of_file, side_by_side
 from jaxops.core.store_paths import StorePath
 from jaxops.core.stores import StoreError, is_url
@@ -26,6 +26,9 @@ FORMAT = 2
 """The newest version that is read, as are all older ones. Only manifests with shared parts are written as version 2."""
 
 TEMPORARY = f".{FILE}.tmp"
+_MOST_BYTES = 256 << 20
+_DTYPE = re.compile(r"bool|u?int\d+|bfloat16|float\d+(_\w+)?|complex\d+")
+"""Numbers and nothing else: an object could be anything, and `S999999999` is a gigabyte an entry."""
 SHARED_NAME = re.compile(r"(\w+-[0-9a-f]{16})(?:-(\d+))?")
 """The name of a folder with arrays that several checkpoints have in common (shared_parts.py)."""
 
@@ -128,25 +131,84 @@ def read(folder: epath.Path) -> Manifest:
       StoreError: an object store does not answer.
     """
     try:
-        outer = json.loads((folder / FILE).read_text())
+        path = folder / FILE
+        text = path.read_text() if is_url(folder) else small_files.read_text(path, _MOST_BYTES)
+        outer = json.loads(text)
         body, crc = outer["manifest"], outer["crc32"]
     except StoreError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{FILE} cannot be read ({type(error).__name__}: {error})") from error
-    if crc != _crc_of(body):
+    try:
+        found = _crc_of(body)
+    except RecursionError as error:
+        raise Damaged(f"{FILE} cannot be read ({error})") from error
+    if crc != found:
         raise Damaged(f"{FILE} was changed (its checksum differs)")
-    if body["format"] > FORMAT:
-        raise Damaged(f"{FILE} has format {body['format']}, written by a newer jaxops; this one reads {FORMAT}")
+    return _believed(body)
+
+
+def _believed(body: Any) -> Manifest:
+    """The manifest in a body whose checksum holds: whoever wrote it may have meant harm.
+
+    Raises:
+      Damaged: a part is missing, is of another type, or names what lies outside of the checkpoint.
+    """
+    _require(isinstance(body, dict), "it is no JSON object")
+    version = body.get("format")
+    _require(_is_count(version), f"format is {version!r}")
+    if version > FORMAT:
+        raise Damaged(f"{FILE} has format {version}, written by a newer jaxops; this one reads {FORMAT}")
+    for name in ("step", "serial"):
+        _require(_is_count(body.get(name)), f"{name} is {body.get(name)!r}")
+    for name, kind in (("meta", dict), ("metrics", dict), ("files", dict), ("arrays", list)):
+        _require(isinstance(body.get(name), kind), f"{name} is no {'list' if kind is list else 'mapping'}")
+    for name, value in body["metrics"].items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        _require(number, f"metric {name!r} is {value!r}")
+    arrays = dict(_array(entry) for entry in body["arrays"])
+    _require(len(arrays) == len(body["arrays"]), "an array is named twice")
     return Manifest(
         step=body["step"],
         serial=body["serial"],
         meta=body["meta"],
         metrics=body["metrics"],
-        arrays={tuple(a["path"]): (tuple(a["shape"]), a["dtype"]) for a in body["arrays"]},
-        files={name: File(**file) for name, file in body["files"].items()},
+        arrays=arrays,
+        files=dict(_file(name, file) for name, file in body["files"].items()),
         shared=_inside(body.get("shared", {})),
     )
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise Damaged(f"{FILE} is no manifest: {what[:200]}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _array(entry: Any) -> tuple[plain.Path, tuple[tuple[int, ...], str]]:
+    _require(isinstance(entry, dict) and entry.keys() >= {"path", "shape", "dtype"}, f"array {entry!r}")
+    path, shape, dtype = entry["path"], entry["shape"], entry["dtype"]
+    named = isinstance(path, list) and all(isinstance(part, str) or _is_count(part) for part in path)
+    _require(named, f"array {path!r}")
+    sized = isinstance(shape, list) and len(shape) <= 32 and all(map(_is_count, shape))
+    _require(sized and math.prod(shape) < 1 << 60, f"array {path!r} has shape {shape!r}")
+    _require(isinstance(dtype, str) and _DTYPE.fullmatch(dtype) is not None, f"array {path!r} has dtype {dtype!r}")
+    try:
+        np.dtype(dtype)
+    except TypeError:
+        raise Damaged(f"{FILE} names the dtype {dtype!r}, which is not known here") from None
+    return tuple(path), (tuple(shape), dtype)
+
+
+def _file(name: str, file: Any) -> tuple[str, File]:
+    inside = name and not name.startswith("/") and not {"", ".", ".."} & {*name.split("/")} and "\0" not in name
+    _require(bool(inside), f"it names a file outside of itself: {name!r}")
+    known = isinstance(file, dict) and file.keys() == {"bytes", "crc32"} and _is_count(file["bytes"])
+    _require(known and (file["crc32"] is None or _is_count(file["crc32"])), f"file {name!r} has {file!r}")
+    return name, File(**file)
 
 
 def survey(folder: epath.Path, *, checksums: bool, early: Early | None = None) -> dict[str, File]:
@@ -179,6 +241,8 @@ def problems(folder: epath.Path, manifest: Manifest, *, checksums: bool) -> Iter
             size = path.stat().length if there is None else there.get(name)
             if size is None:
                 return f"{name}: missing"
+            if there is None and not os.path.isfile(path):  # a pipe would be read for ever
+                return f"{name}: no ordinary file"
             if size != expected.bytes:
                 return f"{name}: {size} bytes, expected {expected.bytes}"
             if checksums and expected.crc32 is not None and of_file(path) != expected.crc32:
@@ -210,8 +274,9 @@ def differences(saved: Manifest, wanted: Mapping[plain.Path, tuple[tuple[int, ..
             yield name, f"{dtype}{list(shape)} in the checkpoint, not expected"
 
 
-def _inside(shared: dict[str, str]) -> dict[str, str]:
-    """Returns the shared folders that a manifest names; raises Damaged for a name that could lead elsewhere."""
+def _inside(shared: Any) -> dict[str, str]:
+    """The folders that a manifest names, none of them elsewhere."""
+    _require(isinstance(shared, dict) and all(isinstance(name, str) for name in shared.values()), f"shared: {shared!r}")
     if strange := [name for name in shared.values() if not SHARED_NAME.fullmatch(name)]:
         raise Damaged(f"{FILE} names {strange[0]!r}, which is no folder of a shared part")
     return shared

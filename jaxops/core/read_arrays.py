@@ -54,6 +54,9 @@ def read_arrays(folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) 
             raise ValueError(
                 f"{name} is {store.dtype.name}{list(store.shape)}, not {np.dtype(like.dtype).name}{list(like.shape)}"
             )
+        unpacked = store.chunk_layout.write_chunk.shape or ()  # no smaller than those that are read
+        if any((piece or 0) > max(size, 1) for piece, size in zip(unpacked, like.shape, strict=False)):
+            raise ValueError(f"{name} is stored in pieces larger than itself")  # each is unpacked whole
         for index, devices in _needed(like):
             source = store[index][ts.d[:].translate_to[0]] if like.shape else store
             memory = _aligned(source.shape, like.dtype)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxops.core.failures import RunFailed, UserError
+from jaxops.core.secret_text import has_password, without_passwords
 
 EXTRAS = {"s3": "s3", "gs": "gcs"}
 """Scheme -> the extra of the jaxops package that it needs."""
@@ -88,6 +89,11 @@ def parse_url(url: str | os.PathLike[str]) -> Location:
       UserError: the scheme is not known, or the URL names no bucket.
     """
     scheme, _, rest = os.fspath(url).partition("://")
+    if has_password(os.fspath(url)):
+        raise UserError(
+            f"{without_passwords(os.fspath(url))}: credentials do not belong into a URL, which is shown and recorded;"
+            " set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or GOOGLE_APPLICATION_CREDENTIALS"
+        )
     if scheme not in EXTRAS:
         raise UserError(f"{url}: {scheme}:// is not known; object stores are s3://BUCKET/... and gs://BUCKET/...")
     bucket, _, key = rest.partition("/")
@@ -223,7 +229,7 @@ class Store:
             raise StoreError(f"cannot {what} {place}: {_brief(error)}") from None
 
     def _no_bucket(self) -> str:
-        at = endpoint(self.scheme)
+        at = without_passwords(endpoint(self.scheme))
         return f"there is no bucket {self.bucket!r}" + (f" at {at}" if at else f" ({self.scheme}://{self.bucket})")
 
 
@@ -342,8 +348,8 @@ def _try_tensorstore(place: Location) -> None:
 
 
 def advice(place: Location, error: OSError) -> str:
-    """Returns the message for a failed access check, with advice on how to fix it."""
-    text, at = str(error), endpoint(place.scheme)
+    """What a failed check means for the person who has to mend it."""
+    text, at = without_passwords(str(error)), without_passwords(endpoint(place.scheme))
     if "there is no bucket" in text:
         return f"{text}; create it, or set run.dir"
     if not isinstance(error, Denied) and _METADATA.search(text):
@@ -383,7 +389,7 @@ def _brief(error: BaseException) -> str:
         text = f"{rest.strip().rstrip(':')} ({request[1]})"
     text = re.sub(r"Server returned non-2xx status code: (.*?)(: *<.*>)?", r"\1", text, flags=re.DOTALL)
     text = " ".join(f"{reason} {re.sub(r': *<.*>', '', text, flags=re.DOTALL)}".split())
-    return text[:400] or type(error).__name__
+    return without_passwords(text)[:400] or type(error).__name__
 
 
 class _Reader:

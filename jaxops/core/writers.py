@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxops.core.failures import RunFailed, UserError
+from jaxops.core.secret_text import without_secrets
+from jaxops.core.small_files import read_bytes
 
 VERSION = 1
-"""The format version of a line of `metrics.jsonl`."""
+"""Of a line of `metrics.jsonl`."""
+MOST_BYTES = 512 << 20
+"""Of a `metrics.jsonl` that is read: some two million lines."""
 _RESERVED = frozenset({"v", "step", "time", "event", "text"})
 
 
@@ -112,8 +116,8 @@ class JsonlWriter:
         self._append(step, fields)
 
     def event(self, step: int, event: str, text: str) -> None:
-        """Records an event such as `resumed`, `skipped` or `recompiled`."""
-        self._append(step, {"event": event, "text": text})
+        """Records that something happened: `resumed`, `skipped`, `recompiled`, ..."""
+        self._append(step, {"event": event, "text": without_secrets(text)})
 
     def flush(self) -> None:
         """Every line is written as it comes; this only looks whether they still lie where one would look for them.
@@ -188,13 +192,14 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Lines that are not a JSON object with a step (such as the last one, torn by a kill) are left out.
 
     Raises:
-      UserError: a line has a newer format than this version of jaxops reads.
+      UserError: a line of a newer format than this version of jaxops knows.
+      OSError: it is no ordinary file, is larger than MOST_BYTES, or cannot be read.
     """
     path = Path(path)
     if not path.exists():
         return []
     lines = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, raw in enumerate(read_bytes(path, MOST_BYTES).split(b"\n"), start=1):
         line = _parse(raw)
         if line is None:
             continue
@@ -343,7 +348,7 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     """Returns the JSON object of one line, or None if the line is not an object with version and step."""
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     numbered = isinstance(line, dict) and all(isinstance(line.get(name), int) for name in ("v", "step"))
     return line if numbered else None

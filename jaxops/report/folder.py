@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Float
 
+from jaxops.config.node import plain_node
+from jaxops.config.yaml_text import parse_yaml
 from jaxops.core.failures import UserError
 from jaxops.core.metric import Better, Metric, label_of
+from jaxops.core.small_files import read_bytes
 from jaxops.core.writers import read_metrics
 
 _HUGE = 1e39
@@ -175,7 +177,7 @@ def utc_time(value: Any) -> dt.datetime | None:
 
 def _text(path: Path, problems: list[str]) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_bytes(path).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
     except OSError as error:
@@ -200,8 +202,8 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _config(text: str, problems: list[str]) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        found = plain_node(parse_yaml(text, "config.yaml"))
+    except (UserError, ValueError, RecursionError) as error:
         problems.append(f"config.yaml is not YAML: {' '.join(str(error).split())}")
         return {}
     return found if isinstance(found, dict) else {}

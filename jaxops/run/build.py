@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxops.config.errors import ConfigError
+from jaxops.config.bypath import Guard
 from jaxops.config.load import Loaded, from_dict, load
+from jaxops.core.failures import UserError
 from jaxops.run.config import common_sections
-from jaxops.run.family import SCHEMAS, Given, family_of
+from jaxops.run.family import SCHEMAS, Given, family_of, guarded_schemas
 from jaxops.run.task import Task
+from jaxops.run.trust import trust_of
 
 Scalar = bool | int | float | str | None
 
@@ -31,27 +33,38 @@ def load_config(
 
 
 def config_from_dict(
-    values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "given", check_imports: bool = True
+    values: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    source: str = "given",
+    check_imports: bool = True,
+    guard: Guard | None = None,
 ) -> Loaded[Any]:
-    """Reads a config from plain values, such as those of a run folder or of one point of a sweep.
+    """Reads a config from plain values (a run folder's, a sweep's point).
 
     Args:
-      values: the nested values, as YAML would give them.
-      overrides: `a.b=value` texts, applied last.
-      source: names the values in error messages.
-      check_imports: false where nothing that the config names by import path may be imported.
+      values: nested plain values.
+      overrides: `dotted.path=VALUE`.
+      source: names the values in errors.
+      check_imports: look at what the config names by import path; a family's own module is imported in any case.
+      guard: of the resolved config of a run folder: decides what may be imported; nothing is read from the
+        environment again.
 
     Raises:
       ConfigError: the config is wrong, as in `load_config`.
     """
-    return _ordered(from_dict(SCHEMAS, values, overrides, source=source, check_imports=check_imports))
+    schemas = SCHEMAS if guard is None else guarded_schemas(guard)
+    return _ordered(from_dict(schemas, values, overrides, source=source, check_imports=check_imports, guard=guard))
 
 
-def completed(resolved: dict[str, Any]) -> dict[str, Any]:
-    """Returns the resolved config of an older run, with the defaults of fields that were added since."""
+def completed(resolved: dict[str, Any], task: str = "") -> dict[str, Any]:
+    """The resolved config of an older run, with the defaults of fields that are younger than the run.
+
+    A family by import path is imported only if it is `task`, that of the config at hand.
+    """
     try:
-        return config_from_dict(resolved, check_imports=False).resolved
-    except ConfigError:
+        return config_from_dict(resolved, guard=trust_of(resolved, "the run", (task,) if task else ())).resolved
+    except UserError:
         return resolved
 
 

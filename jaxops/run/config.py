@@ -116,7 +116,7 @@ class Profile:
 class RunSection:
     """The run's name and folder, its length (epochs or steps), its seed, and where metrics go."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] = "run"
     dir: str = "runs"
     epochs: Positive | None = None
     steps: Positive | None = None

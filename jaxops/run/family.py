@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from jaxops.config.bypath import ByPath
+from jaxops.config.bypath import ByPath, Guard
 from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError, nearest
 from jaxops.run.config import RunConfig
@@ -97,9 +97,10 @@ class Family:
       config: its config, which inherits RunConfig.
       build: opens the data and puts a task together.
       load: reads the model of a run.
-      data: the actions of `jaxops data ACTION CONFIG` by name; each takes the config.
-      predict: the options of `Served.predict`, a frozen dataclass.
-      export: the options of `Served.export`, a frozen dataclass.
+      data: what `jaxops data ACTION CONFIG` does, by action: each takes the config.
+      predict: the options of `Served.predict`, a frozen dataclass; `export` those of `Served.export`.
+      writes: dotted paths of the config that name places which opening the data writes to; what a run folder of
+        somebody else says there is left out.
     """
 
     config: type[RunConfig]
@@ -108,16 +109,17 @@ class Family:
     data: Mapping[str, Callable[[Any], Shown]] = dataclasses.field(default_factory=dict)
     predict: type = NoOptions
     export: type = NoOptions
+    writes: tuple[str, ...] = ()
 
 
-def family_of(task: str) -> Family:
-    """Returns the family that `task:` names.
+def family_of(task: str, guard: Guard | None = None) -> Family:
+    """The family that `task:` names; `guard` is asked where a run folder says so.
 
     Raises:
-      UserError: there is no such family or import path, or the value there is not a Family.
+      UserError: no such family or import path, what is there is no Family, or the guard does not have it imported.
     """
     if ":" in task:
-        found = ByPath(task).resolve()
+        found = ByPath(task, guard=guard).resolve()
     elif task in shipped():
         found = importlib.import_module(f"{HOME}.{task}.family").FAMILY
     else:
@@ -136,8 +138,11 @@ def shipped() -> list[str]:
 class _Schemas(Mapping[str, type]):
     """The config class of each family by the value of `task:`. A family is imported when it is looked up."""
 
+    def __init__(self, guard: Guard | None = None) -> None:
+        self._guard = guard
+
     def __getitem__(self, task: str) -> type:
-        return family_of(task).config
+        return family_of(task, self._guard).config
 
     def __iter__(self) -> Iterator[str]:
         return iter(shipped())
@@ -150,4 +155,9 @@ class _Schemas(Mapping[str, type]):
 
 
 SCHEMAS: Mapping[str, type] = _Schemas()
-"""The config class of each `task`, for the config loader."""
+"""The schema of each `task`, for the config machinery."""
+
+
+def guarded_schemas(guard: Guard) -> Mapping[str, type]:
+    """As SCHEMAS, for the config of a run folder: the guard is asked before a family is imported."""
+    return _Schemas(guard)

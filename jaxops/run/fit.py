@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxops.config.secrets import secrets_in
 from jaxops.core import distributed
 from jaxops.core.compiles import enable_compilation_cache
 from jaxops.core.failures import UserError
@@ -18,11 +20,13 @@ from jaxops.core.mesh import make_mesh
 from jaxops.core.step import Step
 from jaxops.run.build import completed
 from jaxops.run.folder.run_folder import RunFolder
+from jaxops.run.own_code import check_code, code_paths, write_code
 from jaxops.run.progress import Progress
 from jaxops.run.summary import FinishedRun, report_again
 from jaxops.run.task import StepParts, Task
 from jaxops.run.training import accumulation_of, build_training
 from jaxops.run.training_run import TrainingRun
+from jaxops.run.trust import named_code, record_own
 from jaxops.run.validation import stop_reason
 
 
@@ -34,6 +38,7 @@ def fit(
     quiet: bool = False,
     folder: str | Path | None = None,
     step: Callable[[StepParts], Step] | None = None,
+    accept_code: bool = False,
 ) -> FinishedRun:
     """Trains a task to its end. A run that was stopped resumes; Ctrl-C and SIGTERM save before the run ends.
 
@@ -50,12 +55,13 @@ def fit(
       hooks: further hooks of the loop, made by `jaxops.every`.
       quiet: true to print nothing but warnings.
       folder: the run folder, by default `run.dir/run.name`.
-      step: makes the step that the loop drives, in place of the task's own. Such a step runs several programs
-        (core/turn.py), uses the built update inside, and advances `state.step` itself.
+      step: makes the step that the loop drives, in place of the task's own: a step of several programs (core/turn.py),
+        whose inner update is the built one, and which advances `state.step` itself.
+      accept_code: go on with a run whose code by import path has changed since; the run folder records it.
 
     Raises:
-      UserError: the config does not fit the machine or the folder.
-      RunFailed: the loss is not finite, memory ran out, or a save was lost.
+      UserError: the config does not fit the machine or the folder, or the code has changed.
+      RunFailed: a non-finite loss, out of memory, a lost save.
     """
     config = task.config
     if step is not None:
@@ -63,11 +69,13 @@ def fit(
     enable_compilation_cache()
     mesh = mesh or make_mesh(**dataclasses.asdict(config.mesh))
     path = folder or os.path.join(config.run.dir, config.run.name)
-    where = RunFolder(path, config.may_change_on_resume, completed)
+    where = RunFolder(path, config.may_change_on_resume, functools.partial(completed, task=config.task))
     progress = Progress(quiet or not distributed.is_primary())
     distributed.announce_phase("open the run folder")
     if (
-        finished := distributed.run_on_primary("open the run folder", lambda: _finished(task, where, progress))
+        finished := distributed.run_on_primary(
+            "open the run folder", lambda: _finished(task, where, progress, accept_code)
+        )
     ) is not None:
         return FinishedRun(where.dir, finished, "finished")
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
@@ -78,29 +86,45 @@ def fit(
 
         def lock() -> None:
             stack.enter_context(where.locked(progress.say))
-            where.check(task.resolved, task.inspection)  # again: from here on no other process can begin it
+            where.check(task.resolved, task.inspection)  # again: now nobody else can begin it
+            check_code(where, code_paths(task.resolved), accept_code)
+            if any(secrets_in(task.resolved)):
+                where.path.chmod(0o700)
 
         distributed.run_on_primary("lock the run folder", lock)
         if not distributed.is_primary():
             stack.enter_context(where.beside())
         _require_shared(where)
+        run.recorded = functools.partial(_record, task, where, progress, accept_code)
         return run.go(hooks)
 
 
-def _finished(task: Task, folder: RunFolder, progress: Progress) -> dict[str, Any] | None:
-    """Returns the summary of a run that needs no further step, else None.
+def _record(task: Task, folder: RunFolder, progress: Progress, accept_code: bool) -> None:
+    """Keeps, in the run folder, what code it is trained with and, in the user's state folder, that it is their own."""
+    write_code(folder, check_code(folder, code_paths(task.resolved), accept_code))
+    if trouble := record_own(folder.config(), folder.where):
+        progress.warn(trouble)
 
-    Such a run has all its steps, or was stopped early by a rule that the config still has.
+
+def _finished(task: Task, folder: RunFolder, progress: Progress, accept_code: bool) -> dict[str, Any] | None:
+    """The summary of a run that has its steps already, or was stopped early by the rule that still holds.
 
     Raises:
-      UserError: the folder holds another run, which this task may not continue.
+      UserError: the folder is not one that this task may go on in, or was trained with other code.
     """
     if not folder.check(task.resolved, task.inspection):
         return None
+    code = check_code(folder, code_paths(task.resolved), accept_code)
     summary, stop = folder.summary(), task.config.evaluate.stop
     early = stop is not None and summary.get("reason") == stop_reason(stop)
     if summary.get("state") != "finished" or not (early or summary.get("step", 0) >= task.steps):
         return None
+    if code["accepted"]:
+        write_code(folder, code)
+    there = folder.config()
+    # What may differ, such as loggers, may be somebody else's: then it is not recorded as one's own.
+    if named_code(there) == named_code(task.resolved) and {*secrets_in(there)} == {*secrets_in(task.resolved)}:
+        record_own(there, folder.where)
     why = f", {summary['reason']}" if early else ""
     if not folder.has("report.html"):  # killed between the summary and the report
         report_again(folder.dir)

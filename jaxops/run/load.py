@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxops.core.failures import UserError
@@ -10,13 +10,20 @@ from jaxops.core.sums import Sums
 from jaxops.run.batched import evaluate_now
 from jaxops.run.build import config_from_dict
 from jaxops.run.checkpoints import open_checkpoints
-from jaxops.run.family import Given, Served, family_of
+from jaxops.run.family import Family, Given, Served, family_of, guarded_schemas
 from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.saved_run import SavedRun
+from jaxops.run.trust import trust_of, without_places
 
 
-def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Served:
-    """Loads the model of a run, ready to predict.
+def load(
+    run_dir: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    trust: Sequence[str] = (),
+    accept_code: bool = False,
+) -> Served:
+    """The model of a run, ready to predict: the best checkpoint where the run keeps one, else the latest, or `step`'s.
 
     Example:
       model = jaxops.load("runs/my-interactions")
@@ -25,27 +32,65 @@ def load(run_dir: str | os.PathLike[str], step: int | None = None) -> Served:
 
     Args:
       run_dir: a run folder, or its s3:// or gs:// URL.
-      step: the step of the checkpoint to read; by default the best one where the run keeps it, else the latest.
+      step: the step of the checkpoint to read.
+      trust: import paths, or the beginnings of some ("mypkg"), that may be imported though the run is somebody
+        else's; all that a run of one's own names may be.
+      accept_code: take code that has changed since the run was trained.
 
     Raises:
-      UserError: this is no run folder, it has no checkpoint or none of this step, or the checkpoint is damaged.
+      UserError: not a run folder, no checkpoint, a broken one, or no such step; code that is not trusted or has
+        changed.
     """
-    saved = open_saved_run(run_dir, step)
-    return family_of(saved.config.task).load(saved)
+    return serve(open_saved_run(run_dir, step, trust=trust, accept_code=accept_code))
 
 
-def open_saved_run(run_dir: str | os.PathLike[str], step: int | None = None) -> SavedRun:
-    """Opens a run's config and the weights of one checkpoint.
+def serve(saved: SavedRun) -> Served:
+    """The model of a run, put together by its family.
+
+    Raises:
+      UserError: as `load`.
+    """
+    served = family_of(saved.config.task, saved.trust).load(saved)
+    saved.check_code()
+    return served
+
+
+def saved_family(run_dir: str | os.PathLike[str], trust: Sequence[str] = ()) -> Family:
+    """The family of a run, for the options of its commands.
+
+    Raises:
+      UserError: not a run folder, no such family, or one by an import path that is not trusted.
+    """
+    folder = RunFolder(run_dir)
+    values = folder.config()
+    return family_of(str(values.get("task")), trust_of(values, folder.where, trust))
+
+
+def open_saved_run(
+    run_dir: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    trust: Sequence[str] = (),
+    accept_code: bool = False,
+) -> SavedRun:
+    """A run's config and weights: of the best checkpoint where the run keeps one, else the latest, or of `step`.
 
     Args:
       run_dir: a run folder, or its s3:// or gs:// URL.
-      step: the step of the checkpoint to read; by default the best one where the run keeps it, else the latest.
+      step: the step of the checkpoint to read.
+      trust: as `load`.
+      accept_code: as `load`.
 
     Raises:
-      UserError: this is no run folder, it has no checkpoint or none of this step, or the checkpoint is damaged.
+      UserError: not a run folder, no checkpoint, a broken one, or no such step; a family by an import path that is
+        not trusted.
     """
     folder = RunFolder(run_dir)
-    loaded = config_from_dict(folder.config(), source=folder.shown("config.yaml"), check_imports=False)
+    values = folder.config()
+    trusted, left_out = trust_of(values, folder.where, trust), list[str]()
+    if not trusted.own and (task := values.get("task")) in guarded_schemas(trusted):
+        values, left_out = without_places(values, family_of(str(task), trusted).writes)
+    loaded = config_from_dict(values, source=folder.shown("config.yaml"), guard=trusted)
     keep = loaded.config.checkpoint
     with open_checkpoints(loaded.config, folder.checkpoints) as checkpoints:
         steps = checkpoints.steps()
@@ -63,7 +108,7 @@ def open_saved_run(run_dir: str | os.PathLike[str], step: int | None = None) -> 
                 f"{run_dir}: the checkpoint of step {step} is damaged: {'; '.join(damage[:3])}"
                 + (f". There are others: --step {others}" if others else "")
             )
-        return SavedRun(folder, loaded, step)
+        return SavedRun(folder, loaded, step, trusted, accept_code, tuple(left_out))
 
 
 def evaluate_saved(
@@ -77,7 +122,9 @@ def evaluate_saved(
     Raises:
       UserError: the data cannot be opened, have changed, or `check` refuses them.
     """
-    task = family_of(saved.config.task).build(saved.loaded, Given(objective=lambda *_: _no_objective))
+    family = family_of(saved.config.task, saved.trust)
+    task = family.build(saved.loaded, Given(objective=lambda *_: _no_objective))
+    saved.check_code()
     check(task)
     if differs := saved.folder.other_data(task.inspection):
         raise UserError(

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +13,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxops.config.load import Loaded
+from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.checkpoint_folder import some
+from jaxops.core.failures import UserError
 from jaxops.core.mesh import make_mesh
+from jaxops.core.secret_text import printable
+from jaxops.core.sharding import named_leaves
 from jaxops.core.weights import Rename, WeightSource, from_checkpoint
 from jaxops.run.checkpoints import open_checkpoints
 from jaxops.run.folder.run_folder import RunFolder
+from jaxops.run.own_code import check_code
 from jaxops.run.passes import Passes
-from jaxops.run.weights import Weights, read_weights, served_part
+from jaxops.run.trust import Trust
+from jaxops.run.weights import SERVED_SLOTS, Weights, read_weights, served_part
 from jaxops.tables.spec import TableSpec
 
 
@@ -26,13 +35,27 @@ class SavedRun:
 
     Attributes:
       folder: the run folder.
-      loaded: its config; nothing that it names by import path was imported.
-      step: the step of the checkpoint.
+      loaded: its config, of which nothing was imported.
+      step: of the checkpoint.
+      trust: what its config may have imported.
+      accept_code: take other code than the run was trained with.
+      left_out: what the config of somebody else's run says of places to write to, which is not followed.
     """
 
     folder: RunFolder
     loaded: Loaded[Any]
     step: int
+    trust: Trust
+    accept_code: bool = False
+    left_out: tuple[str, ...] = ()
+
+    def check_code(self) -> None:
+        """Holds what was imported for this run so far against the code that it was trained with.
+
+        Raises:
+          UserError: it has changed, and `accept_code` was not given.
+        """
+        check_code(self.folder, sorted(self.trust.used), self.accept_code)
 
     @functools.cached_property
     def weights(self) -> Weights:
@@ -42,7 +65,54 @@ class SavedRun:
           UserError: a file of the checkpoint is missing or truncated.
         """
         with open_checkpoints(self.config, self.folder.checkpoints) as checkpoints:
+            self._require_fit(checkpoints)
             return read_weights(checkpoints, self.step)
+
+    def expect(self, shapes: Any, tables: Mapping[str, TableSpec]) -> None:
+        """Says, before the weights are read, what the model has: a checkpoint that differs is refused then.
+
+        Args:
+          shapes: the parameters as a tree of abstract arrays.
+          tables: the specs of its tables.
+        """
+        rows = sum(spec.rows * spec.dim for spec in tables.values())
+        object.__setattr__(self, "_expected", ({path: leaf.shape for path, leaf in named_leaves(shapes)}, rows))
+
+    def _require_fit(self, checkpoints: Checkpoints) -> None:
+        """Refuses a checkpoint that is not of the model, or larger than this machine's memory, by its manifest alone.
+
+        Raises:
+          UserError: it is.
+        """
+        served = served_part(checkpoints, self.step)
+        leaves = checkpoints.describe(self.step)
+        where = f"checkpoint {self.step} of {self.folder.where}"
+        below = lambda part: {
+            leaf.path.removeprefix(f"{part}/"): leaf for leaf in leaves if leaf.path.startswith(f"{part}/")
+        }
+        arrays = below(served) | below("frozen")
+        rows = [leaf for path, leaf in below("tables").items() if path.rpartition("/")[2] in SERVED_SLOTS]
+        if expected := getattr(self, "_expected", None):
+            shapes, entries = expected
+            wrong = [
+                f"{path}: {list(arrays[path].shape) if path in arrays else 'nothing'} there, {list(shape)} expected"
+                for path, shape in shapes.items()
+                if path not in arrays or tuple(arrays[path].shape) != tuple(shape)
+            ]
+            wrong += [f"{path}: the model has no such parameter" for path in arrays if path not in shapes]
+            most = 2 * entries + (1 << 16)  # rows are padded for a mesh, and so is the width of small tables
+            wrong += [
+                f"{leaf.path}: {list(leaf.shape)}, more than all tables of the model"
+                for leaf in rows
+                if math.prod(leaf.shape) > most
+            ]
+            if wrong:
+                raise UserError(f"{where} is not of the model that its config describes: {some(wrong, 4)}")
+        wanted, here = sum(leaf.bytes for leaf in [*arrays.values(), *rows]), memory_here()
+        if here and wanted > here:
+            raise UserError(
+                f"{where} asks for {wanted / 2**30:,.1f} GiB of memory, and this machine has {here / 2**30:,.1f} GiB"
+            )
 
     @contextlib.contextmanager
     def source(self, match: str = "", rename: Sequence[Rename] = ()) -> Iterator[WeightSource]:
@@ -74,8 +144,8 @@ class SavedRun:
 
     @property
     def note(self) -> str:
-        """A few words for people that say how the run's figures were made."""
-        return str(self.folder.about().get("note", ""))
+        """How the run's figures were made, for people."""
+        return printable(str(self.folder.about().get("note", "")))
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -90,3 +160,11 @@ class SavedRun:
         """Places the weights on the mesh of the passes."""
         with jax.set_mesh(self.mesh):
             return passes.weights(self.weights.params, self.weights.tables)
+
+
+def memory_here() -> int:
+    """Bytes of memory of this machine, 0 where that cannot be found out."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return 0

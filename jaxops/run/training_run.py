@@ -7,7 +7,7 @@ batches. Tested in tests/run/test_resume.py (bitwise on the same mesh) and tests
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,7 @@ class TrainingRun:
         self.loggers = own_loggers(self.config.run.loggers)
         self.warm = False
         self.logged = 0
+        self.recorded: Callable[[], None] = lambda: None
 
     def measure(self) -> None:
         """Traces the whole step, so that an error in an objective or a rule is raised before anything is written."""
@@ -172,8 +173,9 @@ class TrainingRun:
     def _write_folder(self) -> None:
         if not self.folder.exists:
             self.folder.create(self.task.resolved, self.task.transform, self.task.inspection)
-        self.folder.write_about(about_of(self.task))  # a folder of an older version has none
-        self.folder.write_text("config.yaml", dump_yaml(self.task.resolved))  # a resumed run may change some of it
+        self.folder.write_about(about_of(self.task))  # what an older version did not write yet
+        self.folder.write_text("config.yaml", dump_yaml(self.task.resolved))  # what a resumed run may change
+        self.recorded()
 
     def _open_writers(self, step: int, evaluates_again: bool = False) -> None:
         resumed = self.folder.metrics.exists()

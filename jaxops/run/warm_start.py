@@ -76,7 +76,7 @@ def init_from(state: State, task: Task, specs: Mapping[str, TableSpec], config: 
     Raises:
       UserError: the run cannot be read, or nothing of it fits.
     """
-    saved = open_saved_run(config.run, config.step)
+    saved = open_saved_run(config.run, config.step, trust=[task.config.task])
     tables, rows = state.tables, dict[str, CarriedRows]()
     if task.carry_rows is not None:
         tables, rows = task.carry_rows(state.tables, specs, saved, config.match)

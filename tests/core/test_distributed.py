@@ -1,5 +1,8 @@
 """How a job is read from the environment; what one process does alone. tests/recovery has real processes."""
 
+import os
+import socket
+import subprocess
 import sys
 
 import jax
@@ -81,6 +84,42 @@ def test_alone_everything_is_decided_here():
     distributed.shut_down()
     error = distributed.jax.errors.JaxRuntimeError("INTERNAL: x")
     assert distributed.explain_lost(error, "x") is error
+
+
+_LISTENING = """
+import os, re
+from jaxops.core import distributed
+distributed.initialize()
+links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+ours = {os.readlink(link) for link in links if os.path.islink(link)}
+for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+    for line in open(table).read().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in ours:
+            print(fields[1].partition(":")[0], int(fields[1].partition(":")[2], 16))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_coordinator_of_one_machine_listens_to_that_machine_alone():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"JAXOPS_COORDINATOR": f"127.0.0.1:{port}", "JAXOPS_NUM_PROCESSES": "1", "JAXOPS_PROCESS_ID": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", _LISTENING], env={**os.environ, **job}, capture_output=True, text=True, timeout=120
+    )
+    found = dict(reversed(line.split()) for line in done.stdout.splitlines())
+    # 127.0.0.1, alone or as IPv6 writes it, in the kernel's byte order
+    assert found[str(port)] in ("0100007F", "0000000000000000FFFF00000100007F"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [("127.0.0.1:1", True), ("localhost:1", True), ("[::1]:1", True), ("10.0.0.4:1", False), ("host-0:1", False)],
+)
+def test_an_address_of_this_machine_alone_is_told(address, loopback):
+    assert distributed._is_loopback(address) == loopback
 
 
 @pytest.mark.parametrize(

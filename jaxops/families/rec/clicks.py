@@ -113,6 +113,7 @@ class ServedClicks:
             name: table.spec(int(saved.transform(f"map.{name}.rows")[0]), reads[name])
             for name, table in config.tables.items()
         }
+        saved.expect(self.model.shapes, self.tables)
         self._rows: Callable[[str | os.PathLike[str]], tuple[Examples, Own]] = functools.partial(
             new_rows, config.data, maps=maps, tables=reads, read=saved.transform
         )

@@ -48,4 +48,5 @@ FAMILY = Family(
     data={"build": build_data, "inspect": inspect_data},
     predict=Predict,
     export=Export,
+    writes=("data.cache",),
 )

@@ -47,6 +47,7 @@ class ServedRanking:
 
     def __init__(self, saved: SavedRun, ranking: Ranking, item_ids: Ids, user_ids: Ids | None = None):
         self.saved, self.ranking, self.item_ids, self.user_ids = saved, ranking, item_ids, user_ids
+        saved.expect(ranking.model.shapes, ranking.tables)
         self._passes_by_size: dict[int, Passes] = {}
         self._indices: dict[tuple[str, bool], Index] = {}
 

@@ -116,6 +116,7 @@ def _copy(source: epath.Path, target: epath.Path, files: Mapping[str, File]) -> 
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise UserError(f"checkpoint {source} names a file outside of itself: {name!r}")
         try:
+            _require_ordinary(source / name, expected.bytes)
             size, crc = _copy_file(source / name, target / name)
         except _Unreadable as error:
             raise UserError(f"checkpoint {source} is damaged: {name}: {error}; nothing was exported") from error
@@ -137,6 +138,16 @@ def _next(file: IO[bytes]) -> bytes:
         raise
     except OSError as error:
         raise _Unreadable(f"cannot be read ({error})") from error
+
+
+def _require_ordinary(source: epath.Path, expected: int) -> None:
+    """Holds a file against its size before it is read: a pipe or a device would be read for ever."""
+    if stores.is_url(source) or not os.path.exists(source):
+        return
+    if not os.path.isfile(source):
+        raise _Unreadable("it is no ordinary file")
+    if (size := source.stat().length) != expected:
+        raise _Unreadable(f"{size} bytes, expected {expected}")
 
 
 def _copy_file(source: epath.Path, target: epath.Path) -> tuple[int, int]:

@@ -152,15 +152,16 @@ def is_fresh(text: str | bytes) -> bool:
     try:
         found = json.loads(text)
         return not _dead_here(found) and time.time() - float(found["time"]) < 2 * LAPSE
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False
 
 
 def held_here(folder: Path) -> bool | None:
     """Returns whether a process of this machine trains in this folder; None where that cannot be found out."""
     try:
-        with open(folder / ".lock", "rb") as file:
-            # The lock is shared and given back at once, so that two callers do not take each other for a trainer.
+        # Without waiting: a pipe in its place would be opened when somebody writes to it.
+        with open(os.open(folder / ".lock", os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            # Shared and given back at once: two that ask do not take each other for a trainer.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

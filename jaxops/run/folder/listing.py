@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jaxops.core import stores
 from jaxops.core.failures import UserError, nearest
+from jaxops.core.small_files import read_bytes
 from jaxops.core.writers import read_metrics
 from jaxops.report import results
 from jaxops.report.compare import MAX_RUNS, Comparison, Side, compare_sides
@@ -124,8 +125,8 @@ def is_held(path: Path) -> bool | None:
     held = lease.held_here(path)
     if held:
         return True
-    try:  # the lease of another machine, where the folder is the stand-in of one in an object store
-        return lease.is_fresh((path / lease.NAME).read_bytes()) or held
+    try:  # one of another machine, where the folder stands in for one in an object store
+        return lease.is_fresh(read_bytes(path / lease.NAME)) or held
     except OSError:
         return held
 

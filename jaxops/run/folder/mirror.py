@@ -20,6 +20,7 @@ from pathlib import Path
 from jaxops.core import stores
 from jaxops.core.cache import cache_root
 from jaxops.core.failures import RunFailed, UserError
+from jaxops.core.secret_text import without_passwords
 from jaxops.core.stores import Denied, Entry, Location, Store
 from jaxops.run.folder import lease
 from jaxops.run.folder.log_parts import LogParts, is_log, known, part_name, parts_of
@@ -331,8 +332,8 @@ _WANTED = re.compile(r"transform/[^/]+|[^/]+\.(json|yaml)")
 
 
 def stand_in(place: Location) -> Path:
-    """Returns the local folder for a location in a store; every endpoint has folders of its own."""
-    at = re.sub(r"[^A-Za-z0-9.-]+", "_", stores.endpoint(place.scheme).partition("://")[2])
+    """The local folder for a place in a store; one of its own for every endpoint."""
+    at = re.sub(r"[^A-Za-z0-9.-]+", "_", without_passwords(stores.endpoint(place.scheme)).partition("://")[2])
     return cache_root() / "runs" / (place.scheme + (f"@{at}" if at else "")) / place.bucket / place.key
 
 

@@ -17,12 +17,14 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from jaxops.config.dump import diff, dump_yaml
+from jaxops.config.node import plain_node
 from jaxops.config.shapes import ABSENT
-from jaxops.core import stores
+from jaxops.config.yaml_text import parse_yaml
+from jaxops.core import small_files, stores
 from jaxops.core.failures import RunFailed, UserError
+from jaxops.core.secret_text import without_secrets
 from jaxops.core.writers import writing
 from jaxops.run.config import MAY_CHANGE_ON_RESUME
 from jaxops.run.folder.mirror import KEPT, Mirror
@@ -163,7 +165,7 @@ class RunFolder:
 
     def other_data(self, inspection: Mapping[str, Any]) -> str:
         """What tells these data from those that the run began with, in words; empty where nothing does."""
-        recorded = self._json("data.json")
+        recorded = self.read_json("data.json")
         for part, what in (("split", "the split"), ("features", "the features")):
             here, there = (found.get(part, {}).get("sha256") for found in (inspection, recorded))
             if here and there and here != there:
@@ -178,10 +180,11 @@ class RunFolder:
         """
         self._refresh()
         try:
-            values = yaml.safe_load((self.path / "config.yaml").read_text())
+            text = small_files.read_text(self.path / "config.yaml")
+            values = plain_node(parse_yaml(text, self.shown("config.yaml")))
         except FileNotFoundError:
             raise UserError(f"{self.where} is not a run folder: it has no config.yaml") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.shown('config.yaml')} cannot be read: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"{self.shown('config.yaml')} holds no config")
@@ -266,18 +269,19 @@ class RunFolder:
             self._mirror.send(name)
 
     def summary(self) -> dict[str, Any]:
-        """Returns the contents of `summary.json`, empty where there is none yet."""
-        return self._json("summary.json")
+        """`summary.json`, empty where there is none yet."""
+        return self.read_json("summary.json")
 
     def about(self) -> dict[str, Any]:
-        """Returns the contents of `about.json`, as `write_about` has written it; empty in folders of older versions."""
-        return self._json("about.json")
+        """`about.json`: names for people, and which way metrics are better; empty in folders of older versions."""
+        return self.read_json("about.json")
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The JSON object in a small file of the run, empty where there is none that can be read."""
         self._refresh()
         try:
-            found = json.loads((self.path / name).read_text())
-        except (OSError, ValueError):
+            found = json.loads(small_files.read_text(self.path / name))
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -357,6 +361,8 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, float) and not np.isfinite(value):
         return None
+    if isinstance(value, str):
+        return without_secrets(value)
     return value
 
 

@@ -1,0 +1,41 @@
+"""Reads a file that should be small and ordinary: a pipe, a device or one without end stops nobody.
+
+Held by tests/report/test_hostile_folders.py.
+"""
+
+import errno
+import os
+import stat
+
+MOST = 64 << 20
+"""Bytes that are read of a small file of a run folder, where nothing else is said."""
+
+
+def read_bytes(path: str | os.PathLike[str], most: int = MOST) -> bytes:
+    """The bytes of an ordinary file of this size at most.
+
+    Raises:
+      OSError: it is missing, is no ordinary file, is larger, or cannot be read.
+    """
+    # Without waiting: opening a pipe would wait for somebody to write to it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no ordinary file (a pipe or a device)", os.fspath(path))
+        data = file.read(most + 1) if found.st_size <= most else b""
+        if found.st_size > most or len(data) > most:  # files of /proc have no size and no end
+            raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", os.fspath(path))
+        return data
+
+
+def read_text(path: str | os.PathLike[str], most: int = MOST) -> str:
+    """As `read_bytes`, the text.
+
+    Raises:
+      OSError: as `read_bytes`.
+      UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_bytes(path, most).decode("utf-8")
