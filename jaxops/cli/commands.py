@@ -20,10 +20,17 @@ def train(args: argparse.Namespace) -> int:
     """`jaxops train CONFIG [a.b=VALUE ...] [--smoke]`."""
     from jaxops.core import distributed
     from jaxops.run.fit import fit
+    from jaxops.run.progress import said_if_long
 
     if args.smoke:
         return _smoke(args)
-    run = fit(build_task(load_config(args.config, args.overrides)))
+    loaded = load_config(args.config, args.overrides)
+    if distributed.is_primary():
+        for note in loaded.notes:
+            print(note, file=sys.stderr)
+    with said_if_long("reading the data ...", quiet=not distributed.is_primary()):
+        task = build_task(loaded)
+    run = fit(task)
     if args.json and distributed.is_primary():
         print_json({"dir": str(run.dir), **run.summary})
     return EXIT_OK if run.state == "finished" else EXIT_INTERRUPTED
@@ -78,13 +85,13 @@ def evaluate(args: argparse.Namespace) -> int:
 def predict(args: argparse.Namespace) -> int:
     """`jaxops predict RUN SOURCE [--OPTION VALUE ...] --out OUT`; the options are those of the run's family."""
     from jaxops.run.load import open_saved_run
-    from jaxops.run.outputs import parquet_target, write_parquet
+    from jaxops.run.outputs import table_target, write_table
 
-    parquet_target(args.out)
+    table_target(args.out)
     family, options = _family_options(args, "predict")
     model = family.load(open_saved_run(args.run, args.step))
     said: list[str] = []
-    print(write_parquet(args.out, lambda: model.predict(args.source, options, say=said.append), "row"))
+    print(write_table(args.out, lambda: model.predict(args.source, options, say=said.append), "row"))
     print("\n".join(said), end="\n" if said else "")
     return EXIT_OK
 

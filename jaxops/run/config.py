@@ -49,12 +49,13 @@ class EarlyStop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Evaluates every `every` steps on validation, and at the end on validation and test with the kept parameters.
+    """Evaluates now and then on validation, and at the end on validation and test with the kept parameters.
 
+    `every` is a number of steps, `1epoch`, or `10min` (looked at every run.log_every steps).
     `slices` are parts of the data that have the same metrics too; `baselines` are computed where the family has any.
     """
 
-    every: Positive = 500
+    every: Every = Every(steps=500)
     metrics: tuple[str, ...] = ()
     slices: tuple[str, ...] = ()
     batch: Positive = 512
@@ -64,7 +65,10 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """When to save and what to keep: the latest `keep`, every `keep_every` steps, the best by `best` on validation."""
+    """When to save and what to keep: the latest `keep`, every `keep_every` steps, the best by `best` on validation.
+
+    `every` is as in `evaluate`.
+    """
 
     every: Every = Every(seconds=600)
     keep: Positive = 3
@@ -98,7 +102,9 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """The run's name and folder, its length (epochs or steps), its seed, and where metrics go."""
+    """The run's name and folder, its length (epochs or steps: the one written later holds), its seed and loggers."""
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("epochs", "steps"),)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     dir: str = "runs"
