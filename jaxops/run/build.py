@@ -51,8 +51,8 @@ def _told_base(path: str | os.PathLike[str], error: ConfigError) -> ConfigError 
         return None  # it runs as it is: what is wrong is what was put over it
     example = users[0].relative_to(shipped).with_suffix("").as_posix()
     message = (
-        f"{name} is a base, not a run: alone it is wrong in what is named below. Write `base: {name}` into a config of your own"
-        f" and add that, as {example} does"
+        f"{name} is a base, not a run: alone it is wrong in what is named below. Write `base: {name}` into a config of"
+        f" your own and mend that there, as {example} does"
     )
     return ConfigError([Problem("", os.fspath(path), None, message), *error.problems])
 
