@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
+from jaxops.config.types import Every
 from jaxops.core.metric import Metric
 from jaxops.core.sums import Sum
 from jaxops.core.turn import Program, advanced
@@ -21,7 +22,7 @@ from jaxops.run.task import About, Measured, Task, of_config
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     letters: int = 8
-    evaluate: Evaluate = Evaluate(every=2, metrics=("nll",), stop=EarlyStop(metric="nll", patience=3))
+    evaluate: Evaluate = Evaluate(every=Every(steps=2), metrics=("nll",), stop=EarlyStop(metric="nll", patience=3))
 
     def metric(self, name):
         return Metric(name, "lower", "NLL")

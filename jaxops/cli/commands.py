@@ -20,10 +20,17 @@ def train(args: argparse.Namespace) -> int:
     """Runs `jaxops train CONFIG [a.b=VALUE ...] [--smoke]`."""
     from jaxops.core import distributed
     from jaxops.run.fit import fit
+    from jaxops.run.progress import said_if_long
 
     if args.smoke:
         return _smoke(args)
-    run = fit(build_task(load_config(args.config, args.overrides)), accept_code=args.accept_code)
+    loaded = load_config(args.config, args.overrides)
+    if distributed.is_primary():
+        for note in loaded.notes:
+            print(note, file=sys.stderr)
+    with said_if_long("reading the data ...", quiet=not distributed.is_primary()):
+        task = build_task(loaded)
+    run = fit(task, accept_code=args.accept_code)
     if args.json and distributed.is_primary():
         print_json({"dir": str(run.dir), **run.summary})
     return EXIT_OK if run.state == "finished" else EXIT_INTERRUPTED
@@ -82,13 +89,13 @@ def evaluate(args: argparse.Namespace) -> int:
 def predict(args: argparse.Namespace) -> int:
     """Runs `jaxops predict RUN SOURCE [--OPTION VALUE ...] --out OUT`; the options are those of the run's family."""
     from jaxops.run.load import serve
-    from jaxops.run.outputs import parquet_target, write_parquet
+    from jaxops.run.outputs import table_target, write_table
 
-    parquet_target(args.out)
+    table_target(args.out)
     saved, options = _saved_and_options(args, "predict")
     model = serve(saved)
     said: list[str] = []
-    print(write_parquet(args.out, lambda: model.predict(args.source, options, say=said.append), "row"))
+    print(write_table(args.out, lambda: model.predict(args.source, options, say=said.append), "row"))
     print("\n".join(said), end="\n" if said else "")
     return EXIT_OK
 

@@ -107,7 +107,7 @@ def _parser() -> Parser:
     evaluate.add_argument("--other-data", action="store_true", help=other)
     predict = command("predict", "A run's answers for a file: its best items for users, clicks for rows.", run=True)
     predict.add_argument("source", help="what to predict for: a file with the columns of the run's data")
-    predict.add_argument("--out", required=True, help="a .parquet file, or a folder")
+    predict.add_argument("--out", required=True, help="a file that ends in .parquet, .csv, .tsv or .jsonl, or a folder")
     predict.add_argument("--step", type=int, help="the checkpoint of this step")
     export = command("export", "Write a run's model in another form: item vectors with their original ids.", run=True)
     export.add_argument("out", help="where to: a file or a folder")
@@ -200,8 +200,8 @@ def _main(argv: Sequence[str]) -> int:
         print(f"jaxops: {printable(without_secrets(_told(error)))}", file=sys.stderr)
         return _abandon(error, EXIT_USAGE if error.errno == errno.ENAMETOOLONG else EXIT_FAILED)
     except KeyboardInterrupt as error:
-        name = f" by {error}" if str(error) else ""
-        print(f"jaxops: stopped{name}; there was nothing to save", file=sys.stderr)
+        name = f" by {error}: there was nothing to save" if str(error) else ""
+        print(f"jaxops: stopped{name}", file=sys.stderr)
         return _abandon(error, EXIT_STOPPED)
 
 

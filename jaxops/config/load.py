@@ -14,7 +14,7 @@ from jaxops.config.dump import flatten_config, plain_of
 from jaxops.config.environment import expand_variables
 from jaxops.config.errors import ConfigError, Problem, show, unknown
 from jaxops.config.files import ConfigPath, read_files
-from jaxops.config.merge import merge_all, parse_overrides
+from jaxops.config.merge import Replaced, merge_all, parse_overrides
 from jaxops.config.node import BROKEN, Node, node_of, plain_node
 from jaxops.config.schema import record_of
 from jaxops.config.validate import Validator, origin_of
@@ -31,13 +31,15 @@ class Loaded(Generic[T]):
 
     Attributes:
       config: the instance of the schema.
-      resolved: the same as plain values with every default; `dump_yaml`, `diff` and `digest` take it.
-      origins: the origin of each dotted path: "my.yaml:12", "override 'a.b=3'" or "default".
+      resolved: the same as plain values with every default, which `dump_yaml`, `diff` and `digest` take.
+      origins: where each dotted path came from: "my.yaml:12", "override 'a.b=3'" or "default".
+      notes: what a person should know of it: which value took the place of which.
     """
 
     config: T
     resolved: dict[str, Any]
     origins: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 @overload
@@ -184,6 +186,8 @@ def _resolve(
     root = record_of(schema)
     problems: list[Problem] = []
     merged = merge_all(root, trees, given, problems)
+    notes = tuple(str(note) for note in problems if isinstance(note, Replaced))
+    problems = [problem for problem in problems if not isinstance(problem, Replaced)]
     if tag is not None and by not in root.fields:
         merged = Node({key: entry for key, entry in merged.value.items() if key != by}, merged.origin)
     merged = expand_variables(merged, "", problems, resolved=resolved_once)
@@ -196,7 +200,7 @@ def _resolve(
     if tag is not None and by not in resolved:
         resolved = {by: tag.value} | resolved
         validator.origins[by] = tag.origin
-    return Loaded(config, resolved, _origins(resolved, validator.origins))
+    return Loaded(config, resolved, _origins(resolved, validator.origins), notes)
 
 
 def _tag(variants: Variants, trees: Sequence[Node], by: str, resolved: bool) -> Node:

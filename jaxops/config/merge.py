@@ -39,6 +39,8 @@ def merge_nodes(
     if _another_kind(shape, old.value, new.value, known) and not (old.implied and new.implied):
         return new
     entries = dict(old.value)
+    if isinstance(shape, Record) and not (old.implied and new.implied):
+        _make_way(shape, entries, new, problems, path)
     for key, entry in new.value.items():
         child, fallback = _child(shape, {**old.value, **new.value}, key, default)
         entries[key] = (
@@ -47,6 +49,30 @@ def merge_nodes(
             else entry
         )
     return Node(entries, old.origin if new.implied else new.origin, implied=old.implied and new.implied)
+
+
+class Replaced(Problem):
+    """No problem: a value that another field of the same record, written later, has taken the place of."""
+
+    def __str__(self) -> str:
+        return f"{self.path} [{self.origin}] {self.message}"
+
+
+def _make_way(shape: Record, entries: dict[str, Node], new: Node, problems: list[Problem], path: str) -> None:
+    """Of fields that exclude each other (`alternatives` of a schema) the one written later is taken, and that is said.
+
+    Where one tree gives several of them, all stay: that is a contradiction, which the schema's own check refuses.
+    """
+    for group in getattr(shape.cls, "alternatives", ()):
+        given = [key for key in group if key in new.value and new.value[key].value is not None]
+        if len(given) != 1:
+            continue
+        for key in group:
+            if key != given[0] and key in entries and key not in new.value and entries[key].value is not None:
+                gone, later = entries.pop(key), new.value[given[0]]
+                message = f"takes the place of {join_path(path, key)}={show(gone)} [{gone.origin}]"
+                where = f"{join_path(path, given[0])}={show(later)}"
+                problems.append(Replaced(where, later.origin, plain_node(later), message))
 
 
 def _beneath(path: str, old: Node, new: Node) -> Problem:

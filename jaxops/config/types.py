@@ -67,21 +67,22 @@ class Duration:
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """An interval of steps or of seconds; the other one is None."""
+    """How often something is done: each `steps` steps, `seconds` seconds or `epochs` epochs; the others are None."""
 
     steps: int | None = None
     seconds: float | None = None
+    epochs: float | None = None
     text: str = dataclasses.field(default="", compare=False, repr=False)
 
-    expected: ClassVar[str] = "a number of steps, or a duration such as 30s, 10min or 2h"
+    expected: ClassVar[str] = "a number of steps, or a duration such as 30s, 10min or 2h, or 1epoch"
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.seconds is None):
-            raise ValueError("exactly one of steps and seconds")
+        if (self.steps, self.seconds, self.epochs).count(None) != 2:
+            raise ValueError("exactly one of steps, seconds and epochs")
 
     @classmethod
     def from_config(cls, value: Any) -> "Every":
-        """Reads `1000` or `10min`.
+        """Reads `1000`, `10min` or `1epoch` (`0.5epoch`, `2epochs`).
 
         Raises:
           ValueError: the spelling is another, or the value is not above zero.
@@ -90,12 +91,24 @@ class Every:
             if value < 1:
                 raise ValueError("must be at least 1 step")
             return cls(steps=value)
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?) ?epochs?", value) if isinstance(value, str) else None:
+            if float(match[1]) <= 0:
+                raise ValueError("must be more than no epoch")
+            return cls(epochs=float(match[1]), text=value)
         return cls(seconds=_seconds(value), text=value)
+
+    def in_steps(self, epoch: float) -> int | None:
+        """Steps between two times, where an epoch has `epoch` of them; None where seconds are given."""
+        if self.epochs is not None:
+            return max(round(self.epochs * epoch), 1)
+        return self.steps
 
     def to_config(self) -> int | str:
         """Returns the spelling that it was read from, else the shortest that is exact."""
         if self.steps is not None:
             return self.steps
+        if self.epochs is not None:
+            return self.text or f"{self.epochs:g}epoch{'' if self.epochs == 1 else 's'}"
         assert self.seconds is not None
         return self.text or _spell(self.seconds)
 

@@ -1,5 +1,6 @@
 """Validates a merged tree: the result is an instance of its schema, or all errors at once."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from jaxops.config.shapes import (
 from jaxops.config.types import CrossChecked
 from jaxops.config.yaml_text import scalar_of
 from jaxops.core.failures import UserError, nearest
+
+_OVERRIDE = "override '"
 
 
 class Validator:
@@ -127,12 +130,28 @@ class Validator:
             self._cross_checks(instance, path)
         return instance
 
+    def _with_overrides(self, origin: str, path: str, message: str) -> str:
+        """The origin of a contradiction, with the overrides of other values below `path` that the message names.
+
+        `must divide dim 65` is said of `heads`, which a file wrote, and it is the override of `dim` that did it.
+        """
+        if origin.startswith(_OVERRIDE):
+            return origin
+        found = dict.fromkeys(
+            given
+            for below, given in self.origins.items()
+            if given.startswith(_OVERRIDE)
+            and (not path or below.startswith(f"{path}."))
+            and re.search(rf"(?<![\w-]){re.escape(below.rpartition('.')[2])}(?![\w-])", message)
+        )
+        return f"{', '.join([origin, *found])}" if found else origin
+
     def _cross_checks(self, instance: CrossChecked, path: str) -> None:
         known = len(self.problems)
         try:
             for relative, message in instance.problems():
                 where = _spelled_path(join_path(path, relative) if relative else path)
-                origin = origin_of(where, self.origins)
+                origin = self._with_overrides(origin_of(where, self.origins), path, message)
                 self.problems.append(Problem(where, origin, _at(plain_of(instance), relative), message))
         except UserError as error:
             self.problems.append(Problem(path, origin_of(path, self.origins), None, str(error)))

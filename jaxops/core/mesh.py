@@ -94,7 +94,12 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     config = MeshConfig(replica=replica, data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)
-    sizes = config.sizes(len(devices))
+    try:
+        sizes = config.sizes(len(devices))
+    except UserError as error:
+        if devices[0].platform != "cpu":
+            raise
+        raise UserError(f"{error}; --cpu-devices N stands N virtual devices in for them on this machine") from None
     shape = tuple(sizes[axis] for axis in AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1 and sizes["replica"] % slices == 0:

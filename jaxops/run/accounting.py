@@ -29,7 +29,9 @@ class Accounting:
         """Returns one line for people: parameters, examples, batch, microbatches and where gradients are reduced."""
         size = self._task.config.batch.global_
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._task.model.shapes))
-        parts = [f"{count:,} parameters", f"{self._task.source.examples:,} examples an epoch", f"batch {size}"]
+        rows = sum(spec.rows * spec.dim for spec in self._task.tables.values())
+        known = f"{count + rows:,} parameters" + (f" ({rows:,} of them in tables)" if rows else "")
+        parts = [known, f"{self._task.source.examples:,} examples an epoch", f"batch {size}"]
         if self._accumulation > 1:
             parts.append(f"in {self._accumulation} microbatches ({getattr(step, 'reason', '')})")
         return ", ".join(parts)

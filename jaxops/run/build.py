@@ -1,12 +1,16 @@
 """The way from files to a task: `load_config` reads and checks, `build_task` opens the data and builds the task."""
 
+import contextlib
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxops.config.bypath import Guard
+from jaxops.config.errors import ConfigError, Problem
+from jaxops.config.files import find_config, shipped_configs
 from jaxops.config.load import Loaded, from_dict, load
 from jaxops.core.failures import UserError
 from jaxops.run.config import common_sections
@@ -29,7 +33,35 @@ def load_config(
     Raises:
       ConfigError: everything that is wrong at once, each with its dotted path, origin and the nearest right name.
     """
-    return _ordered(load(SCHEMAS, paths, overrides, by="task"))
+    try:
+        return _ordered(load(SCHEMAS, paths, overrides, by="task"))
+    except ConfigError as error:
+        if isinstance(paths, str | os.PathLike) and (told := _told_base(paths, error)) is not None:
+            raise told from None
+        raise
+
+
+def _told_base(path: str | os.PathLike[str], error: ConfigError) -> ConfigError | None:
+    """The error of a shipped config that lacks something because it is what others start from; None for any other."""
+    if "://" in os.fspath(path):
+        return None
+    shipped, found = shipped_configs().resolve(), find_config(path).resolve()
+    if not found.is_relative_to(shipped):
+        return None
+    name = found.relative_to(shipped).with_suffix("").as_posix()
+    base = re.compile(rf"^base: *\[?.*\b{re.escape(found.stem)}(\.yaml)?\b", re.MULTILINE)
+    users = [other for other in sorted(found.parent.glob("*.yaml")) if base.search(other.read_text(encoding="utf-8"))]
+    if not users:
+        return None
+    with contextlib.suppress(ConfigError):
+        load(SCHEMAS, path, by="task")
+        return None  # it runs as it is: what is wrong is what was put over it
+    example = users[0].relative_to(shipped).with_suffix("").as_posix()
+    message = (
+        f"{name} is a base, not a run: alone it is wrong in what is named below. Write `base: {name}` into a config of"
+        f" your own and mend that there, as {example} does"
+    )
+    return ConfigError([Problem("", os.fspath(path), None, message), *error.problems])
 
 
 def config_from_dict(

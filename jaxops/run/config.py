@@ -52,18 +52,13 @@ class EarlyStop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Evaluation: every `every` steps on validation, and at the end on validation and test with the kept parameters.
+    """Evaluates now and then on validation, and at the end on validation and test with the kept parameters.
 
-    Attributes:
-      every: steps between two evaluations.
-      metrics: the names of the metrics.
-      slices: parts of the data that get the same metrics too.
-      batch: examples of one evaluation batch over all devices.
-      baselines: true to compute the family's baselines at the end.
-      stop: the rule of early stopping, if there is one.
+    `every` is a number of steps, `1epoch`, or `10min` (looked at every run.log_every steps).
+    `slices` are parts of the data that have the same metrics too; `baselines` are computed where the family has any.
     """
 
-    every: Positive = 500
+    every: Every = Every(steps=500)
     metrics: tuple[str, ...] = ()
     slices: tuple[str, ...] = ()
     batch: Positive = 512
@@ -73,13 +68,9 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The cadence and the retention of checkpoints.
+    """When to save and what to keep: the latest `keep`, every `keep_every` steps, the best by `best` on validation.
 
-    Attributes:
-      every: steps or seconds between two saves.
-      keep: how many of the latest checkpoints are kept.
-      keep_every: checkpoints of multiples of this step are kept as well.
-      best: the validation metric whose best checkpoint is kept as well.
+    `every` is as in `evaluate`.
     """
 
     every: Every = Every(seconds=600)
@@ -114,7 +105,9 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """The run's name and folder, its length (epochs or steps), its seed, and where metrics go."""
+    """The run's name and folder, its length (epochs or steps: the one written later holds), its seed and loggers."""
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("epochs", "steps"),)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] = "run"
     dir: str = "runs"

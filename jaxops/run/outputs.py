@@ -1,25 +1,50 @@
 """Files that commands write where the user asked for them; each is written whole or not at all."""
 
+import functools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from jaxops.core.failures import RunFailed, UserError
 
+FORMATS = (".parquet", ".csv", ".tsv", ".jsonl")
+"""How a file that a command writes may end."""
+_OTHERS = (
+    ".txt",
+    ".json",
+    ".xlsx",
+    ".xls",
+    ".feather",
+    ".arrow",
+    ".gz",
+    ".zip",
+    ".zst",
+    ".npy",
+    ".npz",
+    ".pkl",
+    ".html",
+)
 
-def parquet_target(path: str | os.PathLike[str]) -> Path:
-    """Returns the file to write: the path itself if it ends in .parquet, else part-00000.parquet in that folder.
+
+def table_target(path: str | os.PathLike[str]) -> Path:
+    """The file to write: the path itself if it ends like one of FORMATS, else part-00000.parquet in that folder.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: it cannot be written, or ends like a file of another format.
     """
     target = Path(path)
-    if target.suffix != ".parquet" or target.is_dir():
+    if target.suffix.lower() in _OTHERS and not target.is_dir():
+        raise UserError(
+            f"{target}: nothing writes {target.suffix} files; give one of {', '.join(FORMATS)}, or a folder"
+        )
+    if target.suffix.lower() not in FORMATS or target.is_dir():
         if target.is_file():
-            raise UserError(f"{target} is a file: give a folder, or a file that ends in .parquet")
+            raise UserError(f"{target} is a file: give a folder, or a file that ends in {', '.join(FORMATS)}")
         target = target / "part-00000.parquet"
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -27,21 +52,19 @@ def parquet_target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def write_parquet(path: str | os.PathLike[str], make: Callable[[], pa.Table], what: str) -> str:
-    """Writes the table that `make` returns, and returns one line for people that says what was written.
-
-    The path is checked before `make` is called, so that no work is lost. `what` names a row.
+def write_table(path: str | os.PathLike[str], make: Callable[[], pa.Table], what: str) -> str:
+    """Writes a table as its name ends, made once it is known that it can be written; what was written, for people.
 
     Raises:
       UserError: the path cannot be written.
       RunFailed: the disk is full.
     """
-    target = parquet_target(path)
+    target = table_target(path)
     table = make()
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.tmp")
     try:
-        pq.write_table(table, scratch)
+        _WRITERS[target.suffix.lower()](table, scratch)
         os.replace(scratch, target)
     except OSError as error:
         raise RunFailed(f"{target} cannot be written: {error}; nothing of it was left") from error
@@ -50,6 +73,28 @@ def write_parquet(path: str | os.PathLike[str], make: Callable[[], pa.Table], wh
     return f"{counted(len(table), what)} -> {target}"
 
 
+def _write_text(table: pa.Table, path: Path, delimiter: str) -> None:
+    """Columns as text; a list as JSON."""
+    for number, field in enumerate(table.schema):
+        if pa.types.is_nested(field.type):
+            table = table.set_column(number, field.name, pa.array(map(json.dumps, table[field.name].to_pylist())))
+    csv.write_csv(table, path, csv.WriteOptions(delimiter=delimiter))
+
+
+def _write_jsonl(table: pa.Table, path: Path) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for batch in table.to_batches(max_chunksize=10_000):
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in batch.to_pylist())
+
+
+_WRITERS: dict[str, Callable[[pa.Table, Path], object]] = {
+    ".parquet": pq.write_table,
+    ".csv": functools.partial(_write_text, delimiter=","),
+    ".tsv": functools.partial(_write_text, delimiter="\t"),
+    ".jsonl": _write_jsonl,
+}
+
+
 def counted(number: int, what: str, several: str = "") -> str:
-    """`1 row`, `2,000 rows`; `several` is the plural where an s does not make it."""
+    """Returns a number with its noun, such as `1 row` or `2,000 rows`; `several` is a plural that needs more than an s."""
     return f"{number:,} {what if number == 1 else several or what + 's'}"

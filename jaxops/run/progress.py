@@ -1,61 +1,127 @@
-"""The console output of a run: one line for each window, compiles with their seconds, and the final table."""
+"""What a run says while it runs: a line a window, a live line in a terminal, compiles with their seconds, the table."""
 
+import contextlib
 import math
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 QUIET_SECONDS = 2.0
-"""Windows that follow each other within these seconds share a line."""
+"""Windows closer together than this share a line."""
+FIRST_SECONDS, AGAIN_SECONDS = 8.0, 60.0
+"""After so long without a line one is printed, though no window has ended: the first of them, and the others."""
+LIVE_SECONDS = 0.25
 
 
 class Progress:
-    """Prints plain lines to a console, so that a log file reads like the terminal did; `quiet` prints warnings only."""
+    """Plain lines to a console, so that a log file reads like the terminal did; `quiet` says nothing.
+
+    In a terminal a live line below them tells the step, the loss of the last window, the rate and the time left. A
+    terminal that is gone (a closed connection) stops nobody.
+    """
 
     def __init__(self, quiet: bool = False, console: Console | None = None):
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.quiet = quiet
         self._last = 0.0
         self._began: tuple[str, float] | None = None
+        self._live: Live | None = None
+        self._drawn = 0.0
+        self._heard: float | None = None
+        self._wait = FIRST_SECONDS
+        self._loss = ""
+        self._start: tuple[int, float] | None = None
 
     def say(self, text: str) -> None:
         """Prints one line, unless quiet."""
         if not self.quiet:
-            self._break()
-            self.console.print(text, markup=False)
+            self.warn(text)
 
     def warn(self, text: str) -> None:
         """Prints one line, even where quiet."""
         self._break()
-        self.console.print(text, markup=False)
+        self._print(text, markup=False)
+        self._heard = time.perf_counter()
 
     def compiling(self, name: str) -> None:
         """Announces a compile that is about to begin."""
         if not self.quiet:
+            self.rest()
             self._break()
             self._began = (name, time.perf_counter())
-            self.console.print(f"compiling {name} ...", end="", markup=False)
+            self._print(f"compiling {name} ...", end="", markup=False)
 
     def compiled(self, name: str) -> None:
         """Prints how long the announced compile took, including tracing."""
         if self._began and self._began[0] == name:
-            self.console.print(f" {time.perf_counter() - self._began[1]:.1f} s", markup=False)
+            self._print(f" {time.perf_counter() - self._began[1]:.1f} s", markup=False)
             self._began = None
 
     def _break(self) -> None:
         if self._began:
-            self.console.print()
+            self._print()
             self._began = None
+
+    def _print(self, *what: Any, **options: Any) -> None:
+        with contextlib.suppress(OSError, SystemExit):  # rich ends the program where nobody reads it any more
+            self.console.print(*what, **options)
+
+    def at(self, step: int, steps: int) -> None:
+        """Training has come to `step`, whose metrics are not known yet: the live line, or a line after a long silence.
+
+        The rate is that of the calls of steps, of which no more than a few are ever ahead of the device.
+        """
+        if self.quiet or self._began:
+            return
+        now = time.perf_counter()
+        if self._start is None or step <= self._start[0]:
+            self._start = (step, now)
+            self._heard = now if self._heard is None else self._heard
+            return
+        first, since = self._start
+        each = (now - since) / (step - first)
+        if self.console.is_terminal:
+            if now - self._drawn > LIVE_SECONDS:
+                self._drawn = now
+                self._draw(self._line(step, steps, each))
+        elif now - (self._heard or now) > self._wait:
+            self._wait = AGAIN_SECONDS
+            self.say(self._line(step, steps, each))
+
+    def _line(self, step: int, steps: int, each: float) -> str:
+        rate = f"{1 / each:.1f} steps/s" if each < 1 else f"{each:.1f} s a step"
+        return f"step {step:>6}/{steps}{self._loss}  {rate}  {_clock((steps - step) * each)} left"
+
+    def _draw(self, text: str) -> None:
+        with contextlib.suppress(OSError, SystemExit):
+            if self._live is None:
+                self._live = Live(console=self.console, transient=True, auto_refresh=False)
+                self._live.start()
+            self._live.update(Text(text, style="dim"), refresh=True)
+
+    def rest(self) -> None:
+        """Takes the live line away: training pauses or is over."""
+        self._start = None
+        if self._live is not None:
+            with contextlib.suppress(OSError, SystemExit):
+                self._live.stop()
+            self._live = None
 
     def step(self, step: int, steps: int, values: Mapping[str, Any]) -> None:
         """Prints a window of training: loss, speed, and the time that is left."""
         now = time.perf_counter()
-        if self.quiet or (now - self._last < QUIET_SECONDS and step < steps):
+        if self.quiet:
+            return
+        self._loss = f"  loss {values['loss']:.4f}"
+        if now - self._last < QUIET_SECONDS and step < steps:
             return
         self._last = now
         left = (steps - step) * values["step_ms"] / 1e3
@@ -79,8 +145,22 @@ class Progress:
     def table(self, summary: Mapping[str, Any], metrics: tuple[str, ...], note: str = "") -> None:
         """Prints the final table of model and baselines on validation and test; `note` says how it was made."""
         if not self.quiet:
+            self.rest()
             self._break()
-            self.console.print(results_table(summary, metrics, note))
+            self._print(results_table(summary, metrics, note))
+
+
+@contextlib.contextmanager
+def said_if_long(text: str, seconds: float = 3.0, quiet: bool = False) -> Iterator[None]:
+    """Prints a line if what is inside takes longer than that, so that nobody looks at nothing."""
+    timer = threading.Timer(seconds, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    if not quiet:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...], note: str = "") -> Table:

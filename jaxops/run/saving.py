@@ -53,7 +53,7 @@ class Saving:
     @property
     def every(self) -> int:
         """Steps between two looks at whether a save is due."""
-        return self._config.checkpoint.every.steps or self._config.run.log_every
+        return self._task.steps_between(self._config.checkpoint.every) or self._config.run.log_every
 
     def due(self) -> bool:
         """Returns whether a save is due. Where the config counts seconds, the clock of process 0 decides for all."""

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
+from jaxops.config.types import Every
 from jaxops.core.accumulate import Objective
 from jaxops.core.journal import Journal
 from jaxops.core.metric import Metric
@@ -209,6 +210,10 @@ class Task:
         """The length of the run in steps: `run.steps`, or the steps that `run.epochs` take."""
         run, size = self.config.run, self.config.batch.global_
         return run.steps if run.steps is not None else -(-run.epochs * self.source.examples // size)
+
+    def steps_between(self, every: Every) -> int | None:
+        """How many steps lie between two times; None where they are told by the clock."""
+        return every.in_steps(self.source.examples / self.config.batch.global_)
 
     @property
     def metrics(self) -> dict[str, Metric]:

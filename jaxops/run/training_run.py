@@ -111,6 +111,7 @@ class TrainingRun:
                 self._failed(error)
                 raise
             finally:
+                self.progress.rest()
                 self.writers.close()
 
     @contextlib.contextmanager
@@ -231,7 +232,7 @@ class TrainingRun:
                 hooks=hooks,
                 on_window=self._on_window,
                 poll=self._poll,
-                on_step=functools.partial(setattr, self.watch, "step"),
+                on_step=self._on_step,
                 begun=begun,
                 on_open=self._check,
             )
@@ -295,8 +296,12 @@ class TrainingRun:
             self.warm = True
         return self.interrupt()
 
+    def _on_step(self, step: int) -> None:
+        self.watch.step = step
+        self.progress.at(step, self.task.steps)
+
     def _hooks(self) -> list[Hook]:
-        hooks = [Hook(self.config.evaluate.every, self._evaluate_hook, True)] if self.validation.on else []
+        hooks = [Hook(self.validation.every, self._evaluate_if_due, True)] if self.validation.on else []
         return [*hooks, Hook(self.saving.every, self._save_if_due, True)]
 
     def _check(self, window: Window) -> dict[str, Any]:
@@ -325,6 +330,10 @@ class TrainingRun:
         self.logged = window.last
         self.progress.step(window.last, self.task.steps, values)
         return values
+
+    def _evaluate_if_due(self, snapshot: Snapshot) -> None:
+        if self.validation.due():
+            self._evaluate_hook(snapshot)
 
     def _evaluate_hook(self, snapshot: Snapshot) -> None:
         """Evaluates on validation, decides on early stopping, and saves where the best checkpoint is kept."""

@@ -2,12 +2,14 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxops.core import distributed
 from jaxops.run.config import EarlyStop
 from jaxops.run.progress import Progress
 from jaxops.run.task import Evaluate, Task
@@ -43,7 +45,7 @@ class Validation:
         self.values: dict[str, float] = {}
         self.plots: dict[str, Any] = {}
         self.samples: list[dict[str, Any]] = []
-        self.step = -1
+        self.step, self._at = -1, time.monotonic()
 
     @property
     def on(self) -> bool:
@@ -82,9 +84,21 @@ class Validation:
         yield
         self._phase(before)
 
+    @property
+    def every(self) -> int:
+        """Steps between two looks at whether an evaluation is due."""
+        return self._task.steps_between(self._config.evaluate.every) or self._config.run.log_every
+
+    def due(self) -> bool:
+        """Whether enough steps or minutes have gone by since the last one; by process 0's clock."""
+        limit = self._config.evaluate.every.seconds
+        if limit is None:
+            return True
+        return bool(distributed.run_on_primary("evaluate", lambda: time.monotonic() - self._at >= limit))
+
     def record(self, step: int, values: Mapping[str, float]) -> str | None:
-        """Records an evaluation of a step and returns the reason to stop the run, or None."""
-        self.values, self.step = dict(values), step
+        """Takes note of an evaluation and returns the reason to stop, if this one is one too many."""
+        self.values, self.step, self._at = dict(values), step, time.monotonic()
         stop, best = self._config.evaluate.stop, self._config.checkpoint.best
         metric = stop.metric if stop else best or next(iter(self._config.evaluate.metrics), None)
         history = self.history
@@ -106,8 +120,9 @@ class Validation:
         return stop_reason(stop)
 
     def missed_evaluation(self, step: int) -> bool:
-        """Returns whether the run was interrupted after `step` and before the evaluation that was due there."""
-        due = self.on and step % self._config.evaluate.every == 0
+        """True where the run was interrupted after `step` and before the evaluation that was due there."""
+        steps = self._task.steps_between(self._config.evaluate.every)
+        due = self.on and steps is not None and step % steps == 0
         return 0 < step < self._task.steps and due and self.history["at"] < step
 
 

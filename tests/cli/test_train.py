@@ -182,5 +182,5 @@ def test_a_signal_before_anything_is_there_to_save_ends_with_a_word(folder, numb
     path = os.pathsep.join([str(folder), str(repository)])
     done = subprocess.run(argv, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 130
-    assert done.stderr == f"jaxops: stopped by {number.name}; there was nothing to save\n"
+    assert done.stderr == f"jaxops: stopped by {number.name}: there was nothing to save\n"
     assert not (folder / "runs").exists()

@@ -75,6 +75,67 @@ def test_progress_is_plain_lines():
     assert lines[4] == "[bold]not markup[/bold]"
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("jaxops.run.progress.time.perf_counter", lambda: now[0])
+    return now
+
+
+def test_a_run_whose_first_window_is_far_says_something_within_ten_seconds(clock):
+    """A step of 0.4 s and windows of 50: the first window ends after 20 s."""
+    text = io.StringIO()
+    progress = Progress(console=Console(file=text, width=80, highlight=False, soft_wrap=True))
+    said = {}
+    for step in range(1, 500):
+        progress.at(step, 1000)
+        clock[0] += 0.4
+        said[step] = len(text.getvalue().splitlines())
+    first = next(step for step, lines in said.items() if lines)
+    assert 0.4 * first <= 10 and said[499] == 4  # the first, and one a minute after it
+    line = text.getvalue().splitlines()[0]
+    assert line.startswith(f"step {first:>6}/1000  2.5 steps/s  ") and line.endswith(" left")
+
+
+def test_windows_are_lines_enough(clock):
+    text = io.StringIO()
+    progress = Progress(console=Console(file=text, width=80, highlight=False, soft_wrap=True))
+    for step in range(1, 101):
+        progress.at(step, 100)
+        clock[0] += 0.4
+        if step % 10 == 0:
+            progress.step(step, 100, {"loss": 1.0, "examples_per_s": 10.0, "step_ms": 400.0})
+    assert len(text.getvalue().splitlines()) == 10
+
+
+def test_a_terminal_has_a_live_line_that_is_taken_away(clock):
+    text = io.StringIO()
+    progress = Progress(console=Console(file=text, width=80, force_terminal=True, highlight=False, soft_wrap=True))
+    for step in range(1, 6):
+        progress.at(step, 10)
+        clock[0] += 2.0
+        progress.step(step, 10, {"loss": 1.5, "examples_per_s": 10.0, "step_ms": 2000.0})
+    shown = text.getvalue()
+    assert "step      5/10  loss 1.5000  2.0 s a step  0:10 left" in shown
+    progress.rest()
+    progress.say("done")
+    assert text.getvalue().rstrip().endswith("done") and progress._live is None
+
+
+def test_a_terminal_that_is_gone_stops_nobody():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    progress = Progress(console=Console(file=Gone(), width=80, force_terminal=True))
+    progress.say("x")
+    progress.compiling("x")
+    progress.compiled("x")
+    for step in range(3):
+        progress.at(step, 3)
+    progress.rest()
+
+
 def test_quiet_says_nothing():
     text = io.StringIO()
     progress = Progress(quiet=True, console=Console(file=text))

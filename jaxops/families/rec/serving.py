@@ -25,7 +25,7 @@ from jaxops.families.rec.other_data import evaluate_other_data
 from jaxops.families.rec.ranking import Ranking, with_catalogue
 from jaxops.run.given_table import as_file
 from jaxops.run.load import evaluate_saved
-from jaxops.run.outputs import counted, write_parquet
+from jaxops.run.outputs import counted, write_table
 from jaxops.run.passes import Passes
 from jaxops.run.saved_run import SavedRun
 from jaxops.run.weights import Weights
@@ -198,7 +198,7 @@ class ServedRanking:
           UserError: the path cannot be written.
         """
         del options, keywords
-        return write_parquet(path, self.item_vectors, "item vector")
+        return write_table(path, self.item_vectors, "item vector")
 
     def evaluate(
         self,
