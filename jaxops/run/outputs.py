@@ -96,5 +96,5 @@ _WRITERS: dict[str, Callable[[pa.Table, Path], object]] = {
 
 
 def counted(number: int, what: str, several: str = "") -> str:
-    """Returns a number with its noun, such as `1 row` or `2,000 rows`; `several` is a plural that needs more than an s."""
+    """Returns a number with its noun, such as `1 row` or `2,000 rows`; `several` is an irregular plural."""
     return f"{number:,} {what if number == 1 else several or what + 's'}"
