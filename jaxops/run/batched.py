@@ -23,12 +23,14 @@ class BatchedEvaluation:
       batches: by part, given a batch size, the batches (all of that size).
       sums: (params, batch) -> Sums of one evaluation batch; it finds the rows of tables in its batch.
       plots: names of sums that are arrays, for the summary and the report.
+      derive: given a part and its sums' values, further metrics that the host makes of them (an order of all scores).
       prepare: a pass over other data before the first batch, whose outcome joins the weights (vectors of all items).
     """
 
     batches: Mapping[str, Callable[[int], EvalBatches]]
     sums: Callable[[Params, Mapping[str, Any]], Sums]
     plots: tuple[str, ...] = ()
+    derive: Callable[[str, dict[str, Any]], Mapping[str, float]] = lambda part, found: {}
     prepare: Callable[[Passes, Weights], Weights] | None = None
 
     @property
@@ -51,6 +53,7 @@ class BatchedEvaluation:
             if not evaluators:
                 evaluators.append(Evaluator(self.sums, passes.mesh, passes.dtype, passes.logical, reader))
             found = evaluators[0](weights.params, batches, poll, weights.tables)
+            found |= self.derive(part, found)
             parts = {name: found[name] for name in found if name.partition("[")[0] in wanted and "[" in name}
             values = {name: found[name] for name in wanted} | parts
             return Measured(values, {name: found[name] for name in self.plots})

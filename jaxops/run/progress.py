@@ -66,7 +66,7 @@ class Progress:
 
     def evaluated(self, step: int, part: str, values: Mapping[str, float], note: str = "") -> None:
         """One evaluation."""
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        shown = "  ".join(f"{name} {figure(value)}" for name, value in values.items())
         self.say(f"step {step:>6}  {part}: {shown}{'  ' + note if note else ''}")
 
     def table(self, summary: Mapping[str, Any], metrics: tuple[str, ...], note: str = "") -> None:
@@ -74,6 +74,11 @@ class Progress:
         if not self.quiet:
             self._break()
             self.console.print(results_table(summary, metrics, note))
+
+
+def figure(value: float | None) -> str:
+    """A metric as people read it; of one that has no value (NaN, or null in JSON), that it is undefined."""
+    return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...], note: str = "") -> Table:
@@ -92,7 +97,10 @@ def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...], note: st
 
     def cells(prefix: str, suffix: str) -> list[str]:
         found = [summary.get(f"{prefix}{part}/{metric}{suffix}") for part, metric in values]
-        return ["" if value is None or math.isnan(value) else f"{value:.4f}" for value in found]
+        if suffix:  # most slices of most parts have no examples
+            return ["" if value is None or math.isnan(value) else figure(value) for value in found]
+        there = [f"{prefix}{part}/{metric}" in summary for part, metric in values]
+        return [figure(value) if known else "" for value, known in zip(found, there, strict=True)]
 
     table.add_column("")
     if len(values) <= 6:

@@ -11,6 +11,7 @@ from typing import Any
 from jaxops.core.failures import RunFailed
 from jaxops.run.folder.run_folder import SUMMARY_VERSION, RunFolder
 from jaxops.run.task import Task
+from jaxops.run.validation import undefined_metrics
 
 VERSIONS = ("jaxops", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 """Packages whose versions a summary holds."""
@@ -48,7 +49,8 @@ def write_summary(folder: RunFolder, state: str, values: Mapping[str, Any]) -> t
 def about_of(task: Task) -> dict[str, Any]:
     """What reports and comparisons read of a task: names for people, and which way each metric is better."""
     metrics = {name: {"better": metric.better, "label": metric.shown} for name, metric in task.metrics.items()}
-    return {"metrics": metrics, **dataclasses.asdict(task.about)}
+    about = dataclasses.asdict(task.about)
+    return {"metrics": metrics, **about, "notes": [*about["notes"], *undefined_metrics(task)]}
 
 
 def write_failure(folder: RunFolder, error: BaseException, values: Mapping[str, Any]) -> None:
