@@ -1,7 +1,8 @@
 """Metrics of predicted click probabilities: order (AUC), information (log loss, NE) and calibration.
 
-Everything is sums over examples, so any cut of the data into batches, devices and hosts merges to the same numbers.
-Tested in tests/evaluate/test_clicks.py, against numpy in float64.
+All but the order are sums over examples, so any cut of the data into batches, devices and hosts merges to the same
+numbers. An order needs all scores at once: grouped.py brings them to the host. Tested in
+tests/evaluate/test_clicks.py, against numpy in float64.
 """
 
 import jax
@@ -13,8 +14,6 @@ from jaxops.core.failures import UserError, nearest
 from jaxops.core.metric import Better, Metric
 from jaxops.core.sums import Sum, Sums
 
-AUC_BINS, AUC_REACH = 1 << 14, 16.0
-"""Scores between -16 and 16 are told apart at 32 / 16,384 = 0.002 of a logit; closer ones are ties and count half."""
 RELIABILITY_BINS = 20
 CLICK_METRICS: dict[str, Better] = {
     "auc": "higher",
@@ -42,7 +41,7 @@ def click_metric(name: str) -> Metric:
 def click_sums(
     logits: Float[Array, " batch"], label: Float[Array, " batch"], weight: Float[Array, " batch"] | None = None
 ) -> Sums:
-    """Returns the sums of `auc`, `log_loss`, `ne`, `calibration`, `ece` and `reliability`.
+    """Returns the sums of `log_loss`, `ne`, `calibration`, `ece` and `reliability`; for the AUC see grouped.py.
 
     `ne` is the log loss over the entropy of the click rate (He et al. 2014): a model that knows only the rate has 1.
     `calibration` is predicted clicks over clicks. `reliability` is [3, bins]: predicted rate, click rate and share of
@@ -52,7 +51,7 @@ def click_sums(
     Args:
       logits: logits of the probability of a click.
       label: 1 for a click, else 0.
-      weight: weight of each example, 0 for padding; default 1. Bins hold float32, exact up to 2^24 examples each.
+      weight: weight of each example, 0 for padding; default 1.
     """
     logits, label = logits.astype(jnp.float32), label.astype(jnp.float32)
     weight = jnp.ones_like(logits) if weight is None else weight.astype(jnp.float32)
@@ -62,37 +61,12 @@ def click_sums(
     clicks, total = jnp.sum(weight * label), jnp.sum(weight)
     bins = _reliability(p, label, weight)
     return {
-        "auc": _auc(logits, label, weight),
         "log_loss": Sum.of(loss, weight),
         "ne": Sum(jnp.stack([jnp.sum(weight * loss), clicks]), jnp.stack([total, total]), _normalised_entropy),
         "calibration": Sum(jnp.sum(weight * p), clicks),
         "ece": Sum(bins, jnp.full_like(bins, total), _expected_error),
         "reliability": Sum(bins, jnp.full_like(bins, total), _by_bin),
     }
-
-
-def _auc(logits: Array, label: Array, weight: Array) -> Sum:
-    """Sums the weights by bin of the score, for non-clicks and clicks: [2, bins].
-
-    AUC does not depend on the scale of the counts, so each batch adds one to the `Sum`'s count.
-    """
-    step = 2 * AUC_REACH / AUC_BINS
-    at = jnp.clip(jnp.floor((logits + AUC_REACH) / step), 0, AUC_BINS - 1).astype(jnp.int32)
-    counts = jnp.stack(
-        [jnp.zeros(AUC_BINS, jnp.float32).at[at].add(share) for share in (weight * (1 - label), weight * label)]
-    )
-    return Sum(counts, jnp.ones_like(counts), area_under_curve)
-
-
-def area_under_curve(counts: Float[np.ndarray, "2 bins"]) -> float:
-    """Returns the chance that a click scores above a non-click, ties half; NaN without both.
-
-    `counts` holds the weights by bin of the score, of non-clicks and of clicks.
-    """
-    without, clicks = counts
-    below = np.cumsum(without) - without
-    pairs = np.sum(without) * np.sum(clicks)
-    return float(np.sum(clicks * (below + without / 2)) / pairs) if pairs > 0 else float("nan")
 
 
 def _reliability(p: Array, label: Array, weight: Array) -> Float[Array, "3 bins"]:

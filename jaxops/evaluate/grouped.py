@@ -92,11 +92,35 @@ class GroupAuc:
         return float(np.sum(areas[both] * weights[both]) / np.sum(weights[both])) if both.any() else float("nan")
 
 
+class Scores:
+    """The logits of all examples of a part on the host, where any order is exact: AUC, AUC of a slice, GAUC.
+
+    2 x examples x labels float32 on each device hold them while the part is evaluated, whatever the cut into batches.
+    """
+
+    def __init__(self, examples: int):
+        """Makes room for examples 0..examples-1 of a part (of the longest part, so that there is one shape)."""
+        self.examples = examples
+
+    def sums(
+        self, logits: Float[Array, "batch labels"], place: Int[Array, " batch"], real: Bool[Array, " batch"]
+    ) -> Sum:
+        """The logits of a batch at their places in the part; `real` is false for padding. Its value is [labels, n].
+
+        An example that was not evaluated is NaN there, one whose logit is not finite is infinite.
+        """
+        at = jnp.where(real, place, self.examples)  # beyond the last: dropped
+        kept = jnp.where(jnp.isfinite(logits), logits, jnp.inf).astype(jnp.float32).T
+        zeros = jnp.zeros((logits.shape[1], self.examples), jnp.float32)
+        count = zeros.at[:, at].add(jnp.ones_like(kept), mode="drop")
+        return Sum(zeros.at[:, at].add(kept, mode="drop"), count)
+
+
 def area_under_curve_exact(labels: Values, scores: Values, weights: Values | None = None) -> float:
     """Returns the chance that a click (label 1) scores above a non-click (0), ties half; NaN without both.
 
-    This is the Mann-Whitney statistic by ranks, in float64. It tells scores apart however close they are, which the
-    bins of `clicks.click_sums` do not. A label of NaN is left out.
+    This is the Mann-Whitney statistic by ranks, in float64. It tells scores apart however close or large they are. A
+    label of NaN is left out, and so is an example whose score is NaN; an infinite score makes the result NaN.
 
     Raises:
       UserError: the same errors as `GroupAuc`.

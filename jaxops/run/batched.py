@@ -23,12 +23,14 @@ class BatchedEvaluation:
       batches: for each part, a function from a batch size to the batches, all of that size.
       sums: (params, batch) -> Sums of one evaluation batch; the batch holds the rows of its tables.
       plots: the names of sums that are arrays, for the summary and the report.
+      derive: (part, values of its sums) -> further metrics, which the host computes (those of the order of all scores).
       prepare: a pass over other data before the first batch. Its result joins the weights (the vectors of all items).
     """
 
     batches: Mapping[str, Callable[[int], EvalBatches]]
     sums: Callable[[Params, Mapping[str, Any]], Sums]
     plots: tuple[str, ...] = ()
+    derive: Callable[[str, dict[str, Any]], Mapping[str, float]] = lambda part, found: {}
     prepare: Callable[[Passes, Weights], Weights] | None = None
 
     @property
@@ -51,6 +53,7 @@ class BatchedEvaluation:
             if not evaluators:
                 evaluators.append(Evaluator(self.sums, passes.mesh, passes.dtype, passes.logical, reader))
             found = evaluators[0](weights.params, batches, poll, weights.tables)
+            found |= self.derive(part, found)
             parts = {name: found[name] for name in found if name.partition("[")[0] in wanted and "[" in name}
             values = {name: found[name] for name in wanted} | parts
             return Measured(values, {name: found[name] for name in self.plots})

@@ -139,7 +139,7 @@ class Progress:
           values: metrics by name.
           note: some words to append.
         """
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        shown = "  ".join(f"{name} {figure(value)}" for name, value in values.items())
         self.say(f"step {step:>6}  {part}: {shown}{'  ' + note if note else ''}")
 
     def table(self, summary: Mapping[str, Any], metrics: tuple[str, ...], note: str = "") -> None:
@@ -163,6 +163,11 @@ def said_if_long(text: str, seconds: float = 3.0, quiet: bool = False) -> Iterat
         timer.cancel()
 
 
+def figure(value: float | None) -> str:
+    """A metric as people read it; of one that has no value (NaN, or null in JSON), that it is undefined."""
+    return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
 def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...], note: str = "") -> Table:
     """Builds the final table. Rows are the model and the baselines, on all data and then on each slice.
 
@@ -179,7 +184,10 @@ def results_table(summary: Mapping[str, Any], metrics: tuple[str, ...], note: st
 
     def cells(prefix: str, suffix: str) -> list[str]:
         found = [summary.get(f"{prefix}{part}/{metric}{suffix}") for part, metric in values]
-        return ["" if value is None or math.isnan(value) else f"{value:.4f}" for value in found]
+        if suffix:  # most slices of most parts have no examples
+            return ["" if value is None or math.isnan(value) else figure(value) for value in found]
+        there = [f"{prefix}{part}/{metric}" in summary for part, metric in values]
+        return [figure(value) if known else "" for value, known in zip(found, there, strict=True)]
 
     table.add_column("")
     if len(values) <= 6:

@@ -13,6 +13,7 @@ from jaxops.core.failures import RunFailed, UserError
 from jaxops.run.folder.listing import MARKS, existing_folder, is_run
 from jaxops.run.folder.run_folder import SUMMARY_VERSION, RunFolder
 from jaxops.run.task import Task
+from jaxops.run.validation import undefined_metrics
 
 VERSIONS = ("jaxops", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 """The packages whose versions a summary records."""
@@ -71,7 +72,8 @@ def report_again(run: str | os.PathLike[str]) -> str:
 def about_of(task: Task) -> dict[str, Any]:
     """Returns what reports and comparisons read about a task: names for people, and each metric's better direction."""
     metrics = {name: {"better": metric.better, "label": metric.shown} for name, metric in task.metrics.items()}
-    return {"metrics": metrics, **dataclasses.asdict(task.about)}
+    about = dataclasses.asdict(task.about)
+    return {"metrics": metrics, **about, "notes": [*about["notes"], *undefined_metrics(task)]}
 
 
 def write_failure(folder: RunFolder, error: BaseException, values: Mapping[str, Any]) -> None:

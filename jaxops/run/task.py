@@ -176,6 +176,7 @@ class Task:
       inspection: what the data is, for `data.json`; its `split.sha256` tells other data apart.
       transform: what serving needs that is not a parameter (original ids), as named arrays.
       about: what people read of it.
+      undefined: by part and metric, why the data leaves it undefined, whatever the model is.
       notices: lines that are said before training begins.
     """
 
@@ -203,6 +204,7 @@ class Task:
     inspection: dict[str, Any] = dataclasses.field(default_factory=dict)
     transform: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     about: About = About()
+    undefined: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     notices: Sequence[str] = ()
 
     @property

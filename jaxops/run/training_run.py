@@ -44,7 +44,7 @@ from jaxops.run.saving import Position, Saving
 from jaxops.run.summary import FinishedRun, about_of, write_failure, write_summary
 from jaxops.run.task import StepParts, Task
 from jaxops.run.training import Training, abstract, abstract_batch
-from jaxops.run.validation import Validation
+from jaxops.run.validation import Validation, undefined_notices
 from jaxops.run.warm_start import begin_with, init_from
 from jaxops.run.weights import served_weights
 
@@ -66,6 +66,7 @@ class TrainingRun:
         self.parts = StepParts(training.update, training.fresh, mesh, folder.dir)
         self.step: Step = training.update if task.step is None else task.step(self.parts)
         self.accounting = Accounting(task, mesh, accumulation)
+        self.notices = undefined_notices(task)
         self.interrupt = Interrupt(progress.say)
         self.compiles = Compiles(on_compile=progress.compiled)
         self.watch = Watch(folder.path, progress.warn, self._ended)
@@ -132,7 +133,7 @@ class TrainingRun:
         self.progress.say(
             f"{self.config.run.name}: {describe_devices(self.mesh)}, {self.accounting.describe(self.step)}"
         )
-        for notice in self.task.notices:
+        for notice in (*self.task.notices, *self.notices):
             self.progress.say(notice)
         for placement in placements(self.task.model.shapes, self.task.rules, self.mesh):
             if placement.dropped:

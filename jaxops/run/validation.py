@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxops.core import distributed
+from jaxops.core.failures import UserError
 from jaxops.run.config import EarlyStop
 from jaxops.run.progress import Progress
 from jaxops.run.task import Evaluate, Task
@@ -124,6 +125,37 @@ class Validation:
         steps = self._task.steps_between(self._config.evaluate.every)
         due = self.on and steps is not None and step % steps == 0
         return 0 < step < self._task.steps and due and self.history["at"] < step
+
+
+def undefined_metrics(task: Task) -> list[str]:
+    """A line for each metric that the data leave undefined."""
+    wanted, by_part = task.config.evaluate.metrics, task.undefined.items()
+    return [
+        f"{part}/{metric} is undefined: {why[metric]}" for part, why in by_part for metric in wanted if metric in why
+    ]
+
+
+def undefined_notices(task: Task) -> list[str]:
+    """The lines of `undefined_metrics`, and one for a best checkpoint that such a metric cannot tell.
+
+    Raises:
+      UserError: `evaluate.stop` goes by such a metric: it could only ever stop the run for want of a better value.
+    """
+    found = undefined_metrics(task)
+    missing, stop, best = task.undefined.get("valid", {}), task.config.evaluate.stop, task.config.checkpoint.best
+    usable = [name for name, metric in task.metrics.items() if metric.chooses and name not in missing]
+    instead = f"take {' or '.join(usable)}" if usable else "none of evaluate.metrics is defined there"
+    if stop is not None and stop.metric in missing:
+        raise UserError(
+            f"evaluate.stop.metric: {stop.metric} is undefined on validation ({missing[stop.metric]}): nothing can be"
+            f" stopped by it; {instead}, or set evaluate.stop=null"
+        )
+    if best is not None and best in missing:
+        found.append(
+            f"checkpoint.best: {best} is undefined on validation, so no checkpoint is the best by it and the latest is"
+            f" evaluated and served; {instead}"
+        )
+    return found
 
 
 def plain_lists(values: np.ndarray) -> Any:

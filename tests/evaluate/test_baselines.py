@@ -61,8 +61,9 @@ def test_similarity_equals_brute_force(data, neighbours, shrinkage, cells, monke
 
 
 @pytest.mark.latest
+@pytest.mark.parametrize("repeats", ["exclude", "allow"])
 @pytest.mark.parametrize("cells", [2**23, 200])
-def test_item_knn_equals_brute_force(data, cells, monkeypatch):
+def test_item_knn_equals_brute_force(data, cells, repeats, monkeypatch):
     monkeypatch.setattr(baselines, "BLOCK_CELLS", cells)
     items, offsets, train_end = data
     asked = queries(items, offsets, train_end + 1)
@@ -71,10 +72,13 @@ def test_item_knn_equals_brute_force(data, cells, monkeypatch):
     for u in range(60):
         history, target = items[offsets[u] : offsets[u + 1] - 1], items[offsets[u + 1] - 1]
         scores = similar[history].sum(0).round(12)
-        left = np.array([i for i in range(1, N_ITEMS + 1) if i == target or i not in set(history)])
+        if repeats == "exclude" and target in history:
+            continue
+        left = np.array([i for i in range(1, N_ITEMS + 1) if repeats == "allow" or i not in set(history)])
         ranks.append(np.flatnonzero(left[np.argsort(-scores[left], kind="stable")] == target)[0])
     ranks = np.array(ranks)
-    got = evaluate_baseline("item_knn", items, offsets, train_end, *asked, METRICS, n_items=N_ITEMS)
+    assert len(ranks) == 60 if repeats == "allow" else 20 < len(ranks) < 60
+    got = evaluate_baseline("item_knn", items, offsets, train_end, *asked, METRICS, n_items=N_ITEMS, repeats=repeats)
     assert got == pytest.approx(
         {
             "hr@10": np.mean(ranks < 10),

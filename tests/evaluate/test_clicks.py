@@ -26,10 +26,7 @@ def oracle(logits, label, weight):
     p = 1 / (1 + np.exp(-x))
     loss = -(y * np.log(p) + (1 - y) * np.log(1 - p))
     rate = np.sum(w * y) / np.sum(w)
-    pairs = (w * y)[:, None] * (w * (1 - y))[None]
-    wins = (x[:, None] > x[None]) + (x[:, None] == x[None]) / 2
     return {
-        "auc": np.sum(pairs * wins) / np.sum(pairs),
         "log_loss": np.sum(w * loss) / np.sum(w),
         "ne": np.sum(w * loss) / np.sum(w) / -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate)),
         "calibration": np.sum(w * p) / np.sum(w * y),
@@ -41,8 +38,7 @@ def test_against_numpy(seed):
     logits, label, weight = case(seed)
     found, wanted = finalize(_sums(logits, label, weight)), oracle(logits, label, weight)
     for name, value in wanted.items():
-        # scores within 0.002 of a logit are ties: of 512 normal ones about one pair in a thousand
-        assert found[name] == pytest.approx(value, rel=2e-4 if name == "auc" else 1e-5), name
+        assert found[name] == pytest.approx(value, rel=1e-5), name
 
 
 def test_any_cut_merges_to_the_same():
@@ -52,7 +48,6 @@ def test_any_cut_merges_to_the_same():
     merged = finalize(functools.reduce(merge, cut))
     for name, value in whole.items():
         np.testing.assert_allclose(merged[name], value, rtol=1e-5, err_msg=name)
-    assert merged["auc"] == whole["auc"]
 
 
 def test_padding_does_not_count_whatever_it_holds():
@@ -66,15 +61,13 @@ def test_padding_does_not_count_whatever_it_holds():
 
 def test_known_answers():
     perfect = finalize(click_sums(jnp.asarray([-3.0, -2.0, 2.0, 3.0]), jnp.asarray([0.0, 0.0, 1.0, 1.0])))
-    assert perfect["auc"] == 1.0 and perfect["ne"] < 1
-    assert finalize(click_sums(jnp.asarray([1.0, -1.0]), jnp.asarray([0.0, 1.0])))["auc"] == 0.0
+    assert perfect["ne"] < 1
     rate = jnp.full(8, float(np.log(0.25 / 0.75)))
     knows = finalize(click_sums(rate, jnp.asarray([1.0, 0, 0, 0, 1.0, 0, 0, 0])))
-    assert knows["auc"] == 0.5
     assert knows["ne"] == pytest.approx(1, rel=1e-5) and knows["calibration"] == pytest.approx(1, rel=1e-5)
     assert knows["ece"] == pytest.approx(0, abs=1e-6)
     one_kind = finalize(click_sums(jnp.ones(3), jnp.ones(3)))
-    assert np.isnan(one_kind["auc"]) and np.isnan(one_kind["ne"])
+    assert np.isnan(one_kind["ne"])
 
 
 def test_reliability_by_bin():

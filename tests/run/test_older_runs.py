@@ -31,7 +31,11 @@ def kind(request, tmp_path, monkeypatch):
 
 
 def test_it_evaluates_to_the_same_numbers(kind):
-    assert jx.load("runs/tiny").evaluate() == pytest.approx(EXPECTED[kind]["evaluate"], abs=1e-6)
+    """But for AUC, which bins made inexact then: of 30 examples, one pair that they tied is told apart now."""
+    found = jx.load("runs/tiny").evaluate()
+    assert found.keys() == EXPECTED[kind]["evaluate"].keys()
+    for name, value in EXPECTED[kind]["evaluate"].items():
+        assert found[name] == pytest.approx(value, abs=3e-3 if name.endswith("auc") else 1e-6), name
 
 
 def test_it_predicts_the_same(kind):
@@ -47,7 +51,7 @@ def test_it_goes_on(kind, no_report):
     summary = json.loads(Path("runs/tiny/summary.json").read_text())
     assert summary["step"] == 20
     for name, value in EXPECTED[kind]["resumed"].items():
-        assert summary[name] == pytest.approx(value, abs=2e-3), name
+        assert summary[name] == pytest.approx(value, abs=3e-3), name
     assert {name: summary[name] for name in EXPECTED[kind]["baselines"]} == EXPECTED[kind]["baselines"]
     events = [line["event"] for line in read_metrics("runs/tiny/metrics.jsonl") if "event" in line]
     assert events == ["resumed"]

@@ -121,6 +121,18 @@ def read_own(config: ClickDataConfig, path: str | os.PathLike[str]) -> Own:
     return _own(file, table, who)
 
 
+def given_columns(config: ClickDataConfig, path: str | os.PathLike[str]) -> pa.Table:
+    """All columns of the rows of a file, as they are there: whose they are, to join by.
+
+    Raises:
+      UserError: what reading raises.
+    """
+    path = os.fspath(path)
+    file = ClicksFile(path=path) if isinstance(config, MovieLensClicks) else as_clicks_file(config)
+    names = side.columns_of(path, file.format, file.header)
+    return side.read_columns(path, names, file.format, file.header)
+
+
 def as_clicks_file(config: ClicksFile | Criteo) -> ClicksFile:
     """Criteo's form as what it is: a file with columns."""
     if isinstance(config, ClicksFile):

@@ -11,6 +11,9 @@ from jaxops.data.bags import WEIGHT
 from jaxops.data.epochs import Epochs
 from jaxops.data.slices import SLICE
 
+PART_ROW = "part/row"
+"""The entry of evaluation batches that says which example of its part each one is; no column is called so."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Column:
@@ -93,11 +96,15 @@ class ExampleBatches:
         return (self.rows(k, 0, self.size) for k in range(len(self)))
 
     def rows(self, k: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows `[start, stop)` of batch k alone; "id" is the row among all examples."""
+        """Rows `[start, stop)` of batch k alone; "id" is the row among all examples.
+
+        PART_ROW is the row among those of the part, -1 for padding.
+        """
         at = np.arange(k * self.size + start, k * self.size + stop)
         real = at < len(self._rows)
         at = np.where(real, at, 0)
         rows = self._rows[at]
         out: dict[str, Any] = self._all.batch(rows, rows)
         out["weight"] = out["weight"] * real.astype(np.float32)
+        out[PART_ROW] = np.where(real, at, -1).astype(np.int32)
         return out | {f"{SLICE}{name}": mask[rows] & real for name, mask in self._all.masks.items()}

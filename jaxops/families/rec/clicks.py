@@ -19,10 +19,11 @@ from jaxops.core.failures import UserError
 from jaxops.core.state import Params
 from jaxops.core.sums import Sums
 from jaxops.data.clicks.clicks import ClickData, new_rows, open_clicks
-from jaxops.data.clicks.columns import Own, layout
-from jaxops.data.clicks.examples import ExampleBatches, Examples
+from jaxops.data.clicks.columns import Own, given_columns, layout
+from jaxops.data.clicks.examples import PART_ROW, ExampleBatches, Examples
+from jaxops.data.clicks.spec import ClicksFile
 from jaxops.evaluate.clicks import click_sums
-from jaxops.evaluate.grouped import GroupAuc, with_slices
+from jaxops.evaluate.grouped import GroupAuc, Scores, area_under_curve_exact, with_slices
 from jaxops.families.rec.carry_rows import carry_rows
 from jaxops.families.rec.config import RecConfig
 from jaxops.families.rec.options import Predict
@@ -39,6 +40,9 @@ from jaxops.run.load import evaluate_saved
 from jaxops.run.saved_run import SavedRun
 from jaxops.run.task import About, Task, of_config
 from jaxops.tables.spec import TableSpec
+
+LOGITS = "logits"
+"""The entry of sums that holds the logits of a part, which is no metric."""
 
 
 def build(loaded: Loaded[RecConfig], given: Given) -> Task:
@@ -58,15 +62,18 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
     match(config.tables, dict.fromkeys(data.features, "data"), dict.fromkeys(data.features, "a column"))
     specs = {name: table.spec(data.rows[name], reads[name]) for name, table in config.tables.items()}
     model = build_click_model(config, given, data.features, len(data.numeric), len(data.labels))
+    judge = ClickMetrics(config, model, data)
     return Task(
         **of_config(config, loaded.resolved, model),
         objective=objective_from(config.objective, given.objective, model, data.labels),
         source=data.source(config.run.seed),
         evaluation=BatchedEvaluation(
             {part: functools.partial(data.batches, part) for part in ("valid", "test")},
-            _sums(config, model, data),
+            judge.sums,
             plots=("reliability",),
+            derive=judge.derive,
         ),
+        undefined=judge.undefined(),
         inspection={**data.inspection, "features": digest(_held(data.examples))},
         transform=data.transform,
         tables=specs,
@@ -137,7 +144,10 @@ class ServedClicks:
         batch: int = 512,
         **keywords: Any,
     ) -> pa.Table:
-        """Predicts the probability of each label, float32, for each row in order, beside the columns of its ids.
+        """Predicts the probability of each label, float32, for each row in order, beside the row's own columns.
+
+        `user` and `item` are the ids of the row, where the run's data names those columns. A column of the source that
+        has the name of one of those or of a label comes along as NAME_given.
 
         Args:
           source: a file with the columns of the run's data, a pyarrow table or a data frame.
@@ -157,6 +167,7 @@ class ServedClicks:
                 raise UserError(f"--{name}: {where}; it searches no items, leave --{name} out")
         with as_file(source) as path:
             examples, own = self._rows(path)
+            given_table = given_columns(self.saved.config.data, path)
         passes = self.saved.passes(self.tables, batch)
         batches = ExampleBatches(examples, np.arange(len(examples.weight)), passes.size)
         with jax.set_mesh(self.saved.mesh):
@@ -164,7 +175,16 @@ class ServedClicks:
             parts = [np.asarray(part) for part in passes.over("rows", self._probabilities, weights, batches)]
         found = np.concatenate(parts)[: len(examples.weight)]
         clicks = {label: pa.array(found[:, at]) for at, label in enumerate(self.labels)}
-        return pa.table({kind: ids for kind, ids in own.who.items() if kind not in clicks} | clicks)
+        whose = {kind: ids for kind, ids in own.who.items() if kind not in clicks}
+        held = {name for name in whose if name == _who_column(self.saved.config.data, name)}
+        along = {name: given_table[name] for name in given_table.column_names if name not in held}
+        taken = {*whose, *clicks}
+        for name in [name for name in along if name in taken]:
+            other = f"{name}_given"
+            while other in taken or other in along:
+                other += "_given"
+            along = {other if column == name else column: values for column, values in along.items()}
+        return pa.table(whose | along | clicks)
 
     def _probabilities(self, params: Params, batch: Mapping[str, Any]) -> Array:
         logits = self.model.apply(params, batch, None).astype(jnp.float32)
@@ -209,6 +229,11 @@ class ServedClicks:
         return evaluate_saved(self.saved, parts, lambda task: same_transform(self.saved, task.transform))
 
 
+def _who_column(data: Any, kind: str) -> str | None:
+    """The column that says whose a row is (`user`) or of what (`item`)."""
+    return getattr(data.columns, kind) if isinstance(data, ClicksFile) else kind
+
+
 def restore(saved: SavedRun) -> ServedClicks:
     """Restores the trained click model of a run.
 
@@ -232,34 +257,75 @@ def _held(examples: Examples) -> dict[str, np.ndarray]:
     return found
 
 
-def _sums(config: RecConfig, model: Any, data: ClickData) -> Callable[[Params, Mapping[str, Any]], Sums]:
-    """Returns the function of evaluation sums.
+class ClickMetrics:
+    """Metrics of clicks: of the first label under plain names, of the others as `auc[NAME]` and so on.
 
-    Metrics of the first label have plain names, those of the others `auc[NAME]` and so on. GAUC is of the first label,
-    grouped by user.
+    Sums over examples are made on the devices. AUC, and GAUC of the first label grouped by user, depend on the order of
+    all scores, so the host computes them exactly from the logits of the whole part.
     """
-    examples = data.examples
-    by_user = "gauc" in config.evaluate.metrics and examples.user is not None
-    groups = None
-    if by_user and examples.user is not None:
-        label = np.where(examples.user < 0, np.nan, examples.labels[:, 0])  # examples without a user form no group
-        groups = GroupAuc(label, examples.user)
 
-    def sums(params: Params, batch: Mapping[str, Array]) -> Sums:
-        shape = (batch["label"].shape[0], len(data.labels))
-        logits, label = model.apply(params, batch, None).reshape(shape), batch["label"].reshape(shape)
+    def __init__(self, config: RecConfig, model: Any, data: ClickData):
+        self._model, self._labels, self._examples = model, data.labels, data.examples
+        self._rows = {part: data.parts[part] for part in ("valid", "test")}
+        self._scores = Scores(max(map(len, self._rows.values())))
+        self._by_user = "gauc" in config.evaluate.metrics and data.examples.user is not None
+        self._ordered = bool({"auc", "gauc"} & {*config.evaluate.metrics})
+
+    def sums(self, params: Params, batch: Mapping[str, Array]) -> Sums:
+        """Of a batch, with its slices."""
+        shape = (batch["label"].shape[0], len(self._labels))
+        logits, label = self._model.apply(params, batch, None).reshape(shape), batch["label"].reshape(shape)
 
         def of(at: int, batch: Mapping[str, Array]) -> Sums:
             known = ~jnp.isnan(label[:, at])
             weight = batch["weight"] * known.astype(jnp.float32)
             return click_sums(logits[:, at], jnp.where(known, label[:, at], 0), weight)
 
-        def first(batch: Mapping[str, Array]) -> Sums:
-            return of(0, batch) | (groups.sums(logits[:, 0], batch) if groups else {})
-
-        out = with_slices(first, batch)
-        for at, name in enumerate(data.labels[1:], 1):
+        out = with_slices(functools.partial(of, 0), batch)
+        for at, name in enumerate(self._labels[1:], 1):
             out |= {f"{metric}[{name}]": value for metric, value in of(at, batch).items()}
+        if self._ordered:
+            out[LOGITS] = self._scores.sums(logits, batch[PART_ROW], batch[PART_ROW] >= 0)
         return out
 
-    return sums
+    def derive(self, part: str, found: Mapping[str, Any]) -> dict[str, float]:
+        """AUC and GAUC of a part, of its slices and its other labels."""
+        if not self._ordered:
+            return {}
+        rows, examples = self._rows[part], self._examples
+        labels, weights = examples.labels[rows].T.astype(np.float64), examples.weight[rows]
+        logits = np.asarray(found[LOGITS])[:, : len(rows)]
+        masks = {"": np.ones(len(rows), bool)} | {f"[{name}]": mask[rows] for name, mask in examples.masks.items()}
+        out: dict[str, float] = {}
+        for name, mask in masks.items():
+            held = (labels[0][mask], logits[0][mask], weights[mask])
+            out[f"auc{name}"] = area_under_curve_exact(*held)
+            if self._by_user and examples.user is not None:
+                user = examples.user[rows][mask]
+                # GAUC counts impressions: weights of zero leave out, others are alike; examples of nobody are no group
+                known = np.where((user < 0) | (held[2] == 0), np.nan, held[0])
+                out[f"gauc{name}"] = GroupAuc(known, user).value(held[1])
+        for at, name in enumerate(self._labels[1:], 1):
+            out[f"auc[{name}]"] = area_under_curve_exact(labels[at], logits[at], weights)
+        return out
+
+    def undefined(self) -> dict[str, dict[str, str]]:
+        """By part and metric, why the labels alone leave it undefined."""
+        return {part: self._undefined(rows) for part, rows in self._rows.items()}
+
+    def _undefined(self, rows: np.ndarray) -> dict[str, str]:
+        label = np.where(self._examples.weight[rows] > 0, self._examples.labels[rows, 0], np.nan)
+        seen = np.unique(label[~np.isnan(label)])
+        if not len(seen):
+            return dict.fromkeys(("auc", "gauc", "log_loss", "ne", "calibration", "ece"), "it has no label that counts")
+        why: dict[str, str] = {}
+        if len(seen) == 1:
+            one = "clicks" if seen[0] else "non-clicks"
+            why = dict.fromkeys(("auc", "gauc", "ne"), f"all of its {len(rows):,} examples are {one}")
+            why |= {} if seen[0] else {"calibration": why["auc"]}
+        elif self._by_user and self._examples.user is not None:
+            user = self._examples.user[rows]
+            known = np.where(user < 0, np.nan, label)
+            if np.isnan(GroupAuc(known, user).value(np.zeros(len(rows)))):
+                why["gauc"] = "no user of it has both a click and a non-click"
+        return why

@@ -16,7 +16,7 @@ from jaxops.data.interactions.open import RecData
 from jaxops.data.slices import SLICE
 from jaxops.evaluate.baselines import evaluate_baseline
 from jaxops.evaluate.grouped import sliced, with_slices
-from jaxops.evaluate.ranking import Repeats, evaluate_scores, is_sampled
+from jaxops.evaluate.ranking import COVERAGE, Repeats, evaluate_scores, is_sampled
 from jaxops.families.rec.config import RecConfig
 from jaxops.families.rec.repeats import count_repeats, describe_repeats, repeats_notices
 from jaxops.families.rec.slices import slice_columns, slice_masks
@@ -177,6 +177,18 @@ def described(inspection: dict[str, Any]) -> list[tuple[str, str]]:
     """The outcome of `inspected` as (what, how much) rows for a table."""
     *rows, digest = describe(inspection)
     return [*rows, ("repeats", describe_repeats(inspection["repeats"], inspection["split"])), digest]
+
+
+def undefined_of(config: RecConfig, inspection: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """By part and metric, why the data leave it undefined: every target is a repeat that is excluded."""
+    found: dict[str, dict[str, str]] = {}
+    for part in ("valid", "test"):
+        count = inspection["split"][part]
+        if config.repeats == "exclude" and count and inspection["repeats"][part] == count:
+            why = f"all {count:,} targets are items that their users have had before (repeats: exclude)"
+            ranks = [name for name in config.evaluate.metrics if not name.startswith(COVERAGE)]
+            found[part] = dict.fromkeys(ranks, why)
+    return found
 
 
 def notices_of(config: RecConfig, inspection: dict[str, Any], untrained: int = 0) -> tuple[str, ...]:

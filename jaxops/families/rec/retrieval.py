@@ -24,7 +24,16 @@ from jaxops.families.rec.entities import (
     feature_names,
     restored_features,
 )
-from jaxops.families.rec.ranking import Catalogue, Ranking, about, baselines, inspected, notices_of, ranking_evaluation
+from jaxops.families.rec.ranking import (
+    Catalogue,
+    Ranking,
+    about,
+    baselines,
+    inspected,
+    notices_of,
+    ranking_evaluation,
+    undefined_of,
+)
 from jaxops.families.rec.repeats import target_weights
 from jaxops.families.rec.serving import ServedRanking
 from jaxops.families.rec.slices import slice_columns
@@ -95,6 +104,7 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
         tables=encoded.specs,
         extras=_extras(config.objective, encoded) if given.objective is None else {},
         notices=notices_of(config, inspection, untrained),
+        undefined=undefined_of(config, inspection),
         about=about(config, inspection, untrained > 0),
     )
 

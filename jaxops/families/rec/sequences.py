@@ -19,7 +19,15 @@ from jaxops.data.interactions.windows import SequenceSource
 from jaxops.families.rec.config import RecConfig
 from jaxops.families.rec.own_model import require_parts
 from jaxops.families.rec.own_sequences import Opened, open_own
-from jaxops.families.rec.ranking import Ranking, about, baselines, inspected, notices_of, ranking_evaluation
+from jaxops.families.rec.ranking import (
+    Ranking,
+    about,
+    baselines,
+    inspected,
+    notices_of,
+    ranking_evaluation,
+    undefined_of,
+)
 from jaxops.families.rec.repeats import target_weights
 from jaxops.families.rec.sequence_tables import (
     entries_of,
@@ -70,6 +78,7 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
         evaluation=ranking_evaluation(ranking, config, opened.batches),
         inspection=opened.inspection,
         notices=notices_of(config, opened.inspection) if data else (),
+        undefined=undefined_of(config, opened.inspection) if data else {},
         transform={"item_ids": opened.item_ids, **seen},
         row_ids=dict.fromkeys(item_parameters(opened.model) if config.init_from else (), "item_ids"),
         baselines=functools.partial(baselines, data, config) if data and config.evaluate.baselines else None,

@@ -393,7 +393,13 @@ def test_new_rows_are_predicted_as_the_evaluation_saw_them(whole, capsys):
     assert main(["predict", str(run.dir), "rows.tsv", "--out", "clicks.parquet"]) == 0
     assert capsys.readouterr().out == "60 rows -> clicks.parquet\n"
     table = pq.read_table("clicks.parquet")
-    assert table.column_names == ["click"]
+    assert table.column_names == [
+        "label",
+        *(f"i{at}" for at in range(1, 14)),
+        *(f"c{at}" for at in range(1, 27)),
+        "click",
+    ]
+    assert table["c3"].to_pylist() == [line.split("\t")[16] or None for line in lines]  # the row's own columns
     found = table["click"].to_numpy().astype(np.float64)
     loss = -np.mean(label * np.log(found) + (1 - label) * np.log(1 - found))
     assert loss == pytest.approx(run.summary["test/log_loss"], abs=1e-6)
