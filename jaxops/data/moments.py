@@ -10,6 +10,8 @@ from jaxtyping import Float64
 from jaxops.core.failures import UserError
 from jaxops.data.spec import Moment
 
+DAY = 86_400.0
+
 
 def moment(value: Moment) -> float:
     """Unix seconds of an ISO date or time, or of a number that already is.
@@ -68,3 +70,21 @@ def iso_seconds(column: pa.Array) -> Float64[np.ndarray, " rows"]:
     with_zone = pc.cast(pc.if_else(zoned, column, "1970-01-01T00:00:00Z"), pa.timestamp("us", "UTC"))
     without = pc.cast(pc.if_else(zoned, "1970-01-01", column), pa.timestamp("us"))
     return unix_seconds(with_zone) + unix_seconds(without)
+
+
+class Granularity:
+    """Tells whether times are dates alone, in a time zone of any offset, from batches of unix seconds."""
+
+    def __init__(self) -> None:
+        self._clock: set[float] = set()
+
+    def add(self, time: Float64[np.ndarray, " rows"]) -> None:
+        """Takes the next batch."""
+        if len(self._clock) <= 2:
+            self._clock |= set(np.unique(time % DAY)[:3].tolist())
+
+    @property
+    def dates_alone(self) -> bool:
+        """True where all times have the same time of day (or two that are an hour apart, as summer time makes them)."""
+        clock = sorted(self._clock)
+        return len(clock) < 2 or (len(clock) == 2 and clock[1] - clock[0] in (3600.0, DAY - 3600.0))

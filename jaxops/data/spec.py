@@ -9,6 +9,13 @@ from pydantic import Field
 Format = Literal["auto", "csv", "tsv", "jsonl", "parquet"]
 TimeUnit = Literal["s", "ms", "us", "ns", "date"]
 """The unit of times that are numbers since 1970; `date` is 20150401."""
+Duplicates = Literal["auto", "drop", "keep"]
+"""What becomes of exact copies of events or examples, which are equal in every column that is read.
+
+`auto` drops and counts them where times are finer than a day. Where times are dates alone it keeps and counts them
+(honest repeats look the same), and a held-out target that has a copy in its history is left out. `drop` drops them all
+and `keep` keeps them all.
+"""
 Moment = str | int | float
 """An ISO date or time (UTC unless it says otherwise) or unix seconds."""
 

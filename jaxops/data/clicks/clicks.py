@@ -81,24 +81,7 @@ def open_clicks(
         if np.isnan(raw.labels[parts[name], at]).all():
             raise UserError(f"data.labels.{has.labels[at]}: no example of the {name} part has it")
     train = parts["train"]
-    features: dict[str, Column] = {}
-    rows: dict[str, int] = {}
-    transform = {f"ids.{kind}": np.asarray(ids.values) for kind, ids in raw.ids.items() if kind in has.sides.values()}
-    for table, names in tables.items():
-        mine = {name: _column(raw, has, name) for name in names if name in has.features}
-        ids, wanted = maps[table]
-        trained = joined([_of(values, index, train) for values, index in mine.values()])
-        fitted = fit_map(ids, table, trained, wanted, text=text)
-        for name, (values, index) in mine.items():
-            weights = None
-            if name in has.weighted:
-                weights = padded_weights(_column(raw, has, name, WEIGHT)[0])
-            features[name] = Column(padded(values, fitted.encode(flat(values), name)), index, weights)
-            if index is not None:
-                transform[f"codes.{name}"] = features[name].codes
-                transform |= {} if weights is None else {f"weights.{name}": weights}
-        rows[table] = fitted.rows
-        transform |= {f"map.{table}.{part}": values for part, values in fitted.arrays().items()}
+    features, rows, transform = _encoded(raw, has, maps, tables, train, text)
     for name in set(has.numeric) & set(has.sides):
         transform[f"numbers.{name}"] = np.asarray(raw.values[name])
     numeric = _numeric(has, raw.own, raw.values, raw.of)
@@ -124,6 +107,36 @@ def open_clicks(
         _inspect(config, raw, parts, cold) | ({"notes": remarks} if remarks else {}),
         transform,
     )
+
+
+def _encoded(
+    raw: Raw,
+    has: Layout,
+    maps: Mapping[str, tuple[IdMap, int | None]],
+    tables: Mapping[str, tuple[str, ...]],
+    train: np.ndarray,
+    text: bool,
+) -> tuple[dict[str, Column], dict[str, int], dict[str, np.ndarray]]:
+    """Features as table rows, the rows of each table, and named arrays that make the same maps again."""
+    features: dict[str, Column] = {}
+    rows: dict[str, int] = {}
+    transform = {f"ids.{kind}": np.asarray(ids.values) for kind, ids in raw.ids.items() if kind in has.sides.values()}
+    for table, names in tables.items():
+        mine = {name: _column(raw, has, name) for name in names if name in has.features}
+        ids, wanted = maps[table]
+        trained = joined([_of(values, index, train) for values, index in mine.values()])
+        fitted = fit_map(ids, table, trained, wanted, text=text)
+        for name, (values, index) in mine.items():
+            weights = None
+            if name in has.weighted:
+                weights = padded_weights(_column(raw, has, name, WEIGHT)[0])
+            features[name] = Column(padded(values, fitted.encode(flat(values), name)), index, weights)
+            if index is not None:
+                transform[f"codes.{name}"] = features[name].codes
+                transform |= {} if weights is None else {f"weights.{name}": weights}
+        rows[table] = fitted.rows
+        transform |= {f"map.{table}.{part}": values for part, values in fitted.arrays().items()}
+    return features, rows, transform
 
 
 def _masks(slices: Sequence[str], raw: Raw, has: Layout, cold: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -283,6 +296,7 @@ def _inspect(
         "path": getattr(config, "path", None),
         "split": {"kind": config.split.by, "sha256": digest.hexdigest()},
     }
+    out |= {"dropped": {"duplicate_examples": raw.copies}} if raw.copies else {}
     out |= {name: dataclasses.asdict(join) for name, join in raw.joins.items()}
     for name, rows in parts.items():
         out[f"{name}_examples"] = len(rows)

@@ -9,10 +9,11 @@ import pyarrow as pa
 from jaxtyping import Float32, Float64
 
 from jaxops.core.failures import UserError
-from jaxops.data import side, sources
+from jaxops.data import notes, side, sources
 from jaxops.data.clicks.spec import ClickDataConfig, ClicksFile, Criteo, Label, MovieLensClicks
 from jaxops.data.files import expand_paths
 from jaxops.data.ids import Ids, settle
+from jaxops.data.moments import Granularity
 from jaxops.data.numeric import numbers, times, weights
 from jaxops.data.spec import SideFile
 
@@ -81,6 +82,7 @@ class Raw:
       values: columns of users and items by their row in `ids`; a bag has a list a row, numbers are float64.
       of: by `user` and `item`, the row of each example in `ids`, int64, -1 for nobody.
       joins: by side file, how it was joined.
+      copies: exact copies of examples that were dropped.
     """
 
     own: Own
@@ -91,6 +93,7 @@ class Raw:
     weight: Float32[np.ndarray, " examples"]
     time: np.ndarray | None
     joins: dict[str, side.Join] = dataclasses.field(default_factory=dict)
+    copies: int = 0
 
 
 def read_raw(config: ClickDataConfig) -> Raw:
@@ -198,7 +201,52 @@ def _file(config: ClicksFile) -> Raw:
     if columns.weight is not None:
         weight = weights(side.column(table, columns.weight), "data.columns.weight")
     given = [_label(side.column(table, label.column), label, name) for name, label in config.labels.items()]
-    return Raw(own, values, ids, of, np.stack(given, axis=1), weight, time, joins)
+    raw = Raw(own, values, ids, of, np.stack(given, axis=1), weight, time, joins)
+    return _without_copies(raw, table, config)
+
+
+def _without_copies(raw: Raw, table: pa.Table, config: ClicksFile) -> Raw:
+    """The examples without exact copies, which a split would put on both of its sides, unless `duplicates` keeps them.
+
+    Where there are no times that are finer than a day, copies and honest repeats look the same and stay.
+    """
+    if config.duplicates == "keep":
+        return raw
+    if config.duplicates == "auto" and (config.columns.time is None or _dates_alone(table, config.columns.time)):
+        return raw
+    group = np.zeros(len(table), np.int64)
+    for name in table.column_names:
+        values = side.whole(table, name)
+        if pa.types.is_nested(values.type):
+            values = pa.array([str(value) for value in values.to_pylist()])
+        codes = values.dictionary_encode(null_encoding="encode").indices.to_numpy(zero_copy_only=False)
+        group = np.unique(group * (int(codes.max(initial=0)) + 1) + codes, return_inverse=True)[1]
+    first = np.sort(np.unique(group, return_index=True)[1])
+    copies = len(table) - len(first)
+    if not copies:
+        return raw
+    notes.tell(
+        f"{copies:,} example(s) are exact copies of another (the same in all columns that are read) and were dropped;"
+        " data.duplicates: keep keeps them"
+    )
+    taken = lambda named: {name: values.take(pa.array(first)) for name, values in named.items()}
+    own = Own(taken(raw.own.categorical), {k: v[first] for k, v in raw.own.numeric.items()}, taken(raw.own.who))
+    return dataclasses.replace(
+        raw,
+        own=own,
+        of={kind: rows[first] for kind, rows in raw.of.items()},
+        labels=raw.labels[first],
+        weight=raw.weight[first],
+        time=None if raw.time is None else raw.time[first],
+        copies=copies,
+    )
+
+
+def _dates_alone(table: pa.Table, name: str) -> bool:
+    values = side.whole(table, name).drop_null()
+    clock = Granularity()
+    clock.add(times(values, "data.columns.time"))
+    return clock.dates_alone
 
 
 def _check_names(config: ClicksFile) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from jaxops.config.part import Part
-from jaxops.data.spec import Format, SideFile, TextFormat
+from jaxops.data.spec import Duplicates, Format, SideFile, TextFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,8 @@ class ClicksFile(Part):
     `labels` by name of the task; `bags` are text apart by `separator` (or lists, in Parquet) and `weights`, by bag, the
     column that says how much each of its values counts, in the same form. `numeric` columns are standardised by the
     training examples, after sign(x) log(1 + |x|) where `log`. `columns` say who and what, for splits, GAUC and cold
-    users and items; they are features where `categorical` names them too.
+    users and items; they are features where `categorical` names them too. `duplicates` says what becomes of examples
+    that are equal in every column that is read: `auto` drops and counts them where there are times finer than a day.
     """
 
     sort: ClassVar[str] = "clicks"
@@ -70,6 +71,7 @@ class ClicksFile(Part):
     format: Format = "auto"
     header: tuple[str, ...] | None = None
     text: TextFormat = TextFormat()
+    duplicates: Duplicates = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

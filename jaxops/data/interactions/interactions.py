@@ -17,10 +17,10 @@ from jaxops.core.failures import UserError
 from jaxops.data.files import expand_paths, summary
 from jaxops.data.ids import IdCollector, Ids
 from jaxops.data.interactions import arrange, read
-from jaxops.data.interactions.copies import Granularity
 from jaxops.data.interactions.read import Events
-from jaxops.data.interactions.spec import Columns, Duplicates, MinCount
-from jaxops.data.spec import Format, TextFormat
+from jaxops.data.interactions.spec import Columns, MinCount
+from jaxops.data.moments import Granularity
+from jaxops.data.spec import Duplicates, Format, TextFormat
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -63,9 +63,9 @@ class QueryBatches:
 
     Each is {"id" [B] int32 query, "items" [B, L] int32 latest history padded with 0 on the left, "target" [B]
     int32, "seen" [B, S] int32 all items of the history (once where it is longer than S, 0 where there are no more),
-    "weight" [B] float32, "user" [B] int32, "event" [B] int32 the target's row of all events}; with `event_rows` also `Interactions.event_rows` of the
-    items, [B, L]. S is `seen` (default: `seen_width` of these queries); padding rows are zero in every entry (-1 in
-    places).
+    "weight" [B] float32, "user" [B] int32, "event" [B] int32 the target's row of all events}; with `event_rows` also
+    `Interactions.event_rows` of the items, [B, L]. S is `seen` (default: `seen_width` of these queries). Padding rows
+    are zero in every entry (-1 in "events" and "users").
 
     Reading a batch raises ValueError where a history has more distinct items than `seen`.
     """

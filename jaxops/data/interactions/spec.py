@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from jaxops.config.part import Part
-from jaxops.data.spec import Format, Moment, SideFile, TextFormat, TimeUnit
+from jaxops.data.spec import Duplicates, Format, Moment, SideFile, TextFormat, TimeUnit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +31,6 @@ class MinCount:
 
     user: Annotated[int, Field(ge=1)] = 1
     item: Annotated[int, Field(ge=1)] = 1
-
-
-Duplicates = Literal["auto", "drop", "keep"]
-"""What becomes of exact copies of events, equal in every column that is read.
-
-`auto` drops and counts them where times are finer than a day. Where times are dates alone it keeps and counts them
-(honest repeats look the same), and a held-out target that has a copy in its history is left out. `drop` drops them all
-and `keep` keeps them all.
-"""
 
 
 @dataclasses.dataclass(frozen=True)
