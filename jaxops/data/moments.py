@@ -1,4 +1,4 @@
-"""Moments in time: unix seconds in float64 inside, ISO 8601 in UTC to people."""
+"""Moments in time: unix seconds in float64 for programs, ISO 8601 in UTC for people."""
 
 import datetime
 
@@ -14,10 +14,10 @@ DAY = 86_400.0
 
 
 def moment(value: Moment) -> float:
-    """Unix seconds of an ISO date or time, or of a number that already is.
+    """Returns the unix seconds of an ISO date or time, or of a number of seconds.
 
     Raises:
-      UserError: neither.
+      UserError: it is neither.
     """
     if isinstance(value, int | float):
         return float(value)
@@ -30,20 +30,20 @@ def moment(value: Moment) -> float:
 
 
 def iso(seconds: float) -> str:
-    """`1998-04-22T23:10:38Z`."""
+    """Formats unix seconds as `1998-04-22T23:10:38Z`."""
     start = datetime.datetime(1970, 1, 1)
     shown = start + datetime.timedelta(seconds=min(max(seconds, -6e10), 2.5e11))
     return shown.isoformat() + "Z"
 
 
 def unix_seconds(column: pa.Array) -> Float64[np.ndarray, " rows"]:
-    """Timestamps or dates, UTC where they are naive, as unix seconds (to the microsecond)."""
+    """Returns timestamps or dates, UTC where they are naive, as unix seconds (to the microsecond)."""
     micros = pc.cast(column, pa.timestamp("us", getattr(column.type, "tz", None)), safe=False)
     return pc.cast(micros, pa.int64()).to_numpy(zero_copy_only=False) / 1e6
 
 
 def compact_dates(numbers: Float64[np.ndarray, " rows"]) -> Float64[np.ndarray, " rows"]:
-    """Unix seconds of dates of 1900 to 2100 that are written as 20150401; NaN where a number is none."""
+    """Returns the unix seconds of dates of 1900 to 2100 that are written as 20150401; NaN where a number is none."""
     whole = np.nan_to_num(numbers, nan=0.0, posinf=0.0, neginf=0.0)
     days = np.where((whole >= 1.9e7) & (whole < 2.11e7) & (np.trunc(whole) == whole), whole, 0).astype(np.int64)
     year, month, day = days // 10000, days // 100 % 100, days % 100
@@ -55,7 +55,7 @@ def compact_dates(numbers: Float64[np.ndarray, " rows"]) -> Float64[np.ndarray, 
 
 
 def iso_seconds(column: pa.Array) -> Float64[np.ndarray, " rows"]:
-    """ISO 8601 strings as unix seconds, UTC unless they carry an offset; as pandas and BigQuery write them too.
+    """Returns ISO 8601 strings as unix seconds, UTC unless they carry an offset; as pandas and BigQuery write them too.
 
     Digits beyond the microsecond are cut off.
 

@@ -1,4 +1,4 @@
-"""What every sort of data is written down with in a config: formats, moments, side files."""
+"""The parts that the configs of all sorts of data share: formats, times, text, side files."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ Format = Literal["auto", "csv", "tsv", "jsonl", "parquet"]
 TimeUnit = Literal["s", "ms", "us", "ns", "date"]
 """The unit of times that are numbers since 1970; `date` is 20150401."""
 Duplicates = Literal["auto", "drop", "keep"]
-"""What becomes of exact copies of events or examples, which are equal in every column that is read.
+"""The treatment of exact copies of events or examples, which are equal in every column that is read.
 
 `auto` drops and counts them where times are finer than a day. Where times are dates alone it keeps and counts them
 (honest repeats look the same), and a held-out target that has a copy in its history is left out. `drop` drops them all
@@ -22,7 +22,7 @@ Moment = str | int | float
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextFormat:
-    """How CSV and TSV files are written; `auto` looks at the beginning of each file and says what it found.
+    """The way CSV and TSV files are written; `auto` looks at the beginning of each file and says what it found.
 
     `separator` is a comma, a tab, `;`, `|`, `::` or anything else. `quote`: fields may stand in double quotes, or
     quotes are letters (`auto`: letters in TSV). `encoding` is a name that Python knows.
@@ -37,7 +37,7 @@ class TextFormat:
 class SideFile:
     """Columns of users or items from a file of their own, joined by `key`; `bags` are text apart by `separator`.
 
-    `weights`, by bag: the column that says how much each of its values counts, as many numbers apart in the same way.
+    `weights` names, by bag, the column of the weights of its values: as many numbers, written in the same way.
     `numeric` columns are for click models, which read numbers.
     """
 

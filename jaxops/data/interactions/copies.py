@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from jaxops.data.interactions.ranges import user_ranges
 
 CHUNK = 1 << 22
-"""Events that are looked at at once."""
+"""The number of events that are looked at at once."""
 
 
 class SortedEvents(Protocol):
@@ -44,7 +44,7 @@ class SortedEvents(Protocol):
 
 
 def copies_in(events: SortedEvents, at: slice, timed: bool) -> Bool[np.ndarray, " events"]:
-    """Tells which of the events `at` are exact copies of an earlier one there; the slice holds whole users.
+    """Returns which of the events `at` are exact copies of an earlier one there; the slice holds whole users.
 
     Without times (`timed` is false) the column of times, which then holds the order, is not compared.
     """
@@ -79,7 +79,7 @@ def count_copies(events: SortedEvents, offsets: Int64[np.ndarray, " users_and_on
 def are_copies(
     events: SortedEvents, offsets: Int64[np.ndarray, " users_and_one"], rows: Int64[np.ndarray, " n"]
 ) -> Bool[np.ndarray, " n"]:
-    """Tells which of these rows of timed events are exact copies of an earlier event of their user."""
+    """Returns which of these rows of timed events are exact copies of an earlier event of their user."""
     found = np.zeros(len(rows), bool)
     for start, stop in user_ranges(offsets, CHUNK):
         at = slice(int(offsets[start]), int(offsets[stop]))
