@@ -47,8 +47,8 @@ class Fractions:
 class ClicksFile(Part):
     """Examples of clicks, one a row, in files of any format that interactions may have.
 
-    `labels` are by name of the task. `bags` are text apart by `separator` (or lists, in Parquet). `weights` names, by bag,
-    the column of the weights of its values, in the same form. `numeric` columns are standardised by the training
+    `labels` are by name of the task. `bags` are text apart by `separator` (or lists, in Parquet). `weights` names, by
+    bag, the column of the weights of its values, in the same form. `numeric` columns are standardised by the training
     examples, after sign(x) log(1 + |x|) where `log`. `columns` name users, items, times and weights, for splits, GAUC
     and cold users and items; they are features where `categorical` names them too. `duplicates` is the treatment of
     examples that are equal in every column that is read: `auto` drops and counts them where there are times finer than
