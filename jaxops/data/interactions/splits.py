@@ -70,9 +70,9 @@ def leave_one_out(inter: Interactions, *, repeats: bool = False) -> Split:
 def global_time(inter: Interactions, valid_from: Moment, test_from: Moment) -> Split:
     """Splits by time: a user's first event from `valid_from` on validates, from `test_from` on tests.
 
-    Events before `valid_from` train. A validation target lies in [valid_from, test_from). All events before a target are
-    its history. Users without any are left out and counted (`no_history`). Boundaries are ISO dates or times (UTC unless
-    they say otherwise) or unix seconds.
+    Events before `valid_from` train. A validation target lies in [valid_from, test_from). All events before a target
+    are its history. Users without any are left out and counted (`no_history`). Boundaries are ISO dates or times (UTC
+    unless they say otherwise) or unix seconds.
 
     Raises:
       UserError: no times, boundaries out of order, a part that is empty, a leak.
