@@ -1,4 +1,4 @@
-"""Columns whose rows are lists (bags) beside plain ones: flattened for an id map, and padded again."""
+"""Bags, columns that hold a list a row: flattened for an id map and padded again, as plain columns pass through."""
 
 from collections.abc import Sequence
 
@@ -11,16 +11,16 @@ from jaxops.data.numeric import numbers
 from jaxops.data.values import plain
 
 WEIGHT = "/weight"
-"""What follows a bag's name where its weights are meant, in columns and in batches."""
+"""The suffix that turns the name of a bag into the name of its weights, in columns and in batches."""
 
 
 def flat(values: pa.Array) -> pa.Array:
-    """The values themselves, or all that the bags hold, in order of rows."""
+    """Returns the values of a plain column, or all values of a column of bags, in order of rows."""
     return values.flatten() if pa.types.is_list(values.type) else values
 
 
 def joined(parts: Sequence[pa.Array]) -> pa.Array:
-    """One after another; of different types read by the one rule of values.py, and as text where that leaves two."""
+    """Concatenates arrays. Different types are read by the one rule of values.py, and as text where that leaves two."""
     if len({part.type for part in parts}) > 1:
         parts = [plain(part) for part in parts]
     if len({part.type for part in parts}) > 1:
@@ -29,7 +29,7 @@ def joined(parts: Sequence[pa.Array]) -> pa.Array:
 
 
 def parallel(bags: pa.Array, values: pa.Array, what: str) -> pa.Array:
-    """The weights of what the bags hold, a list of float64 a row.
+    """Returns the weights of the values of the bags, a list of float64 a row.
 
     Raises:
       UserError: a row with more or fewer weights than values; one that is negative, infinite or no number.
@@ -50,12 +50,12 @@ def parallel(bags: pa.Array, values: pa.Array, what: str) -> pa.Array:
 
 
 def padded_weights(values: pa.Array) -> Float32[np.ndarray, "rows width"]:
-    """Of `parallel`, by row; padded with 0 to the longest."""
+    """Returns the weights of `parallel` by row, padded with 0 to the longest bag."""
     return _padded(values, flat(values).to_numpy(zero_copy_only=False).astype(np.float32), 0)
 
 
 def padded(values: pa.Array, codes: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, "rows ..."]:
-    """The codes of `flat(values)` by row; bags padded with -1 to the longest."""
+    """Returns the codes of `flat(values)` by row; bags are padded with -1 to the longest."""
     return _padded(values, codes, -1) if pa.types.is_list(values.type) else codes
 
 

@@ -1,4 +1,4 @@
-"""How text files are written: separator, quotes and encoding, as the config says or as the beginning of the file shows.
+"""The dialect of text files: separator, quotes and encoding, from the config or from the beginning of the file.
 
 A quoted field that does not close properly is an error with its line, since it would swallow the rows after it.
 """
@@ -15,20 +15,20 @@ from jaxops.data import notes
 from jaxops.data.files import DataFile
 
 SAMPLE = 1 << 20
-"""Bytes that are looked at to tell how a file is written."""
+"""The number of bytes that are looked at to find the dialect."""
 BLOCK = 1 << 22
-"""Bytes that are checked or converted at once."""
+"""The number of bytes that are checked or converted at once."""
 LONGEST = 1 << 24
-"""Bytes that a quoted field may have: one that goes on does not close."""
+"""The most bytes of a quoted field; a longer one surely does not close."""
 JOINT = "\x1f"
-"""The one character that stands for a separator of several, which the parser does not know."""
+"""The character that replaces a separator of several characters, which the parser cannot read."""
 SEPARATORS = (",", ";", "\t", "|", "::")
 _WIDE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """How one file is written."""
+    """The dialect of one file."""
 
     separator: str
     quoted: bool
@@ -36,11 +36,11 @@ class Dialect:
 
     @property
     def delimiter(self) -> str:
-        """The separator as one byte."""
+        """The separator as one byte: itself, or `JOINT` in its place."""
         return self.separator if len(self.separator.encode()) == 1 else JOINT
 
     def fields(self, line: str) -> list[str]:
-        """The fields of one line."""
+        """Splits one line into its fields."""
         line = line.replace(self.separator, self.delimiter)
         if not self.quoted:
             return line.split(self.delimiter)
@@ -48,7 +48,7 @@ class Dialect:
 
 
 def dialect_of(file: DataFile, wanted: Sequence[str] = (), header: Sequence[str] | None = None) -> Dialect:
-    """The file's dialect; what is not the usual one of its format, and was not given, is told.
+    """Returns the file's dialect; what is unusual for its format and was not given is told.
 
     Args:
       file: a text file.
@@ -120,19 +120,19 @@ def _fits(fields: Sequence[str], file: DataFile, wanted: Sequence[str], header: 
 
 
 def names_of(file: DataFile, dialect: Dialect) -> list[str]:
-    """The names in the first line."""
+    """Returns the names in the first line."""
     with file.stream() as stream, io.TextIOWrapper(stream, dialect.encoding, errors="replace") as text:
         return dialect.fields(text.readline().removeprefix("\ufeff").rstrip("\r\n"))
 
 
 def open_text(file: DataFile, dialect: Dialect) -> io.RawIOBase:
-    """The file as UTF-8 with `dialect.delimiter` between its fields; reading it raises UserError at a stray quote."""
+    """Opens the file as UTF-8 with `dialect.delimiter` between fields; reading raises UserError at a stray quote."""
     plain = dialect.encoding in ("utf-8", "utf-8-sig") and dialect.separator == dialect.delimiter
     return _Blocks(_blocks(file, dialect, plain))
 
 
 def not_utf8(file: DataFile) -> str:
-    """The first line that is no UTF-8, for a message; empty where there is none."""
+    """Describes the first line that is no UTF-8; empty where there is none."""
     with file.stream() as stream:
         for number, line in enumerate(io.BufferedReader(_Raw(stream)), 1):
             try:
@@ -147,7 +147,7 @@ def not_utf8(file: DataFile) -> str:
 
 
 def _blocks(file: DataFile, dialect: Dialect, plain: bool) -> Iterator[bytes]:
-    """Blocks of bytes, cut at the ends of rows."""
+    """Yields blocks of bytes that end where rows end."""
     with file.stream() as stream:
         decoder = codecs.getincrementaldecoder(dialect.encoding)()
         checked = _Quotes(file, dialect.delimiter.encode()) if dialect.quoted else None
@@ -195,7 +195,7 @@ class _Quotes:
         self._quoted, self._letters = re.compile(quoted), re.compile(letters)
 
     def until(self, text: bytes, last: bool) -> int:
-        """How much of the text, which begins with a row, is complete rows.
+        """Returns how many bytes of the text, which begins with a row, are complete rows.
 
         Raises:
           UserError: a quoted field that goes on after its closing quote, or has none.
@@ -243,11 +243,11 @@ class _Blocks(io.RawIOBase):
         self._blocks, self._rest = blocks, memoryview(b"")
 
     def readable(self) -> bool:
-        """Yes."""
+        """Returns true."""
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes, empty at the end."""
+        """Returns up to `size` bytes, none at the end."""
         if not self._rest:
             self._rest = memoryview(next(self._blocks, b""))
         size = len(self._rest) if size < 0 else size
@@ -255,7 +255,7 @@ class _Blocks(io.RawIOBase):
         return found.tobytes()
 
     def close(self) -> None:
-        """Closes the file below."""
+        """Closes the underlying file."""
         if not self.closed:
             getattr(self._blocks, "close", lambda: None)()
         super().close()
@@ -268,11 +268,11 @@ class _Raw(io.RawIOBase):
         self._stream = stream
 
     def readable(self) -> bool:
-        """Yes."""
+        """Returns true."""
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fills the buffer."""
+        """Fills the buffer and returns the number of bytes."""
         found = self._stream.read(len(buffer))  # type: ignore[attr-defined]
         buffer[: len(found)] = found
         return len(found)

@@ -1,4 +1,4 @@
-"""From what a user writes (file, glob, folder, URI, list of them) to one ordered list of files of one format.
+"""Expands what a user writes (file, glob, folder, URI, list of them) to one ordered list of files of one format.
 
 The order (as listed; sorted inside a glob or folder) defines the original row order, so it never depends on
 the disk.
@@ -31,7 +31,7 @@ COMPRESSIONS = (".gz", ".bz2", ".zst")
 
 @dataclasses.dataclass(frozen=True)
 class DataFile:
-    """One input file; `partition` holds the `key=value` folders of its path (hive)."""
+    """One input file; `partition` holds the `key=value` folders of its path (hive), `text` the options of text."""
 
     name: str
     path: str
@@ -43,7 +43,7 @@ class DataFile:
     text: TextFormat = TextFormat()
 
     def stream(self) -> pa.NativeFile:
-        """Opened for reading from the start, decompressed where the suffix says so."""
+        """Opens the file for reading from the start, decompressed where the suffix says so."""
         return self.filesystem.open_input_stream(self.path, compression="detect")
 
     def random(self) -> pa.NativeFile:
@@ -51,7 +51,7 @@ class DataFile:
 
 
 def expand_paths(path: str | Sequence[str], format: Format = "auto", text: TextFormat = TextFormat()) -> list[DataFile]:
-    """The files that `path` stands for, each once, all of one format; `text` says how CSV and TSV are written.
+    """Returns the files that `path` stands for, each once, all of one format; `text` says how CSV and TSV are written.
 
     Raises:
       UserError: nothing there, a glob that matches nothing, a suffix that is not known, or mixed formats.
@@ -72,7 +72,7 @@ def expand_paths(path: str | Sequence[str], format: Format = "auto", text: TextF
 
 
 def summary(files: Sequence[DataFile]) -> str:
-    """The files as a message names them."""
+    """Names files in a message."""
     return files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more file(s)"
 
 
@@ -95,7 +95,7 @@ def _local(path: str, format: Format) -> list[DataFile]:
 
 
 def _remote(uri: str, format: Format) -> list[DataFile]:
-    """Files of a URI that pyarrow has a filesystem for (gs://, s3://, hdfs://, file://), globs too."""
+    """Returns the files of a URI that pyarrow has a filesystem for (gs://, s3://, hdfs://, file://), globs too."""
     scheme, _, rest = uri.partition("://")
     parts = rest.split("/")
     wild = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
@@ -146,7 +146,7 @@ def _suffix(name: str) -> str:
 
 
 def _inside(shown: str, names: list[str], folder: str, format: Format) -> list[str]:
-    """A folder's data files: hidden ones and those that begin with `_` (markers, logs) are not data."""
+    """Returns a folder's data files: hidden files and those that begin with `_` (markers, logs) are not data."""
     visible = [n for n in names if not re.search(r"(^|/)[._]", os.path.relpath(n, folder))]
     wanted = [n for n in visible if format != "auto" or _suffix(n) in SUFFIXES]
     if not wanted:
@@ -170,7 +170,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _glob_pattern(pattern: str) -> re.Pattern[str]:
-    """`*` and `?` stay inside a folder, `**/` crosses folders, `[ab]` is a set."""
+    """Translates a glob: `*` and `?` stay inside a folder, `**/` crosses folders, `[ab]` is a set."""
     out = ""
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]|[^*?\[]+|\[", pattern):
         special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}

@@ -1,6 +1,6 @@
-"""How each file format is streamed as record batches that hold the wanted columns, and nothing converted yet.
+"""Streams each file format as record batches that hold the wanted columns, with nothing converted yet.
 
-Text is read as strings and JSON with types fixed by its first lines, so where a block ends never changes a
+Text is read as strings, and JSON with types that its first lines fix, so the end of a block never changes a
 type.
 """
 
@@ -21,7 +21,7 @@ from jaxops.data.dialect import dialect_of, names_of, not_utf8, open_text
 from jaxops.data.files import DataFile
 
 ROWS = 1 << 18
-"""Rows in a batch, at most."""
+"""The most rows of a batch."""
 BLOCK = 1 << 23
 """Bytes of text that are parsed at once."""
 
@@ -29,11 +29,16 @@ BLOCK = 1 << 23
 def batches(
     file: DataFile, wanted: Sequence[str], header: Sequence[str] | None, numbers: Collection[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The file's rows in order, as batches that have the `wanted` columns (user, item, then numbers) by name.
+    """Yields the file's rows in order, as batches that have the `wanted` columns by name.
 
-    Columns that are not in the file come from its hive partition. `header` names the columns of text without
-    one. `numbers` are the columns that JSON may begin with an integer and go on with a fraction; all other integers
-    stay integers, so that ids keep every digit.
+    Columns that are not in the file come from its hive partition.
+
+    Args:
+      file: the file.
+      wanted: names of columns.
+      header: names of all columns of text without a header line.
+      numbers: columns that JSON may begin with an integer and go on with a fraction (default: all wanted but the first
+        two). All other integers stay integers, so that ids keep every digit.
 
     Raises:
       UserError: a missing or double column, a file that is not of its format (with the line where it breaks).
@@ -52,7 +57,7 @@ def batches(
 
 
 def columns(file: DataFile, header: Sequence[str] | None = None) -> list[str]:
-    """The columns that `batches` can give, those of the hive partition last.
+    """Returns the columns that `batches` can give, those of the hive partition last.
 
     Raises:
       UserError: a file that is not of its format.
@@ -69,7 +74,7 @@ def columns(file: DataFile, header: Sequence[str] | None = None) -> list[str]:
 
 
 def _text(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-    """CSV and TSV: all is read as strings, so no value's type depends on where a block happens to end."""
+    """Reads CSV and TSV as strings alone, so no value's type depends on where a block happens to end."""
     dialect = dialect_of(file, wanted, header)
     names = list(header) if header is not None else names_of(file, dialect)
     if not names:
@@ -116,9 +121,9 @@ def _jsonl(
 
 
 def _json_types(file: DataFile, wanted: Sequence[str], floats: Collection[str]) -> dict[str, pa.DataType]:
-    """Column -> type by the first line that has a value for it; columns that are not wanted only by name.
+    """Returns the type of each wanted column by the first line that has a value for it, and null for other columns.
 
-    Reads on, within bounds, until there is a type for all that is wanted; with nothing wanted, to the bound.
+    Reads until all wanted columns have a type, up to a bound; with nothing wanted, up to the bound.
     """
     types: dict[str, pa.DataType] = {}
     with file.stream() as stream, io.TextIOWrapper(stream, encoding="utf-8", errors="replace") as text:
@@ -140,7 +145,7 @@ def _json_types(file: DataFile, wanted: Sequence[str], floats: Collection[str]) 
 
 
 def _json_type(value: Any, number: bool) -> pa.DataType:
-    """`number`: a column where an integer may be followed by a fraction."""
+    """Returns the type of a value; in a column of `number` an integer may be followed by a fraction."""
     if isinstance(value, bool):
         return pa.bool_()
     if isinstance(value, int) and not number:
@@ -161,7 +166,7 @@ def _json_object(file: DataFile, number: int, line: str) -> dict[str, Any]:
 
 
 def _broken_line(file: DataFile, schema: pa.Schema) -> str:
-    """Read again slowly, for the line that the fast reader could not take: its number and what is wrong."""
+    """Reads again slowly and describes the line that the fast reader could not take, with its number."""
     expected: dict[pa.DataType, Any] = {
         pa.string(): str,
         pa.int64(): int,
@@ -207,7 +212,7 @@ def _open_parquet(file: DataFile) -> pq.ParquetFile:
 
 
 def _check_columns(file: DataFile, wanted: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The wanted columns that are in the file (the others are in its partition)."""
+    """Returns the wanted columns that are in the file (the others are in its partition)."""
     for name in dict.fromkeys(wanted):
         if names.count(name) > 1:
             raise UserError(f"{file.name}: column {name!r} is there {names.count(name)} times")

@@ -1,6 +1,6 @@
-"""From ids of any kind to rows of a table: vocabularies, hashing, integer ranges. Row 0 is for what is not known.
+"""Maps from ids of any kind to rows of a table: vocabularies, hashing, integer ranges. Row 0 is for unknown ids.
 
-A map is frozen when training begins; an id that it lacks reads row 0, and never ends a run. (Maps that grow, with
+A map is frozen when training begins. An id that it lacks reads row 0 and never ends a run. (Maps that grow, with
 admission and eviction, have their place in this union.)
 """
 
@@ -31,7 +31,7 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hashed:
-    """Any id has a row, which others may share. `apart`: features of one table are hashed with their names."""
+    """Every id has a row, which others may share. With `apart`, features of one table are hashed with their names."""
 
     kind: Literal["hash"] = "hash"
     salt: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
@@ -57,7 +57,7 @@ class Fitted:
     known: Ids | None = None
 
     def encode(self, values: pa.Array, feature: str = "") -> Int32[np.ndarray, " n"]:
-        """The row of each id; 0 where it is null or not known. `feature` counts where the map keeps features apart."""
+        """Returns the row of each id, 0 where it is null or unknown; `feature` is for maps that keep them apart."""
         ids = plain(values).dictionary_encode()
         distinct = ids.dictionary
         of_distinct = np.concatenate([self._rows(distinct, feature), np.zeros(1, np.int32)])
@@ -81,13 +81,13 @@ class Fitted:
         return np.maximum(self.known.rows(distinct.to_numpy(zero_copy_only=False)), 0)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What must be kept to make the map again, with `restore_map`."""
+        """Returns the arrays from which `restore_map` makes the map again."""
         out = {"rows": np.int64(self.rows).reshape(1)}
         return out | ({} if self.known is None else {"ids": np.asarray(self.known.values)})
 
 
 def fit_map(config: IdMap, name: str, values: pa.Array, rows: int | None, *, text: bool = False) -> Fitted:
-    """The map of a table for the ids that training has; `rows` (with row 0) is None where the vocabulary decides.
+    """Makes the map of a table from the ids that training has; `rows` (row 0 too) is None where the vocabulary decides.
 
     Where a vocabulary has more ids than there are rows the most frequent get them, equals in sorted order.
 
@@ -119,13 +119,13 @@ def fit_map(config: IdMap, name: str, values: pa.Array, rows: int | None, *, tex
 
 
 def restore_map(config: IdMap, read: Callable[[str], np.ndarray]) -> Fitted:
-    """The map that `Fitted.arrays` was taken of; `read` gives them by name."""
+    """Returns the map whose `Fitted.arrays` are given; `read` returns them by name."""
     known = Ids.of(read("ids"), first=1) if isinstance(config, Vocabulary) else None
     return Fitted(config, int(read("rows")[0]), known)
 
 
 def _integers(values: pa.Array) -> np.ndarray:
-    """int64; -1 for text that is no integer."""
+    """Returns int64, -1 for text that is no integer."""
     if pa.types.is_integer(values.type):
         return values.to_numpy(zero_copy_only=False)
     digits, fits = spelled_integers(values)

@@ -1,7 +1,7 @@
-"""Original ids and their rows: rows are handed out in sorted order of the ids, so never in order of arrival.
+"""Original ids and their rows: rows are handed out in sorted order of the ids, never in order of arrival.
 
-Integers sort numerically, strings by their UTF-8 bytes. Kept as int64 or fixed-width bytes, both
-memory-mappable.
+Integers sort numerically, strings by their UTF-8 bytes. Ids are kept as int64 or fixed-width bytes, both of which can
+be memory-mapped.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxops.core.failures import UserError
 from jaxops.data.values import EXACT
 
 LONGEST = 1000
-"""Bytes of an id; a longer one is surely a text column named by mistake."""
+"""The most bytes of an id; a longer one is surely a text column that was named by mistake."""
 
 WHOLE = r"^\s*(?P<number>-?(?:0|[1-9][0-9]*))(?:\.0+)?\s*$"
 """The forms of an integer that are read as one: `11`, ` 11`, `11.0`; `011` is text."""
@@ -30,14 +30,14 @@ LARGEST = (str(2**63 - 1), str(2**63))
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ids:
-    """The way between rows and original ids: row `first + i` is `values[i]`, and `values` is sorted."""
+    """Translates between rows and original ids: row `first + i` is `values[i]`, and `values` is sorted."""
 
     values: np.ndarray
     first: int
 
     @staticmethod
     def of(values: np.ndarray, first: int) -> "Ids":
-        """Those of sorted integers, bytes or text."""
+        """Returns the ids of sorted integers, bytes or text."""
         return Ids(values if values.dtype.kind in "iS" else np.char.encode(values.astype(str), "utf-8"), first)
 
     def __len__(self) -> int:
@@ -45,14 +45,14 @@ class Ids:
 
     @property
     def kind(self) -> str:
-        """`integer` or `string`."""
+        """The kind of the ids: `integer` or `string`."""
         return "integer" if self.values.dtype.kind == "i" else "string"
 
     def originals(self, rows: Any) -> np.ndarray:
-        """The original ids of `rows`, any shape: int64, or numpy strings.
+        """Returns the original ids of `rows`, of any shape, as int64 or numpy strings.
 
         Raises:
-          IndexError: a row that is none (the padding row 0 of items among them).
+          IndexError: a row that does not exist (the padding row 0 of items among them).
         """
         index = np.asarray(rows, np.int64) - self.first
         if index.size and (index.min() < 0 or index.max() >= len(self.values)):
@@ -61,7 +61,7 @@ class Ids:
         return found if found.dtype.kind == "i" else np.char.decode(found, "utf-8")
 
     def rows(self, originals: Any) -> Int32[np.ndarray, " ids"]:
-        """The row of each original id; -1 where it is not known.
+        """Returns the row of each original id, -1 where it is unknown.
 
         Integers find text of the same digits and the other way round; text is looked up as it is, and then as the
         integer that it spells.
@@ -82,7 +82,7 @@ class Ids:
         return found
 
     def _as_bytes(self, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Text as the type of `values`, and where it fits: searchsorted would otherwise widen the whole table."""
+        """Returns text as the type of `values`, and where it fits; searchsorted would else widen the whole table."""
         encoded = np.char.encode(text, "utf-8")
         return encoded.astype(self.values.dtype), np.char.str_len(encoded) <= self.values.dtype.itemsize
 
@@ -91,7 +91,7 @@ class Ids:
         return np.where(known & (self.values[at] == wanted), at + self.first, -1).astype(np.int32)
 
     def positions(self, originals: pa.Array) -> Int64[np.ndarray, " ids"]:
-        """As `rows`, of an Arrow array; -1 for null too."""
+        """Returns what `rows` does for an Arrow array; -1 for null too."""
         found = np.full(len(originals), -1, np.int64)
         there = np.asarray(originals.is_valid())
         if there.any() and len(self):
@@ -106,7 +106,7 @@ class Ids:
 
 
 def _as_integers(originals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int64, and where there is one: of text that spells one, of whole floats, of unsigned numbers that fit."""
+    """Returns int64, and where there is one: for text that spells one, whole floats, unsigned numbers that fit."""
     kind = originals.dtype.kind
     if kind == "i":
         return originals.astype(np.int64), np.ones(originals.shape, bool)
@@ -123,7 +123,7 @@ def _as_integers(originals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spelled(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """The digits of the integer that each text spells (else the text), and where it spells one."""
+    """Returns the digits of the integer that each text spells (else the text), and where it spells one."""
     whole = pc.match_substring_regex(text, WHOLE)
     digits = pc.struct_field(pc.extract_regex(text, WHOLE), "number")
     digits = pc.if_else(pc.equal(digits, "-0"), "0", digits)
@@ -131,13 +131,13 @@ def _spelled(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 
 def spelled_integers(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """The digits of the integer that each text spells (`11.0`: `11`; else the text), and where one fits int64."""
+    """Returns the digits of the integer that each text spells (`11.0`: `11`; or the text), and where it fits int64."""
     digits, whole = _spelled(text)
     return digits, whole & _fits_int64(digits)
 
 
 def _fits_int64(digits: pa.Array) -> np.ndarray:
-    """True where the digits of an integer are one that fits int64."""
+    """Returns true where an integer, given by its digits, fits int64."""
     length = pc.utf8_length(pc.utf8_ltrim(digits, "-"))
     negative = pc.starts_with(digits, "-")
     small = pc.if_else(
@@ -150,8 +150,8 @@ def _fits_int64(digits: pa.Array) -> np.ndarray:
 class IdCollector:
     """Hands out provisional codes in order of arrival; `finish` turns them into sorted rows.
 
-    `text`: the format cannot tell integers from strings (CSV), so the ids are integers if all of them read
-    so. Holds every unique id in memory, with the row where it came first, and nothing else of the data.
+    With `text` the format cannot tell integers from strings (CSV), so the ids are integers if all of them read so.
+    Every unique id is in memory, with the row where it came first, and nothing else of the data.
     """
 
     def __init__(self, what: str, text: bool) -> None:
@@ -165,7 +165,7 @@ class IdCollector:
         return len(self._codes)
 
     def add(self, values: pa.Array, where: str, rows: np.ndarray | None = None) -> Int32[np.ndarray, " rows"]:
-        """Codes of a batch, int64 or string, -1 for null; its file `where` and its `rows` there are for errors."""
+        """Returns the codes of a batch of int64 or strings, -1 for null; `where` (a file) and `rows` are for errors."""
         if not pa.types.is_null(values.type) and values.null_count < len(values):
             self._seen_in.setdefault(str(values.type), where)
         encoded = values.dictionary_encode()
@@ -192,7 +192,7 @@ class IdCollector:
         return settle(list(self._codes), self.text or len(self._seen_in) > 1, self.what, self.origin)
 
     def _refuse_mixed(self) -> None:
-        """Integers in one file may be digits in another. Other text beside integers is a mistake in one of them."""
+        """Refuses text beside integers, unless it is their digits: it is a mistake in one of the files."""
         for value, code in self._codes.items():
             if isinstance(value, str) and not _spelled(pa.array([value]))[1][0]:
                 (one, here), (other, there) = self._seen_in.items()
@@ -202,12 +202,12 @@ class IdCollector:
                 )
 
     def values(self) -> np.ndarray:
-        """The id of each code, in order of the codes: int64 or bytes."""
+        """Returns the id of each code, in order of the codes, as int64 or bytes."""
         settled = self._settled
         return settled.values[settled.index]
 
     def one_each(self) -> Int32[np.ndarray, " codes"] | None:
-        """The code that stands for each code's id; None where no two codes are of one id (`11` and `11.0`)."""
+        """Returns the first code of each code's id; None where no two codes are of one id (`11` and `11.0`)."""
         index = self._settled.index
         if len(self._settled.values) == len(index):
             return None
@@ -216,7 +216,7 @@ class IdCollector:
         return first[index].astype(np.int32)
 
     def finish(self, keep: Bool[np.ndarray, " codes"], first: int) -> tuple[Ids, Int32[np.ndarray, " codes"]]:
-        """The kept ids as `Ids`, and each code's row (-1: not kept). Codes of one id are kept or not by their first."""
+        """Returns the kept ids, and each code's row (-1: not kept). The first code of an id decides for all."""
         values, same = self.values(), self.one_each()
         kept = np.flatnonzero(keep if same is None else keep & (same == np.arange(len(same))))
         order = kept[np.argsort(values[kept], kind="stable")]
@@ -227,7 +227,7 @@ class IdCollector:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Settled:
-    """Distinct ids (int64 or bytes, in order of arrival), and which of them each given one is."""
+    """Distinct ids (int64 or bytes, in order of arrival), and the index among them of each given id."""
 
     values: np.ndarray
     index: Int64[np.ndarray, " given"]

@@ -1,4 +1,4 @@
-"""Columns of numbers and times, checked: what is no number is told, never averaged in."""
+"""Checks columns of numbers and times: a value that is no number is told and never averaged in."""
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def numbers(values: pa.Array, what: str) -> Float64[np.ndarray, " rows"]:
-    """float64, NaN where there is none.
+    """Returns float64, NaN where a number is missing.
 
     Raises:
       UserError: text that is no number; an infinite one, or one that float32 cannot hold, which would make every
@@ -25,7 +25,7 @@ def numbers(values: pa.Array, what: str) -> Float64[np.ndarray, " rows"]:
 
 
 def weights(values: pa.Array, what: str) -> Float32[np.ndarray, " rows"]:
-    """float32, 0 or more.
+    """Returns weights as float32.
 
     Raises:
       UserError: a weight that is missing, negative, infinite or no number.
@@ -37,7 +37,7 @@ def weights(values: pa.Array, what: str) -> Float32[np.ndarray, " rows"]:
 
 
 def times(values: pa.Array, what: str) -> Float64[np.ndarray, " rows"]:
-    """Of timestamps, dates and ISO 8601 text unix seconds; numbers as they are.
+    """Returns the unix seconds of timestamps, dates and ISO 8601 text; numbers stay as they are.
 
     Raises:
       UserError: a time that is missing (it would sort last, into the test part) or cannot be read.

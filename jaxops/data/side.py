@@ -1,4 +1,4 @@
-"""Columns as they are in a file, and side files joined to users or items by their original ids."""
+"""Reads columns as they are in a file, and joins side files to users or items by their original ids."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from jaxops.data.spec import Format, SideFile, TextFormat
 from jaxops.data.values import is_missing, plain
 
 FEW = 0.5
-"""The share of users or items below which a side file that has no row for the others is surely a mistake."""
+"""The share of users or items with a row in a side file below which the file is surely the wrong one."""
 
 
 def read_columns(
@@ -29,7 +29,7 @@ def read_columns(
     numbers: Collection[str] = (),
     text: TextFormat = TextFormat(),
 ) -> pa.Table:
-    """These columns of the files, in order; text where the format cannot tell.
+    """Returns these columns of the files, in order; text where the format cannot tell the type.
 
     Args:
       path: a file, glob, folder or several of them.
@@ -54,7 +54,7 @@ def read_columns(
 
 
 def _concatenated(parts: Sequence[pa.RecordBatch], names: Sequence[str]) -> pa.Table:
-    """One table; a column whose types differ between files is read by the one rule of values.py."""
+    """Returns one table; a column whose types differ between files is read by the one rule of values.py."""
     tables = [pa.Table.from_batches([part]) for part in parts]
     try:
         return pa.concat_tables(tables, promote_options="permissive")
@@ -79,7 +79,7 @@ def _piece(values: pa.ChunkedArray) -> pa.Array:
 
 @contextlib.contextmanager
 def _told(file: DataFile) -> Iterator[None]:
-    """An error of reading as one of the user's, with the file's name."""
+    """Turns an error of reading into a UserError with the file's name."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -92,7 +92,7 @@ def columns_of(
     header: Sequence[str] | None = None,
     text: TextFormat = TextFormat(),
 ) -> list[str]:
-    """The columns that any of the files has: reading one of them says which file lacks it.
+    """Returns the columns that any of the files has; reading one of them says which file lacks it.
 
     Raises:
       UserError: what `files.expand` raises; a file that cannot be read, or is not of its format.
@@ -105,13 +105,13 @@ def columns_of(
 
 
 def whole(table: pa.Table, name: str) -> pa.Array:
-    """A column in one piece, of the type that it has."""
+    """Returns a column in one piece, of the type that it has."""
     values = table[name].combine_chunks()
     return _piece(values) if isinstance(values, pa.ChunkedArray) else values
 
 
 def column(table: pa.Table, name: str, separator: str | None = None) -> pa.Array:
-    """A column in one piece; with `separator` a bag, a list a row (null and empty text: an empty one).
+    """Returns a column in one piece; with `separator` a bag, a list a row (null and empty text: an empty list).
 
     Raises:
       UserError: lists where there is no bag, or a bag that is neither lists nor text; nested values.
@@ -131,7 +131,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _listed(table: pa.Table, name: str, separator: str, *weights: tuple[str, str]) -> tuple[pa.Array, list[pa.Array]]:
-    """A bag without its missing values, and its weights (column, what to call it) without those of missing values."""
+    """Returns a bag without missing values, and its weights (column, name in errors) without theirs."""
     bag = _split(table, name, separator)
     beside = [parallel(bag, _split(table, column, separator), what) for column, what in weights]
     values = bag.flatten()
@@ -163,7 +163,7 @@ def _split(table: pa.Table, name: str, separator: str) -> pa.Array:
 
 
 def _tell_other_separator(text: pa.Array, name: str, separator: str) -> None:
-    """A bag whose rows hold one value each although another separator stands in most of them is surely none."""
+    """Remarks on a bag in which no row holds the separator while most hold another one."""
     there = len(text) - text.null_count
     if not there or pc.any(pc.match_substring(text, separator)).as_py():
         return
@@ -176,7 +176,14 @@ def _tell_other_separator(text: pa.Array, name: str, separator: str) -> None:
 def bags(
     table: pa.Table, names: Sequence[str], weights: Mapping[str, str], separator: str, what: str
 ) -> dict[str, pa.Array]:
-    """These bags and, as `NAME/weight`, the weights of those that have any; `what` is where a config says so.
+    """Returns these bags and, as `NAME/weight`, the weights of those that have any.
+
+    Args:
+      table: the columns.
+      names: the bags.
+      weights: the column of weights, by bag.
+      separator: stands between the values of text.
+      what: the path of the config, for errors.
 
     Raises:
       UserError: weights of what is no bag, or that do not go with it.
@@ -194,14 +201,16 @@ def bags(
 
 @dataclasses.dataclass(frozen=True)
 class Join:
-    """How a side file was joined to the users or items of the data.
+    """The counts of a join of a side file to the users or items of the data.
 
     Attributes:
-      ids: how many there are.
-      matched: how many of them have a row in the file.
+      file: the file.
+      key: its column of ids.
+      ids: the number of users or items.
+      matched: the number of them that have a row in the file.
       unmatched: keys of the file that no user or item of the data has.
       without_key: rows of the file that name nobody.
-      empty: by column, matched ids for which it holds nothing.
+      empty: matched ids without a value, by column.
     """
 
     file: str
@@ -222,7 +231,7 @@ class Join:
 
 
 def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
-    """The columns of `join_side` alone.
+    """Returns the columns of `join_side` alone.
 
     Raises:
       UserError: what `join_side` raises.
@@ -231,11 +240,11 @@ def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
 
 
 def join_side(config: SideFile, ids: Ids, what: str) -> tuple[dict[str, pa.Array], Join]:
-    """The file's columns by row of `ids` (its first row is 0 here); null, or an empty bag, where the file has none.
+    """Returns the file's columns by row of `ids` (counted from 0), and the counts of the join.
 
-    Weights of a bag are `NAME/weight`; numbers are float64, NaN where there is none. A key may have several rows that
-    say the same: columns of items in the file of the events are read so. How it was joined is told, and where fewer
-    than `FEW` of the ids have a row with a warning.
+    A missing value is null, an empty bag or NaN. The weights of a bag are `NAME/weight`, and numbers are float64. A key
+    may have several rows that say the same: columns of items in the file of the events are read so. The counts are
+    told, as a warning where fewer than `FEW` of the ids have a row.
 
     Raises:
       UserError: what `read_columns` and `bags` raise; rows of one key that differ.
@@ -288,7 +297,7 @@ def _empty(values: pa.Array) -> int:
 
 
 def _one_each(table: pa.Table, keys: pa.Array, what: str) -> pa.Table:
-    """The first row of each key, of which all rows say the same; none of null."""
+    """Returns the first row of each key, all of whose rows say the same; rows of a null key are left out."""
     codes = keys.dictionary_encode().indices
     there = codes.is_valid()
     table, codes = table.filter(there), np.asarray(codes.filter(there))

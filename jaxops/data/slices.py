@@ -1,4 +1,4 @@
-"""Which examples belong to the slices that a config names: users and items new to training, values of a column."""
+"""Masks of the slices that a config names: users and items that are new to training, values of a column."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -11,13 +11,13 @@ from jaxops.core.failures import UserError, nearest
 from jaxops.data.values import plain
 
 SLICE = "slice/"
-"""What the entries of a batch begin with that say which examples belong to a slice."""
+"""The prefix of the batch entries that say which examples belong to a slice."""
 MOST = 20
-"""Values of a column that becomes slices."""
+"""The most values of a column that becomes slices."""
 
 
 def by_value(name: str, values: pa.Array) -> dict[str, Bool[np.ndarray, " rows"]]:
-    """`gender=F`, `gender=M`: which rows hold each value; a row of null is in none.
+    """Returns the rows that hold each value (`gender=F`, `gender=M`); a row of null is in none.
 
     Raises:
       UserError: more than `MOST` values, or lists.
@@ -32,7 +32,7 @@ def by_value(name: str, values: pa.Array) -> dict[str, Bool[np.ndarray, " rows"]
 
 
 def warm_and_cold(kind: str, cold: Bool[np.ndarray, " rows"]) -> dict[str, dict[str, Bool[np.ndarray, " rows"]]]:
-    """The slices `cold_KIND` and `warm_KIND`, by what a config calls them."""
+    """Returns the slices `cold_KIND` and `warm_KIND`, by their names in a config."""
     return {f"{how}_{kind}": {f"{how}_{kind}": mask} for how, mask in (("cold", cold), ("warm", ~cold))}
 
 
@@ -40,10 +40,16 @@ def chosen(
     names: Sequence[str], ready: Mapping[str, Mapping[str, np.ndarray]], columns: Iterable[str],
     of: Callable[[str], Mapping[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """The masks that the names ask for: those that are `ready`, or `of` a column.
+    """Returns the masks that the names ask for.
+
+    Args:
+      names: slices or columns.
+      ready: masks of slices that are known already.
+      columns: columns that may become slices.
+      of: makes the masks of a column.
 
     Raises:
-      UserError: a name that is neither.
+      UserError: a name is neither a slice nor a column.
     """
     columns = list(columns)
     found: dict[str, np.ndarray] = {}

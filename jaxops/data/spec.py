@@ -1,4 +1,4 @@
-"""What every sort of data is written down with in a config: formats, moments, side files."""
+"""The parts that the configs of all sorts of data share: formats, times, text, side files."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,13 +9,20 @@ from pydantic import Field
 Format = Literal["auto", "csv", "tsv", "jsonl", "parquet"]
 TimeUnit = Literal["s", "ms", "us", "ns", "date"]
 """The unit of times that are numbers since 1970; `date` is 20150401."""
+Duplicates = Literal["auto", "drop", "keep"]
+"""The treatment of exact copies of events or examples, which are equal in every column that is read.
+
+`auto` drops and counts them where times are finer than a day. Where times are dates alone it keeps and counts them
+(honest repeats look the same), and a held-out target that has a copy in its history is left out. `drop` drops them all
+and `keep` keeps them all.
+"""
 Moment = str | int | float
 """An ISO date or time (UTC unless it says otherwise) or unix seconds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextFormat:
-    """How CSV and TSV files are written; `auto` looks at the beginning of each file and says what it found.
+    """The way CSV and TSV files are written; `auto` looks at the beginning of each file and says what it found.
 
     `separator` is a comma, a tab, `;`, `|`, `::` or anything else. `quote`: fields may stand in double quotes, or
     quotes are letters (`auto`: letters in TSV). `encoding` is a name that Python knows.
@@ -30,7 +37,7 @@ class TextFormat:
 class SideFile:
     """Columns of users or items from a file of their own, joined by `key`; `bags` are text apart by `separator`.
 
-    `weights`, by bag: the column that says how much each of its values counts, as many numbers apart in the same way.
+    `weights` names, by bag, the column of the weights of its values: as many numbers, written in the same way.
     `numeric` columns are for click models, which read numbers.
     """
 

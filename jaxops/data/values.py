@@ -15,7 +15,7 @@ from jaxtyping import Float64
 from jaxops.core.failures import UserError
 
 MISSING = ("", "nan", "NaN", "NAN", "null", "NULL", "Null", "None", "<NA>", "NaT", "\\N", "__HIVE_DEFAULT_PARTITION__")
-"""How pandas, SQL and Hive write that there is no value. Other words (`none`, `NA` for Namibia) are values."""
+"""The words that stand for no value in pandas, SQL and Hive. Other words (`none`, `NA` for Namibia) are values."""
 EXACT = 2.0**53
 """Floats from here on do not tell neighbouring integers apart."""
 
@@ -29,7 +29,7 @@ def rows_of(what: str) -> At:
 
 
 def decoded(values: pa.Array | pa.ChunkedArray, at: At) -> pa.Array:
-    """One array without dictionaries; every type of text and bytes is `string`.
+    """Returns one array without dictionaries; every type of text and bytes is `string`.
 
     Raises:
       UserError: bytes that are no UTF-8, with the first such row.
@@ -61,12 +61,12 @@ def decoded(values: pa.Array | pa.ChunkedArray, at: At) -> pa.Array:
 
 
 def is_missing(text: pa.Array) -> pa.Array:
-    """True for null and for the words of `MISSING`, with blanks around them or not."""
+    """Returns true for null and for the words of `MISSING`, with blanks around them or not."""
     return pc.is_in(pc.utf8_trim_whitespace(text), pa.array([*MISSING, None], pa.string()))
 
 
 def plain(values: pa.Array | pa.ChunkedArray, at: At | str = "column", *, ids: bool = False) -> pa.Array:
-    """The column as int64 or text, null where it says that there is no value.
+    """Returns the column as int64 or text, null where it says that there is no value.
 
     `ids` are stricter than categories: fractions, truth values and dates name nobody.
 
@@ -99,7 +99,7 @@ def plain(values: pa.Array | pa.ChunkedArray, at: At | str = "column", *, ids: b
 
 
 def _or_text(values: pa.Array) -> pa.Array:
-    """Integers as int64, or all of them as text where one does not fit: as they would be read from CSV."""
+    """Returns integers as int64, or all of them as text where one does not fit, as they would be read from CSV."""
     try:
         return pc.cast(values, pa.int64())
     except pa.ArrowInvalid:
@@ -140,7 +140,13 @@ def _of_decimals(values: pa.Array, at: At, ids: bool) -> pa.Array:
 
 
 def converted(column: pa.Array, convert: Callable[[pa.Array], Any], at: At, expected: str) -> Any:
-    """`convert(column)`; when it fails, bisects for the first value that it cannot take.
+    """Returns `convert(column)`; when that fails, bisects for the first value that it cannot take.
+
+    Args:
+      column: the values.
+      convert: raises ArrowInvalid at a wrong value.
+      at: names the place of a value.
+      expected: what a value should be, for the error.
 
     Raises:
       UserError: it fails, with the row and the value.
@@ -160,7 +166,7 @@ def converted(column: pa.Array, convert: Callable[[pa.Array], Any], at: At, expe
 
 
 def floats(column: pa.Array, at: At, expected: str = "a number") -> Float64[np.ndarray, " rows"]:
-    """float64, NaN for null; truth values, decimals and text that reads as numbers (or as true and false) too.
+    """Returns float64, NaN for null; truth values, decimals and text that reads as numbers (or as true and false) too.
 
     Raises:
       UserError: what is no number, with its row.

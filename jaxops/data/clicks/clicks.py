@@ -1,7 +1,7 @@
 """Click data: examples with categorical features, bags and numbers, encoded for tables, split without a leak.
 
-Vocabularies and statistics are the training examples' alone. Columns of users and items are kept by user and item,
-not copied to every example. Held by tests/data/clicks/test_click_data.py.
+Vocabularies and statistics are of the training examples alone. Columns of users and items are kept by user and item,
+not copied to every example. Tested in tests/data/clicks/test_click_data.py.
 """
 
 import dataclasses
@@ -30,12 +30,16 @@ from jaxops.data.slices import by_value, chosen, warm_and_cold
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClickData:
-    """Examples, their parts, and what is frozen of them.
+    """Examples, their parts, and the arrays that serving needs.
 
     Attributes:
-      rows: by table, how many it needs.
-      features: by name, whether it is a bag.
+      rows: the number of rows that each table needs, by table.
+      features: True where a feature is a bag, by name.
+      numeric: names of the numeric columns.
       labels: names of the tasks.
+      examples: all examples, encoded.
+      parts: rows of the examples of `train`, `valid` and `test`.
+      inspection: plain values that describe the data.
       transform: id maps and statistics as named arrays.
     """
 
@@ -49,11 +53,11 @@ class ClickData:
     transform: dict[str, np.ndarray]
 
     def source(self, seed: int) -> Source:
-        """The training examples, in an order of each epoch's own."""
+        """Returns the training examples, shuffled anew every epoch."""
         return ExampleSource(self.examples, self.parts["train"], seed)
 
     def batches(self, part: str, size: int) -> ExampleBatches:
-        """`valid` or `test`, in order."""
+        """Returns the examples of `valid` or `test`, in order."""
         return ExampleBatches(self.examples, self.parts[part], size)
 
 
@@ -63,12 +67,14 @@ def open_clicks(
     tables: Mapping[str, tuple[str, ...]],
     slices: Sequence[str] = (),
 ) -> ClickData:
-    """Reads, splits and encodes.
+    """Reads click data, splits it and encodes it.
 
     Args:
-      maps: by table, its id map and rows (None: as many as it needs).
-      tables: by table, the features that read it; features without one are left out.
-      slices: whose masks evaluation batches carry: cold_user, warm_user, cold_item, warm_item, or a plain feature.
+      config: the data section.
+      maps: the id map and the number of rows of each table (None: as many as it needs).
+      tables: the features that read each table; features without a table are left out.
+      slices: the slices whose masks evaluation batches carry: cold_user, warm_user, cold_item, warm_item, or the values
+        of a plain feature.
 
     Raises:
       UserError: what reading raises; labels that are none; a part of the split that is empty; no such slice.
@@ -81,24 +87,7 @@ def open_clicks(
         if np.isnan(raw.labels[parts[name], at]).all():
             raise UserError(f"data.labels.{has.labels[at]}: no example of the {name} part has it")
     train = parts["train"]
-    features: dict[str, Column] = {}
-    rows: dict[str, int] = {}
-    transform = {f"ids.{kind}": np.asarray(ids.values) for kind, ids in raw.ids.items() if kind in has.sides.values()}
-    for table, names in tables.items():
-        mine = {name: _column(raw, has, name) for name in names if name in has.features}
-        ids, wanted = maps[table]
-        trained = joined([_of(values, index, train) for values, index in mine.values()])
-        fitted = fit_map(ids, table, trained, wanted, text=text)
-        for name, (values, index) in mine.items():
-            weights = None
-            if name in has.weighted:
-                weights = padded_weights(_column(raw, has, name, WEIGHT)[0])
-            features[name] = Column(padded(values, fitted.encode(flat(values), name)), index, weights)
-            if index is not None:
-                transform[f"codes.{name}"] = features[name].codes
-                transform |= {} if weights is None else {f"weights.{name}": weights}
-        rows[table] = fitted.rows
-        transform |= {f"map.{table}.{part}": values for part, values in fitted.arrays().items()}
+    features, rows, transform = _encoded(raw, has, maps, tables, train, text)
     for name in set(has.numeric) & set(has.sides):
         transform[f"numbers.{name}"] = np.asarray(raw.values[name])
     numeric = _numeric(has, raw.own, raw.values, raw.of)
@@ -126,6 +115,36 @@ def open_clicks(
     )
 
 
+def _encoded(
+    raw: Raw,
+    has: Layout,
+    maps: Mapping[str, tuple[IdMap, int | None]],
+    tables: Mapping[str, tuple[str, ...]],
+    train: np.ndarray,
+    text: bool,
+) -> tuple[dict[str, Column], dict[str, int], dict[str, np.ndarray]]:
+    """Features as table rows, the rows of each table, and named arrays that make the same maps again."""
+    features: dict[str, Column] = {}
+    rows: dict[str, int] = {}
+    transform = {f"ids.{kind}": np.asarray(ids.values) for kind, ids in raw.ids.items() if kind in has.sides.values()}
+    for table, names in tables.items():
+        mine = {name: _column(raw, has, name) for name in names if name in has.features}
+        ids, wanted = maps[table]
+        trained = joined([_of(values, index, train) for values, index in mine.values()])
+        fitted = fit_map(ids, table, trained, wanted, text=text)
+        for name, (values, index) in mine.items():
+            weights = None
+            if name in has.weighted:
+                weights = padded_weights(_column(raw, has, name, WEIGHT)[0])
+            features[name] = Column(padded(values, fitted.encode(flat(values), name)), index, weights)
+            if index is not None:
+                transform[f"codes.{name}"] = features[name].codes
+                transform |= {} if weights is None else {f"weights.{name}": weights}
+        rows[table] = fitted.rows
+        transform |= {f"map.{table}.{part}": values for part, values in fitted.arrays().items()}
+    return features, rows, transform
+
+
 def _masks(slices: Sequence[str], raw: Raw, has: Layout, cold: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     ready: dict[str, dict[str, np.ndarray]] = {}
     for kind in raw.of:
@@ -146,9 +165,16 @@ def new_rows(
     tables: Mapping[str, tuple[str, ...]],
     read: Callable[[str], np.ndarray],
 ) -> tuple[Examples, Own]:
-    """Rows of a file as examples without labels, through the transform of a run, of which `read` gives the arrays.
+    """Encodes the rows of a file as examples without labels, with the maps and statistics of a run.
 
-    What columns of users and items hold is what training saw of them; whoever it did not see is unknown.
+    Columns of users and items hold what training saw. Users and items that training did not see are unknown.
+
+    Args:
+      config: the data section of the run.
+      path: the file.
+      maps: the id map of each table.
+      tables: the features that read each table.
+      read: returns the run's named arrays.
 
     Raises:
       UserError: what reading raises.
@@ -180,14 +206,14 @@ def _named(read: Callable[[str], np.ndarray], table: str, part: str) -> np.ndarr
 
 
 def _column(raw: Raw, has: Layout, name: str, part: str = "") -> tuple[pa.Array, np.ndarray | None]:
-    """The values of a feature (or, with `part`, its weights), and which of them each example has (None: its own)."""
+    """Returns the values of a feature (with `part`, its weights) and their rows by example (None: one an example)."""
     if name in has.sides:
         return raw.values[f"{name}{part}"], raw.of[has.sides[name]]
     return raw.own.categorical[f"{name}{part}"], None
 
 
 def split_examples(config: Fractions, raw: Raw) -> dict[str, Int64[np.ndarray, " n"]]:
-    """Rows of `train`, `valid` and `test`, each in order of the file.
+    """Returns the rows of `train`, `valid` and `test`, each in order of the file.
 
     Raises:
       UserError: no time or user to split by; a part is empty.
@@ -222,7 +248,7 @@ def split_examples(config: Fractions, raw: Raw) -> dict[str, Int64[np.ndarray, "
 
 
 def _of(values: pa.Array, index: np.ndarray | None, examples: np.ndarray) -> pa.Array:
-    """The values of these examples, bags flattened."""
+    """Returns the values of these examples; bags are flattened."""
     rows = examples if index is None else index[examples]
     return flat(values.take(pa.array(rows, mask=rows < 0)))
 
@@ -230,7 +256,7 @@ def _of(values: pa.Array, index: np.ndarray | None, examples: np.ndarray) -> pa.
 def _numeric(
     has: Layout, own: Own, values: Mapping[str, Any], of: Mapping[str, np.ndarray]
 ) -> Float64[np.ndarray, "examples numbers"]:
-    """Numbers before they are standardised; NaN where there is none."""
+    """Returns the numbers before they are standardised, NaN where there is none."""
     columns = []
     for name in has.numeric:
         found = own.numeric[name] if name not in has.sides else np.asarray(values[name])
@@ -244,7 +270,7 @@ def _numeric(
 
 
 def _statistics(numeric: Float64[np.ndarray, "examples numbers"]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and spread of each column, of what there is."""
+    """Returns the mean and the standard deviation of each column over the values that there are."""
     known = [column[~np.isnan(column)] for column in numeric.T]
     means = np.array([seen.mean() if len(seen) else 0.0 for seen in known])
     spreads = np.array([seen.std() if len(seen) else 1.0 for seen in known])
@@ -267,7 +293,7 @@ def _refuse_outliers(names: Sequence[str], numeric: np.ndarray, train: np.ndarra
 
 
 def _standard(numeric: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> Float32[np.ndarray, "examples numbers"]:
-    """By mean and spread; 0 where there is none."""
+    """Standardises by mean and spread; a missing number becomes 0."""
     return np.nan_to_num((numeric - mean) / spread, nan=0.0).astype(np.float32)
 
 
@@ -283,6 +309,7 @@ def _inspect(
         "path": getattr(config, "path", None),
         "split": {"kind": config.split.by, "sha256": digest.hexdigest()},
     }
+    out |= {"dropped": {"duplicate_examples": raw.copies}} if raw.copies else {}
     out |= {name: dataclasses.asdict(join) for name, join in raw.joins.items()}
     for name, rows in parts.items():
         out[f"{name}_examples"] = len(rows)

@@ -1,4 +1,4 @@
-"""Columns of click data as they lie in files: of training data, and of new rows that are to be predicted."""
+"""Columns of click data as they stand in files: of training data, and of new rows that are to be predicted."""
 
 import dataclasses
 import os
@@ -9,29 +9,32 @@ import pyarrow as pa
 from jaxtyping import Float32, Float64
 
 from jaxops.core.failures import UserError
-from jaxops.data import side, sources
+from jaxops.data import notes, side, sources
 from jaxops.data.clicks.spec import ClickDataConfig, ClicksFile, Criteo, Label, MovieLensClicks
 from jaxops.data.files import expand_paths
 from jaxops.data.ids import Ids, settle
+from jaxops.data.moments import Granularity
 from jaxops.data.numeric import numbers, times, weights
 from jaxops.data.spec import SideFile
 
 INTEGERS = tuple(f"i{at}" for at in range(1, 14))
 CATEGORIES = tuple(f"c{at}" for at in range(1, 27))
 RESERVED = ("id", "weight", "label", "numeric", "rows", "plan", "slots")
-"""What else a batch has by name."""
+"""Names of other entries of a batch, which no feature may have."""
 KINDS = ("user", "item")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """What click data has by its config alone.
+    """The features and labels that click data has by its config alone.
 
     Attributes:
-      features: by name, whether it is a bag, in the order in which models read them.
-      sides: by feature or number that is a column of users or items, `user` or `item`.
+      features: True where a feature is a bag, by name, in the order in which models read them.
+      numeric: names of the numeric columns.
+      sides: `user` or `item`, by the name of a column of users or items.
+      labels: names of the tasks.
+      log: True where numbers are compressed, sign(x) log(1 + |x|), before they are standardised.
       weighted: bags whose values have weights.
-      log: whether numbers are compressed, sign(x) log(1 + |x|), before they are standardised.
     """
 
     features: Mapping[str, bool]
@@ -43,7 +46,7 @@ class Layout:
 
 
 def layout(config: ClickDataConfig) -> Layout:
-    """Of this data."""
+    """Returns the layout that a config describes."""
     if isinstance(config, MovieLensClicks):
         own = dict.fromkeys(("user", "item", "age", "gender", "occupation"), False)
         features = {**own, "genre": True, "hour": False, "weekday": False}
@@ -63,9 +66,9 @@ def layout(config: ClickDataConfig) -> Layout:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Own:
-    """Columns of the examples themselves, and whose they are: original ids by `user` and `item`, where that is told.
+    """Columns of the examples themselves; `who` holds the original ids of their users and items, where they are known.
 
-    Weights of a bag are `NAME/weight` of `categorical`.
+    The weights of a bag are `NAME/weight` of `categorical`.
     """
 
     categorical: dict[str, pa.Array]
@@ -78,9 +81,15 @@ class Raw:
     """Training data as it was read.
 
     Attributes:
+      own: the columns of the examples themselves.
       values: columns of users and items by their row in `ids`; a bag has a list a row, numbers are float64.
-      of: by `user` and `item`, the row of each example in `ids`, int64, -1 for nobody.
-      joins: by side file, how it was joined.
+      ids: the distinct users and items, by `user` and `item`.
+      of: the row of each example in `ids`, int64, -1 for nobody, by `user` and `item`.
+      labels: one column a task, NaN where an example has no label.
+      weight: the weight of each example.
+      time: the time of each example, where the split needs it.
+      joins: how each side file was joined.
+      copies: exact copies of examples that were dropped.
     """
 
     own: Own
@@ -91,10 +100,11 @@ class Raw:
     weight: Float32[np.ndarray, " examples"]
     time: np.ndarray | None
     joins: dict[str, side.Join] = dataclasses.field(default_factory=dict)
+    copies: int = 0
 
 
 def read_raw(config: ClickDataConfig) -> Raw:
-    """All of it.
+    """Reads all columns of the training data.
 
     Raises:
       UserError: what reading raises; names that clash; labels, weights or times that are none.
@@ -103,9 +113,9 @@ def read_raw(config: ClickDataConfig) -> Raw:
 
 
 def read_own(config: ClickDataConfig, path: str | os.PathLike[str]) -> Own:
-    """Rows to be predicted: as the training data's, without labels, weights and splits.
+    """Reads rows to be predicted: the columns of the training data without labels, weights and times.
 
-    Whose they are need not be told, unless a feature is a column of users or items.
+    The columns of users and items may be absent, unless a feature is a column of users or items.
 
     Raises:
       UserError: what reading raises.
@@ -134,7 +144,7 @@ def given_columns(config: ClickDataConfig, path: str | os.PathLike[str]) -> pa.T
 
 
 def as_clicks_file(config: ClicksFile | Criteo) -> ClicksFile:
-    """Criteo's form as what it is: a file with columns."""
+    """Returns the config of a file with columns that reads the same; Criteo's form is one."""
     if isinstance(config, ClicksFile):
         return config
     return ClicksFile(
@@ -158,13 +168,13 @@ def is_text(config: ClickDataConfig) -> bool:
 
 
 def _who(config: ClicksFile) -> dict[str, str]:
-    """By `user` and `item`, the column that says which."""
+    """Returns the names of the columns of users and items, by `user` and `item`."""
     found = {"user": config.columns.user, "item": config.columns.item}
     return {kind: name for kind, name in found.items() if name is not None}
 
 
 def _numbers(config: ClicksFile) -> set[str]:
-    """Columns that are read as numbers and as nothing else."""
+    """Returns the columns that are read as numbers and as nothing else."""
     columns = config.columns
     labels = [label.column for label in config.labels.values()]
     plain = {*labels, *config.numeric, *(name for name in (columns.time, columns.weight) if name is not None)}
@@ -210,11 +220,56 @@ def _file(config: ClicksFile) -> Raw:
     if columns.weight is not None:
         weight = weights(side.column(table, columns.weight), "data.columns.weight")
     given = [_label(side.column(table, label.column), label, name) for name, label in config.labels.items()]
-    return Raw(own, values, ids, of, np.stack(given, axis=1), weight, time, joins)
+    raw = Raw(own, values, ids, of, np.stack(given, axis=1), weight, time, joins)
+    return _without_copies(raw, table, config)
+
+
+def _without_copies(raw: Raw, table: pa.Table, config: ClicksFile) -> Raw:
+    """The examples without exact copies, which a split would put on both of its sides, unless `duplicates` keeps them.
+
+    Where there are no times that are finer than a day, copies and honest repeats look the same and stay.
+    """
+    if config.duplicates == "keep":
+        return raw
+    if config.duplicates == "auto" and (config.columns.time is None or _dates_alone(table, config.columns.time)):
+        return raw
+    group = np.zeros(len(table), np.int64)
+    for name in table.column_names:
+        values = side.whole(table, name)
+        if pa.types.is_nested(values.type):
+            values = pa.array([str(value) for value in values.to_pylist()])
+        codes = values.dictionary_encode(null_encoding="encode").indices.to_numpy(zero_copy_only=False)
+        group = np.unique(group * (int(codes.max(initial=0)) + 1) + codes, return_inverse=True)[1]
+    first = np.sort(np.unique(group, return_index=True)[1])
+    copies = len(table) - len(first)
+    if not copies:
+        return raw
+    notes.tell(
+        f"{copies:,} example(s) are exact copies of another (the same in all columns that are read) and were dropped;"
+        " data.duplicates: keep keeps them"
+    )
+    taken = lambda named: {name: values.take(pa.array(first)) for name, values in named.items()}
+    own = Own(taken(raw.own.categorical), {k: v[first] for k, v in raw.own.numeric.items()}, taken(raw.own.who))
+    return dataclasses.replace(
+        raw,
+        own=own,
+        of={kind: rows[first] for kind, rows in raw.of.items()},
+        labels=raw.labels[first],
+        weight=raw.weight[first],
+        time=None if raw.time is None else raw.time[first],
+        copies=copies,
+    )
+
+
+def _dates_alone(table: pa.Table, name: str) -> bool:
+    values = side.whole(table, name).drop_null()
+    clock = Granularity()
+    clock.add(times(values, "data.columns.time"))
+    return clock.dates_alone
 
 
 def _check_names(config: ClicksFile) -> None:
-    """Every feature has one name of its own: batches are by name, and a later one would take an earlier one's place."""
+    """Refuses names that clash: batches are by name, and a later feature would replace an earlier one."""
     owner = _named([("data.categorical", config.categorical), ("data.bags", config.bags)], {})
     sides = []
     for path, file in (("data.user_features", config.user_features), ("data.item_features", config.item_features)):
@@ -224,7 +279,7 @@ def _check_names(config: ClicksFile) -> None:
 
 
 def _named(named: Sequence[tuple[str, Sequence[str]]], owner: Mapping[str, str]) -> dict[str, str]:
-    """`owner` (name to path of the config) and these; raises UserError where a name has one already."""
+    """Adds names to `owner` (name to path of the config); raises UserError where a name has an owner already."""
     out = dict(owner)
     for path, names in named:
         for name in names:
@@ -239,7 +294,7 @@ def _named(named: Sequence[tuple[str, Sequence[str]]], owner: Mapping[str, str])
 
 
 def _by_id(values: pa.Array, what: str, text: bool = False) -> tuple[Ids, np.ndarray]:
-    """The distinct ids in sorted order, and the row there of each of `values`, int64 (-1: null)."""
+    """Returns the distinct ids in sorted order, and the row of each of `values` among them, int64 (-1: null)."""
     encoded = values.dictionary_encode()
     settled = settle(encoded.dictionary.to_pylist(), text, what, integers=False)
     order = np.argsort(settled.values, kind="stable")

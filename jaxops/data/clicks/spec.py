@@ -1,4 +1,4 @@
-"""How clicks are written down in a config: frozen dataclasses and nothing else (`clicks.py` opens them)."""
+"""The config of click data: frozen dataclasses and nothing else (`clicks.py` opens them)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from jaxops.config.part import Part
-from jaxops.data.spec import Format, SideFile, TextFormat
+from jaxops.data.spec import Duplicates, Format, SideFile, TextFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClickColumns:
-    """Which columns say whose an example is, of what, when, and how much it counts; null: there is none."""
+    """Names of the columns that hold an example's user, item, time and weight; null where there is none."""
 
     user: str | None = None
     item: str | None = None
@@ -22,7 +22,7 @@ class ClickColumns:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Label:
-    """What is predicted: a column of 0 and 1, or whether a number is `at_least` so much."""
+    """A label to predict: a column of 0 and 1, or of numbers that count as 1 from `at_least` on."""
 
     column: str
     at_least: float | None = None
@@ -32,7 +32,8 @@ class Label:
 class Fractions:
     """The last `valid` + `test` of the examples are held out, the very last for test.
 
-    Last `by`: `order` of the rows; `time`; `user_time`, each user's own last; or `random`, by a hash of the row.
+    `by` says what last means: `order` of the rows; `time`; `user_time`, each user's own last; `random`, by a hash of
+    the row.
     """
 
     kind: Literal["fractions"] = "fractions"
@@ -44,12 +45,14 @@ class Fractions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClicksFile(Part):
-    """Examples of clicks: a row each, in files of any format that interactions may have.
+    """Examples of clicks, one a row, in files of any format that interactions may have.
 
-    `labels` by name of the task; `bags` are text apart by `separator` (or lists, in Parquet) and `weights`, by bag, the
-    column that says how much each of its values counts, in the same form. `numeric` columns are standardised by the
-    training examples, after sign(x) log(1 + |x|) where `log`. `columns` say who and what, for splits, GAUC and cold
-    users and items; they are features where `categorical` names them too.
+    `labels` are by name of the task. `bags` are text apart by `separator` (or lists, in Parquet). `weights` names, by
+    bag, the column of the weights of its values, in the same form. `numeric` columns are standardised by the training
+    examples, after sign(x) log(1 + |x|) where `log`. `columns` name users, items, times and weights, for splits, GAUC
+    and cold users and items; they are features where `categorical` names them too. `duplicates` is the treatment of
+    examples that are equal in every column that is read: `auto` drops and counts them where there are times finer than
+    a day. `header` and `text` are for CSV and TSV.
     """
 
     sort: ClassVar[str] = "clicks"
@@ -70,6 +73,7 @@ class ClicksFile(Part):
     format: Format = "auto"
     header: tuple[str, ...] | None = None
     text: TextFormat = TextFormat()
+    duplicates: Duplicates = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,7 @@ class Criteo(Part):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MovieLensClicks(Part):
-    """MovieLens-100K as clicks: would a person rate this film `at_least` so high?
+    """MovieLens-100K as clicks: a click is a rating of at least `at_least`.
 
     Features: user, item, age, gender, occupation, hour, weekday, the film's genre (a bag) and year (a number).
     """

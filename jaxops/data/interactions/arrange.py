@@ -1,6 +1,6 @@
-"""From events in original order to columns grouped by user and sorted in time, a chunk of rows at a time.
+"""Turns events in original order into columns grouped by user and sorted by time, a chunk of rows at a time.
 
-Works on arrays in memory and on memory-mapped files alike (the caller allocates), so both ways give the same
+It works on arrays in memory and on memory-mapped files alike (the caller allocates), so both ways give the same
 bytes: k-core filter, final rows, counting sort by user, then a stable sort by time inside each user.
 """
 
@@ -18,12 +18,12 @@ from jaxops.data.interactions.ranges import user_ranges
 from jaxops.data.interactions.spec import MinCount
 
 CHUNK = 1 << 22
-"""Rows that are worked on at once."""
+"""The number of rows that are worked on at once."""
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with what is being done, the rows done and the rows in all (None: not known yet)."""
+"""A function that is called with the stage, the rows done and the rows in all (None: not known yet)."""
 Allocate = Callable[[Any, Any], np.ndarray]
-"""(shape, dtype) -> an array to be filled, as `np.empty`; called in the order of `Arranged`'s columns."""
+"""A function (shape, dtype) -> array to be filled, as `np.empty`; called in the order of the columns of `Arranged`."""
 
 
 def silent(stage: str, done: int, total: int | None) -> None:
@@ -41,7 +41,7 @@ class EncodedIds(NamedTuple):
 
 
 class Arranged(NamedTuple):
-    """Final columns (see `Interactions`) and what the filter dropped."""
+    """Final columns (see `Interactions`), the counts that were dropped, and the copies that were kept."""
 
     user: Int32[np.ndarray, " events"]
     item: Int32[np.ndarray, " events"]
@@ -73,7 +73,7 @@ class Codes(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class CopyRule:
-    """What becomes of exact copies: `count` them among timed or untimed events, and `drop` them."""
+    """The treatment of exact copies: they are counted among timed or untimed events (`count`) and dropped (`drop`)."""
 
     count: bool = False
     drop: bool = False
@@ -138,7 +138,7 @@ def arrange(
 def _without_copies(
     events: EncodedIds, offsets: np.ndarray, copies: int, allocate: Allocate, chunk: int, timed: bool
 ) -> EncodedIds:
-    """The events without exact copies as new input: codes are rows, of items minus 1."""
+    """Returns the events without exact copies as new input: codes are rows, of items minus 1."""
     out = EncodedIds(*(allocate((len(events.user) - copies, *column.shape[1:]), column.dtype) for column in events))
     done = 0
     for start, stop in user_ranges(offsets, chunk):
@@ -196,7 +196,7 @@ def _k_core(
     chunk: int,
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Surviving events of each user and item code (0: dropped), once no more have to go.
+    """Counts the surviving events of each user and item code (0: dropped), once no more have to go.
 
     `same` are the codes that stand for others of their id, which have no events of their own.
     """
@@ -227,7 +227,7 @@ def _group_by_user(
     chunk: int,
     progress: Progress,
 ) -> None:
-    """A stable counting sort: each event goes behind those of its user that came before it."""
+    """Sorts by counting, stably: each event goes behind those of its user that came before it."""
     free = offsets[:-1].copy()
     for at in _chunks(len(events.user), chunk, "grouping", progress):
         user, item = user_rows[events.user[at]], item_rows[events.item[at]]
@@ -245,7 +245,7 @@ def _group_by_user(
 
 
 def _sort_by_time(columns: EncodedIds, offsets: np.ndarray, start: int, stop: int) -> None:
-    """Sort the events of users [start, stop) by time; equal times keep their order."""
+    """Sorts the events of users [start, stop) by time; equal times keep their order."""
     at = slice(int(offsets[start]), int(offsets[stop]))
     order = np.lexsort((columns.time[at], columns.user[at]))
     if np.array_equal(order, np.arange(len(order))):

@@ -1,7 +1,7 @@
 """Events larger than memory: a columnar, memory-mapped copy, built once, checksummed, rebuilt when stale.
 
-Its columns are byte for byte what `read_interactions` would make of the same files. What must fit in memory
-while it is built is every unique id and its count, and one chunk of rows. A cache is a folder of `.npy`
+Its columns are byte for byte those that `read_interactions` would make of the same files. Every unique id and its
+count, and one chunk of rows, must fit in memory while it is built. A cache is a folder of `.npy`
 columns and `manifest.json`, whose `fingerprint` covers the inputs (paths, sizes, modification times) and how
 they were to be read.
 """
@@ -26,7 +26,7 @@ from jaxops.data.interactions.spec import InteractionsFile
 
 VERSION = 3
 READABLE = (2, VERSION)
-"""Version 2 knew nothing of exact copies."""
+"""The versions that can be read; version 2 knew nothing of exact copies."""
 MANIFEST = "manifest.json"
 COLUMNS = arrange.EncodedIds._fields
 OTHERS = ("offsets", "user_ids", "item_ids")
@@ -39,7 +39,13 @@ def build_cache(
     *,
     chunk: int = arrange.CHUNK,
 ) -> Path:
-    """Build the cache of `config`'s events in `out_dir` (replacing one that is there) and return that folder.
+    """Builds the cache of `config`'s events in `out_dir` (replacing one that is there) and returns that folder.
+
+    Args:
+      config: the data section.
+      out_dir: the folder of the cache.
+      progress: is called with how far it is.
+      chunk: rows that are worked on at once.
 
     Raises:
       UserError: what `read_interactions` raises; `out_dir` is something else than a cache; the disk is full.
@@ -82,7 +88,7 @@ def build_cache(
 
 
 def ensure(config: InteractionsFile, root: str | os.PathLike[str], progress: arrange.Progress = arrange.silent) -> Path:
-    """The cache of `config` under `root`, built now if it is not there or if its inputs have changed.
+    """Returns the cache of `config` under `root`, built now if it is not there or if its inputs have changed.
 
     Each way of reading (paths, columns, filter) has its own folder, so one root serves many configs.
     """
@@ -98,7 +104,7 @@ def ensure(config: InteractionsFile, root: str | os.PathLike[str], progress: arr
 
 
 def open_cache(folder: str | os.PathLike[str], verify: bool = False) -> Interactions:
-    """Interactions over the memory-mapped columns of a cache; `verify` reads all and checks their SHA-256.
+    """Opens a cache as interactions over its memory-mapped columns; `verify` reads all and checks their SHA-256.
 
     Raises:
       UserError: no cache, of another version, or a column that is missing, cut short or (with `verify`)
@@ -120,7 +126,7 @@ def open_cache(folder: str | os.PathLike[str], verify: bool = False) -> Interact
 
 
 def _contexts(names: Collection[str]) -> list[str]:
-    """The files of the context columns' values; a column may have a name that no file can."""
+    """Returns the names of the files of the context columns' values; a column may have a name that no file can."""
     return [f"context_{at}" for at in range(len(names))]
 
 
@@ -175,7 +181,7 @@ def _write_manifest(folder: Path, inter: Interactions, prints: dict[str, Any]) -
 
 
 def _reading(config: InteractionsFile) -> dict[str, Any]:
-    """The part of the config that decides the columns (neither the split nor where the cache lies)."""
+    """Returns the part of the config that decides the columns (neither the split nor the folder of the cache)."""
     fields = dataclasses.asdict(config)
     return {name: fields[name] for name in ("path", "columns", "min_count", "format", "header", "duplicates", "text")}
 
@@ -220,7 +226,7 @@ class _Spill:
 
 
 def _mapped(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """A raw file as an array; an empty one, which cannot be mapped, too."""
+    """Maps a raw file as an array; an empty file, which cannot be mapped, gives an empty array."""
     return np.asarray(np.memmap(path, kind, "r", shape=shape)) if path.stat().st_size else np.empty(shape, kind)
 
 

@@ -11,11 +11,10 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from jaxops.data.interactions.ranges import user_ranges
 
 CHUNK = 1 << 22
-"""Events that are looked at at once."""
-DAY = 86_400.0
+"""The number of events that are looked at at once."""
 
 
-class Columns(Protocol):
+class SortedEvents(Protocol):
     """The columns of events that are grouped by user and sorted by time."""
 
     @property
@@ -44,26 +43,8 @@ class Columns(Protocol):
         ...
 
 
-class Granularity:
-    """Tells whether times are dates alone, in a time zone of any offset, from batches of unix seconds."""
-
-    def __init__(self) -> None:
-        self._clock: set[float] = set()
-
-    def add(self, time: Float64[np.ndarray, " rows"]) -> None:
-        """Takes the next batch."""
-        if len(self._clock) <= 2:
-            self._clock |= set(np.unique(time % DAY)[:3].tolist())
-
-    @property
-    def dates_alone(self) -> bool:
-        """True where all times have the same time of day (or two that are an hour apart, as summer time makes them)."""
-        clock = sorted(self._clock)
-        return len(clock) < 2 or (len(clock) == 2 and clock[1] - clock[0] in (3600.0, DAY - 3600.0))
-
-
-def copies_in(events: Columns, at: slice, timed: bool) -> Bool[np.ndarray, " events"]:
-    """Tells which of the events `at` are exact copies of an earlier one there; the slice holds whole users.
+def copies_in(events: SortedEvents, at: slice, timed: bool) -> Bool[np.ndarray, " events"]:
+    """Returns which of the events `at` are exact copies of an earlier one there; the slice holds whole users.
 
     Without times (`timed` is false) the column of times, which then holds the order, is not compared.
     """
@@ -87,7 +68,7 @@ def copies_in(events: Columns, at: slice, timed: bool) -> Bool[np.ndarray, " eve
     return found
 
 
-def count_copies(events: Columns, offsets: Int64[np.ndarray, " users_and_one"], timed: bool) -> int:
+def count_copies(events: SortedEvents, offsets: Int64[np.ndarray, " users_and_one"], timed: bool) -> int:
     """Counts the exact copies among all events."""
     return sum(
         int(np.count_nonzero(copies_in(events, slice(int(offsets[start]), int(offsets[stop])), timed)))
@@ -96,9 +77,9 @@ def count_copies(events: Columns, offsets: Int64[np.ndarray, " users_and_one"], 
 
 
 def are_copies(
-    events: Columns, offsets: Int64[np.ndarray, " users_and_one"], rows: Int64[np.ndarray, " n"]
+    events: SortedEvents, offsets: Int64[np.ndarray, " users_and_one"], rows: Int64[np.ndarray, " n"]
 ) -> Bool[np.ndarray, " n"]:
-    """Tells which of these rows of timed events are exact copies of an earlier event of their user."""
+    """Returns which of these rows of timed events are exact copies of an earlier event of their user."""
     found = np.zeros(len(rows), bool)
     for start, stop in user_ranges(offsets, CHUNK):
         at = slice(int(offsets[start]), int(offsets[stop]))

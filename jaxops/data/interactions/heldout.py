@@ -1,7 +1,7 @@
-"""What is held out, as values: queries, the split they belong to, and the SHA-256 that publishes it.
+"""Held-out events as values: queries, the split that they belong to, and the SHA-256 that publishes it.
 
-A split holds no events of its own, only counts into the interactions: how many first events train, how many
-precede a target.
+A split holds no events of its own, only counts into the interactions: the number of first events that train, and of
+those that precede a target.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxops.data.interactions.interactions import Interactions
 from jaxops.data.interactions.ranges import user_ranges
 
 CHUNK = 1 << 20
-"""Events that are hashed at once."""
+"""The number of events that are hashed at once."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,9 +53,9 @@ class Split:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """SHA-256 of the split in original ids, so that anyone can compare theirs.
+        """The SHA-256 of the split in original ids, which lets anyone compare theirs.
 
-        Over UTF-8 lines, one a user in order of the original ids: `user \\t items, in order, apart by spaces
+        It is over UTF-8 lines, one a user in order of the original ids: `user \\t items, in order, apart by spaces
         \\t train_end \\t history of the validation query \\t history of the test query \\n`, `-` where there
         is no such query.
         """

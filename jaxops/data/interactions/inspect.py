@@ -1,4 +1,4 @@
-"""What to know of a data set before training on it: plain values for `data.json`, rows for people."""
+"""A summary of a data set before training on it: plain values for `data.json`, rows for people."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from jaxops.data.interactions.ranges import user_ranges
 from jaxops.data.moments import iso
 
 CHUNK = 1 << 22
-"""Events that are looked at at once."""
+"""The number of events that are looked at at once."""
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
 def inspect(data: RecData) -> dict[str, Any]:
-    """Counts, times, lengths, popularity, ties, what was dropped and why, and the split with its SHA-256.
+    """Returns counts, times, lengths, popularity, ties, dropped events by reason, and the split with its SHA-256.
 
     Everything in it is JSON. `lengths.histogram` counts users with `edges[i]` to `edges[i + 1] - 1` events.
     `ties` is the share of events that have their user and time in common with another (null without times).
@@ -47,7 +47,7 @@ def inspect(data: RecData) -> dict[str, Any]:
 
 
 def describe(info: dict[str, Any]) -> list[tuple[str, str]]:
-    """`inspect`'s answer as (what, how much) rows for a table."""
+    """Returns `inspect`'s answer as (name, value) rows for a table."""
     split, time, source = info["split"], info["time"], info["source"]
     rows = [(name, str(source[name])) for name in ("title", "licence", "path", "cache") if name in source]
     rows += [
@@ -80,7 +80,7 @@ def _part(split: dict[str, Any], name: str) -> str:
 
 
 def _scan(inter: Interactions) -> tuple[np.ndarray, int]:
-    """Events of each item row, and how many events are tied."""
+    """Counts the events of each item row, and those that are tied."""
     per_item, tied = np.zeros(inter.n_items + 1, np.int64), 0
     for start, stop in user_ranges(inter.offsets, CHUNK):
         at = slice(int(inter.offsets[start]), int(inter.offsets[stop]))
@@ -97,7 +97,7 @@ def _quantiles(counts: np.ndarray) -> dict[str, float]:
 
 
 def _histogram(lengths: np.ndarray) -> dict[str, list[int]]:
-    """Bins that double: 1, 2-3, 4-7, ..."""
+    """Counts lengths in bins that double: 1, 2-3, 4-7, ..."""
     edges = 2 ** np.arange(int(lengths.max()).bit_length() + 1)
     counts = np.bincount(np.digitize(lengths, edges) - 1, minlength=len(edges) - 1)
     return {"edges": edges.tolist(), "counts": counts[: len(edges) - 1].tolist()}
@@ -109,6 +109,6 @@ def _span(counts: dict[str, float]) -> str:
 
 
 def histogram_of(info: dict[str, Any]) -> dict[str, Any]:
-    """The lengths of `inspect`'s answer as a histogram with its words; nothing where there is none."""
+    """Returns the lengths of `inspect`'s answer as a histogram with its title; an empty mapping where there is none."""
     found = info.get("lengths", {}).get("histogram")
     return {"title": "Users by number of events", "label": "events of a user", **found} if found else {}

@@ -17,10 +17,10 @@ from jaxops.core.failures import UserError
 from jaxops.data.files import expand_paths, summary
 from jaxops.data.ids import IdCollector, Ids
 from jaxops.data.interactions import arrange, read
-from jaxops.data.interactions.copies import Granularity
 from jaxops.data.interactions.read import Events
-from jaxops.data.interactions.spec import Columns, Duplicates, MinCount
-from jaxops.data.spec import Format, TextFormat
+from jaxops.data.interactions.spec import Columns, MinCount
+from jaxops.data.moments import Granularity
+from jaxops.data.spec import Duplicates, Format, TextFormat
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,8 +28,8 @@ class Interactions:
     """Events of all users; user u's are `[offsets[u], offsets[u + 1])`, oldest first.
 
     Users are rows 0..n_users-1, items 1..n_items (0 is padding), both in sorted order of their original ids.
-    `time` is in unix seconds; when not `timed` it is the position in the original order. `dropped` says what
-    was left out and why. `context` are codes of further columns and `contexts`, by
+    `time` is in unix seconds; when not `timed` it is the position in the original order. `dropped` counts what
+    was left out, by reason. `context` are codes of further columns and `contexts`, by
     name, the values that they stand for, unsorted (-1: null).
     `copies` counts exact copies of events that were kept. Arrays may be memory-mapped and must not be written to.
     """
@@ -60,17 +60,17 @@ class Interactions:
         return len(self.item)
 
     def event_rows(self, events: Int64[np.ndarray, "..."]) -> dict[str, np.ndarray]:
-        """For batches of sequences: "events", these rows of events, and "users", whose they are; int32, -1 for none."""
+        """Returns entries of sequence batches: "events", these rows, and "users", their users; int32, -1 for none."""
         users = np.where(events < 0, -1, self.user.take(events, mode="clip"))
         return {"events": events.astype(np.int32), "users": users.astype(np.int32)}
 
     @property
     def lengths(self) -> Int64[np.ndarray, " users"]:
-        """Events of each user."""
+        """The number of events of each user."""
         return np.diff(self.offsets)
 
     def context_of(self, name: str, events: Any = slice(None)) -> pa.Array:
-        """The values of a context column at these events (default: all), int64 or strings, null where there is none."""
+        """Returns the values of a context column at these events (default: all): int64 or strings, or null."""
         codes = np.asarray(self.context[events, list(self.contexts).index(name)])
         return self.contexts[name].table.take(pa.array(codes, mask=codes < 0))
 
@@ -86,7 +86,17 @@ def read_interactions(
     text: TextFormat = TextFormat(),
     progress: arrange.Progress = arrange.silent,
 ) -> Interactions:
-    """Read CSV, TSV, JSONL or Parquet into memory (`cache.build` is for what does not fit).
+    """Reads CSV, TSV, JSONL or Parquet into memory (`cache.build_cache` is for what does not fit).
+
+    Args:
+      path: a file, glob, folder, URI or several of them.
+      columns: the names of the columns.
+      min_count: the k-core filter.
+      format: the format of the files.
+      header: names of all columns of text without a header line.
+      duplicates: the treatment of exact copies.
+      text: how CSV and TSV are written.
+      progress: is called with how far it is.
 
     Raises:
       UserError: what `files.expand` and `read.read_events` raise; no rows; nothing left after `min_count`.
@@ -113,9 +123,15 @@ def from_arrays(
     min_count: MinCount = MinCount(),
     duplicates: Duplicates = "auto",
 ) -> Interactions:
-    """Interactions of one's own arrays, one entry an event; without `times` the given order is the order.
+    """Makes interactions of one's own arrays, one entry an event; without `times` the given order is the order.
 
-    Ids are integers or strings, times unix seconds (or numpy datetimes), weights numbers.
+    Args:
+      users: integers or strings.
+      items: integers or strings.
+      times: unix seconds or numpy datetimes.
+      weights: numbers.
+      min_count: the k-core filter.
+      duplicates: the treatment of exact copies.
     """
     table = {"user": users, "item": items, "time": times, "weight": weights}
     given = {name: pa.array(np.asarray(value)) for name, value in table.items() if value is not None}
@@ -136,9 +152,16 @@ def from_events(
     context: Sequence[str] = (),
     duplicates: Duplicates = "auto",
 ) -> Interactions:
-    """Encode, filter and sort events in memory; `text` as in `IdCollector`, `shown` names them in errors.
+    """Encodes, filters and sorts events in memory.
 
-    `context` are the names of the events' context columns.
+    Args:
+      events: batches in original order.
+      min_count: the k-core filter.
+      text: as in `IdCollector`.
+      shown: names the events in errors.
+      progress: is called with how far it is.
+      context: names of the events' context columns.
+      duplicates: the treatment of exact copies.
 
     Raises:
       UserError: there are none, or none is left after `min_count`.
@@ -151,10 +174,10 @@ def from_events(
 
 
 class Sink(Protocol):
-    """Where encoded batches go, in order."""
+    """A receiver of encoded batches, in order."""
 
     def append(self, batch: arrange.EncodedIds) -> None:
-        """Take the next batch."""
+        """Takes the next batch."""
         ...
 
 
@@ -173,7 +196,7 @@ class _Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
-    """What is known after all events went by once; `contexts` by name of the column."""
+    """The codes and counts after all events went by once; `contexts` are by name of the column."""
 
     codes: tuple[IdCollector, IdCollector]
     timed: bool
@@ -182,7 +205,7 @@ class Gathered:
     dates_alone: bool
 
     def copy_rule(self, duplicates: Duplicates) -> arrange.CopyRule:
-        """What becomes of exact copies of these events; without times honest repeats are not counted as copies."""
+        """Returns the treatment of exact copies of these events; without times honest repeats are not counted."""
         fine = self.timed and not self.dates_alone
         drop = duplicates == "drop" or (duplicates == "auto" and fine)
         return arrange.CopyRule(count=self.timed, drop=drop, timed=self.timed)
@@ -197,7 +220,19 @@ def gather_events(
     progress: arrange.Progress,
     context: Sequence[str] = (),
 ) -> Gathered:
-    """Encode the ids of every batch and append it to `sink`; ids and nothing else stay in memory here."""
+    """Encodes the ids of every batch and appends it to `sink`; ids and nothing else stay in memory here.
+
+    Args:
+      events: batches in original order.
+      sink: takes the encoded batches.
+      text: as in `IdCollector`.
+      shown: names the events in errors.
+      progress: is called with how far it is.
+      context: names of the events' context columns.
+
+    Raises:
+      UserError: no event names both a user and an item.
+    """
     users, items = IdCollector("user", text), IdCollector("item", text)
     contexts = {name: IdCollector(name, text) for name in context}
     rows, null_ids, timed, clock = 0, 0, True, Granularity()
@@ -229,7 +264,7 @@ def gather_events(
 
 
 def assemble(columns: arrange.Arranged, gathered: Gathered) -> Interactions:
-    """The arranged columns as `Interactions`, with everything that was dropped on the way."""
+    """Returns the arranged columns as `Interactions`, with the counts of all that was dropped on the way."""
     dropped = {"null_id_events": gathered.null_ids, **columns.dropped}
     return Interactions(
         columns.user,

@@ -1,7 +1,7 @@
-"""Leaks refused: a split is checked against the events before anything is trained on it.
+"""Refuses leaks: a split is checked against the events before anything is trained on it.
 
-Held: inside a user events are in order of time; nothing trained on, and nothing in a history, comes at or
-after its target.
+Inside a user events are in order of time. Nothing that is trained on, and nothing in a history, comes at or after its
+target.
 """
 
 import numpy as np
@@ -14,14 +14,14 @@ from jaxops.data.interactions.ranges import user_ranges
 from jaxops.data.moments import iso
 
 CHUNK = 1 << 22
-"""Events that are looked at once."""
+"""The number of events that are looked at at once."""
 
 
 def check_no_leak(inter: Interactions, split: Split) -> None:
-    """Refuse a split in which anything trained on, or in a history, comes after what it should predict.
+    """Refuses a split in which a training event, or one in a history, comes after its target.
 
     Raises:
-      UserError: with the user, the row among the user's events and the times.
+      UserError: there is one, with the user, the row among the user's events and the times.
     """
     lengths = inter.lengths
     _check_order(inter)
@@ -84,7 +84,7 @@ def _refuse(
     rows: Int64[np.ndarray, " n"],
     users: Int64[np.ndarray, " n"],
 ) -> None:
-    """Raise for the first of the bad cases; `rows` count from 0 inside the user."""
+    """Raises for the first of the bad cases; `rows` count from 0 inside the user."""
     if not bad.any():
         return
     first = int(np.flatnonzero(bad)[0])

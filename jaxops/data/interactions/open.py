@@ -1,4 +1,4 @@
-"""The data section of a recommender's config and how it is opened: out come events and a split."""
+"""Opens the data section of a recommender's config: events, their split and their side files."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from jaxops.data.interactions.splits import make_split
 from jaxops.data.spec import SideFile
 
 PEOPLE = ("age", "gender", "occupation")
-"""What MovieLens-100K knows of its users."""
+"""The columns that MovieLens-100K has of its users."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class RecData:
 def open_data(
     config: InteractionsConfig, progress: arrange.Progress = arrange.silent, *, sides: bool = False
 ) -> RecData:
-    """Read (or fetch, or map from its cache) the data of `config` and split it; with `sides` its side files too.
+    """Reads (or fetches, or maps from its cache) the data of `config` and splits it; with `sides` its side files too.
 
     Raises:
       UserError: what reading, fetching and splitting raise.
@@ -83,7 +83,7 @@ def _tell_copies(inter: Interactions, split: Split) -> None:
 
 
 def user_columns(config: object) -> tuple[str, ...]:
-    """The columns of users that there are by the config alone, bags among them; what items have too is theirs."""
+    """Returns the columns of users by the config alone, bags among them; a name that items have too is theirs."""
     if isinstance(config, MovieLens100K):
         return PEOPLE
     if not isinstance(config, InteractionsFile):

@@ -1,4 +1,4 @@
-"""Evaluation batches: every query once, in batches of one size, the last one padded with rows of weight 0."""
+"""Evaluation batches: every query once, in batches of one size; the last batch is padded with rows of weight 0."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from jaxops.data.interactions.interactions import Interactions
 
 
 def seen_width(inter: Interactions, *parts: Queries) -> int:
-    """Room for the distinct items of any history of `parts` (validation and test: one shape), a multiple of 8."""
+    """Returns a width for the distinct items of any history of `parts` (validation and test: one shape), in eights."""
     user = np.concatenate([part.user for part in parts]) if parts else np.zeros(0, np.int64)
     history = np.concatenate([part.history for part in parts]) if parts else np.zeros(0, np.int64)
     return distinct_width(inter.item, inter.offsets[user], history)
@@ -19,7 +19,7 @@ def seen_width(inter: Interactions, *parts: Queries) -> int:
 def distinct_width(
     items: Int32[np.ndarray, " events"], first: Int64[np.ndarray, " n"], counts: Int64[np.ndarray, " n"]
 ) -> int:
-    """The most distinct items of any run of `counts` events from `first` on, rounded up to a multiple of 8."""
+    """Returns the most distinct items of any run of `counts` events from `first` on, rounded up to a multiple of 8."""
     most = 1
     for at in np.argsort(-counts, kind="stable"):
         if counts[at] <= -(-most // 8) * 8:
@@ -34,7 +34,7 @@ def seen_items(
     counts: Int64[np.ndarray, " n"],
     width: int,
 ) -> Int32[np.ndarray, "n width"]:
-    """All items of each run of `counts` events from `first` on, 0 where there are no more.
+    """Returns all items of each run of `counts` events from `first` on, 0 where there are no more.
 
     A run of more events than `width` gives each of its items once.
 
@@ -64,7 +64,7 @@ class QueryBatches:
     Each is {"id" [B] int32 query, "items" [B, L] int32 latest history padded with 0 on the left, "target" [B]
     int32, "seen" [B, S] int32 all items of the history (once where it is longer than S, 0 where there are no more),
     "weight" [B] float32, "user" [B] int32, "event" [B] int32 the target's row of all events}; with `event_rows` also
-    `Interactions.event_rows` of the items, [B, L]. S is `seen` (default: `seen_width` of these queries); padding rows
+    `Interactions.event_rows` of the items, [B, L]. S is `seen` (default: `seen_width` of these queries). Padding rows
     are zero in every entry (-1 in event rows).
 
     Reading a batch raises ValueError where a history has more distinct items than `seen`.
@@ -96,7 +96,7 @@ class QueryBatches:
         return self.rows(k, 0, self.size)
 
     def rows(self, k: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows `[start, stop)` of batch k alone, for a host that holds no others."""
+        """Returns rows `[start, stop)` of batch k alone, for a host that holds no others."""
         wanted = np.arange(k * self.size + start, k * self.size + stop)
         real = wanted < len(self._queries)
         index = np.where(real, wanted, 0)

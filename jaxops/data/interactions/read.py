@@ -1,6 +1,6 @@
-"""Files to batches of events: user, item, time, weight, checked, each mistake told with its file and row.
+"""Reads files as batches of events (user, item, time, weight), checked; each mistake is told with its file and row.
 
-Streams: one batch of rows is in memory at a time. Events come in original row order (files in order, rows in
+It streams: one batch of rows is in memory at a time. Events come in original row order (files in order, rows in
 order).
 """
 
@@ -23,7 +23,7 @@ from jaxops.data.values import converted, decoded, floats, is_missing, plain
 
 UNITS: dict[str, float] = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 FAR_FUTURE = 32_503_680_000.0
-"""The year 3000 in unix seconds: a time beyond it is in another unit than was said."""
+"""The year 3000 in unix seconds: a time beyond it is in another unit than the config says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Events:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a batch is from: rows are counted from 1, after the header."""
+    """The origin of a batch: rows are counted from 1, after the header."""
 
     file: str
     first_row: int
@@ -57,17 +57,16 @@ class _Place:
 
 
 def is_text(files: Sequence[DataFile]) -> bool:
-    """Whether the format cannot tell an integer from a string."""
+    """Returns true where the format cannot tell an integer from a string."""
     return files[0].format in ("csv", "tsv")
 
 
 def read_events(files: Sequence[DataFile], columns: Columns, header: Sequence[str] | None = None) -> Iterator[Events]:
-    """All events of `files`, in order.
+    """Yields all events of `files`, in order.
 
     Raises:
-      UserError: a file that is not what it should be, a missing column, an id column of floats, a time or
-      weight
-        that is null, not a number or no date: with its file, row and value.
+      UserError: a file that is not of its format, a missing column, ids that name nobody (fractions, dates), a time or
+        weight that is null, not a number or no date; with the file, row and value.
     """
     numbers = [name for name in (columns.time, columns.weight) if name is not None]
     wanted = [columns.user, columns.item, *numbers, *columns.context]
@@ -79,7 +78,11 @@ def read_events(files: Sequence[DataFile], columns: Columns, header: Sequence[st
 
 
 def convert_batches(batches: Iterator[pa.RecordBatch], columns: Columns, where: str) -> Iterator[Events]:
-    """Record batches as events, checked; `where` names them in errors, which count rows from 1."""
+    """Yields record batches as checked events; `where` names them in errors, which count rows from 1.
+
+    Raises:
+      UserError: what `read_events` raises.
+    """
     row = 1
     for batch in batches:
         place = lambda column, first=row: _Place(where, first, column)
@@ -111,7 +114,7 @@ def _refuse_missing(
     columns: Columns,
     place: Callable[[str], _Place],
 ) -> None:
-    """A null or NaN time or weight is an error, told with how many more there are in the file."""
+    """Refuses a null or NaN time or weight, and says how many there are in the file."""
     for name in (columns.time, columns.weight):
         if name is None:
             continue
@@ -157,7 +160,7 @@ def _weights(column: pa.Array, place: _Place) -> Float32[np.ndarray, " rows"]:
 
 
 def _times(column: pa.Array, unit: TimeUnit, place: _Place) -> Float64[np.ndarray, " rows"]:
-    """Unix seconds, float64 (microseconds stay apart until 2255); strings are read as the first one is."""
+    """Returns unix seconds, float64 (microseconds stay apart until 2255); strings are read as the first one is."""
     column = decoded(column, place.row)
     kind = column.type
     if not len(column):

@@ -14,7 +14,7 @@ from jaxops.data.interactions.read import Events
 
 
 def read_sequences(path: str | os.PathLike[str]) -> Interactions:
-    """Interactions of a text file with one user a line, tokens apart by white space; blank lines are skipped.
+    """Reads a text file with one user a line, tokens apart by white space; blank lines are skipped.
 
     Ids are integers if every one is (users and items each on their own), else strings.
 

@@ -1,4 +1,4 @@
-"""How interactions are written down in a config: frozen dataclasses and nothing else (`open.py` opens them)."""
+"""The config of interactions: frozen dataclasses and nothing else (`open.py` opens them)."""
 
 import dataclasses
 from typing import Annotated, ClassVar, Literal
@@ -6,15 +6,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from jaxops.config.part import Part
-from jaxops.data.spec import Format, Moment, SideFile, TextFormat, TimeUnit
+from jaxops.data.spec import Duplicates, Format, Moment, SideFile, TextFormat, TimeUnit
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Which column is what. `time: null` keeps the order of the rows; no `weight` is 1 for every event.
+    """Names of the columns. `time: null` keeps the order of the rows; without `weight` every event counts 1.
 
-    Numbers in the time column are unix times in `time_unit`; strings are ISO 8601, UTC unless they say
-    otherwise. `context` columns say under which circumstances an event came about (device, hour, shelf).
+    Numbers in the time column are unix times in `time_unit`, or dates as 20150401 where that is `date`. Strings are ISO
+    8601, UTC unless they say otherwise. `context` columns hold the circumstances of an event (device, hour, shelf).
     """
 
     user: str = "user"
@@ -33,15 +33,6 @@ class MinCount:
     item: Annotated[int, Field(ge=1)] = 1
 
 
-Duplicates = Literal["auto", "drop", "keep"]
-"""What becomes of exact copies of events, equal in every column that is read.
-
-`auto` drops and counts them where times are finer than a day. Where times are dates alone it keeps and counts them
-(honest repeats look the same), and a held-out target that has a copy in its history is left out. `drop` drops them all
-and `keep` keeps them all.
-"""
-
-
 @dataclasses.dataclass(frozen=True)
 class LeaveOneOut:
     """Each user's last event is the test target, the one before it the validation target."""
@@ -51,7 +42,7 @@ class LeaveOneOut:
 
 @dataclasses.dataclass(frozen=True)
 class GlobalTime:
-    """Train before `valid_from`; the first event from there validates, the first from `test_from` tests."""
+    """Events before `valid_from` train; a user's first event from there validates, the first from `test_from` tests."""
 
     valid_from: Moment
     test_from: Moment
@@ -76,9 +67,9 @@ class MovieLens100K(Part):
 class InteractionsFile(Part):
     """One's own events: files, globs, folders (hive partitions too) of CSV, TSV, JSONL or Parquet.
 
-    `header` names the columns of text files that have no header line. `cache` is a folder for the
-    memory-mapped copy that is built once and rebuilt when the inputs change; without it the events are read
-    into memory.
+    `header` names the columns of text files that have no header line, and `text` says how these are written. `cache` is
+    a folder for the memory-mapped copy that is built once and rebuilt when the inputs change; without it the events are
+    read into memory. `duplicates` is the treatment of exact copies of events.
     """
 
     sort: ClassVar[str] = "interactions"

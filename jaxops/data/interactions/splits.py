@@ -1,4 +1,4 @@
-"""Splits that cannot leak: training comes before what is predicted, and every split is checked before use.
+"""Makes splits that cannot leak: training comes before its targets, and every split is checked before use.
 
 Order inside a user is (timestamp, original row), so a split is a function of the data alone.
 """
@@ -19,11 +19,11 @@ from jaxops.data.spec import Moment
 __all__ = ["Queries", "Split", "check_no_leak", "global_time", "leave_one_out", "make_split"]
 
 CHUNK = 1 << 22
-"""Events that are looked at once."""
+"""The number of events that are looked at at once."""
 
 
 def make_split(inter: Interactions, config: SplitConfig, *, repeats: bool = False) -> Split:
-    """The split that a config asks for; `repeats` as in `leave_one_out`.
+    """Returns the split that a config asks for; `repeats` as in `leave_one_out`.
 
     Raises:
       UserError: what the split raises.
@@ -34,7 +34,7 @@ def make_split(inter: Interactions, config: SplitConfig, *, repeats: bool = Fals
 
 
 def leave_one_out(inter: Interactions, *, repeats: bool = False) -> Split:
-    """Each user's last event is the test target, the one before it the validation target, the rest trains.
+    """Splits off each user's last event as test target and the one before it as validation target; the rest trains.
 
     Users with fewer than three events only train. A target that is an exact copy of an event before it is left out
     and counted (`valid_copies`, `test_copies`), unless `repeats` says that copies are honest repeats. Note that
@@ -68,10 +68,10 @@ def leave_one_out(inter: Interactions, *, repeats: bool = False) -> Split:
 
 
 def global_time(inter: Interactions, valid_from: Moment, test_from: Moment) -> Split:
-    """Train before `valid_from`; a user's first event from there validates, the first from `test_from` tests.
+    """Splits by time: a user's first event from `valid_from` on validates, from `test_from` on tests.
 
-    More exactly, a validation target lies in [valid_from, test_from); all events before a target are its
-    history. Users without any are left out and counted (`no_history`). Boundaries are ISO dates or times (UTC
+    Events before `valid_from` train. A validation target lies in [valid_from, test_from). All events before a target
+    are its history. Users without any are left out and counted (`no_history`). Boundaries are ISO dates or times (UTC
     unless they say otherwise) or unix seconds.
 
     Raises:
@@ -112,7 +112,7 @@ def _queries(
 
 
 def _events_before(inter: Interactions, at: float) -> Int64[np.ndarray, " users"]:
-    """How many events each user has before the moment `at`."""
+    """Counts the events that each user has before the moment `at`."""
     before = np.zeros(inter.n_users, np.int64)
     for start, stop in user_ranges(inter.offsets, CHUNK):
         events = slice(int(inter.offsets[start]), int(inter.offsets[stop]))
@@ -122,7 +122,7 @@ def _events_before(inter: Interactions, at: float) -> Int64[np.ndarray, " users"
 
 
 def _checked(inter: Interactions, split: Split, counts: dict[str, int]) -> Split:
-    """The split with its counts, if it does not leak."""
+    """Returns the split with its counts, if it does not leak."""
     check_no_leak(inter, split)
     trained = np.zeros(inter.n_items + 1, bool)
     for start, stop in user_ranges(inter.offsets, CHUNK):

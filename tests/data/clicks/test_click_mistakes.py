@@ -271,3 +271,19 @@ def test_empty_separators_are_refused():
         config_from_dict(
             {"task": "rec", "data": {"kind": "clicks", "path": "x", "separator": ""}, "run": {"steps": 1}}, source="x"
         )
+
+
+@pytest.mark.parametrize("by", ["time", "random"])
+def test_exact_copies_of_examples_do_not_straddle_a_split(by, caplog):
+    twice = {"who": [f"u{at // 2}" for at in range(ROWS)], "at": [at // 2 for at in range(ROWS)]}
+    twice |= {"device": [f"d{at // 2}" for at in range(ROWS)], "click": [at // 2 % 2 for at in range(ROWS)]}
+    write(**twice, tags=[["x", str(at // 2)] for at in range(ROWS)])
+    given = {"columns": ClickColumns(user="who", time="at"), "split": Fractions(by=by), "bags": ("tags",)}
+    data = opened(**given)
+    assert sum(map(len, data.parts.values())) == len(data.examples.labels) == 50
+    assert data.inspection["dropped"] == {"duplicate_examples": 50} and "50 example(s) are exact copies" in caplog.text
+    assert len(set(data.examples.user.tolist())) == 50
+    assert sum(map(len, opened(**given, duplicates="keep").parts.values())) == ROWS
+    write(**twice | {"at": [at // 2 * 86400 for at in range(ROWS)]}, tags=[["x"]] * ROWS)
+    assert sum(map(len, opened(**given).parts.values())) == ROWS
+    assert sum(map(len, opened(**given, duplicates="drop").parts.values())) == 50

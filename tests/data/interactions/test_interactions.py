@@ -307,5 +307,5 @@ def test_compact_dates_are_asked_about(tmp_path):
 
 def test_a_weight_that_no_model_can_hold(tmp_path):
     pq.write_table(pa.table({"user": [1], "item": [2], "w": [1e308]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"row 1, column 'w' is 1e\+308; expected at most 3.4"):
+    with pytest.raises(UserError, match=r"row 1, column 'w' is 1e\+308.*a number that float32 can hold"):
         read_interactions(str(tmp_path / "a.parquet"), Columns(time=None, weight="w"))
