@@ -16,6 +16,7 @@ if "XLA_FLAGS" not in os.environ:
     elif importlib.metadata.version("jaxlib").startswith("0.12."):
         os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -24,6 +25,10 @@ from jaxtyping import install_import_hook
 install_import_hook(
     ["jaxops.models", "jaxops.objectives", "jaxops.evaluate", "jaxops.core.random"], "beartype.beartype"
 )
+
+# A busy machine is no failure of the code: neither the time of an example nor the time to make it fails a test.
+hypothesis.settings.register_profile("jaxops", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("jaxops")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

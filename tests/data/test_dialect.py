@@ -114,7 +114,9 @@ CELL = st.text(st.sampled_from('ab",;\t\n é1'), max_size=6)
     st.sampled_from(["\n", "\r\n"]),
     st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_what_csv_writes_is_read_back_wherever_blocks_end(tmp_path, table, block, separator, ending, quoting):
     out = io.StringIO()
     writer = csv.writer(out, delimiter=separator, lineterminator=ending, quoting=quoting)

@@ -52,7 +52,9 @@ TYPES = {
     "bool": pa.bool_(),
     "null": pa.null(),
 }
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def whole(value):
