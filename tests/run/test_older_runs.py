@@ -51,7 +51,7 @@ def test_it_goes_on(kind, no_report):
     summary = json.loads(Path("runs/tiny/summary.json").read_text())
     assert summary["step"] == 20
     for name, value in EXPECTED[kind]["resumed"].items():
-        assert summary[name] == pytest.approx(value, abs=3e-3), name
+        assert summary[name] == pytest.approx(value, abs=3e-3 if name.endswith("auc") else 2e-3), name
     assert {name: summary[name] for name in EXPECTED[kind]["baselines"]} == EXPECTED[kind]["baselines"]
     events = [line["event"] for line in read_metrics("runs/tiny/metrics.jsonl") if "event" in line]
     assert events == ["resumed"]
