@@ -32,7 +32,7 @@ _OTHERS = (
 
 
 def table_target(path: str | os.PathLike[str]) -> Path:
-    """The file to write: the path itself if it ends like one of FORMATS, else part-00000.parquet in that folder.
+    """Returns the file to write: the path if it ends like one of FORMATS, else part-00000.parquet in that folder.
 
     Raises:
       UserError: it cannot be written, or ends like a file of another format.

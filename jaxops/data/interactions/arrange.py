@@ -59,7 +59,7 @@ class Codes(Protocol):
     """The ids that codes 0, 1, ... stand for (`IdCollector`)."""
 
     def __len__(self) -> int:
-        """How many codes there are."""
+        """Returns the number of codes."""
         ...
 
     def one_each(self) -> Int32[np.ndarray, " codes"] | None:
