@@ -48,7 +48,7 @@ def serve(saved: SavedRun) -> Served:
     """Returns the model of a run, put together by its family.
 
     Raises:
-      UserError: as `load`.
+      UserError: there is no such family, or code is not trusted or has changed.
     """
     served = family_of(saved.config.task, saved.trust).load(saved)
     saved.check_code()

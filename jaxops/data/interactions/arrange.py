@@ -27,7 +27,7 @@ Allocate = Callable[[Any, Any], np.ndarray]
 
 
 def silent(stage: str, done: int, total: int | None) -> None:
-    """A `Progress` that says nothing."""
+    """Reports nothing; a `Progress` for callers without a console."""
 
 
 class EncodedIds(NamedTuple):

@@ -140,7 +140,7 @@ class ColumnBatches:
         return (with_columns(batch, self._columns) for batch in self._batches)
 
     def rows(self, k: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows `[start, stop)` of batch k alone."""
+        """Returns rows `[start, stop)` of batch k alone."""
         return with_columns(self._batches.rows(k, start, stop), self._columns)
 
 
@@ -157,7 +157,7 @@ class EntityBatches:
         return (self.rows(k, 0, self._size) for k in range(len(self)))
 
     def rows(self, k: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows `[start, stop)` of batch k alone."""
+        """Returns rows `[start, stop)` of batch k alone."""
         row = np.arange(k * self._size + start, k * self._size + stop)
         row = np.where(row < self._count, row, 0).astype(np.int32)
         return {"id": row, self._entry: row}

@@ -88,7 +88,7 @@ def recorded(saved: SavedRun) -> Trained | None:
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """`{"sha256": ...}` over what features hold, by name, so that changed features are told apart."""
+    """Returns `{"sha256": ...}` over the named arrays of features, so that a later change of them is noticed."""
     found = hashlib.sha256()
     for name in sorted(arrays):
         values = np.ascontiguousarray(arrays[name])
