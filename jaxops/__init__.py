@@ -1,4 +1,4 @@
-"""jaxops trains recommendation, reward and policy models with one functional core on any JAX mesh.
+"""jaxops trains recommenders, and models of families of your own, with one functional core on any JAX mesh.
 
 Each public name is imported at its first use, so `import jaxops` is quick and touches no device.
 """

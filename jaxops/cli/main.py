@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _told_to_stop() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command with a word while it imports, builds data or evaluates.
+    """Ends a command with a message at SIGTERM or SIGHUP while it imports, builds data or evaluates.
 
     A run that trains has handlers of its own, which save first (core/interrupt.py).
     """

@@ -18,7 +18,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def console(stderr: bool = False) -> "Console":
-    """As wide as the terminal; into a file or a pipe as wide as the text, so that a row stays a line."""
+    """Returns a console as wide as the terminal. In a file or a pipe a line is never broken, so a row stays a line."""
     from rich.console import Console
 
     out = Console(highlight=False, stderr=stderr)
@@ -26,7 +26,7 @@ def console(stderr: bool = False) -> "Console":
 
 
 def say(out: "Console", words: str, style: str = "") -> None:
-    """One line as it is: no markup, never broken, nothing that a terminal would obey."""
+    """Prints one line as it is: without markup, never broken, and without escape sequences."""
     out.print(printable(words), style=style, markup=False, soft_wrap=True)
 
 
@@ -46,7 +46,7 @@ def grid(*columns: str, title: str | None = None) -> "Table":
 
 
 def cell(words: str, style: str = "") -> "Text":
-    """Shown as it is: brackets in a name are no markup, and nothing in it is for the terminal to obey."""
+    """Returns text for a table that is shown as it is: brackets are no markup, and escape sequences are removed."""
     from rich.text import Text
 
     return Text(printable(words), style=style)

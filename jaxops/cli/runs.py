@@ -83,7 +83,7 @@ def runs(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """`jaxops report RUN`."""
+    """Runs `jaxops report RUN`, which writes `report.html` again."""
     from jaxops.cli.printing import console, say
     from jaxops.run.summary import report_again
 
@@ -92,7 +92,7 @@ def report(args: argparse.Namespace) -> int:
 
 
 def find_run(name: str) -> str:
-    """The folder that a run is named by: a path or URL as it is, else the run of that name in `runs`."""
+    """Returns the folder of a run: a path or URL as it is, else the run of that name in `runs`."""
     below = os.path.join("runs", name)
     return below if not os.path.exists(name) and "://" not in name and os.path.isdir(below) else name
 

@@ -95,7 +95,7 @@ class ByPath(Part):
         return found
 
     def call(self, *leading: Any) -> Any:
-        """What the callable returns for these positional arguments and the keywords of the configuration."""
+        """Calls the callable with these positional arguments and the keywords of the configuration."""
         if self.guard is not None and (names := list(secrets_in(self.kwargs))):
             self.guard.secrets(names)
         return self.resolve()(*leading, **revealed(self.kwargs))

@@ -46,7 +46,7 @@ def expand_text(text: str) -> str:
 
 
 def expand_variables(node: Node, path: str, problems: list[Problem], *, resolved: bool = False) -> Node:
-    """The same tree with every reference replaced; what cannot be is added to `problems` and left BROKEN.
+    """Returns the tree with every reference replaced; one that cannot be is added to `problems` and left BROKEN.
 
     An unquoted scalar is read again afterwards (`steps: ${env:STEPS}` is a number), a quoted one stays text. A
     reference to a secret becomes a `Secret`, whose value is asked for here and kept nowhere.

@@ -47,7 +47,7 @@ def find_config(name: ConfigPath, beside: Path | None = None) -> Path:
 
 
 def _is(kind: Callable[[Path], bool], path: Path) -> bool:
-    """Whether there is a file or folder of this name; a name that no file can have (too long, NUL) has none."""
+    """Returns `kind(path)`, and false for a name that no file can have (too long, or with NUL)."""
     try:
         return kind(path)
     except (OSError, ValueError):

@@ -204,7 +204,7 @@ def _resolve(
 
 
 def _tag(variants: Variants, trees: Sequence[Node], by: str, resolved: bool) -> Node:
-    """Which of several schemas all the trees are written for: the last to say so."""
+    """Returns the node that names the schema of all the trees: that of the last tree that names one."""
     said = [tree.value[by] for tree in trees if by in tree.value]
     if not said:
         origin = next((tree.origin for tree in reversed(trees) if not tree.implied), "")

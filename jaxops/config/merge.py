@@ -52,16 +52,16 @@ def merge_nodes(
 
 
 class Replaced(Problem):
-    """No problem: a value that another field of the same record, written later, has taken the place of."""
+    """A notice, not an error: another field of the same record, written later, replaces this value."""
 
     def __str__(self) -> str:
         return f"{self.path} [{self.origin}] {self.message}"
 
 
 def _make_way(shape: Record, entries: dict[str, Node], new: Node, problems: list[Problem], path: str) -> None:
-    """Of fields that exclude each other (`alternatives` of a schema) the one written later is taken, and that is said.
+    """Removes fields that exclude each other (`alternatives` of a schema), except the one written later, with a notice.
 
-    Where one tree gives several of them, all stay: that is a contradiction, which the schema's own check refuses.
+    Where one tree gives several of them, all stay. That is a contradiction, which the schema's own check refuses.
     """
     for group in getattr(shape.cls, "alternatives", ()):
         given = [key for key in group if key in new.value and new.value[key].value is not None]

@@ -50,7 +50,7 @@ class Secret:
 
 
 def secret_of(text: str) -> Secret | None:
-    """The secret that a string refers to; None where it refers to none.
+    """Returns the secret that a string refers to; None where it refers to none.
 
     Raises:
       UserError: a reference that is misspelt, or that is only a part of the string.
@@ -64,12 +64,12 @@ def secret_of(text: str) -> Secret | None:
 
 
 def looks_like_credential(name: str) -> bool:
-    """Whether an environment variable of this name is likely to hold a credential: HF_TOKEN, DB_PASSWORD, API_KEY."""
+    """Returns true if a variable of this name is likely to hold a credential: HF_TOKEN, DB_PASSWORD, API_KEY."""
     return name.upper() not in _NO_CREDENTIALS and _PART.search(name) is not None
 
 
 def revealed(value: Any) -> Any:
-    """Nested plain values with every secret in them read.
+    """Returns nested plain values with the value of each secret in place of its reference.
 
     Raises:
       UserError: one is not set.
@@ -84,7 +84,7 @@ def revealed(value: Any) -> Any:
 
 
 def secrets_in(value: Any) -> Iterator[str]:
-    """The names of all secrets in nested values: of a config in the making, or of a resolved one."""
+    """Returns the names of all secrets in nested values, of a config before or after it is resolved."""
     if isinstance(value, Secret):
         yield value.name
     elif isinstance(value, Mapping):

@@ -67,7 +67,7 @@ class Duration:
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """How often something is done: each `steps` steps, `seconds` seconds or `epochs` epochs; the others are None."""
+    """An interval in one unit, `steps`, `seconds` or `epochs`; the other two are None."""
 
     steps: int | None = None
     seconds: float | None = None

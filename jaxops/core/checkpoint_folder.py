@@ -256,12 +256,12 @@ def some(items: list[Any], most: int = 10) -> str:
 
 
 def is_link(folder: epath.Path) -> bool:
-    """Whether the path is a symbolic link: what it leads to is not this folder's to change."""
+    """Returns true if the path is a symbolic link. Its target is not part of this folder and is never changed."""
     return not stores.is_url(folder) and os.path.islink(os.fspath(folder))
 
 
 def is_ours(folder: epath.Path) -> bool:
-    """Whether a save made this folder: it has our manifest, or nothing in it but what orbax writes before that.
+    """Returns true if a save made this folder: it has our manifest, or holds only what orbax writes before that.
 
     A folder `2023` with somebody's notes is none, and neither is a link.
     """
@@ -271,7 +271,7 @@ def is_ours(folder: epath.Path) -> bool:
 
 
 def _delete(folder: epath.Path) -> None:
-    """Manifest first: a process killed in between leaves no checkpoint rather than a damaged one. Never a link."""
+    """Deletes a folder, but never a link. The manifest goes first, so a kill leaves no damaged checkpoint."""
     if is_link(folder):
         return
     (folder / manifest.FILE).unlink(missing_ok=True)

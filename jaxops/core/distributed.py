@@ -79,7 +79,7 @@ def initialize(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    """Whether `host:port` is of this machine alone."""
+    """Returns true if `host:port` can be reached from this machine alone."""
     host = address.rpartition(":")[0].strip("[]")
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -297,7 +297,10 @@ def others_failed() -> dict[int, dict[str, Any]]:
 
 
 def explain_lost(error: jax.errors.JaxRuntimeError, where: str) -> BaseException:
-    """A computation failed: the other process's own words, or who is gone; the error itself where nothing is lost."""
+    """Explains a failed computation: by the message of another process that failed, or by which one is gone.
+
+    Returns the error itself where nothing is lost.
+    """
     text = str(error)
     if "RESOURCE_EXHAUSTED" in text:
         return error

@@ -97,7 +97,7 @@ class OpenWindow:
         return len(self.updates)
 
     def merged(self, sums: Sums) -> Sums | None:
-        """These sums on top of the window's; None where they are not of the same names and shapes."""
+        """Returns these sums merged with the window's; None where their names or shapes differ."""
         if sums.keys() != self.sums.keys():
             return None
         held: Sums = {}

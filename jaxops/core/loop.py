@@ -78,7 +78,7 @@ def every(steps: int, fn: Callable[[Snapshot], None]) -> Hook:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """Where and why the loop ended: `finished`, `interrupted`, or the reason a hook gave.
+    """The end of the loop: the state there, and the reason (`finished`, `interrupted`, or what a hook gave).
 
     `window` is the one that an interrupt cut short, for the run that goes on from there.
     """

@@ -43,9 +43,9 @@ def save_async(folder: epath.Path, tree: Any, leaves: Iterable[Any], *, compress
 
 
 def release_threads() -> None:
-    """After a save has failed: ends the threads of orbax that wait, minutes long, for a part of it that never comes.
+    """Ends the threads of orbax that, after a failed save, wait for minutes for a part of it that never comes.
 
-    They are no daemons, so that the process would stay, and hold its devices, long after it has said what went wrong.
+    They are no daemons: the process would stay, and hold its devices, long after it has said what went wrong.
     Orbax has no call for that. No save may be under way; several processes end by themselves (distributed.leave).
     Held by tests/core/test_checkpoint.py.
     """

@@ -20,28 +20,28 @@ _known: dict[str, str] = {}
 
 
 def remember_secret(value: str, shown: str) -> None:
-    """From now on `without_secrets` puts `shown` wherever `value` stands."""
+    """Remembers a secret, so that `without_secrets` replaces `value` by `shown` from now on."""
     if len(value) >= _SHORTEST:
         _known[value] = shown
 
 
 def without_secrets(text: str) -> str:
-    """The text with every remembered secret as its reference, and without user and password in URLs."""
+    """Replaces every remembered secret by its reference, and removes user and password from URLs."""
     for value in sorted(_known, key=len, reverse=True):  # one may be a part of another
         text = text.replace(value, _known[value])
     return without_passwords(text)
 
 
 def without_passwords(text: str) -> str:
-    """The text with `***` for what stands before the @ of a URL."""
+    """Replaces what stands before the @ of a URL by `***`."""
     return _PASSWORD.sub("***@", text)
 
 
 def has_password(text: str) -> bool:
-    """Whether a URL in the text carries a user or a password."""
+    """Returns true if a URL in the text carries a user or a password."""
     return _PASSWORD.search(text) is not None
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would obey: escape sequences and control characters, but tab and line feed."""
+    """Removes escape sequences and control characters, which a terminal would obey, except tab and line feed."""
     return _CONTROL.sub("", text)

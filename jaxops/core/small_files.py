@@ -12,7 +12,7 @@ MOST = 64 << 20
 
 
 def read_bytes(path: str | os.PathLike[str], most: int = MOST) -> bytes:
-    """The bytes of an ordinary file of this size at most.
+    """Reads the bytes of an ordinary file of this size at most.
 
     Raises:
       OSError: it is missing, is no ordinary file, is larger, or cannot be read.
@@ -32,10 +32,10 @@ def read_bytes(path: str | os.PathLike[str], most: int = MOST) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str], most: int = MOST) -> str:
-    """As `read_bytes`, the text.
+    """Reads an ordinary file of this size at most as UTF-8 text.
 
     Raises:
-      OSError: as `read_bytes`.
+      OSError: the errors of `read_bytes`.
       UnicodeDecodeError: it is not UTF-8.
     """
     return read_bytes(path, most).decode("utf-8")

@@ -348,7 +348,7 @@ def _try_tensorstore(place: Location) -> None:
 
 
 def advice(place: Location, error: OSError) -> str:
-    """What a failed check means for the person who has to mend it."""
+    """Returns the message of a failed check, with advice on what to do about it."""
     text, at = without_passwords(str(error)), without_passwords(endpoint(place.scheme))
     if "there is no bucket" in text:
         return f"{text}; create it, or set run.dir"

@@ -103,7 +103,7 @@ def from_safetensors(
       name: name of the source in messages; its path if not given.
 
     Raises:
-      UserError: as `open_safetensors` does.
+      UserError: the errors of `open_safetensors`.
     """
     return WeightSource(name or os.fspath(path), HostArrays(open_safetensors(path)), rename, match)
 

@@ -58,7 +58,7 @@ class Writers:
             method(step, samples)
 
     def flush(self) -> None:
-        """What was written so far is on its way to the disk when this returns: called before a checkpoint is saved."""
+        """Hands to the operating system what every writer still holds. It is called before a checkpoint is saved."""
         for method in self._optional("flush"):
             method()
 
@@ -120,7 +120,7 @@ class JsonlWriter:
         self._append(step, {"event": event, "text": without_secrets(text)})
 
     def flush(self) -> None:
-        """Every line is written as it comes; this only looks whether they still lie where one would look for them.
+        """Checks that the file is still in its place; there is nothing to flush, as every line is written at once.
 
         Raises:
           RunFailed: the file was deleted or moved.
@@ -266,7 +266,7 @@ class TensorBoardWriter:
                 self._flushed = time.monotonic()
 
     def flush(self) -> None:
-        """What was written so far is on its way to the disk when this returns."""
+        """Hands to the operating system the events that are still in memory."""
         with writing(self.folder):
             self._file.flush()
             self._flushed = time.monotonic()

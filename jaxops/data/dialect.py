@@ -19,7 +19,7 @@ SAMPLE = 1 << 20
 BLOCK = 1 << 22
 """The number of bytes that are checked or converted at once."""
 LONGEST = 1 << 24
-"""The most bytes of a quoted field; a longer one surely does not close."""
+"""The largest number of bytes in a quoted field; one that is still open after so many is taken for unclosed."""
 JOINT = "\x1f"
 """The character that replaces a separator of several characters, which the parser cannot read."""
 SEPARATORS = (",", ";", "\t", "|", "::")
@@ -28,7 +28,13 @@ _WIDE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """The dialect of one file."""
+    """The dialect of one file.
+
+    Attributes:
+      separator: the characters between two fields.
+      quoted: true where fields may stand in double quotes.
+      encoding: the encoding, by the name that Python gives it.
+    """
 
     separator: str
     quoted: bool
@@ -36,7 +42,7 @@ class Dialect:
 
     @property
     def delimiter(self) -> str:
-        """The separator as one byte: itself, or `JOINT` in its place."""
+        """The separator if it is one byte, else `JOINT`, which replaces it."""
         return self.separator if len(self.separator.encode()) == 1 else JOINT
 
     def fields(self, line: str) -> list[str]:
@@ -48,15 +54,15 @@ class Dialect:
 
 
 def dialect_of(file: DataFile, wanted: Sequence[str] = (), header: Sequence[str] | None = None) -> Dialect:
-    """Returns the file's dialect; what is unusual for its format and was not given is told.
+    """Returns the file's dialect. A note tells what is unusual for its format, unless the config says it.
 
     Args:
       file: a text file.
-      wanted: columns that the first line should name; the separator under which it does is taken.
+      wanted: columns that the first line should name; a separator is chosen that finds them all in it.
       header: the names of the columns where the file has no header line.
 
     Raises:
-      UserError: an encoding that is not known, or bytes that are of none that can be told.
+      UserError: Python does not know the encoding of the config.
     """
     with file.stream() as stream:
         sample = stream.read(SAMPLE)
@@ -120,7 +126,7 @@ def _fits(fields: Sequence[str], file: DataFile, wanted: Sequence[str], header: 
 
 
 def names_of(file: DataFile, dialect: Dialect) -> list[str]:
-    """Returns the names in the first line."""
+    """Returns the names of the columns in the first line."""
     with file.stream() as stream, io.TextIOWrapper(stream, dialect.encoding, errors="replace") as text:
         return dialect.fields(text.readline().removeprefix("\ufeff").rstrip("\r\n"))
 
@@ -132,7 +138,7 @@ def open_text(file: DataFile, dialect: Dialect) -> io.RawIOBase:
 
 
 def not_utf8(file: DataFile) -> str:
-    """Describes the first line that is no UTF-8; empty where there is none."""
+    """Returns an error message about the first line that is no UTF-8; empty where there is none."""
     with file.stream() as stream:
         for number, line in enumerate(io.BufferedReader(_Raw(stream)), 1):
             try:
@@ -195,10 +201,10 @@ class _Quotes:
         self._quoted, self._letters = re.compile(quoted), re.compile(letters)
 
     def until(self, text: bytes, last: bool) -> int:
-        """Returns how many bytes of the text, which begins with a row, are complete rows.
+        """Returns how many bytes at the beginning of `text` are complete rows; a row begins at its first byte.
 
         Raises:
-          UserError: a quoted field that goes on after its closing quote, or has none.
+          UserError: a quoted field goes on after its closing quote, or has none.
         """
         if b'"' not in text:
             end = text.rfind(b"\n") + 1
@@ -212,7 +218,7 @@ class _Quotes:
         return end
 
     def _check_row(self, text: bytes, at: int, last: bool) -> None:
-        """Refuses the row that begins here, unless only its end is missing."""
+        """Raises a UserError if a quoted field is wrong in the row that begins at `at`; its end may be yet to come."""
         while at < len(text):
             quoted = text[at : at + 1] == b'"'
             field = (self._quoted if quoted else self._letters).match(text, at)
@@ -237,7 +243,7 @@ class _Quotes:
 
 
 class _Blocks(io.RawIOBase):
-    """An iterator of bytes as a stream."""
+    """A stream that reads from an iterator of bytes."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks, self._rest = blocks, memoryview(b"")
@@ -255,14 +261,14 @@ class _Blocks(io.RawIOBase):
         return found.tobytes()
 
     def close(self) -> None:
-        """Closes the underlying file."""
+        """Closes the iterator, and with it the file that it reads."""
         if not self.closed:
             getattr(self._blocks, "close", lambda: None)()
         super().close()
 
 
 class _Raw(io.RawIOBase):
-    """An Arrow stream as one that can be buffered."""
+    """A raw stream that reads from an Arrow stream, so that `io.BufferedReader` takes it."""
 
     def __init__(self, stream: object) -> None:
         self._stream = stream

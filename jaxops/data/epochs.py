@@ -23,7 +23,7 @@ class Epochs:
         self._lock = threading.Lock()
 
     def ids(self, cursor: int, size: int) -> Int32[np.ndarray, " size"]:
-        """The examples at `[cursor, cursor + size)` of the stream.
+        """Returns the examples at `[cursor, cursor + size)` of the stream.
 
         Raises:
           ValueError: a negative cursor, or a size below one.

@@ -19,9 +19,13 @@ Rows = Sequence[tuple[int, int]] | None
 
 
 def build_batches(source: Source, cursor: int, size: int, rows: Rows = None) -> dict[str, np.ndarray]:
-    """Rows of the global batch of `size` examples at `cursor`: the ranges `rows` in order (default: all).
+    """Returns rows of a global batch. A source is a pure function of the cursor, so a host builds only its own rows.
 
-    Since a source is a pure function of the cursor, a host builds only what its own devices hold.
+    Args:
+      source: the source.
+      cursor: the number of examples before the batch.
+      size: examples in the global batch.
+      rows: ranges (start, stop) of the batch, in order; default all.
     """
     if rows is None:
         return source.batch(cursor, size)
@@ -80,7 +84,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         return batch
 
     def take(self, cursor: int, size: int) -> dict[str, np.ndarray]:
-        """The batch of `size` at a cursor: at once where it is the next of those that are prefetched.
+        """Returns the batch of `size` at a cursor, at once if it is the next one that is prefetched.
 
         A batch of another size is built by the caller. One elsewhere is where prefetching then goes on from.
 
@@ -99,7 +103,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         return build_batches(self._source, cursor, size, self._rows(size))
 
     def close(self) -> None:
-        """Stop building; what is under way is finished and dropped."""
+        """Stops building batches; those under way are finished and dropped."""
         self._iterator.close()
 
     def __enter__(self) -> "Loader":

@@ -14,7 +14,7 @@ GENRES = (
 
 
 def films_of_grouplens(content: bytes) -> bytes:
-    """From u.item: id | title (year) | dates | address | 19 flags, in Latin-1."""
+    """Converts u.item: id | title (year) | dates | address | 19 flags, in Latin-1."""
     rows = []
     for line in content.decode("latin-1").splitlines():
         parts = line.split("|")
@@ -26,7 +26,7 @@ def films_of_grouplens(content: bytes) -> bytes:
 
 
 def films_of_recbole(content: bytes) -> bytes:
-    """From ml-100k.item: id, title, year, genres apart by spaces."""
+    """Converts ml-100k.item: id, title, year, genres apart by spaces."""
     rows = []
     for line in content.decode("utf-8").splitlines()[1:]:
         item, _, year, genres = line.split("\t")
@@ -35,12 +35,12 @@ def films_of_recbole(content: bytes) -> bytes:
 
 
 def people_of_grouplens(content: bytes) -> bytes:
-    """From u.user: id | age | gender | occupation | zip."""
+    """Converts u.user: id | age | gender | occupation | zip."""
     return _table("user\tage\tgender\toccupation\tzip", content.decode("latin-1").replace("|", "\t").splitlines())
 
 
 def people_of_recbole(content: bytes) -> bytes:
-    """From ml-100k.user: the same columns, under a header."""
+    """Converts ml-100k.user: the same columns, under a header."""
     return _table("user\tage\tgender\toccupation\tzip", content.decode("utf-8").splitlines()[1:])
 
 

@@ -1,4 +1,4 @@
-"""What training reads from: a pure function of a cursor, so any host can build any rows of any batch."""
+"""The source that training reads from: a pure function of a cursor, so any host can build any rows of any batch."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""Nothing half written: work is done in a hidden folder beside its target and renamed into place whole."""
+"""Writes files and folders whole or not at all: a hidden folder beside the target is filled and renamed."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
-    """A scratch folder on the target's file system, gone afterwards whatever happens.
+    """Makes a scratch folder on the target's file system, which is removed afterwards, also after an error.
 
     What a killed process of this machine left there is removed first.
     """
@@ -29,7 +29,7 @@ def folder_beside(target: Path) -> Iterator[Path]:
 
 
 def replace_folder(source: Path, target: Path, scratch: Path) -> None:
-    """Put the folder `source` where `target` is; an older `target` moves into `scratch`.
+    """Puts the folder `source` where `target` is; an older `target` moves into `scratch`.
 
     Another process may put its own there at the same moment: the last one stays.
     """

@@ -92,7 +92,13 @@ def columns_of(
     header: Sequence[str] | None = None,
     text: TextFormat = TextFormat(),
 ) -> list[str]:
-    """Returns the columns that any of the files has; reading one of them says which file lacks it.
+    """Returns the columns that any of the files has. A later read of a column names the files that lack it.
+
+    Args:
+      path: files, as `files.expand` takes them.
+      format: the format of the files.
+      header: the names of the columns where text files have no header line.
+      text: the dialect of text files.
 
     Raises:
       UserError: what `files.expand` raises; a file that cannot be read, or is not of its format.

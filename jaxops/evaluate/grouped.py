@@ -93,21 +93,30 @@ class GroupAuc:
 
 
 class Scores:
-    """The logits of all examples of a part on the host, where any order is exact: AUC, AUC of a slice, GAUC.
+    """Collects the logits of all examples of a part, from which the host computes AUC and GAUC exactly.
 
-    2 x examples x labels float32 on each device hold them while the part is evaluated, whatever the cut into batches.
+    While the part is evaluated they take 2 x examples x labels float32 on each device, whatever the size of a batch.
     """
 
     def __init__(self, examples: int):
-        """Makes room for examples 0..examples-1 of a part (of the longest part, so that there is one shape)."""
+        """Makes room for examples 0..examples-1.
+
+        Args:
+          examples: the number of examples in the longest part. All parts share one shape, so one program.
+        """
         self.examples = examples
 
     def sums(
         self, logits: Float[Array, "batch labels"], place: Int[Array, " batch"], real: Bool[Array, " batch"]
     ) -> Sum:
-        """The logits of a batch at their places in the part; `real` is false for padding. Its value is [labels, n].
+        """Returns a sum whose value, [labels, examples], holds the logits of this batch at their places in the part.
 
-        An example that was not evaluated is NaN there, one whose logit is not finite is infinite.
+        An example that was not evaluated is NaN there; one whose logit is not finite is infinite.
+
+        Args:
+          logits: the logits of the batch.
+          place: the place of each example in the part, 0..examples-1.
+          real: false for padding.
         """
         at = jnp.where(real, place, self.examples)  # beyond the last: dropped
         kept = jnp.where(jnp.isfinite(logits), logits, jnp.inf).astype(jnp.float32).T
@@ -117,13 +126,13 @@ class Scores:
 
 
 def area_under_curve_exact(labels: Values, scores: Values, weights: Values | None = None) -> float:
-    """Returns the chance that a click (label 1) scores above a non-click (0), ties half; NaN without both.
+    """Returns the chance that a click (label 1) scores above a non-click (0). Ties count half; NaN without both.
 
-    This is the Mann-Whitney statistic by ranks, in float64. It tells scores apart however close or large they are. A
-    label of NaN is left out, and so is an example whose score is NaN; an infinite score makes the result NaN.
+    This is the Mann-Whitney statistic by ranks, in float64, so scores are told apart however close or large they are.
+    An example whose label or score is NaN is left out; an infinite score makes the result NaN.
 
     Raises:
-      UserError: the same errors as `GroupAuc`.
+      UserError: the errors of `GroupAuc`.
     """
     return GroupAuc(labels, np.zeros(len(labels), np.int64), weights).value(np.asarray(scores, np.float64))
 

@@ -90,7 +90,7 @@ def config_from_dict(
 
 
 def completed(resolved: dict[str, Any], task: str = "") -> dict[str, Any]:
-    """The resolved config of an older run, with the defaults of fields that are younger than the run.
+    """Returns the resolved config of an older run, with defaults for the fields that are newer than the run.
 
     A family by import path is imported only if it is `task`, that of the config at hand.
     """

@@ -68,9 +68,10 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """When to save and what to keep: the latest `keep`, every `keep_every` steps, the best by `best` on validation.
+    """The times of saves, and which checkpoints are kept.
 
-    `every` is as in `evaluate`.
+    A run saves at `every`, as in `evaluate`. It keeps the latest `keep`, one every `keep_every` steps, and the best by
+    the metric `best` on validation.
     """
 
     every: Every = Every(seconds=600)

@@ -113,7 +113,7 @@ class Family:
 
 
 def family_of(task: str, guard: Guard | None = None) -> Family:
-    """The family that `task:` names; `guard` is asked where a run folder says so.
+    """Returns the family that `task:` names. Before the family of a run folder is imported, `guard` is asked.
 
     Raises:
       UserError: no such family or import path, what is there is no Family, or the guard does not have it imported.
@@ -159,5 +159,5 @@ SCHEMAS: Mapping[str, type] = _Schemas()
 
 
 def guarded_schemas(guard: Guard) -> Mapping[str, type]:
-    """As SCHEMAS, for the config of a run folder: the guard is asked before a family is imported."""
+    """Returns SCHEMAS for the config of a run folder, where `guard` is asked before a family is imported."""
     return _Schemas(guard)

@@ -107,7 +107,7 @@ def _record(task: Task, folder: RunFolder, progress: Progress, accept_code: bool
 
 
 def _finished(task: Task, folder: RunFolder, progress: Progress, accept_code: bool) -> dict[str, Any] | None:
-    """The summary of a run that has its steps already, or was stopped early by the rule that still holds.
+    """Returns the summary of a run that needs no more training: it has its steps, or early stopping ended it.
 
     Raises:
       UserError: the folder is not one that this task may go on in, or was trained with other code.

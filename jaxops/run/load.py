@@ -23,7 +23,7 @@ def load(
     trust: Sequence[str] = (),
     accept_code: bool = False,
 ) -> Served:
-    """The model of a run, ready to predict: the best checkpoint where the run keeps one, else the latest, or `step`'s.
+    """Loads the model of a run, from the best checkpoint where the run keeps one, else the latest, or from `step`.
 
     Example:
       model = jaxops.load("runs/my-interactions")
@@ -45,10 +45,10 @@ def load(
 
 
 def serve(saved: SavedRun) -> Served:
-    """The model of a run, put together by its family.
+    """Returns the model of a run, put together by its family.
 
     Raises:
-      UserError: as `load`.
+      UserError: there is no such family, or code is not trusted or has changed.
     """
     served = family_of(saved.config.task, saved.trust).load(saved)
     saved.check_code()
@@ -56,7 +56,7 @@ def serve(saved: SavedRun) -> Served:
 
 
 def saved_family(run_dir: str | os.PathLike[str], trust: Sequence[str] = ()) -> Family:
-    """The family of a run, for the options of its commands.
+    """Returns the family of a run, for the options of its commands.
 
     Raises:
       UserError: not a run folder, no such family, or one by an import path that is not trusted.
@@ -73,7 +73,7 @@ def open_saved_run(
     trust: Sequence[str] = (),
     accept_code: bool = False,
 ) -> SavedRun:
-    """A run's config and weights: of the best checkpoint where the run keeps one, else the latest, or of `step`.
+    """Opens a run's config and weights: the best checkpoint where it keeps one, else the latest, or `step`.
 
     Args:
       run_dir: a run folder, or its s3:// or gs:// URL.

@@ -14,13 +14,13 @@ from jaxops.core.flight import OpenWindow
 
 
 def window_to_json(window: OpenWindow) -> dict[str, Any]:
-    """Plain values; arrays as base64, so that every bit comes back."""
+    """Converts a window to plain values, with arrays as base64, so that every bit comes back."""
     sums = {name: [_array_to_json(x) for x in arrays] for name, arrays in window.sums.items()}
     return {"first": window.first, "cursors": window.cursors, "updates": window.updates, "sums": sums}
 
 
 def window_from_json(found: Any) -> OpenWindow | None:
-    """The window, None where there is none or it is not to be read (a checkpoint of another version)."""
+    """Reads a window; None where there is none, or it cannot be read (a checkpoint of another version)."""
     try:
         sums = {name: tuple(map(_array_from_json, arrays)) for name, arrays in found["sums"].items()}
         cursors, updates = (tuple(map(int, found[name])) for name in ("cursors", "updates"))

@@ -32,7 +32,7 @@ _OTHERS = (
 
 
 def table_target(path: str | os.PathLike[str]) -> Path:
-    """The file to write: the path itself if it ends like one of FORMATS, else part-00000.parquet in that folder.
+    """Returns the file to write: the path if it ends like one of FORMATS, else part-00000.parquet in that folder.
 
     Raises:
       UserError: it cannot be written, or ends like a file of another format.
@@ -53,7 +53,12 @@ def table_target(path: str | os.PathLike[str]) -> Path:
 
 
 def write_table(path: str | os.PathLike[str], make: Callable[[], pa.Table], what: str) -> str:
-    """Writes a table as its name ends, made once it is known that it can be written; what was written, for people.
+    """Writes a table in the format of the path's ending; returns a line about it for people.
+
+    Args:
+      path: a file that ends in one of FORMATS, or a folder.
+      make: makes the table; it is called once the path is known to be good.
+      what: the noun for a row, such as `row`.
 
     Raises:
       UserError: the path cannot be written.

@@ -24,17 +24,17 @@ _NOT_COVERED = "Looked at were these files alone: neither what they import from 
 
 
 def sources_of(paths: Collection[str]) -> dict[str, str | None]:
-    """SHA-256 of the source behind each import path that was imported; None where there is none to look at."""
+    """Returns the SHA-256 of the source file behind each import path; None where there is no source file."""
     return {path: _digest(path) for path in paths}
 
 
 def check_code(folder: RunFolder, paths: Collection[str], accept: bool) -> dict[str, Any]:
-    """The record of a run's code with what is here now; with `accept` a difference is noted in it.
+    """Returns the record of a run's code, with the digests of the code that is here now.
 
     Args:
-      folder: of the run.
+      folder: the folder of the run.
       paths: the import paths whose code is about to run.
-      accept: take other code than the run was trained with.
+      accept: take code that has changed since; the record then notes each difference.
 
     Raises:
       UserError: code has changed since the run recorded it.
@@ -67,7 +67,7 @@ def check_code(folder: RunFolder, paths: Collection[str], accept: bool) -> dict[
 
 
 def code_paths(resolved: Mapping[str, Any]) -> list[str]:
-    """The import paths of a run's config, those of factories that Python handed in among them."""
+    """Returns the import paths of a run's config and of factories that Python handed in."""
     return list(dict.fromkeys(named_code(resolved).values()))
 
 

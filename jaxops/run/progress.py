@@ -1,4 +1,4 @@
-"""What a run says while it runs: a line a window, a live line in a terminal, compiles with their seconds, the table."""
+"""The console output of a run: a line for each window, a live line in a terminal, compile times, the final table."""
 
 import contextlib
 import math
@@ -15,17 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 QUIET_SECONDS = 2.0
-"""Windows closer together than this share a line."""
+"""A window that ends sooner than this after the last line prints none."""
 FIRST_SECONDS, AGAIN_SECONDS = 8.0, 60.0
-"""After so long without a line one is printed, though no window has ended: the first of them, and the others."""
+"""How long a console that is no terminal stays silent before a line is printed though no window has ended: once, then
+between later ones."""
 LIVE_SECONDS = 0.25
 
 
 class Progress:
-    """Plain lines to a console, so that a log file reads like the terminal did; `quiet` says nothing.
+    """Prints plain lines, so that a log file reads like the terminal did; `quiet` prints warnings alone.
 
-    In a terminal a live line below them tells the step, the loss of the last window, the rate and the time left. A
-    terminal that is gone (a closed connection) stops nobody.
+    In a terminal a live line below them shows the step, the loss of the last window, the rate and the time left. A run
+    goes on where its terminal is gone (a closed connection).
     """
 
     def __init__(self, quiet: bool = False, console: Console | None = None):
@@ -41,12 +42,12 @@ class Progress:
         self._start: tuple[int, float] | None = None
 
     def say(self, text: str) -> None:
-        """Prints one line, unless quiet."""
+        """Prints one line, unless `quiet` is set."""
         if not self.quiet:
             self.warn(text)
 
     def warn(self, text: str) -> None:
-        """Prints one line, even where quiet."""
+        """Prints one line, also where `quiet` is set."""
         self._break()
         self._print(text, markup=False)
         self._heard = time.perf_counter()
@@ -75,9 +76,9 @@ class Progress:
             self.console.print(*what, **options)
 
     def at(self, step: int, steps: int) -> None:
-        """Training has come to `step`, whose metrics are not known yet: the live line, or a line after a long silence.
+        """Shows that training has come to `step`: in the live line, or elsewhere in a line after a long silence.
 
-        The rate is that of the calls of steps, of which no more than a few are ever ahead of the device.
+        The rate counts calls of the step. The device is never more than a few steps behind them.
         """
         if self.quiet or self._began:
             return
@@ -108,7 +109,7 @@ class Progress:
             self._live.update(Text(text, style="dim"), refresh=True)
 
     def rest(self) -> None:
-        """Takes the live line away: training pauses or is over."""
+        """Removes the live line, because training pauses or is over."""
         self._start = None
         if self._live is not None:
             with contextlib.suppress(OSError, SystemExit):
@@ -116,7 +117,7 @@ class Progress:
             self._live = None
 
     def step(self, step: int, steps: int, values: Mapping[str, Any]) -> None:
-        """Prints a window of training: loss, speed, and the time that is left."""
+        """Prints the loss and speed of a window of training, and the time that is left."""
         now = time.perf_counter()
         if self.quiet:
             return
@@ -152,7 +153,7 @@ class Progress:
 
 @contextlib.contextmanager
 def said_if_long(text: str, seconds: float = 3.0, quiet: bool = False) -> Iterator[None]:
-    """Prints a line if what is inside takes longer than that, so that nobody looks at nothing."""
+    """Prints `text` if the `with` block takes longer than `seconds`, so that the user knows what is going on."""
     timer = threading.Timer(seconds, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True
     if not quiet:
@@ -164,7 +165,7 @@ def said_if_long(text: str, seconds: float = 3.0, quiet: bool = False) -> Iterat
 
 
 def figure(value: float | None) -> str:
-    """A metric as people read it; of one that has no value (NaN, or null in JSON), that it is undefined."""
+    """Returns a metric with four decimals, or `undefined` where it has no value (NaN, or null in JSON)."""
     return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"
 
 

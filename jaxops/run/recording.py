@@ -34,7 +34,7 @@ def open_writers(
     resumed: bool,
     evaluates_again: bool = False,
 ) -> Writers:
-    """`metrics.jsonl` and the config's loggers, cut off after `step`; none on processes that do not write.
+    """Opens `metrics.jsonl` and the config's loggers, cut off after `step`; none on processes that do not write.
 
     Args:
       config: names the loggers.

@@ -144,7 +144,7 @@ class SavedRun:
 
     @property
     def note(self) -> str:
-        """How the run's figures were made, for people."""
+        """A sentence for people on how the run's figures were made."""
         return printable(str(self.folder.about().get("note", "")))
 
     @functools.cached_property

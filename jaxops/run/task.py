@@ -59,7 +59,7 @@ class Measured:
 
 
 class CarriedRows(NamedTuple):
-    """How many rows another run gave: those of ids that both have, of ids that are new here, of ids gone since."""
+    """The counts of a table's rows after a warm start: taken from the other run, new here, and gone since."""
 
     taken: int
     new: int
@@ -214,7 +214,7 @@ class Task:
         return run.steps if run.steps is not None else -(-run.epochs * self.source.examples // size)
 
     def steps_between(self, every: Every) -> int | None:
-        """How many steps lie between two times; None where they are told by the clock."""
+        """Returns the number of steps that `every` stands for; None where it is a time by the clock."""
         return every.in_steps(self.source.examples / self.config.batch.global_)
 
     @property

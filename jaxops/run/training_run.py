@@ -169,7 +169,7 @@ class TrainingRun:
         return found if self.window is None else {**found, "window": window_to_json(self.window)}
 
     def _evaluates_first(self, step: int) -> bool:
-        """Whether a run that goes on from `step` begins with an evaluation of it, or ends with one at once."""
+        """Returns true if a run resumed at `step` begins with an evaluation of it, or ends with one at once."""
         return step >= self.task.steps or self.validation.missed_evaluation(step) or bool(self.validation.stop_reason())
 
     def _write_folder(self) -> None:

@@ -1,4 +1,4 @@
-"""Which runs are the user's own, and what one that is not may do: nothing that its config names by import path.
+"""Tells the user's own runs from others, whose code by import path is imported only where the user trusts it.
 
 A run is one's own if a process of this user has trained it with the very config that lies in its folder: the SHA-256
 of that config is kept in the user's state folder, so a folder may be moved or copied, and one that was changed or
@@ -80,10 +80,15 @@ class Trust:
 
 
 def trust_of(values: Mapping[str, Any], where: str, prefixes: Sequence[str] = ()) -> Trust:
-    """What the config `values` of the run folder `where` may do; `prefixes` are trusted besides.
+    """Returns what code the config of a run folder may import.
+
+    Args:
+      values: the resolved config.
+      where: the run folder, for messages.
+      prefixes: packages, modules or import paths that the user trusts besides.
 
     Raises:
-      UserError: a prefix is none.
+      UserError: a prefix is empty.
     """
     given = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
     if empty := [prefix for prefix in given if not prefix.strip(".:")]:
@@ -92,7 +97,7 @@ def trust_of(values: Mapping[str, Any], where: str, prefixes: Sequence[str] = ()
 
 
 def named_code(values: Mapping[str, Any]) -> dict[str, str]:
-    """What a resolved config names by import path, by dotted path."""
+    """Returns the import paths that a resolved config names, by the dotted path of the field."""
     strings = ((path, value) for path, value in flatten_config(values) if isinstance(value, str))
     return {
         path: value
@@ -102,7 +107,7 @@ def named_code(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def record_own(values: Mapping[str, Any], where: str) -> str:
-    """Keeps that a run with this config is the user's own; why it could not be kept, empty where it was."""
+    """Records that a run with this config is the user's own; returns why it could not, empty where it could."""
     try:
         file = _record(values)
         if not file.exists():
@@ -117,7 +122,7 @@ def record_own(values: Mapping[str, Any], where: str) -> str:
 
 
 def is_own(values: Mapping[str, Any]) -> bool:
-    """Whether a process of this user has trained a run with exactly this config."""
+    """Returns true if a process of this user has trained a run with exactly this config."""
     try:
         return _record(values).is_file()
     except (OSError, RuntimeError, TypeError, ValueError):  # no home folder, or no config at all
@@ -125,7 +130,10 @@ def is_own(values: Mapping[str, Any]) -> bool:
 
 
 def without_places(values: Mapping[str, Any], places: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A config without these entries (dotted paths), at which things would be written; and what was left out."""
+    """Returns a config with None at these dotted paths, and a line for each one that had a value.
+
+    The paths name places to which opening the data would write.
+    """
     out, left = copy.deepcopy(dict(values)), []
     for place in places:
         *above, last = place.split(".")

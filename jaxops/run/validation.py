@@ -87,18 +87,21 @@ class Validation:
 
     @property
     def every(self) -> int:
-        """Steps between two looks at whether an evaluation is due."""
+        """The number of steps between two calls of `due`."""
         return self._task.steps_between(self._config.evaluate.every) or self._config.run.log_every
 
     def due(self) -> bool:
-        """Whether enough steps or minutes have gone by since the last one; by process 0's clock."""
+        """Returns true where an evaluation is due, asked every `every` steps.
+
+        Where the config gives a time between evaluations, the clock of process 0 decides for all processes.
+        """
         limit = self._config.evaluate.every.seconds
         if limit is None:
             return True
         return bool(distributed.run_on_primary("evaluate", lambda: time.monotonic() - self._at >= limit))
 
     def record(self, step: int, values: Mapping[str, float]) -> str | None:
-        """Takes note of an evaluation and returns the reason to stop, if this one is one too many."""
+        """Takes note of an evaluation; returns the reason to stop early, None where there is none."""
         self.values, self.step, self._at = dict(values), step, time.monotonic()
         stop, best = self._config.evaluate.stop, self._config.checkpoint.best
         metric = stop.metric if stop else best or next(iter(self._config.evaluate.metrics), None)
@@ -128,7 +131,7 @@ class Validation:
 
 
 def undefined_metrics(task: Task) -> list[str]:
-    """A line for each metric that the data leave undefined."""
+    """Returns a line for each metric of the config that the data leave undefined, with the reason."""
     wanted, by_part = task.config.evaluate.metrics, task.undefined.items()
     return [
         f"{part}/{metric} is undefined: {why[metric]}" for part, why in by_part for metric in wanted if metric in why
@@ -136,10 +139,10 @@ def undefined_metrics(task: Task) -> list[str]:
 
 
 def undefined_notices(task: Task) -> list[str]:
-    """The lines of `undefined_metrics`, and one for a best checkpoint that such a metric cannot tell.
+    """Returns the lines of `undefined_metrics`, and one more where `checkpoint.best` names such a metric.
 
     Raises:
-      UserError: `evaluate.stop` goes by such a metric: it could only ever stop the run for want of a better value.
+      UserError: `evaluate.stop` names such a metric. It never improves, so it would stop any run.
     """
     found = undefined_metrics(task)
     missing, stop, best = task.undefined.get("valid", {}), task.config.evaluate.stop, task.config.checkpoint.best

@@ -48,7 +48,7 @@ class WarmStart:
 
 
 def begin_with(state: State, sources: Sequence[WeightSource], done: Collection[str] = ()) -> tuple[State, WarmStart]:
-    """The fresh state with the parameters that the sources have for it; each device reads its own slices.
+    """Returns the fresh state with the parameters that the sources have for it; each device reads its own slices.
 
     The optimizer's state and the step stay fresh; a moving average begins where the parameters do. Parameters whose
     paths are `done` have their beginning already and stay as they are.
@@ -63,7 +63,7 @@ def begin_with(state: State, sources: Sequence[WeightSource], done: Collection[s
 
 
 def init_from(state: State, task: Task, specs: Mapping[str, TableSpec], config: InitFrom) -> tuple[State, WarmStart]:
-    """The fresh state with what of another run matches: parameters by path, rows by the ids that they are of.
+    """Returns the fresh state with what another run has for it: parameters by path, and table rows by their ids.
 
     Rows of `tables/NAME`, and of parameters that have a row for each id (`Task.row_ids`), go to the same ids here.
 
@@ -120,7 +120,7 @@ def _carry_parameters(state: State, task: Task, saved: SavedRun, match: str) -> 
 
 
 def shared_rows(here: Ids, there: Ids) -> tuple[Int64[np.ndarray, " shared"], Int64[np.ndarray, " shared"]]:
-    """The rows of the ids that both have: here, and there."""
+    """Returns the rows of the ids that both have, here and in the other run."""
     if not len(here) or not len(there) or here.kind != there.kind:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     mine = np.arange(here.first, here.first + len(here))
@@ -130,7 +130,7 @@ def shared_rows(here: Ids, there: Ids) -> tuple[Int64[np.ndarray, " shared"], In
 
 
 def with_rows(x: Array, at: Int64[np.ndarray, " rows"], new: Shaped[np.ndarray, "rows ..."]) -> Array:
-    """The array, wherever it lies, with these rows in place of its own."""
+    """Returns the array with these rows in place of its own; its sharding stays as it is."""
     write = jax.sharding.auto_axes(lambda x, at, y: x.at[at].set(y), out_sharding=jax.typeof(x).sharding.spec)
     return jax.jit(write)(x, at, np.asarray(new).astype(x.dtype))
 
@@ -142,7 +142,7 @@ def _with(state: State, arrays: Mapping[str, Array]) -> State:
 
 
 def _averaged(state: State) -> State:
-    """The state whose moving average begins where its parameters do."""
+    """Returns the state with its moving average set to its parameters."""
     if AVERAGED not in state.extra:
         return state
     average = jax.tree.map(lambda p: jnp.copy(p).astype(jnp.float32), state.params)

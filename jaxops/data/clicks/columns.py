@@ -132,7 +132,7 @@ def read_own(config: ClickDataConfig, path: str | os.PathLike[str]) -> Own:
 
 
 def given_columns(config: ClickDataConfig, path: str | os.PathLike[str]) -> pa.Table:
-    """All columns of the rows of a file, as they are there: whose they are, to join by.
+    """Reads all columns of a file unchanged, so that predictions can be joined to its rows.
 
     Raises:
       UserError: what reading raises.

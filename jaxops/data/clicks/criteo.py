@@ -14,7 +14,7 @@ MISSING, RATE = 0.1, 0.25
 
 
 class _World:
-    """What makes clicks: biases and slopes, which a linear model can find, and products of factors, which it cannot."""
+    """Draws clicks from biases and slopes, which a linear model can learn, and from crosses, which it cannot."""
 
     def __init__(self, seed: int) -> None:
         draw = np.random.default_rng([seed, 0])

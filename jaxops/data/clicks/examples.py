@@ -27,7 +27,7 @@ class Column:
     weights: Float32[np.ndarray, "n width"] | None = None
 
     def of(self, examples: np.ndarray) -> np.ndarray:
-        """Those of these examples; where the index says -1, row 0 (unknown) or an empty bag."""
+        """Returns the codes of these examples: row 0 (unknown) or an empty bag where the index is -1."""
         if self.index is None:
             return self.codes[examples]
         at = self.index[examples]
@@ -36,7 +36,7 @@ class Column:
         return found
 
     def weights_of(self, examples: np.ndarray) -> np.ndarray:
-        """The weights of these examples; what those of nobody are does not matter, as their bags are empty."""
+        """Returns the weights of these examples. Where the index is -1 they are arbitrary, as the bag is empty."""
         assert self.weights is not None
         return self.weights[examples if self.index is None else self.index[examples]]
 
@@ -53,7 +53,7 @@ class Examples:
     user: np.ndarray | None = None
 
     def batch(self, rows: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """As models of features read them."""
+        """Returns a batch of the examples `rows`, as models of features read it, with these `ids`."""
         out = {"id": ids.astype(np.int32), "weight": self.weight[rows]}
         out |= {name: column.of(rows) for name, column in self.features.items()}
         for name, column in self.features.items():

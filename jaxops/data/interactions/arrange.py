@@ -27,7 +27,7 @@ Allocate = Callable[[Any, Any], np.ndarray]
 
 
 def silent(stage: str, done: int, total: int | None) -> None:
-    """A `Progress` that says nothing."""
+    """Reports nothing; a `Progress` for callers without a console."""
 
 
 class EncodedIds(NamedTuple):
@@ -59,7 +59,7 @@ class Codes(Protocol):
     """The ids that codes 0, 1, ... stand for (`IdCollector`)."""
 
     def __len__(self) -> int:
-        """How many codes there are."""
+        """Returns the number of codes."""
         ...
 
     def one_each(self) -> Int32[np.ndarray, " codes"] | None:

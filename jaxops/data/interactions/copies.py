@@ -1,6 +1,6 @@
-"""Exact copies of events: rows that agree in every column that is read, as an export that ran twice leaves them.
+"""Finds exact copies of events: rows that agree in every column that is read, such as an export that ran twice writes.
 
-Times that are finer than a day tell copies from honest repeats. Dates alone do not.
+With times finer than a day, a copy differs from a real repeat of the same event. With dates alone it may not.
 """
 
 from typing import Protocol
@@ -29,24 +29,27 @@ class SortedEvents(Protocol):
 
     @property
     def time(self) -> Float64[np.ndarray, " events"]:
-        """Unix seconds."""
+        """The time of each event in unix seconds; its place in the order where the data have no times."""
         ...
 
     @property
     def weight(self) -> Float32[np.ndarray, " events"]:
-        """Weights."""
+        """The weight of each event."""
         ...
 
     @property
     def context(self) -> Int32[np.ndarray, "events columns"]:
-        """Codes of the context columns."""
+        """The code of each event in each context column."""
         ...
 
 
 def copies_in(events: SortedEvents, at: slice, timed: bool) -> Bool[np.ndarray, " events"]:
-    """Returns which of the events `at` are exact copies of an earlier one there; the slice holds whole users.
+    """Returns a mask over the events in a slice: true for an exact copy of an earlier event in it.
 
-    Without times (`timed` is false) the column of times, which then holds the order, is not compared.
+    Args:
+      events: the columns of the events.
+      at: the slice, which holds all events of its users.
+      timed: true where the data have times. Otherwise the column of times holds the order and is not compared.
     """
     user, item, time, weight = (column[at] for column in (events.user, events.item, events.time, events.weight))
     found = np.zeros(len(user), bool)
@@ -69,7 +72,7 @@ def copies_in(events: SortedEvents, at: slice, timed: bool) -> Bool[np.ndarray, 
 
 
 def count_copies(events: SortedEvents, offsets: Int64[np.ndarray, " users_and_one"], timed: bool) -> int:
-    """Counts the exact copies among all events."""
+    """Counts the exact copies among all events; user u has the events `offsets[u]` to `offsets[u + 1]`."""
     return sum(
         int(np.count_nonzero(copies_in(events, slice(int(offsets[start]), int(offsets[stop])), timed)))
         for start, stop in user_ranges(offsets, CHUNK)
@@ -79,7 +82,13 @@ def count_copies(events: SortedEvents, offsets: Int64[np.ndarray, " users_and_on
 def are_copies(
     events: SortedEvents, offsets: Int64[np.ndarray, " users_and_one"], rows: Int64[np.ndarray, " n"]
 ) -> Bool[np.ndarray, " n"]:
-    """Returns which of these rows of timed events are exact copies of an earlier event of their user."""
+    """Returns a mask over `rows`: true where the event of that row is an exact copy of an earlier one of its user.
+
+    Args:
+      events: the columns of the events, which have times.
+      offsets: user u has the events `offsets[u]` to `offsets[u + 1]`.
+      rows: rows of events.
+    """
     found = np.zeros(len(rows), bool)
     for start, stop in user_ranges(offsets, CHUNK):
         at = slice(int(offsets[start]), int(offsets[stop]))

@@ -74,7 +74,14 @@ class EventSource:
 def latest(
     inter: Interactions, event: Int64[np.ndarray, " n"], before: Int64[np.ndarray, " n"], width: int
 ) -> Int32[np.ndarray, "n width"]:
-    """The `width` item rows before each event, of which its user has `before`; 0 on the left where there are fewer."""
+    """Returns the rows of the items that each event's user had last before it, oldest first.
+
+    Args:
+      inter: the events.
+      event: the row of each event.
+      before: how many events its user has before it.
+      width: the number of items to return, 0 on the left where there are fewer.
+    """
     columns = np.arange(width)
     items = np.asarray(inter.item).take((event - width)[:, None] + columns, mode="wrap")
     return np.where(columns >= width - before[:, None], items, 0).astype(np.int32)
@@ -89,7 +96,7 @@ class WithNegatives:
         self.examples = source.examples
 
     def batch(self, cursor: int, size: int) -> dict[str, np.ndarray]:
-        """As the source's, with negatives."""
+        """Returns the batch of the source, with negatives."""
         place = np.arange(cursor * self._count, (cursor + size) * self._count, dtype=np.uint64)
         # The top 32 bits times the number of items: as even as one can be without drawing again.
         drawn = (mixed(place, self._key) >> np.uint64(32)) * np.uint64(self._items) >> np.uint64(32)
@@ -108,14 +115,14 @@ class WithColumns:
         self.examples = source.examples
 
     def batch(self, cursor: int, size: int) -> dict[str, np.ndarray]:
-        """As the source's, with columns."""
+        """Returns the batch of the source, with the columns."""
         return with_columns(self._source.batch(cursor, size), self._columns)
 
 
 def with_columns(
     batch: Mapping[str, np.ndarray], columns: Mapping[str, tuple[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The batch with `codes[batch[entry]]` by name. Entries that it lacks are passed over."""
+    """Returns the batch with `codes[batch[entry]]` for each column, by name. Entries that it lacks are passed over."""
     found = {name: codes[batch[entry]] for name, (entry, codes) in columns.items() if entry in batch}
     return {**batch, **found}
 
@@ -133,7 +140,7 @@ class ColumnBatches:
         return (with_columns(batch, self._columns) for batch in self._batches)
 
     def rows(self, k: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows `[start, stop)` of batch k alone."""
+        """Returns rows `[start, stop)` of batch k alone."""
         return with_columns(self._batches.rows(k, start, stop), self._columns)
 
 
@@ -150,7 +157,7 @@ class EntityBatches:
         return (self.rows(k, 0, self._size) for k in range(len(self)))
 
     def rows(self, k: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows `[start, stop)` of batch k alone."""
+        """Returns rows `[start, stop)` of batch k alone."""
         row = np.arange(k * self._size + start, k * self._size + stop)
         row = np.where(row < self._count, row, 0).astype(np.int32)
         return {"id": row, self._entry: row}

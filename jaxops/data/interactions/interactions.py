@@ -123,7 +123,7 @@ def from_arrays(
     min_count: MinCount = MinCount(),
     duplicates: Duplicates = "auto",
 ) -> Interactions:
-    """Makes interactions of one's own arrays, one entry an event; without `times` the given order is the order.
+    """Makes interactions from arrays with one entry for each event. Without `times` the given order counts.
 
     Args:
       users: integers or strings.

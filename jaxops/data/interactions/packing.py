@@ -83,10 +83,10 @@ class PackedSource:
 def pack(
     width: Int64[np.ndarray, " windows"], length: int, seed: int
 ) -> tuple[Int64[np.ndarray, " windows"], Int64[np.ndarray, " rows_and_one"]]:
-    """Which windows share a row: (windows in order of rows, where each row begins among them).
+    """Chooses which windows share a row; returns the windows in order of rows, and where each row begins among them.
 
-    Longest first, each row filled with the longest that still fits, on counts of lengths and not on windows (histogram
-    packing, Krell et al. 2021); which window of a length goes where is drawn by `seed`.
+    Each row is filled with the longest window that still fits. That is decided on counts of lengths, not on single
+    windows (histogram packing, Krell et al. 2021); `seed` then draws which window of a length goes where.
     """
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 2**32 - 1])))
     shuffled = generator.permutation(len(width))
@@ -119,6 +119,6 @@ def pack(
 
 
 def _ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """start[0], start[0] + 1, ... (count[0] of them), start[1], ..."""
+    """Returns start[0], start[0] + 1, ... (count[0] of them), start[1], ..."""
     offset = np.cumsum(count) - count
     return np.arange(int(count.sum())) + np.repeat(start - offset, count)

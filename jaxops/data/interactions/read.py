@@ -147,7 +147,7 @@ def _numbers(column: pa.Array, place: _Place, expected: str = "a number") -> Flo
 
 
 def _weights(column: pa.Array, place: _Place) -> Float32[np.ndarray, " rows"]:
-    """Zero or more: an event of weight zero is history, and nothing to learn."""
+    """Returns weights of zero or more. An event of weight zero counts as history and is not learnt."""
     values = _numbers(column, place)
     wrong = np.flatnonzero((values < 0) | (values > np.finfo(np.float32).max))
     if len(wrong):

@@ -90,7 +90,7 @@ class SequenceSource:
         }
 
     def _spans(self, cursor: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Of each epoch touched: window ids, the place of the last target, the number of inputs."""
+        """Yields, for each epoch in the batch, window ids, the place of the last target and the number of inputs."""
         stop = cursor + size
         while cursor < stop:
             epoch, start = divmod(cursor, self.examples)

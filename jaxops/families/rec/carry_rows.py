@@ -34,7 +34,7 @@ def carry_rows(
     source: SavedRun,
     match: str,
 ) -> tuple[Any, dict[str, CarriedRows]]:
-    """The tables with the rows that both runs have the id of, and how many those are, by `tables/NAME`.
+    """Takes over the rows of ids that both runs have; returns the tables, and the counts by `tables/NAME`.
 
     A row is written to the row that has the same id in this run. Rows of ids that the other run lacks stay fresh.
     Hashed rows are taken over where salt and number of rows are the same.

@@ -42,7 +42,7 @@ from jaxops.run.task import About, Task, of_config
 from jaxops.tables.spec import TableSpec
 
 LOGITS = "logits"
-"""The entry of sums that holds the logits of a part, which is no metric."""
+"""The name in the sums of an evaluation under which the logits of a part are kept. It is no metric."""
 
 
 def build(loaded: Loaded[RecConfig], given: Given) -> Task:
@@ -151,10 +151,10 @@ class ServedClicks:
 
         Args:
           source: a file with the columns of the run's data, a pyarrow table or a data frame.
-          options: a click model takes none of them.
-          say: it is called with each line that a person should read.
-          batch: rows of a batch.
-          keywords: the fields of `Predict`.
+          options: the options of `jaxops predict`, none of which a click model takes.
+          say: not used.
+          batch: the number of rows in a batch.
+          keywords: the fields of `Predict`, in place of `options`.
 
         Raises:
           UserError: the source does not fit, or an option is given.
@@ -214,10 +214,10 @@ class ServedClicks:
         other_data: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> dict[str, float]:
-        """Metrics on the run's own data, on the devices that are here.
+        """Returns the metrics on the run's own data, computed on the devices of this machine.
 
         Raises:
-          UserError: the data cannot be opened, or have changed; other data are meant.
+          UserError: the data cannot be opened or have changed, or `other_data` is true.
         """
         del say
         if other_data:
@@ -230,7 +230,7 @@ class ServedClicks:
 
 
 def _who_column(data: Any, kind: str) -> str | None:
-    """The column that says whose a row is (`user`) or of what (`item`)."""
+    """Returns the column that holds the ids of this kind, `user` or `item`; None where the config names none."""
     return getattr(data.columns, kind) if isinstance(data, ClicksFile) else kind
 
 
@@ -249,7 +249,7 @@ def _reads(config: RecConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _held(examples: Examples) -> dict[str, np.ndarray]:
-    """All that examples hold beside their labels, by name, for a digest."""
+    """Returns the arrays of the examples by name, without labels, masks and users, to compute a digest of them."""
     found = {"numeric": examples.numeric, "weight": examples.weight}
     for name, column in examples.features.items():
         parts = {"codes": column.codes, "index": column.index, "weights": column.weights}
@@ -258,10 +258,10 @@ def _held(examples: Examples) -> dict[str, np.ndarray]:
 
 
 class ClickMetrics:
-    """Metrics of clicks: of the first label under plain names, of the others as `auc[NAME]` and so on.
+    """Computes the metrics of a click model. The first label has plain names (`auc`), another has `auc[NAME]`.
 
-    Sums over examples are made on the devices. AUC, and GAUC of the first label grouped by user, depend on the order of
-    all scores, so the host computes them exactly from the logits of the whole part.
+    The devices compute metrics that are sums over examples. AUC and GAUC depend on the order of all scores, so the host
+    computes them exactly from the logits of the whole part. GAUC is AUC within each user, for the first label alone.
     """
 
     def __init__(self, config: RecConfig, model: Any, data: ClickData):
@@ -272,7 +272,7 @@ class ClickMetrics:
         self._ordered = bool({"auc", "gauc"} & {*config.evaluate.metrics})
 
     def sums(self, params: Params, batch: Mapping[str, Array]) -> Sums:
-        """Of a batch, with its slices."""
+        """Returns the sums of a batch and of its slices, and under `LOGITS` the logits that `derive` needs."""
         shape = (batch["label"].shape[0], len(self._labels))
         logits, label = self._model.apply(params, batch, None).reshape(shape), batch["label"].reshape(shape)
 
@@ -289,7 +289,12 @@ class ClickMetrics:
         return out
 
     def derive(self, part: str, found: Mapping[str, Any]) -> dict[str, float]:
-        """AUC and GAUC of a part, of its slices and its other labels."""
+        """Computes AUC and GAUC of a part and of its slices, and AUC of its other labels, on the host.
+
+        Args:
+          part: `valid` or `test`.
+          found: the values of `sums` over the whole part, of which `LOGITS` is read.
+        """
         if not self._ordered:
             return {}
         rows, examples = self._rows[part], self._examples
@@ -310,7 +315,10 @@ class ClickMetrics:
         return out
 
     def undefined(self) -> dict[str, dict[str, str]]:
-        """By part and metric, why the labels alone leave it undefined."""
+        """Returns the metrics of the first label that no model can have, as {part: {metric: reason}}.
+
+        AUC, for example, is undefined where all examples are clicks.
+        """
         return {part: self._undefined(rows) for part, rows in self._rows.items()}
 
     def _undefined(self, rows: np.ndarray) -> dict[str, str]:

@@ -33,7 +33,7 @@ class AskedBatches:
         return (self.rows(k, 0, self._size) for k in range(len(self)))
 
     def rows(self, k: int, start: int, stop: int) -> Mapping[str, np.ndarray]:
-        """Rows `[start, stop)` of batch k alone."""
+        """Returns rows `[start, stop)` of batch k alone."""
         at = np.arange(k * self._size + start, k * self._size + stop)
         real = at < len(self._target)
         target = np.where(real, self._target[np.where(real, at, 0)], 0).astype(np.int32)
@@ -41,7 +41,7 @@ class AskedBatches:
 
 
 def evaluate_other_data(served: Any, parts: tuple[str, ...], say: Callable[[str], None]) -> dict[str, float]:
-    """Metrics of a ServedRanking on what lies at its run's `data` now, without what training saw of it.
+    """Evaluates a ServedRanking on what lies at its run's `data` now, without what training saw of it.
 
     Items that the model does not know are left out of histories; as a target they are a miss.
 

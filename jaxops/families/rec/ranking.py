@@ -113,7 +113,7 @@ def with_catalogue(catalogue: Catalogue, passes: Passes, weights: Weights) -> We
 def ranking_evaluation(
     ranking: Ranking, config: RecConfig, batches: Mapping[str, Callable[[int], EvalBatches]]
 ) -> BatchedEvaluation:
-    """The evaluation of a ranker over the whole catalogue, and over the slices that its batches carry.
+    """Builds the evaluation of a ranker over the whole catalogue, and over the slices that its batches carry.
 
     What is not recommended is not ranked: items that a user has seen, by `repeats`, and items that training never saw,
     where `untrained_items` leaves them out. Only the slice of cold items ranks those among all others.
@@ -142,7 +142,7 @@ def ranking_evaluation(
 
 
 def baselines(data: RecData, config: RecConfig) -> dict[str, dict[str, float]]:
-    """What most-popular and item-kNN reach on the same queries, as {"item_knn": {"valid/hr@10": ...}}."""
+    """Evaluates most-popular and item-kNN on the same queries; returns {"item_knn": {"valid/hr@10": ...}}."""
     inter, split, evaluate = data.inter, data.split, config.evaluate
     slices = slice_columns(evaluate.slices, data)
     out: dict[str, dict[str, float]] = {}
@@ -169,18 +169,21 @@ def baselines(data: RecData, config: RecConfig) -> dict[str, dict[str, float]]:
 
 
 def inspected(data: RecData) -> dict[str, Any]:
-    """All that is known of the data: `inspect` of them, and how many events come again."""
+    """Returns the summary that `inspect` gives of the data, with the number of repeats."""
     return {**inspect(data), "repeats": count_repeats(data)}
 
 
 def described(inspection: dict[str, Any]) -> list[tuple[str, str]]:
-    """The outcome of `inspected` as (what, how much) rows for a table."""
+    """Returns the outcome of `inspected` as (what, how much) rows for a table."""
     *rows, digest = describe(inspection)
     return [*rows, ("repeats", describe_repeats(inspection["repeats"], inspection["split"])), digest]
 
 
 def undefined_of(config: RecConfig, inspection: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """By part and metric, why the data leave it undefined: every target is a repeat that is excluded."""
+    """Returns the metrics that no model can have, as {part: {metric: reason}}.
+
+    Metrics of ranks are undefined on a part where every target is a repeat and repeats are excluded.
+    """
     found: dict[str, dict[str, str]] = {}
     for part in ("valid", "test"):
         count = inspection["split"][part]
@@ -192,7 +195,7 @@ def undefined_of(config: RecConfig, inspection: dict[str, Any]) -> dict[str, dic
 
 
 def notices_of(config: RecConfig, inspection: dict[str, Any], untrained: int = 0) -> tuple[str, ...]:
-    """Lines for people before training begins: of repeats, and of `untrained` items that are not recommended."""
+    """Returns lines to show before training: about repeats, and about `untrained` items, which are not recommended."""
     found = repeats_notices(inspection["repeats"], inspection["split"], config.repeats)
     if untrained:
         found.append(
@@ -203,7 +206,7 @@ def notices_of(config: RecConfig, inspection: dict[str, Any], untrained: int = 0
 
 
 def about(config: RecConfig, inspection: dict[str, Any], trained_alone: bool = False) -> About:
-    """What people read of a ranker; of data of the user's own nothing is known."""
+    """Returns the texts about a ranker and its data that reports show; without an inspection none about the data."""
     notes = [RANKED[config.repeats]]
     notes += [SAMPLED_RANKED] if any(map(is_sampled, config.evaluate.metrics)) else []
     notes += [TRAINED_ALONE] if trained_alone else []

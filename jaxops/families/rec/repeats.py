@@ -19,7 +19,7 @@ WORTH_TELLING = 0.01
 
 
 def seen_before(inter: Interactions) -> Bool[np.ndarray, " events"]:
-    """Whether the user of each event had its item in an earlier one."""
+    """Returns a mask over the events: true where the user had the same item in an earlier event."""
     found = np.zeros(inter.n_events, bool)
     for start, stop in user_ranges(inter.offsets, CHUNK):
         at = slice(int(inter.offsets[start]), int(inter.offsets[stop]))
@@ -33,9 +33,9 @@ def seen_before(inter: Interactions) -> Bool[np.ndarray, " events"]:
 def target_weights(
     inter: Interactions, split: Split, repeats: Repeats, *, first: bool
 ) -> Float32[np.ndarray, " events"] | None:
-    """How much each event counts as something to predict: its weight, or 0 for a repeat that is excluded.
+    """Returns how much each event counts as a target: its weight, or 0 for a repeat that is excluded.
 
-    None where every event counts one.
+    The result is None where every event counts one.
 
     Args:
       inter: the events.
@@ -66,7 +66,7 @@ def target_weights(
 
 
 def count_repeats(data: RecData) -> dict[str, int]:
-    """How many training events, and targets of validation and test, their users have had before."""
+    """Counts the training events, and the targets of validation and test, whose user has had the item before."""
     inter, split = data.inter, data.split
     again = seen_before(inter)
     position = np.arange(inter.n_events) - inter.offsets[:-1].repeat(inter.lengths)
@@ -79,14 +79,14 @@ def count_repeats(data: RecData) -> dict[str, int]:
 
 
 def describe_repeats(counts: dict[str, int], split: dict[str, Any]) -> str:
-    """The counts of `count_repeats` in words, out of those of the split."""
+    """Describes the counts of `count_repeats` in words, each beside the size of its part."""
     of = {"train": ("train_events", "training events"), "valid": ("valid", "validation targets")}
     of["test"] = ("test", "test targets")
     return ", ".join(f"{counts[part]:,} of {split[total]:,} {what}" for part, (total, what) in of.items())
 
 
 def repeats_notices(counts: dict[str, int], split: dict[str, Any], repeats: Repeats) -> list[str]:
-    """A line for people where enough targets are repeats to matter."""
+    """Returns a line for people if enough targets are repeats to matter, else none."""
     share = max((counts[part] / split[part] for part in ("valid", "test") if split[part]), default=0.0)
     if repeats != "exclude" or share < WORTH_TELLING:
         return []

@@ -127,10 +127,10 @@ def restore(saved: SavedRun) -> ServedRanking:
 def two_tower_ranking(
     config: RecConfig, encoded: Encoded, n_items: int, trained: Bool[np.ndarray, " rows"] | None = None
 ) -> Ranking:
-    """Both towers for these features.
+    """Builds the two towers for these features, in the form that evaluation and serving use.
 
     Args:
-      config: of the run.
+      config: the config of the run.
       encoded: the features.
       n_items: the size of the catalogue.
       trained: by item row, whether training saw it (None: not known). What it did not see has the random row of its id

@@ -96,7 +96,7 @@ class ServedRanking:
         batch: int = 512,
         **keywords: Any,
     ) -> pa.Table:
-        """The best items for each user: user, rank (from 1), item, score; original ids.
+        """Returns the best items for each user, in columns user, rank (from 1), item and score, with original ids.
 
         What a user has seen is left out unless the run's `repeats` allows it, and so are items that training never saw
         where their vectors are random (`untrained_items`).
@@ -155,9 +155,9 @@ class ServedRanking:
         return pa.table({name: pa.array(np.concatenate(parts)) for name, parts in columns.items()})
 
     def index(self, method: str = "auto", *, untrained: bool = False) -> Index:
-        """The items' vectors, to be searched by those of users; on all devices that are here.
+        """Returns an index of the items' vectors over all devices of this machine, which users' vectors search.
 
-        With `untrained` also of items that training never saw, where they would be left out.
+        Items that training never saw may be left out of it (`untrained_items`); with `untrained` they are in it.
 
         Raises:
           UserError: the method is unknown.
@@ -171,7 +171,13 @@ class ServedRanking:
         return self._indices[method, untrained]
 
     def recall(self, source: Any, top: int = TOP, *, method: str = "auto", untrained: bool = False) -> float:
-        """The share of the exact best items that `predict` with this method finds, of the first 512 users.
+        """Returns the share of the exact best items of the first 512 users that a search with this method finds.
+
+        Args:
+          source: a file, table or data frame of users, as `predict` takes it, or their histories.
+          top: the number of best items.
+          method: `exact`, `approx`, or `auto`.
+          untrained: search also items that training never saw.
 
         Raises:
           UserError: the source does not fit, or `top` is below one.
@@ -273,7 +279,7 @@ class ServedRanking:
         return ColumnBatches(HistoryBatches(given, users, ranking.length, size), columns)
 
     def _vectors(self, given: Histories, size: int) -> Iterator[tuple[int, Any, Any]]:
-        """By batches: the first user, the users' vectors and the items they have seen; the last batch padded."""
+        """Yields for each batch its first user, the users' vectors and the items they have seen; the last is padded."""
         ranking, passes = self.ranking, self._passes(size)
         batches = self.batches(given, passes.size)
         allow = self.config.repeats == "allow"  # then nothing is left out: a column of 0, which is no item

@@ -24,7 +24,7 @@ ITEMS, USERS, EVENTS, UNTIL = "trained.items", "trained.users", "trained.events"
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What training saw.
+    """The record of what training saw: its items, its users, and how much of each user's history.
 
     Attributes:
       items: whether an item has a training event, by item row; row 0 is no item.
@@ -39,14 +39,14 @@ class Trained:
     until: Float64[np.ndarray, " users"]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Named arrays for the run folder."""
+        """Returns the record as named arrays for the run folder."""
         users = np.asarray(self.users.values)
         return {ITEMS: self.items, USERS: users, EVENTS: self.events, UNTIL: self.until}
 
     def knows(self, inter: Interactions, queries: Queries) -> Bool[np.ndarray, " queries"]:
-        """Whether a query's target, of other data, is among the events that were trained on.
+        """Returns a mask over queries of other data: true where the target is an event that was trained on.
 
-        By its time, where both data have times; else by its place among the user's events.
+        Times decide where both data have them; else the place among the user's events.
         """
         if not len(queries):
             return np.zeros(0, bool)
@@ -59,7 +59,7 @@ class Trained:
 
 
 def trained_on(inter: Interactions, split: Split) -> Trained:
-    """The record of this split's training part."""
+    """Makes the record of this split's training part."""
     has = split.train_end > 0
     last = inter.offsets[:-1] + np.maximum(split.train_end, 1) - 1
     time = np.asarray(inter.time[last], np.float64) if inter.timed else np.full(inter.n_users, np.nan)
@@ -68,7 +68,7 @@ def trained_on(inter: Interactions, split: Split) -> Trained:
 
 
 def trained_items(inter: Interactions, split: Split) -> Bool[np.ndarray, " rows"]:
-    """Whether an item has a training event that counts, by item row."""
+    """Returns a mask by item row: true for an item with a training event whose weight is above zero."""
     found = np.zeros(inter.n_items + 1, bool)
     for start, stop in user_ranges(inter.offsets, CHUNK):
         at = slice(int(inter.offsets[start]), int(inter.offsets[stop]))
@@ -79,7 +79,7 @@ def trained_items(inter: Interactions, split: Split) -> Bool[np.ndarray, " rows"
 
 
 def recorded(saved: SavedRun) -> Trained | None:
-    """The record of a run; None of a run that was made before there was one."""
+    """Reads the record of a run; None for a run of an older version, which wrote none."""
     try:
         users = Ids.of(saved.transform(USERS), first=0)
         return Trained(saved.transform(ITEMS).astype(bool), users, saved.transform(EVENTS), saved.transform(UNTIL))
@@ -88,7 +88,7 @@ def recorded(saved: SavedRun) -> Trained | None:
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """`{"sha256": ...}` over what features hold, by name, so that changed features are told apart."""
+    """Returns `{"sha256": ...}` over the named arrays of features, so that a later change of them is noticed."""
     found = hashlib.sha256()
     for name in sorted(arrays):
         values = np.ascontiguousarray(arrays[name])

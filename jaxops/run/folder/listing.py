@@ -219,7 +219,7 @@ def _list_stored(top: stores.Location) -> list[Listed]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run, or what is left of one."""
+    """Returns true if a folder is a run, or what is left of one."""
     try:
         return any((folder / name).exists() for name in MARKS)
     except OSError:  # an unreadable folder is listed, with the reason
@@ -262,7 +262,7 @@ def _goes_on(run: RunRecord) -> bool:
 
 
 def _last_logged(path: Path) -> dt.datetime | None:
-    """When the last line of a log was written: not the latest of all times, where a clock was set back in between."""
+    """Returns the time in the last line of a log. It is not the latest time there if a clock was set back."""
     try:
         with open(path, "rb") as file:
             file.seek(max(os.fstat(file.fileno()).st_size - _TAIL, 0))

@@ -164,7 +164,7 @@ class RunFolder:
             )
 
     def other_data(self, inspection: Mapping[str, Any]) -> str:
-        """What tells these data from those that the run began with, in words; empty where nothing does."""
+        """Describes how these data differ from those that the run began with; empty where they do not."""
         recorded = self.read_json("data.json")
         for part, what in (("split", "the split"), ("features", "the features")):
             here, there = (found.get(part, {}).get("sha256") for found in (inspection, recorded))
@@ -256,7 +256,7 @@ class RunFolder:
             )
 
     def has(self, name: str) -> bool:
-        """Whether the folder holds this file (of one in an object store: as of the last look)."""
+        """Returns true if the folder holds this file (in an object store: at the last listing)."""
         return name in self.names()
 
     def send(self, name: str) -> None:
@@ -269,15 +269,15 @@ class RunFolder:
             self._mirror.send(name)
 
     def summary(self) -> dict[str, Any]:
-        """`summary.json`, empty where there is none yet."""
+        """Reads `summary.json`; empty where there is none yet."""
         return self.read_json("summary.json")
 
     def about(self) -> dict[str, Any]:
-        """`about.json`: names for people, and which way metrics are better; empty in folders of older versions."""
+        """Reads `about.json`: names for people, and the better direction of each metric; empty in older folders."""
         return self.read_json("about.json")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """The JSON object in a small file of the run, empty where there is none that can be read."""
+        """Reads the JSON object in a small file of the run; empty where there is none that can be read."""
         self._refresh()
         try:
             found = json.loads(small_files.read_text(self.path / name))
@@ -286,7 +286,7 @@ class RunFolder:
         return found if isinstance(found, dict) else {}
 
     def names(self) -> set[str]:
-        """What lies in the folder, or in an object store as of the last look."""
+        """Returns the names in the folder (in an object store: at the last listing)."""
         if self._mirror is not None:
             return self._mirror.names
         return {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
