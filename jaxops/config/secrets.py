@@ -1,7 +1,7 @@
 """`${secret:NAME}`: a value that is read from the environment when code of one's own is called, and written nowhere.
 
 What is written, shown and compared is the reference. `${env:NAME}` is for all that a run folder may hold.
-Held by tests/config/test_config_secrets.py.
+Tested in tests/config/test_config_secrets.py.
 """
 
 import dataclasses

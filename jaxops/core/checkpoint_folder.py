@@ -4,7 +4,7 @@ A checkpoint is a folder `20` (or `20-2` where step 20 was saved again: beside t
 has a manifest. Nothing damaged is deleted, and nothing goes before something newer is whole. What checkpoints have in
 common lies beside them (shared_parts.py), as long as one of them names it. Folders of somebody else are left alone,
 whatever their names, and nothing is changed through a link: a checkpoint that was moved away and linked is read.
-Held by tests/core/test_checkpoint_folder.py.
+Tested in tests/core/test_checkpoint_folder.py.
 """
 
 import contextlib

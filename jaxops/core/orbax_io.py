@@ -47,7 +47,7 @@ def release_threads() -> None:
 
     They are no daemons: the process would stay, and hold its devices, long after it has said what went wrong.
     Orbax has no call for that. No save may be under way; several processes end by themselves (distributed.leave).
-    Held by tests/core/test_checkpoint.py.
+    Tested in tests/core/test_checkpoint.py.
     """
     if jax.process_count() > 1:
         return

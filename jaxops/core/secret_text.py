@@ -1,7 +1,7 @@
 """Text that is safe to show: without secrets, and without what a terminal would obey.
 
 The values of secrets that this process has read are remembered here, and passwords in URLs are told by their form.
-Held by tests/config/test_config_secrets.py and tests/report/test_hostile_folders.py.
+Tested in tests/config/test_config_secrets.py and tests/report/test_hostile_folders.py.
 """
 
 import re

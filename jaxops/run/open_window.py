@@ -1,7 +1,7 @@
 """The window of metrics that an interrupt cuts short, as JSON in the checkpoint that is saved then.
 
 A run that stops at step 7 of a window of 5 to 10 keeps the sums of 5 to 7; the run that goes on adds to them and logs
-the line of step 10 that a run which never stopped would log. Held by tests/run/test_resume.py.
+the line of step 10 that a run which never stopped would log. Tested in tests/run/test_resume.py.
 """
 
 import base64

@@ -2,7 +2,7 @@
 
 A digest is of the file that a path leads to (and of the one that it names, where that imports it from there). Not
 looked at: what those files import from others, installed packages, notebooks and whatever else has no source file.
-Held by tests/run/test_run_code.py.
+Tested in tests/run/test_run_code.py.
 """
 
 import functools

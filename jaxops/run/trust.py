@@ -3,7 +3,7 @@
 A run is one's own if a process of this user has trained it with the very config that lies in its folder: the SHA-256
 of that config is kept in the user's state folder, so a folder may be moved or copied, and one that was changed or
 came from somebody else is told. What this cannot know: whether the code behind a path is still the same (own_code.py).
-Held by tests/run/test_run_trust.py.
+Tested in tests/run/test_run_trust.py.
 """
 
 import copy

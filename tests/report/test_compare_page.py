@@ -143,7 +143,9 @@ def test_runs_without_a_readable_config_are_left_out_of_the_differences(make):
     sides[2:] = [Side(read_run(side.run.path), side.label, side.state) for side in sides[2:]]
     comparison = compare_sides(sides)
     assert [d.values for d in comparison.differences] == [{"a": 64, "b": 32}]
-    assert comparison.warnings == ["c has no config.yaml: left out of the config differences."]
+    left_out, unreadable = comparison.warnings
+    assert unreadable.startswith("d: config.yaml is not YAML: a.0 [config.yaml:1]: an alias (*) inside the very thing")
+    assert left_out == "c has no config.yaml: left out of the config differences."
     render_comparison(comparison)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jaxops.core import stores
 from jaxops.core.failures import UserError, nearest
-from jaxops.core.small_files import read_bytes
+from jaxops.core.small_files import read_bytes, read_end
 from jaxops.core.writers import read_metrics
 from jaxops.report import results
 from jaxops.report.compare import MAX_RUNS, Comparison, Side, compare_sides
@@ -264,13 +264,11 @@ def _goes_on(run: RunRecord) -> bool:
 def _last_logged(path: Path) -> dt.datetime | None:
     """Returns the time in the last line of a log. It is not the latest time there if a clock was set back."""
     try:
-        with open(path, "rb") as file:
-            file.seek(max(os.fstat(file.fileno()).st_size - _TAIL, 0))
-            lines = file.read().split(b"\n")
+        lines = read_end(path, _TAIL).split(b"\n")
     except OSError:
         return None
     for raw in reversed(lines):
-        with contextlib.suppress(ValueError, AttributeError):
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
             if (found := utc_time(json.loads(raw).get("time"))) is not None:
                 return found
     return None
