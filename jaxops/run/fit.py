@@ -96,7 +96,8 @@ def _finished(task: Task, folder: RunFolder, progress: Progress) -> dict[str, An
         return None
     why = f", {summary['reason']}" if early else ""
     if not folder.has("report.html"):  # killed between the summary and the report
-        report_again(folder.dir)
+        with folder.locked(progress.say):  # which sweeps what the kill left
+            report_again(folder.dir)
     progress.say(f"{folder.where} is finished (step {summary['step']}{why}); nothing to do")
     progress.table(summary, task.config.evaluate.metrics, task.about.note)
     progress.say(f"report: {folder.shown('report.html')}")
