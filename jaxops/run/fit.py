@@ -95,9 +95,10 @@ def _finished(task: Task, folder: RunFolder, progress: Progress) -> dict[str, An
     if summary.get("state") != "finished" or not (early or summary.get("step", 0) >= task.steps):
         return None
     why = f", {summary['reason']}" if early else ""
-    if not folder.has("report.html"):  # killed between the summary and the report
+    if not folder.has("report.html") or folder.scraps():  # killed after the summary
         with folder.locked(progress.say):  # which sweeps what the kill left
-            report_again(folder.dir)
+            if not folder.has("report.html"):
+                report_again(folder.dir)
     progress.say(f"{folder.where} is finished (step {summary['step']}{why}); nothing to do")
     progress.table(summary, task.config.evaluate.metrics, task.about.note)
     progress.say(f"report: {folder.shown('report.html')}")
