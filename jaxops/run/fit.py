@@ -126,8 +126,10 @@ def _finished(task: Task, folder: RunFolder, progress: Progress, accept_code: bo
     if named_code(there) == named_code(task.resolved) and {*secrets_in(there)} == {*secrets_in(task.resolved)}:
         record_own(there, folder.where)
     why = f", {summary['reason']}" if early else ""
-    if not folder.has("report.html"):  # killed between the summary and the report
-        report_again(folder.dir)
+    if not folder.has("report.html") or folder.scraps():  # killed after the summary
+        with folder.locked(progress.say):  # which sweeps what the kill left
+            if not folder.has("report.html"):
+                report_again(folder.dir)
     progress.say(f"{folder.where} is finished (step {summary['step']}{why}); nothing to do")
     progress.table(summary, task.config.evaluate.metrics, task.about.note)
     progress.say(f"report: {folder.shown('report.html')}")

@@ -415,6 +415,7 @@ class TrainingRun:
                     self.writers.write(step, {k: v for k, v in values.items() if k.startswith("test/")})
                 for name, figures in (self.task.baselines() if self.task.baselines else {}).items():
                     found.update({f"baseline/{name}/{key}": value for key, value in figures.items()})
+            self.writers.flush()  # a run that is finished opens its records no more
             summary, report = write_summary(self.folder, state, found)
             if state == "finished":
                 self.progress.table(summary, self.config.evaluate.metrics, self.task.about.note)

@@ -173,7 +173,7 @@ ROWS = [
         {"b.yaml": "base: my.yaml\nrun: {dir: '${env:JAXOPS_NOWHERE}/runs'}\n"},
     ),
     # what does not go together
-    train("epochs and steps", 'run={"epochs":3,"steps":20}', "run [", "exactly one of run.epochs and run.steps"),
+    train("epochs and steps", "run.epochs=3 run.steps=9", "run [", "exactly one of run.epochs and run.steps"),
     train("neither", "run.steps=null", "run [", "exactly one of run.epochs and run.steps"),
     train("mesh product", "mesh.data=3 batch.global=15", "mesh: data 3 does not fit 8 devices"),
     train(

@@ -60,9 +60,12 @@ def test_a_run_whose_folder_goes_stops_and_says_so(folder, no_report, strike, le
 
 def test_a_kill_between_summary_and_report_is_made_up_for(finished, capsys):
     (finished / "report.html").unlink()
+    left = finished / f".report.html.{'0' * 32}"
+    left.write_text("half")
     assert main(["train", "my.yaml", "run.loggers=[tensorboard]"]) == 0
     said = capsys.readouterr().err
     assert "is finished (step 20)" in said and "report: runs/tiny/report.html" in said
+    assert not left.exists()
     page = (finished / "report.html").read_text()
     assert "<svg" in page and "tiny" in page
 

@@ -337,13 +337,16 @@ class RunFolder:
                         for folder in made:
                             folder.rmdir()
 
+    def scraps(self) -> list[Path]:
+        """The temporary files that killed processes left in the folder (or that a living one is about to rename)."""
+        found = [path for folder in (self.path, self.path / "processes") for path in folder.glob(".*")]
+        return [path for path in found if SCRATCH.fullmatch(path.name) and path.is_file() and not path.is_symlink()]
+
     def _sweep(self) -> None:
-        """Removes the temporary files that killed processes left in the folder, which this process alone holds."""
-        for folder in (self.path, self.path / "processes"):
-            for path in folder.glob(".*"):
-                if SCRATCH.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+        """Removes what killed processes left in the folder, which this process alone holds."""
+        for path in self.scraps():
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def shown_value(value: Any) -> str:
