@@ -174,12 +174,13 @@ class Mirror:
                     continue
 
     def send(self, name: str) -> None:
-        """Writes one small file to the store, without holding the run.
+        """Writes one small file to the store, if it is there, without holding the run.
 
         Raises:
           StoreError: the store does not take it.
         """
-        self.store.write(self._key(name), (self.local / name).read_bytes())
+        if (self.local / name).exists():
+            self.store.write(self._key(name), (self.local / name).read_bytes())
 
     def poll(self) -> None:
         """Raises the error of pushes in the background, if there is one; it costs nothing.
