@@ -65,6 +65,10 @@ class Evaluate:
     baselines: bool = True
     stop: EarlyStop | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.every, int):  # from Python, where a number of steps is a number
+            object.__setattr__(self, "every", Every(steps=self.every))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
