@@ -15,6 +15,7 @@ from jaxops.data.interactions.interactions import Interactions
 from jaxops.data.interactions.open import open_data
 from jaxops.families.rec.histories import Histories
 from jaxops.families.rec.ranking import ranking_evaluation
+from jaxops.families.rec.repeats import seen_before
 from jaxops.families.rec.trained import recorded
 from jaxops.run.batched import evaluate_now
 from jaxops.run.outputs import counted
@@ -60,6 +61,7 @@ def evaluate_other_data(served: Any, parts: tuple[str, ...], say: Callable[[str]
         say("slices are measured on the run's own data alone")
     item = np.zeros(inter.n_items + 1, np.int32)
     item[1:] = np.maximum(served.item_ids.rows(inter.item_ids.originals(np.arange(1, inter.n_items + 1))), 0)
+    again = seen_before(inter) if config.repeats == "exclude" else np.zeros(len(inter.item), bool)
     asked: dict[str, tuple[Histories, np.ndarray]] = {}
     for part, queries in (("valid", data.split.valid), ("test", data.split.test)):
         if part not in parts or not len(queries):
@@ -67,11 +69,16 @@ def evaluate_other_data(served: Any, parts: tuple[str, ...], say: Callable[[str]
         fresh = np.ones(len(queries), bool) if known is None else ~known.knows(inter, queries)
         if not fresh.all():
             say(f"{part}: {counted(int((~fresh).sum()), 'query', 'queries')} left out: training saw the target")
+        repeated = fresh & again[inter.offsets[queries.user] + queries.history]
+        if repeated.any():
+            found = counted(int(repeated.sum()), "query", "queries")
+            say(f"{part}: {found} left out: the user has had the target before (repeats: exclude)")
+        fresh &= ~repeated
         given, target, unknown = _asked(served, inter, item, queries, fresh)
         if unknown:
             say(f"{part}: {counted(unknown, 'query', 'queries')} left out: no item of the history is known")
         if not len(given.users):
-            raise UserError(f"--other-data: no {part} query is left that training did not see")
+            raise UserError(f"--other-data: no {part} query is left to evaluate: each was left out, as said above")
         say(f"{part}: {counted(len(target), 'query', 'queries')}, {int((target == 0).sum()):,} with an unknown target")
         asked[part] = given, target
     return _measured(served, asked)
