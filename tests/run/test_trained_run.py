@@ -102,6 +102,7 @@ def test_predict_for_events_gives_original_ids_and_nothing_that_was_seen(finishe
         "2 users asked for",
         "1 user left out: the model knows nothing of what they did",
         "2 events left out: items that the model does not know",
+        "2 users with fewer than 50 items: no more are left to recommend that they have not had (repeats: exclude)",
     ]
     found = lists("out/part-00000.parquet")
     everything = {f"i{number:02}" for number in range(30)}
