@@ -236,15 +236,6 @@ class Join:
         )
 
 
-def read_side(config: SideFile, ids: Ids, what: str) -> dict[str, pa.Array]:
-    """Returns the columns of `join_side` alone.
-
-    Raises:
-      UserError: what `join_side` raises.
-    """
-    return join_side(config, ids, what)[0]
-
-
 def join_side(config: SideFile, ids: Ids, what: str) -> tuple[dict[str, pa.Array], Join]:
     """Returns the file's columns by row of `ids` (counted from 0), and the counts of the join.
 

@@ -1,10 +1,13 @@
 """The parts that the configs of all sorts of data share: formats, times, text, side files."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import Field
+
+from jaxops.core.failures import UserError
 
 Format = Literal["auto", "csv", "tsv", "jsonl", "parquet"]
 TimeUnit = Literal["s", "ms", "us", "ns", "date"]
@@ -51,3 +54,31 @@ class SideFile:
     format: Format = "auto"
     header: tuple[str, ...] | None = None
     text: TextFormat = TextFormat()
+
+
+def name_owners(
+    named: Sequence[tuple[str, Iterable[str]]],
+    reserved: Collection[str],
+    owner: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, str]:
+    """Returns, for each feature, the path of the config that names it: an entry of a batch has one owner.
+
+    Args:
+      named: pairs of a path of the config and the features that it names.
+      reserved: names of other entries of batches, which no feature may have.
+      owner: features that have an owner already.
+
+    Raises:
+      UserError: a name is reserved or has an owner already.
+    """
+    out = dict(owner)
+    for path, names in named:
+        for name in names:
+            if name in reserved:
+                raise UserError(
+                    f"{path}: a feature cannot be called {name!r}, as another entry of batches is; rename the column"
+                )
+            if name in out:
+                raise UserError(f"{path}: {name!r} is named by {out[name]} already; one of them must be renamed")
+            out[name] = path
+    return out

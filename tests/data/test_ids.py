@@ -12,7 +12,7 @@ from jaxops.data.idmaps import Hashed, Range, Vocabulary, fit_map
 from jaxops.data.ids import Ids
 from jaxops.data.interactions.interactions import read_interactions
 from jaxops.data.interactions.spec import Columns, MinCount
-from jaxops.data.side import read_columns, read_side
+from jaxops.data.side import join_side, read_columns
 from jaxops.data.spec import SideFile
 from jaxops.data.values import plain
 
@@ -172,7 +172,7 @@ def test_side_files_join_by_the_rule():
     }
     for name, column in keys.items():
         parquet("side.parquet", user=column, age=["old", "young", "nobody"])
-        found = read_side(SideFile(path="side.parquet", key="user", columns=("age",)), inter.user_ids, name)
+        found = join_side(SideFile(path="side.parquet", key="user", columns=("age",)), inter.user_ids, name)[0]
         assert found["age"].to_pylist() == ["young", None, "old"], name
 
 

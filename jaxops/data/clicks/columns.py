@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from jaxops.data.files import expand_paths
 from jaxops.data.ids import Ids, settle
 from jaxops.data.moments import Granularity
 from jaxops.data.numeric import numbers, times, weights
-from jaxops.data.spec import SideFile
+from jaxops.data.spec import SideFile, name_owners
 
 INTEGERS = tuple(f"i{at}" for at in range(1, 14))
 CATEGORIES = tuple(f"c{at}" for at in range(1, 27))
@@ -270,27 +270,12 @@ def _dates_alone(table: pa.Table, name: str) -> bool:
 
 def _check_names(config: ClicksFile) -> None:
     """Refuses names that clash: batches are by name, and a later feature would replace an earlier one."""
-    owner = _named([("data.categorical", config.categorical), ("data.bags", config.bags)], {})
+    owner = name_owners([("data.categorical", config.categorical), ("data.bags", config.bags)], RESERVED)
     sides = []
     for path, file in (("data.user_features", config.user_features), ("data.item_features", config.item_features)):
         if file is not None:
             sides += [(f"{path}.columns", file.columns), (f"{path}.bags", file.bags), (f"{path}.numeric", file.numeric)]
-    _named(sides, dict.fromkeys(config.numeric, "data.numeric") | owner)
-
-
-def _named(named: Sequence[tuple[str, Sequence[str]]], owner: Mapping[str, str]) -> dict[str, str]:
-    """Adds names to `owner` (name to path of the config); raises UserError where a name has an owner already."""
-    out = dict(owner)
-    for path, names in named:
-        for name in names:
-            if name in RESERVED:
-                raise UserError(
-                    f"{path}: a feature cannot be called {name!r}, as another entry of batches is; rename the column"
-                )
-            if name in out:
-                raise UserError(f"{path}: {name!r} is named by {out[name]} already; one of them must be renamed")
-            out[name] = path
-    return out
+    name_owners(sides, RESERVED, dict.fromkeys(config.numeric, "data.numeric") | owner)
 
 
 def _by_id(values: pa.Array, what: str, text: bool = False) -> tuple[Ids, np.ndarray]:

@@ -2,19 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from jaxops.core.failures import UserError
 from jaxops.data.bags import WEIGHT, flat, joined, padded, padded_weights
 from jaxops.data.clicks.spec import ClicksFile
 from jaxops.data.idmaps import Vocabulary, fit_map, restore_map
 from jaxops.data.interactions.open import RecData
 from jaxops.data.interactions.spec import InteractionsFile
-from jaxops.data.spec import SideFile
+from jaxops.data.spec import SideFile, name_owners
 from jaxops.families.rec.config import RecConfig
 from jaxops.families.rec.tables_config import TableConfig, features_of
 from jaxops.families.rec.trained import digest
@@ -195,7 +194,7 @@ def feature_columns(data: RecData, names: Collection[str], reserved: Collection[
     users, items = asked(data.user_features), asked(data.item_features)
     contexts = [name for name in inter.contexts if name in names]
     named = [("data.user_features", users), ("data.item_features", items), ("data.columns.context", contexts)]
-    _check_names(named, {*RESERVED, *reserved})
+    name_owners(named, {*RESERVED, *reserved})  # an entry of a batch would replace another of its name
     shifted = lambda values: pa.concat_arrays([pa.nulls(1, values.type), values])
     out = {
         "user": EntityColumn(inter.user_ids.table, own=True),
@@ -211,20 +210,6 @@ def feature_columns(data: RecData, names: Collection[str], reserved: Collection[
         for name in contexts:
             out[name] = EntityColumn(inter.context_of(name), seen=inter.context_of(name, training))
     return out
-
-
-def _check_names(named: Sequence[tuple[str, Iterable[str]]], reserved: Collection[str]) -> None:
-    """Checks that every feature has a name of its own, since an entry of a batch would replace another of its name."""
-    owner: dict[str, str] = {}
-    for path, names in named:
-        for name in names:
-            if name in reserved:
-                raise UserError(
-                    f"{path}: a feature cannot be called {name!r}, as another entry of batches is; rename the column"
-                )
-            if name in owner:
-                raise UserError(f"{path}: {name!r} is named by {owner[name]} already; one of them must be renamed")
-            owner[name] = path
 
 
 def encode_features(

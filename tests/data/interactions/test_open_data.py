@@ -12,7 +12,7 @@ from jaxops.core.failures import UserError
 from jaxops.data.interactions.inspect import describe, inspect
 from jaxops.data.interactions.open import open_data
 from jaxops.data.interactions.spec import Columns, GlobalTime, InteractionsFile, MinCount, SequencesFile
-from jaxops.data.side import read_side
+from jaxops.data.side import join_side
 from jaxops.data.spec import SideFile
 
 CSV = """user,item,time
@@ -120,7 +120,7 @@ def test_columns_of_users_and_items_may_lie_in_the_file_of_events(tmp_path):
         item_features=SideFile(path=place, key="item", bags=("tags",)),
     )
     data = open_data(config, sides=True)
-    ages = read_side(SideFile(path=place, key="user", numeric=("age",)), data.inter.user_ids, "users")["age"]
+    ages = join_side(SideFile(path=place, key="user", numeric=("age",)), data.inter.user_ids, "users")[0]["age"]
     np.testing.assert_array_equal(ages.to_numpy(zero_copy_only=False), [20.5, np.nan, np.nan])
     assert data.item_features["tags"].to_pylist() == [["a"], [], None, ["b", "a"]]
     events["tags"][11] = ["b"]
