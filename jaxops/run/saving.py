@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from jaxops.core import distributed
 from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.failures import UserError
 from jaxops.core.state import State, updates_from_step, without_updates
 from jaxops.run.task import Task
 from jaxops.run.training import abstract
@@ -95,11 +96,15 @@ class Saving:
         self._checkpoints.check()
 
     def restore(self, warn: Callable[[str], None]) -> tuple[Position, Mapping[str, Any]] | None:
-        """Restores the newest good checkpoint and returns it with its history; None where nothing was saved yet."""
+        """Restores the newest good checkpoint and returns it with its history; None where nothing was saved yet.
+
+        Raises:
+          UserError: every checkpoint is damaged, or the newest good one was not saved by a run.
+        """
         latest = self._checkpoints.latest_good(warn)
         if latest is None:
             return None
-        meta = self._checkpoints.meta(latest)
+        cursor, history = _position(self._checkpoints.meta(latest), latest)
         wanted = abstract(self._fresh, self._mesh)
         if any(leaf.path == "updates" for leaf in self._checkpoints.describe(latest)):
             state = self._checkpoints.restore(latest, wanted)
@@ -107,7 +112,7 @@ class Saving:
             state = updates_from_step(self._checkpoints.restore(latest, without_updates(wanted)))
         self._checkpoints.complete(latest)
         self.last, self._scored = latest, bool(self._checkpoints.metrics(latest))
-        return Position(state, latest, meta["cursor"]), meta["history"]
+        return Position(state, latest, cursor), history
 
     def oldest(self) -> int | None:
         """Returns the oldest step that is saved, or None; it does not wait for a save under way."""
@@ -124,3 +129,14 @@ class Saving:
     def weights_of(self, step: int, like: Weights) -> Weights:
         """Returns the weights of a checkpoint that evaluation reads, sharded as `like` is."""
         return placed_like(read_weights(self._checkpoints, step), like)
+
+
+def _position(meta: Mapping[str, Any], step: int) -> tuple[int, Mapping[str, Any]]:
+    """Returns the cursor and the history of a checkpoint, which `Saving.save` stored in its metadata."""
+    cursor, history = meta.get("cursor"), meta.get("history")
+    if not isinstance(cursor, int) or cursor < 0 or not isinstance(history, Mapping):
+        raise UserError(
+            f"checkpoint {step} does not say where its run goes on (no cursor or history in its metadata): it was not"
+            " saved by a run, and cannot be resumed; init_from takes its parameters over"
+        )
+    return cursor, history

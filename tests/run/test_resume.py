@@ -1,5 +1,6 @@
 """A resumed run is the run it would have been: bit for bit on its mesh, the same batches and losses on any other."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,8 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from tiny_runs import Stopped, curve
 
+from jaxops.core import manifest
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import UserError
 from jaxops.core.mesh import make_mesh
@@ -110,6 +113,16 @@ def test_an_evaluation_that_an_interrupt_cut_off_is_made_up_for(folder):
     assert_same_bits("parts", "whole", 10)
     with Checkpoints("runs/parts/checkpoints") as checkpoints:
         assert checkpoints.metrics(4).keys() >= {"valid/ndcg@10"}  # so the best can be told
+
+
+@pytest.mark.parametrize("lacks", [{"cursor": None}, {"cursor": -1}, {"history": None}, {"history": 3}])
+def test_a_checkpoint_that_no_run_saved_is_refused_in_words(folder, lacks):
+    train("run.steps=2")
+    (step,) = epath.Path("runs/tiny/checkpoints").glob("2*")
+    found = manifest.read(step)
+    manifest.write(step, dataclasses.replace(found, meta={**found.meta, **lacks}))
+    with pytest.raises(UserError, match="checkpoint 2 does not say where its run goes on"):
+        train("run.steps=4")
 
 
 def test_the_count_of_early_stopping_survives_an_interrupt(folder):
