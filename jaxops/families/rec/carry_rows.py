@@ -1,12 +1,14 @@
 """Table rows taken over from another run: rows are matched by original id, whatever their row numbers are."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxops.core.failures import UserError
+from jaxops.core.sharding import named_leaves
 from jaxops.data.idmaps import Range, Vocabulary
 from jaxops.data.ids import Ids
 from jaxops.families.rec.config import RecConfig
@@ -17,6 +19,9 @@ from jaxops.run.warm_start import shared_rows, with_rows
 from jaxops.tables.average import AVERAGE
 from jaxops.tables.spec import TableSpec, stack, stored_rows
 from jaxops.tables.tables import evaluated
+
+Inputs = Callable[[RecConfig], Mapping[str, Sequence[str]]]
+"""A function from a config to the features that dense parameters read by position, by the path that lists them."""
 
 
 def trained_tables(source: SavedRun) -> Mapping[str, TableSpec]:
@@ -33,6 +38,8 @@ def carry_rows(
     ours: Mapping[str, TableSpec],
     source: SavedRun,
     match: str,
+    *,
+    inputs: Inputs = lambda config: {},
 ) -> tuple[Any, dict[str, CarriedRows]]:
     """Takes over the rows of ids that both runs have; returns the tables, and the counts by `tables/NAME`.
 
@@ -47,7 +54,13 @@ def carry_rows(
       ours: the specs of those stacks.
       source: the run to take rows from.
       match: a pattern that `tables/NAME` must match.
+      inputs: the features of a config that dense parameters read by position.
+
+    Raises:
+      UserError: such features have another order in the other run, so that its parameters would read wrong ones.
     """
+    if source.config.model.kind == config.model.kind and _matches_dense(source, match):
+        _require_order(inputs(config), inputs(source.config))
     if not source.weights.tables:
         return state, {}
     stacks = stack(trained_tables(source))
@@ -72,6 +85,28 @@ def carry_rows(
                 tables[whole] = {**tables[whole], slot: written}
             taken[f"tables/{name}"] = count
     return tables, taken
+
+
+def _matches_dense(source: SavedRun, match: str) -> bool:
+    return any(re.search(match, path) for path, _ in named_leaves(source.weights.params))
+
+
+def _require_order(here: Mapping[str, Sequence[str]], there: Mapping[str, Sequence[str]]) -> None:
+    """Refuses a feature that the other run reads at another place among as many features.
+
+    Among more or fewer the parameters that read them differ in shape, and are skipped for that.
+
+    Raises:
+      UserError: a feature has another place.
+    """
+    for path, now in here.items():
+        before = there.get(path, ())
+        if len(now) == len(before) and any(a != b and a in before for a, b in zip(now, before, strict=True)):
+            raise UserError(
+                f"init_from: {path} are in another order than in the other run, whose parameters read them by position:"
+                f" {', '.join(now)} here, {', '.join(before)} there. Write them in its order, or take the rows of"
+                " tables alone: init_from.match=^tables/"
+            )
 
 
 def _shared(

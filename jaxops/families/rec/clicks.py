@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,7 +77,7 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
         inspection={**data.inspection, "features": digest(_held(data.examples))},
         transform=data.transform,
         tables=specs,
-        carry_rows=functools.partial(carry_rows, config, data.transform, specs),
+        carry_rows=functools.partial(carry_rows, config, data.transform, specs, inputs=_inputs),
         about=About(model=getattr(type(config.model), "label", config.model.kind)),
     )
 
@@ -241,6 +241,11 @@ def restore(saved: SavedRun) -> ServedClicks:
       UserError: the run folder lacks a part of its transform.
     """
     return ServedClicks(saved)
+
+
+def _inputs(config: RecConfig) -> dict[str, Sequence[str]]:
+    has = layout(config.data)  # type: ignore[arg-type]
+    return {"features of data": [*has.features], "numeric features of data": has.numeric}
 
 
 def _reads(config: RecConfig) -> dict[str, tuple[str, ...]]:

@@ -98,7 +98,7 @@ def build(loaded: Loaded[RecConfig], given: Given) -> Task:
         evaluation=ranking_evaluation(ranking, config, parts),
         inspection=inspection,
         transform=transform,
-        carry_rows=functools.partial(carry_rows, config, transform, encoded.specs),
+        carry_rows=functools.partial(carry_rows, config, transform, encoded.specs, inputs=_by_position),
         baselines=functools.partial(baselines, data, config) if config.evaluate.baselines else None,
         block=(config.objective.block or size) if isinstance(config.objective, InBatchSoftmax) else 1,
         tables=encoded.specs,
@@ -167,6 +167,11 @@ def query_context(config: RecConfig) -> tuple[str, ...]:
     """Returns the context columns that the user's tower reads; their values come with each query."""
     assert isinstance(config.model, TwoTowerConfig)
     return tuple(name for name in config.model.user if name in context_columns(config.data))
+
+
+def _by_position(config: RecConfig) -> dict[str, tuple[str, ...]]:
+    assert isinstance(config.model, TwoTowerConfig)
+    return {"model.user": config.model.user, "model.item": config.model.item}
 
 
 def _encoded(config: RecConfig, data: RecData) -> Encoded:

@@ -430,6 +430,20 @@ def test_rows_are_taken_over_by_their_ids(whole, capsys):
     np.testing.assert_allclose(after.weights.tables["item"]["average"], after.weights.tables["item"]["rows"], atol=1e-6)
 
 
+def test_features_in_another_order_are_no_beginning(whole):
+    """A dense kernel of equal shape would read the width of `year` as that of `tags`, without a word."""
+    given = [
+        "run.name=again",
+        "run.steps=1",
+        f"init_from.run={whole('two_tower').dir}",
+        "model.item=[item, year, tags]",
+    ]
+    with pytest.raises(UserError, match=r"init_from: model.item are in another order .* item, tags, year there"):
+        jx.fit(task("two_tower", *given), quiet=True)
+    assert not Path("runs/next/config.yaml").exists()
+    jx.fit(task("two_tower", *given, "init_from.match=^tables/"), quiet=True)
+
+
 def test_a_pool_reaches_the_model():
     pools = {feature.name: (feature.bag, feature.pool) for feature in task("two_tower").model.item_inputs}
     assert pools == {"item": (False, "mean"), "tags": (True, "sum"), "year": (False, "mean")}
