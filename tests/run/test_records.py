@@ -53,7 +53,7 @@ def assert_same_records(run: str, reference: str) -> None:
     assert shown(run) == shown(reference)
 
 
-@pytest.mark.parametrize("stops", [(7,), (8, 4), (12, 1)])
+@pytest.mark.parametrize("stops", [(7,), pytest.param((8, 4), marks=pytest.mark.slow), (12, 1)])
 def test_an_interrupt_inside_a_window_leaves_no_line_of_its_own(folder, stops):
     """Windows of 5, evaluations of 6 (each ends a window): the lines are those of 5, 6, 10, 12, 15, 18, 20."""
     rule = ["evaluate.every=6", "checkpoint.every=1000"]
@@ -73,7 +73,7 @@ def killing(*args, **kwargs):
     raise Killed
 
 
-@pytest.mark.parametrize("place", ["write_summary", "Writers.write"])
+@pytest.mark.parametrize("place", [pytest.param("write_summary", marks=pytest.mark.slow), "Writers.write"])
 def test_a_kill_after_the_last_evaluation_leaves_its_lines_once(folder, monkeypatch, place):
     train("whole")
 
