@@ -2,6 +2,7 @@
 
 ACCEL ?= auto
 PYTHON ?= python3
+JOBS ?= 2
 BIN = .venv/bin
 INSTALL = PYTHON="$(PYTHON)" tools/install.sh
 LOCK = uv pip compile pyproject.toml --universal --python-version 3.11 --extra dev --no-header --no-annotate \
@@ -25,7 +26,7 @@ demo: install ## train SASRec on MovieLens-100K, under five minutes on two cores
 	$(BIN)/jaxops train rec/movielens_sasrec --cpu-devices 8
 
 test: install ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 test-slow: install ## the long checks
 	$(BIN)/python -m pytest -m slow

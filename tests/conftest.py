@@ -20,6 +20,7 @@ import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from markupsafe import Markup
 
 # Ranks, dtypes and types of annotated functions are checked at every call, in the rooms that are about arrays.
 install_import_hook(
@@ -35,8 +36,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# A run draws a dozen pictures at its end, a third of its time here: where no test looks at them, none is drawn.
+_BLANK = Markup('<svg viewBox="0 0 1 1" role="img" aria-label="{}"></svg>')
+
+
 def pytest_unconfigure():
     shutil.rmtree(os.environ["JAXOPS_STATE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _blank_pictures(request, monkeypatch):
+    if request.node.get_closest_marker("pictures") is None:
+        blank = lambda draw, title, alt: _BLANK.format(f"{title}: {alt}")
+        monkeypatch.setattr("jaxops.report.figures.picture", blank)
 
 
 @pytest.fixture(autouse=True)

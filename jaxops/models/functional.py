@@ -28,9 +28,14 @@ class Functional:
         if jax.tree.leaves(rest):
             raise TypeError(f"module keeps state that is not a parameter: {nnx.to_pure_dict(rest)}")
         self.shapes: PyTree = nnx.to_pure_dict(params)
+        # A run traces `init` several times (shapes, abstract state, state); building the module is the dear part of it.
+        self._traced = jax.jit(self._fresh, inline=True)
 
     def init(self, key: Array) -> Params:
         """Draws fresh parameters, as nested dicts."""
+        return self._traced(key) if isinstance(key, jax.core.Tracer) else self._fresh(key)
+
+    def _fresh(self, key: Array) -> Params:
         return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(params=key)), nnx.Param))
 
     def bind(self, params: Params) -> Any:

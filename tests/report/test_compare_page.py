@@ -15,6 +15,8 @@ from jaxops.report.compare import MAX_RUNS, Side, compare_sides, yaml_of
 from jaxops.report.compare_page import Line, render_comparison, write_compare
 from jaxops.report.folder import read_run
 
+pytestmark = pytest.mark.pictures
+
 CONFIG = {
     "task": "rec",
     "model": {"kind": "sasrec", "dim": 64},

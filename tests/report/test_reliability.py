@@ -12,6 +12,8 @@ from jaxops.evaluate.clicks import RELIABILITY_BINS, click_sums
 from jaxops.report.figures import reliability_figure
 from jaxops.report.page import write_report
 
+pytestmark = pytest.mark.pictures
+
 EMPTY = float("nan")
 VALUES = np.array([[0.1, 0.3, EMPTY, 0.8], [0.2, 0.3, EMPTY, 0.6], [0.5, 0.25, 0.0, 0.25]])
 AS_JSON = [[None if np.isnan(x) else x for x in row] for row in VALUES.tolist()]

@@ -20,6 +20,8 @@ from jaxops.report import figures, results
 from jaxops.report.folder import Series, finite, read_run, utc_time
 from jaxops.report.page import write_report
 
+pytestmark = pytest.mark.pictures
+
 CONFIG = """task: rec
 model:
   kind: sasrec   # a comment
