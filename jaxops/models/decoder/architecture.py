@@ -1,7 +1,7 @@
 """The architecture of a decoder: one dataclass whose choices cover the published families of language models.
 
 Llama 2 and 3, SmolLM, Mistral, Qwen 2, 2.5 and 3, Gemma 2 and 3 and GPT-2 are values of it. `huggingface.py` reads and
-writes it as a `config.json`. Tested in tests/models/decoder/test_architecture.py.
+writes it as a `config.json`. Tested in tests/models/test_decoder.py.
 """
 
 import dataclasses

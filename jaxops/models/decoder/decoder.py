@@ -1,7 +1,7 @@
 """The decoder: hidden states and logits of packed texts, and a cache of keys and values for sampling.
 
 Layers are scanned over parameters stacked [layers, ...]. What differs between layers (windows, wavelengths) is made
-once for each kind of layer, and each layer picks its kind's. Tested in tests/models/decoder/.
+once for each kind of layer, and each layer picks its kind's. Tested in tests/models/test_decoder.py.
 """
 
 from typing import Any, NamedTuple
@@ -113,15 +113,14 @@ class Decoder:
     ) -> Float[Array, "batch length dim"]:
         """Returns the hidden state after each token, after the final norm; at padding it means nothing.
 
+        With learned positions, a position beyond them makes its row NaN.
+
         Args:
           params: the parameters.
           tokens: token ids.
           segment: the text of each token, from 1; 0 is padding.
           position: the position of each token in its text, from 0.
           keys: a key for each row, from `example_keys`, for dropout; None turns it off.
-
-        Raises:
-          UserError: a row is longer than the learned positions.
         """
         kinds = self._kinds(position, _packed(segment), position[:, :, None] - position[:, None, :])
         x = self._embedded(params, tokens, position)
@@ -232,8 +231,9 @@ class Decoder:
         if self.config.embed_scale:
             x = x * jnp.asarray(self.config.dim**0.5, x.dtype)
         if self.config.positions == "learned":
-            self._require_positions(tokens.shape[1])
-            x = x + constrain(params["position"]["embedding"], (None, "embed"))[position]
+            table = constrain(params["position"]["embedding"], (None, "embed"))
+            # A position beyond those that were learned makes the row NaN: a plain look-up would silently take the last.
+            x = x + table.at[position].get(mode="fill", fill_value=jnp.nan)
         return constrain(x, ("batch", "length", "embed"))
 
     def _kinds(
@@ -253,9 +253,9 @@ class Decoder:
         return _Kinds(turned, jnp.stack(masks), jnp.asarray([distinct.index(kind) for kind in of_layers]))
 
     def _require_positions(self, length: int) -> None:
-        """Refuses more positions than were learned: a look-up beyond them would silently give the last one."""
+        """Refuses a cache with room for more positions than were learned."""
         if self.config.positions == "learned" and length > self.config.length:
-            raise UserError(f"texts of {length} tokens: the model has learned {self.config.length} positions")
+            raise UserError(f"room for {length} tokens: the model has learned {self.config.length} positions")
 
 
 def _packed(segment: Int[Array, "batch length"]) -> Bool[Array, "batch length length"]:

@@ -1,7 +1,7 @@
 """Hugging Face's `config.json` to an architecture and back.
 
 A value that the decoder does not compute is refused, never ignored. Where a key is missing, the default of its model
-type in `transformers` holds. Tested in tests/models/decoder/test_huggingface.py.
+type in `transformers` holds. Tested in tests/models/test_pretrained.py.
 """
 
 import dataclasses
@@ -327,7 +327,7 @@ def _scaled(read: _Reader, values: Mapping[str, Any], window_theta: float | None
     if kind == "linear":
         return Rope(theta=theta, window_theta=window_theta, scaling="linear", factor=number("factor"))
     length = read.whole("max_position_embeddings")
-    original = int(number("original_max_position_embeddings", length))
+    original = int(number("original_max_position_embeddings", float(length)))
     if kind == "llama3":
         return Rope(
             theta=theta,
@@ -348,8 +348,8 @@ def _scaled(read: _Reader, values: Mapping[str, Any], window_theta: float | None
             scaling="yarn",
             factor=number("factor", length / original),
             original_length=original,
-            beta_fast=number("beta_fast", 32),
-            beta_slow=number("beta_slow", 1),
+            beta_fast=number("beta_fast", 32.0),
+            beta_slow=number("beta_slow", 1.0),
             magnitude=magnitude,
             truncate=values.get("truncate") is not False,
         )
