@@ -86,10 +86,11 @@ _LEARNED_NAMES = {
 }
 
 
-def pieces(a: Architecture) -> list[Piece]:
+@functools.lru_cache(maxsize=16)
+def pieces(a: Architecture) -> tuple[Piece, ...]:
     """Returns where each parameter of the architecture is in the files."""
     decoder = Decoder(a)
-    return [_piece(decoder, path, tuple(leaf.shape)) for path, leaf in named_leaves(decoder.shapes)]
+    return tuple(_piece(decoder, path, tuple(leaf.shape)) for path, leaf in named_leaves(decoder.shapes))
 
 
 def _piece(decoder: Decoder, path: str, shape: tuple[int, ...]) -> Piece:
