@@ -1,0 +1,45 @@
+"""Scaled dot-product attention with grouped queries: cuDNN's kernel where it covers the case, else plain products."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+MOST_FLASH_WIDTH = 128
+"""The largest width of a head in cuDNN's kernel, forward and backward on all GPUs that have it."""
+
+
+def attend(
+    query: Float[Array, "batch length heads width"],
+    key: Float[Array, "batch seen key_heads width"],
+    value: Float[Array, "batch seen key_heads width"],
+    mask: Bool[Array, "batch length seen"],
+    scale: float,
+    cap: float | None = None,
+) -> Float[Array, "batch length heads width"]:
+    """Returns for each query the mean of the values that it may see, weighted by softmax, in the dtype of `query`.
+
+    Args:
+      query: queries; each group of heads / key_heads heads in order shares one key head.
+      key: keys.
+      value: values.
+      mask: whether a query may see a key; a query that may see nothing gets some finite vector.
+      scale: factor on the products of queries and keys.
+      cap: soft cap c of the logits, c tanh(x / c).
+    """
+    if _by_cudnn(query, cap):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale, implementation="cudnn")
+    batch, length, heads, width = query.shape
+    grouped = query.reshape(batch, length, key.shape[2], -1, width)
+    logits = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    # The floor is finite because a row that may see nothing (padding) must stay finite.
+    probs = jax.nn.softmax(jnp.where(mask[:, None, None], logits, -1e9), axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgqs,bskd->bqkgd", probs, value).reshape(batch, length, heads, width)
+
+
+def _by_cudnn(query: Array, cap: float | None) -> bool:
+    """Returns whether cuDNN's flash kernel computes this: on a GPU, in half precision, without a soft cap."""
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    width = query.shape[-1]
+    return jax.default_backend() == "gpu" and half and cap is None and width % 8 == 0 and width <= MOST_FLASH_WIDTH

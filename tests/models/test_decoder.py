@@ -1,0 +1,156 @@
+"""The decoder computes what transformers computes, on padded and packed rows, and from its cache at every position."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoder_fixtures import NAMES, full, opened
+
+from jaxops.core.failures import UserError
+from jaxops.models.decoder.architecture import Architecture, Rope
+from jaxops.models.decoder.decoder import MASKED, Decoder
+
+LENGTH = 16
+
+
+def packed(texts, length):
+    """(tokens, segment, position) [1, length] of texts one after another, with three tokens of padding before them."""
+    tokens, segment, position = (np.zeros((1, length), np.int32) for _ in range(3))
+    at = 3
+    for number, text in enumerate(texts, 1):
+        end = at + len(text)
+        tokens[0, at:end], segment[0, at:end], position[0, at:end] = text, number, np.arange(len(text))
+        at = end
+    return tokens, segment, position
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_alone_padded_and_packed_have_the_logits_of_transformers(name):
+    decoder, params, tokens, expected = opened(name)
+    texts = [tokens[0], tokens[1, :9], tokens[2, :12]]
+    rows = packed(texts, 48)
+    found = np.asarray(full(name)(params, *map(jnp.asarray, rows)))
+    at = 3
+    for text, logits in zip(texts, expected, strict=True):
+        ours = found[0, at : at + len(text)]
+        np.testing.assert_allclose(ours[:, : decoder.real_vocab], logits[: len(text)], rtol=0, atol=2e-5)
+        assert np.all(ours[:, decoder.real_vocab :] == MASKED)
+        at += len(text)
+    assert np.all(np.isfinite(found))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cached_decoding_is_the_full_forward_at_every_position(name):
+    decoder, params, tokens, _ = opened(name)
+    tokens = jnp.asarray(tokens)
+    where = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+    expected = full(name)(params, tokens, *where)
+    lengths, rows = jnp.asarray([3, 1, 6]), jnp.arange(3)
+    start = jnp.where(jnp.arange(6)[None] < lengths[:, None], tokens[:, :6], 7)  # padding is some real token
+    cache, logits = jax.jit(decoder.prefill, static_argnums=3)(params, start, lengths, LENGTH + 2)
+    assert {name: x.shape for name, x in cache.items()} == {
+        name: x.shape for name, x in decoder.empty_cache(3, LENGTH + 2).items()
+    }
+    step = jax.jit(decoder.decode, donate_argnums=1)
+    for moved in range(10):
+        place = lengths + moved
+        np.testing.assert_allclose(logits, expected[rows, place - 1], rtol=0, atol=1e-5)
+        cache, logits = step(params, cache, tokens[rows, place], place)
+    np.testing.assert_allclose(logits, expected[rows, lengths + 9], rtol=0, atol=1e-5)
+
+
+def test_decoding_from_an_empty_cache():
+    decoder, params, tokens, expected = opened("gemma3")
+    cache, step = decoder.empty_cache(3, LENGTH), jax.jit(decoder.decode)
+    for place in range(LENGTH):
+        cache, logits = step(params, cache, jnp.asarray(tokens[:, place]), jnp.full(3, place))
+        np.testing.assert_allclose(logits[:, : decoder.real_vocab], expected[:, place], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat):
+    decoder, params, tokens, _ = opened("gemma3")
+    other = Decoder(dataclasses.replace(decoder.config, remat=remat))
+    tokens = jnp.asarray(tokens)
+    where = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+
+    def gradient(model):
+        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.hidden(p, tokens, *where)))))(params)
+
+    for a, b in zip(jax.tree.leaves(gradient(decoder)), jax.tree.leaves(gradient(other)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(a).max()))
+
+
+def test_dropout_is_by_row_and_layer_and_off_without_keys():
+    decoder = Decoder(Architecture(vocab=50, dim=16, heads=2, layers=2, dropout=0.5))
+    params = decoder.init(jax.random.key(0))
+    tokens = jnp.zeros((3, 8), jnp.int32)
+    where = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(8), tokens.shape)
+    keys = jax.random.split(jax.random.key(1), 2)[jnp.asarray([0, 1, 0])]
+    run = jax.jit(decoder.hidden)
+    dropped, whole = run(params, tokens, *where, keys), run(params, tokens, *where)
+    np.testing.assert_array_equal(dropped[0], dropped[2])
+    assert not np.allclose(dropped[0], dropped[1]) and not np.allclose(dropped, whole)
+    np.testing.assert_array_equal(whole[0], whole[1])
+
+
+def test_bfloat16_stays_near_float32():
+    decoder, params, tokens, expected = opened("qwen3")
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    tokens = jnp.asarray(tokens)
+    where = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+    hidden = jax.jit(decoder.hidden)(half, tokens, *where)
+    assert hidden.dtype == jnp.bfloat16
+    logits = np.asarray(decoder.logits(half, hidden))[..., : decoder.real_vocab]
+    assert logits.dtype == np.float32
+    assert np.linalg.norm(logits - expected) < 0.03 * np.linalg.norm(expected)
+
+
+def test_more_positions_than_were_learned_are_refused():
+    decoder, params, _, _ = opened("gpt2")
+    long = jnp.zeros((1, 33), jnp.int32)
+    hidden = np.asarray(decoder.hidden(params, long, long + 1, jnp.arange(33)[None]))
+    assert np.all(np.isnan(hidden))
+    with pytest.raises(UserError, match="40 tokens: the model has learned 32 positions"):
+        decoder.prefill(params, long[:, :4], jnp.ones(1, jnp.int32), 40)
+    with pytest.raises(UserError, match="room for 2 tokens cannot take texts of 4"):
+        decoder.prefill(params, long[:, :4], jnp.ones(1, jnp.int32), 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 3}, "model.heads: must divide dim 64"),
+        ({"kv_heads": 3}, "model.kv_heads: must divide heads 4"),
+        ({"head_dim": 7}, "model.head_dim: rotary embeddings turn pairs"),
+        ({"vocab": 0}, "model.vocab: expected a positive number"),
+        ({"vocab": None}, "model.vocab: expected the number of token ids"),
+        ({"dropout": 1.0}, "model.dropout: expected a rate"),
+        ({"pattern": ("full", "window")}, "model.pattern: names layers with a window"),
+        ({"rope": Rope(window_theta=10.0)}, "model.rope.window_theta: is of the layers with a window"),
+        ({"rope": Rope(factor=2.0)}, "model.rope.factor: without a scaling"),
+        ({"rope": Rope(scaling="yarn", factor=2.0)}, "model.rope.original_length: scaling yarn needs"),
+    ],
+    ids=str,
+)
+def test_values_that_do_not_go_together_are_refused(changes, message):
+    with pytest.raises(UserError) as error:
+        Decoder(Architecture(**{"vocab": 50} | changes))
+    assert message in str(error.value)
+
+
+def test_the_vocabulary_comes_from_the_tokenizer_unless_it_is_given():
+    assert Architecture().build(300).rows == 384
+    assert Architecture(vocab=400).build(300).real_vocab == 400
+    with pytest.raises(UserError, match=r"model\.vocab: 200, but the tokenizer has 300 ids"):
+        Architecture(vocab=200).build(300)
+    with pytest.raises(UserError, match=r"model\.vocab: expected the number of token ids"):
+        Architecture().build()
+
+
+def test_meshes_that_do_not_divide_the_heads_are_told():
+    a = Architecture(heads=4, kv_heads=2)
+    assert a.mesh_problems({"tensor": 2}) == []
+    assert a.mesh_problems({"tensor": 4}) == [("mesh.tensor", "4 does not divide model.kv_heads 2")]
