@@ -5,12 +5,13 @@ and epoch). Windows in a row do not see each other ("segment") and keep the posi
 """
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 
 from jaxops.core.failures import UserError
 from jaxops.data.epochs import Epochs
 from jaxops.data.interactions.heldout import Split
 from jaxops.data.interactions.interactions import Interactions
+from jaxops.data.packing import pack, ranges
 
 
 class PackedSource:
@@ -55,20 +56,20 @@ class PackedSource:
         """Rows `[cursor, cursor + size)` of the endless stream of epochs; see the class for what is in it."""
         rows = self._epochs.ids(cursor, size)
         held = self._first[rows + 1] - self._first[rows]
-        window = self._windows[_ranges(self._first[rows], held)]
+        window = self._windows[ranges(self._first[rows], held)]
         width = self._width[window]
-        segment = _ranges(np.ones(size, np.int64), held)
+        segment = ranges(np.ones(size, np.int64), held)
         # where each window begins in its row: the widths before it, less those of earlier rows
         before = np.cumsum(width) - width
         first_of_row = np.cumsum(held) - held
         start = np.repeat(np.arange(size) * self.length, held) + before - np.repeat(before[first_of_row], held)
-        place = _ranges(start, width)
-        event = _ranges(self._begin[window], width)
+        place = ranges(start, width)
+        event = ranges(self._begin[window], width)
         out = {name: np.zeros(size * self.length, np.int32) for name in ("items", "targets", "segment", "position")}
         out["items"][place] = self._items[event]
         out["targets"][place] = self._items[event + 1]
         out["segment"][place] = np.repeat(segment, width)
-        out["position"][place] = _ranges(self.length - width, width)
+        out["position"][place] = ranges(self.length - width, width)
         shaped = {name: values.reshape(size, self.length) for name, values in out.items()}
         if self._event_rows:
             at = np.full(size * self.length, -1)
@@ -78,47 +79,3 @@ class PackedSource:
         if self._weights is not None:
             weight.reshape(-1)[place] = self._weights[event + 1]
         return {"id": rows, **shaped, "weight": weight}
-
-
-def pack(
-    width: Int64[np.ndarray, " windows"], length: int, seed: int
-) -> tuple[Int64[np.ndarray, " windows"], Int64[np.ndarray, " rows_and_one"]]:
-    """Chooses which windows share a row; returns the windows in order of rows, and where each row begins among them.
-
-    Each row is filled with the longest window that still fits. That is decided on counts of lengths, not on single
-    windows (histogram packing, Krell et al. 2021); `seed` then draws which window of a length goes where.
-    """
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 2**32 - 1])))
-    shuffled = generator.permutation(len(width))
-    by_width = shuffled[np.argsort(width[shuffled], kind="stable")]
-    counts = np.bincount(width, minlength=length + 1)
-    next_of = np.cumsum(counts) - counts
-    left = counts.copy()
-    rows: list[np.ndarray] = []
-    sizes: list[np.ndarray] = []
-    for widest in range(length, 0, -1):
-        groups: list[tuple[int, int, tuple[int, ...]]] = [(int(left[widest]), length - widest, (widest,))]
-        left[widest] = 0
-        while groups:
-            many, room, held = groups.pop()
-            fits = np.flatnonzero(left[1 : room + 1]) + 1
-            if many and len(fits):
-                best = int(fits[-1])
-                take = min(many, int(left[best]))
-                left[best] -= take
-                groups += [(many - take, room, held), (take, room - best, (*held, best))]
-            elif many:
-                columns = []
-                for one in held:
-                    columns.append(by_width[next_of[one] : next_of[one] + many])
-                    next_of[one] += many
-                rows.append(np.stack(columns, axis=1).reshape(-1))
-                sizes.append(np.full(many, len(held)))
-    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(sizes))])
-    return np.concatenate(rows), first
-
-
-def _ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Returns start[0], start[0] + 1, ... (count[0] of them), start[1], ..."""
-    offset = np.cumsum(count) - count
-    return np.arange(int(count.sum())) + np.repeat(start - offset, count)
