@@ -1,9 +1,11 @@
 """Files that commands write where the user asked for them; each is written whole or not at all."""
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -76,6 +78,25 @@ def write_table(path: str | os.PathLike[str], make: Callable[[], pa.Table], what
     finally:
         scratch.unlink(missing_ok=True)
     return f"{counted(len(table), what)} -> {target}"
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields a scratch folder beside `path`, which takes its place at the end of the context, or is removed.
+
+    Raises:
+      RunFailed: the disk is full, or the path cannot be written.
+    """
+    scratch = path.absolute().with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        yield scratch
+        os.replace(scratch, path)
+    except OSError as error:
+        raise RunFailed(f"{path} cannot be written: {error}; nothing of it was left") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write_text(table: pa.Table, path: Path, delimiter: str) -> None:

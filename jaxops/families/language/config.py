@@ -1,0 +1,106 @@
+"""The config of a language model's run: the common sections, and its model, tokenizer, text and objective."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from jaxops.config.part import Part
+from jaxops.config.types import ByPath, Factory
+from jaxops.core.failures import UserError, nearest
+from jaxops.core.metric import Metric
+from jaxops.data.text.spec import ChatData, CompletionData, MixtureData, TextData
+from jaxops.models.decoder.architecture import Architecture
+from jaxops.objectives.language import NextTokenConfig
+from jaxops.run.config import EarlyStop, Evaluate, RunConfig
+
+METRICS: Mapping[str, Metric] = {
+    "nll": Metric("nll", "lower", "NLL"),
+    "perplexity": Metric("perplexity", "lower", "Perplexity"),
+    "accuracy": Metric("accuracy", "higher", "Next-token accuracy"),
+    "entropy": Metric("entropy", "neither", "Entropy"),
+}
+"""The metrics of a language model, each a mean over the tokens that are learnt from."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained(Part):
+    """A model whose weights and architecture are read from elsewhere.
+
+    Attributes:
+      weights: a folder with config.json and safetensors files, a GGUF file, or `runs/NAME`.
+      dropout: rate of dropout while it is trained on.
+      remat: how much of a layer the backward pass recomputes: nothing, all but matmuls (`dots`) or all (`full`).
+    """
+
+    weights: str
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    remat: Literal["none", "dots", "full"] = "none"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageEvaluate(Evaluate):
+    """Evaluates every `every` steps on the held-out part of the text, and at its end with the kept parameters."""
+
+    metrics: tuple[str, ...] = ("nll", "perplexity", "accuracy")
+    batch: Annotated[int, Field(ge=1)] = 16
+    stop: EarlyStop | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageConfig(RunConfig):
+    """A run of a language model.
+
+    `model` is an architecture with fresh parameters, or `{weights: ...}` of a pretrained model. `tokenizer` is `bytes`,
+    a folder with tokenizer.json, or a GGUF file; by default it is that of the weights. `add_tokens` are further control
+    tokens, whose rows of the embedding are fresh.
+    """
+
+    task: str = "language"
+    data: TextData | ChatData | CompletionData | MixtureData
+    model: Architecture | Pretrained = Architecture()
+    tokenizer: str | None = None
+    add_tokens: tuple[str, ...] = ()
+    objective: NextTokenConfig | Annotated[ByPath, Factory(leading=1)] = NextTokenConfig()
+    evaluate: LanguageEvaluate = LanguageEvaluate()
+
+    def metric(self, name: str) -> Metric:
+        """Returns the metric of this name.
+
+        Raises:
+          UserError: there is no such metric; the message names the nearest right one.
+        """
+        if name not in METRICS:
+            raise UserError(f"no metric {name!r}{nearest(name, METRICS)} (known: {', '.join(METRICS)})")
+        return METRICS[name]
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Returns (dotted path, message) of everything that cannot work on any machine."""
+        found = super().problems()
+        if isinstance(self.model, Architecture):
+            if self.tokenizer is None:
+                found.append(("tokenizer", "a model with fresh parameters comes with none: `bytes`, or a folder's path"))
+            if self.data.length > self.model.length:
+                text = f"{self.data.length} tokens in a row, but the model reads {self.model.length} (model.length)"
+                found.append(("data.length", text))
+        if self.batch.pack:
+            found.append(("batch.pack", "is for recommenders; text is packed by data.pack"))
+        for path, value in (("data.valid", _held_out(self.data)),):
+            wants = self.evaluate.stop is not None or self.checkpoint.best is not None
+            if value is None and wants:
+                found.append((path, "nothing is held out, but evaluate.stop or checkpoint.best judge by it"))
+        return found + self.model.problems_in(self) + self.objective.problems_in(self)
+
+    def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+        """Returns (dotted path, message) of everything that cannot work on a mesh of these sizes."""
+        found = super().mesh_problems(sizes) + self.model.mesh_problems(sizes)
+        if sizes["sequence"] > 1:
+            found.append(("mesh.sequence", "a decoder has no sequence parallelism yet: leave it at 1"))
+        return found
+
+
+def _held_out(data: Any) -> Any:
+    """Returns what the data hold out; None where that is nothing."""
+    sources = data.sources if isinstance(data, MixtureData) else (data,)
+    return next((one.valid for one in sources if one.valid is not None), None)

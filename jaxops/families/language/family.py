@@ -1,0 +1,96 @@
+"""The language family: a decoder on text, from a config to a task, and from a run folder to a served model."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxops.config.load import Loaded
+from jaxops.core.failures import UserError
+from jaxops.core.sums import Sums
+from jaxops.data.text.open import TextParts, open_text
+from jaxops.families.language.config import LanguageConfig, Pretrained
+from jaxops.families.language.data_commands import inspect_data, preview_data
+from jaxops.families.language.opened import OpenedModel, open_model
+from jaxops.families.language.options import Export, Predict
+from jaxops.families.language.serving import ServedLanguage
+from jaxops.families.language.stored import stored
+from jaxops.objectives.language import next_token
+from jaxops.run.batched import BatchedEvaluation
+from jaxops.run.callables import objective_from
+from jaxops.run.family import Family, Given
+from jaxops.run.task import About, EvalBatches, NoEvaluation, Task, of_config
+
+
+def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
+    """Opens model, tokenizer and text of a config and puts its task together.
+
+    Raises:
+      UserError: something cannot be opened, or does not go together.
+    """
+    config = loaded.config
+    if given.data is not None or given.model is not None:
+        raise UserError("a language model's data and model come from its config; an objective may be given")
+    opened = open_model(config)
+    text = open_text(config.data, opened.tokenizer)
+    held_out = text.held_out(1)
+    return Task(
+        **of_config(config, loaded.resolved, opened.decoder),
+        objective=objective_from(config.objective, given.objective, opened.decoder),
+        source=text.source(config.run.seed),
+        evaluation=_evaluation(opened, text) if held_out else NoEvaluation(),
+        start=(lambda: opened.sources) if opened.sources else None,
+        inspection={**text.inspection, "split": {"sha256": text.inspection["digest"]}},
+        transform=stored(opened.decoder.config, opened.tokenizer),
+        about=_about(config, opened, text),
+        notices=tuple(text.inspection.get("notes", ())),
+    )
+
+
+def _evaluation(opened: OpenedModel, text: TextParts) -> BatchedEvaluation:
+    """Returns the evaluation on the held-out rows of all sources, each token counted alike."""
+    objective = next_token(opened.decoder)
+
+    def batches(size: int) -> EvalBatches:
+        return list(itertools.chain.from_iterable(text.held_out(size).values()))
+
+    def sums(params: Any, batch: Mapping[str, Any]) -> Sums:
+        found = objective(params, batch, None)
+        return {name.removeprefix("loss/"): value for name, value in found.items()}
+
+    return BatchedEvaluation({"valid": batches}, sums)
+
+
+def _about(config: LanguageConfig, opened: OpenedModel, text: TextParts) -> About:
+    model = config.model.weights if isinstance(config.model, Pretrained) else "decoder"
+    parts = [text.inspection] if "train" in text.inspection else text.inspection["sources"]
+    rows = [("tokenizer", f"{opened.tokenizer.kind}, {opened.tokenizer.vocab:,} ids")]
+    for at, part in enumerate(parts):
+        where = f" of source {at}" if len(parts) > 1 else ""
+        for name in ("train", "valid"):
+            if name in part:
+                counts = part[name]
+                told = f"{counts['documents']:,} texts, {counts['tokens']:,} tokens, {counts['learnt']:,} learnt from"
+                rows.append((f"{name}{where}", told))
+    note = "Each figure is a mean over the tokens that are learnt from; of NLL and perplexity less is better."
+    return About(model=model, headline="perplexity", data=rows, notes=[note])
+
+
+def restore(saved: Any) -> ServedLanguage:
+    """Restores the trained language model of a run.
+
+    Raises:
+      UserError: the run folder lacks a part of it.
+    """
+    return ServedLanguage(saved)
+
+
+FAMILY = Family(
+    config=LanguageConfig,
+    build=build,
+    load=restore,
+    data={"inspect": inspect_data, "preview": preview_data},
+    predict=Predict,
+    export=Export,
+)

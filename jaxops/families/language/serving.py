@@ -1,0 +1,128 @@
+"""A trained language model, read from its run folder: it scores texts and is exported."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Array, Float
+
+from jaxops.core.failures import UserError
+from jaxops.core.state import Params
+from jaxops.data import notes
+from jaxops.data.text.documents import tokenise
+from jaxops.data.text.formats import read_examples
+from jaxops.data.text.source import Segments, TextBatches, TextRows
+from jaxops.data.text.spec import MixtureData, OneTextData
+from jaxops.families.language.opened import special_ids
+from jaxops.families.language.options import Export, Predict
+from jaxops.families.language.stored import stored_architecture, stored_tokenizer
+from jaxops.models.decoder.pretrained import save_pretrained
+from jaxops.objectives.language import scores_of_batch
+from jaxops.run.given_table import as_file
+from jaxops.run.load import evaluate_saved
+from jaxops.run.outputs import whole_folder
+from jaxops.run.saved_run import SavedRun
+
+
+class ServedLanguage:
+    """A trained language model."""
+
+    def __init__(self, saved: SavedRun):
+        self.saved = saved
+        self.tokenizer = stored_tokenizer(saved)
+        self.decoder = stored_architecture(saved).build(self.tokenizer.vocab)
+        saved.expect(self.decoder.shapes, {})
+
+    def predict(
+        self,
+        source: Any,
+        options: Predict | None = None,
+        *,
+        say: Callable[[str], None] = lambda text: None,
+        **keywords: Any,
+    ) -> pa.Table:
+        """Scores texts: the number of tokens that are learnt from, their mean NLL and perplexity, for each row in order.
+
+        A row whose text is longer than `data.length` is scored up to there, and `cut` says so. A row of which nothing is
+        learnt from has nulls.
+
+        Args:
+          source: a file in the form of the run's data, a pyarrow table or a data frame.
+          options: the options of `jaxops predict`.
+          say: it is called with each line that a person should read.
+          keywords: the fields of `Predict`, in place of `options`.
+
+        Raises:
+          UserError: the source does not fit.
+        """
+        given = options or Predict(**keywords)
+        with as_file(source) as path, notes.collected() as remarks:
+            config = _of_source(self.saved.config.data, path)
+            documents = tokenise(config, read_examples(config, path), self.tokenizer)
+        for remark in remarks:
+            say(remark)
+        begin, size = documents.offsets[:-1], np.diff(documents.offsets) - 1
+        segments = Segments(begin, np.clip(size, 0, config.length))
+        rows = TextRows(documents, segments, config.length, packed=False, seed=0, fill=self.tokenizer.pad or 0)
+        passes = self.saved.passes({}, given.batch)
+        with jax.set_mesh(self.saved.mesh):
+            weights = self.saved.placed(passes)
+            found = passes.over("texts", self._scores, weights, TextBatches(rows, passes.size))
+            nll, count = (np.concatenate(part)[: len(rows)] for part in zip(*map(jax.device_get, found), strict=True))
+        none = count == 0
+        mean = np.divide(nll, count, out=np.zeros_like(nll), where=~none)
+        return pa.table(
+            {
+                "tokens": pa.array(count.astype(np.int64)),
+                "nll": pa.array(mean, mask=none),
+                "perplexity": pa.array(np.exp(mean), mask=none),
+                "cut": pa.array(size > config.length),
+            }
+        )
+
+    def _scores(
+        self, params: Params, batch: Mapping[str, Array]
+    ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+        scores = scores_of_batch(self.decoder, params, batch, None)
+        return jnp.sum(-scores.logprobs * batch["mask"], axis=1), jnp.sum(batch["mask"], axis=1)
+
+    def evaluate(self, parts: tuple[str, ...] = ("valid", "test")) -> dict[str, float]:
+        """Returns the metrics on the run's own held-out text, computed on the devices of this machine.
+
+        Raises:
+          UserError: the text or the weights that the run began with cannot be opened, or the text has changed.
+        """
+        return evaluate_saved(self.saved, parts)
+
+    def export(self, path: Path, options: Export | None = None, **keywords: Any) -> str:
+        """Writes a folder of config.json, safetensors and the tokenizer, which `transformers` and vLLM open as it is.
+
+        Raises:
+          UserError: the folder exists and is not empty, or no published model type has this architecture.
+        """
+        given = options or Export(**keywords)
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not empty: name a new folder")
+        dtype = None if given.dtype is None else jnp.dtype(given.dtype)
+        with whole_folder(path) as folder:
+            save_pretrained(
+                folder, self.decoder.config, self.saved.weights.params, special_ids(self.tokenizer), dtype=dtype
+            )
+            for name, content in self.tokenizer.files.items():
+                if not (folder / name).exists():
+                    (folder / name).write_bytes(content)
+        return f"{sum(1 for _ in path.iterdir())} files -> {path}"
+
+
+def _of_source(data: Any, path: Any) -> OneTextData:
+    """Returns the data section for a file of texts to score: unpacked, nothing held out, cut at the end."""
+    if isinstance(data, MixtureData):
+        raise UserError("predict: this run learnt from a mixture of sources; a file's form is not known by it")
+    changed: dict[str, Any] = {"path": str(path), "valid": None, "pack": False, "copies": "keep", "format": "auto"}
+    return dataclasses.replace(data, **changed)
