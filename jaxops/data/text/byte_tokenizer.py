@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxops.core.failures import UserError
-from jaxops.data.text.tokenizer import Encoded, digest_of
+from jaxops.data.text.tokenizer import EncodedText, digest_of
 
 MARKS = ("<|bos|>", "<|im_end|>", "<|pad|>", "<|im_start|>")
 """The marks from id 256 on. What ends a turn ends a text too, so a model learns to stop from either."""
@@ -55,11 +55,11 @@ class ByteTokenizer:
             ids += [self._ids[part]] if at % 2 else _bytes(part)
         return ids
 
-    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[Encoded]:
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[EncodedText]:
         """Returns the ids of each text and the characters that they stand for."""
         return [self._encoded(text, special) for text in texts]
 
-    def _encoded(self, text: str, special: bool) -> Encoded:
+    def _encoded(self, text: str, special: bool) -> EncodedText:
         # the widths in characters of the pieces, and the pieces that a character becomes
         ids = np.array(self.encode(text), np.int32)
         starts, ends, at = [], [], 0
@@ -75,7 +75,7 @@ class ByteTokenizer:
         begin = [np.zeros(1, np.int32)] if special else []
         join = lambda parts: np.concatenate([*begin, *parts, np.zeros(0)]).astype(np.int32)
         ids = np.concatenate([np.full(len(begin), 256, np.int32), ids])
-        return Encoded(ids, join(starts), join(ends))
+        return EncodedText(ids, join(starts), join(ends))
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Returns the text of ids; bytes that are no UTF-8 become U+FFFD."""

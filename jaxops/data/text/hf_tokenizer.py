@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxops.core.failures import UserError
-from jaxops.data.text.tokenizer import FILES, TURN_ENDS, Encoded, digest_of, json_object
+from jaxops.data.text.tokenizer import FILES, TURN_ENDS, EncodedText, digest_of, json_object
 
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -39,7 +39,7 @@ class HFTokenizer:
         self.bos, self.eos, self.pad = self._id("bos_token"), self._id("eos_token"), self._id("pad_token")
         self.stops = self._stops()
         self.template = self._template()
-        self.files: Mapping[str, bytes] = {key: files[key] for key in FILES if key in files}
+        self.files: Mapping[str, bytes] = {key: files[key] for key in FILES if key in files} | self._kept_stops()
         self.digest = digest_of({"tokenizer.json": files["tokenizer.json"]})
 
     def _json(self, file: str) -> dict[str, Any]:
@@ -74,6 +74,13 @@ class HFTokenizer:
         found += [self._ids[word] for word in TURN_ENDS if self._ids.get(word) in self.special]
         return tuple(dict.fromkeys(one for one in found if isinstance(one, int) and one < self.vocab))
 
+    def _kept_stops(self) -> dict[str, bytes]:
+        """Returns generation_config.json with the stops of config.json, which is a model's and no tokenizer's file."""
+        if self._json("config.json").get("eos_token_id") is None:
+            return {}
+        whole = self._json("generation_config.json") | {"eos_token_id": list(self.stops)}
+        return {"generation_config.json": json.dumps(whole, indent=2).encode()}
+
     def _template(self) -> str | None:
         """Returns the chat template: of its own file before that of the config; of several, the one called default."""
         if "chat_template.jinja" in self._given:
@@ -98,12 +105,12 @@ class HFTokenizer:
         """Returns the ids of a text; with `special`, with those that tokenizer.json puts around every text."""
         return self._inner.encode(_unicode(text), add_special_tokens=special).ids
 
-    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[Encoded]:
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[EncodedText]:
         """Returns the ids of each text and the characters that they stand for."""
         out = []
         for found in self._inner.encode_batch([_unicode(text) for text in texts], add_special_tokens=special):
             offsets = np.array(found.offsets, np.int32).reshape(-1, 2)
-            out.append(Encoded(np.array(found.ids, np.int32), offsets[:, 0], offsets[:, 1]))
+            out.append(EncodedText(np.array(found.ids, np.int32), offsets[:, 0], offsets[:, 1]))
         return out
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
@@ -123,12 +130,17 @@ class HFTokenizer:
         """
         if any(not token for token in tokens):
             raise UserError("an added token is empty; each needs a character or more")
-        larger = _imported().Tokenizer.from_buffer(self._given["tokenizer.json"])
+        larger = imported_tokenizers().Tokenizer.from_buffer(self._given["tokenizer.json"])
         larger.add_special_tokens(list(dict.fromkeys(tokens)))
         return HFTokenizer(self._given | {"tokenizer.json": larger.to_str().encode()}, self._name, self.kind)
 
 
-def _imported() -> Any:
+def imported_tokenizers() -> Any:
+    """Imports the package `tokenizers`.
+
+    Raises:
+      UserError: it is not installed.
+    """
     try:
         import tokenizers
     except ImportError as error:
@@ -145,7 +157,7 @@ def _opened(content: bytes, name: str) -> Any:
     if _untrimmed(whole.get("post_processor")):
         content = json.dumps(whole, ensure_ascii=False).encode()
     try:
-        found = _imported().Tokenizer.from_buffer(content)
+        found = imported_tokenizers().Tokenizer.from_buffer(content)
     except UserError:
         raise
     except Exception as error:  # `tokenizers` raises a bare Exception for everything that it cannot read

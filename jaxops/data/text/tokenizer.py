@@ -1,33 +1,35 @@
 """Tokenizers: what text becomes before a model sees it, whatever wrote the vocabulary.
 
 Three kinds: `bytes` (no file and no dependency), a folder with the `tokenizer.json` of Hugging Face (extra `lm`), and
-the vocabulary inside a GGUF file (extra `gguf`). `open_tokenizer` opens each by its address; `tokenizer_of` rebuilds
-one from the files that a run keeps.
+the vocabulary inside a GGUF file (extra `gguf`). `open_tokenizer.py` opens each by its address.
 """
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int32
 
-from jaxops.core.failures import UserError, nearest
+from jaxops.core.failures import UserError
 from jaxops.data import notes
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 """The files that a tokenizer is made of and that an exported model needs."""
-READ_TOO = ("generation_config.json", "config.json")
-"""Files of a model's folder that say which tokens end a text."""
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|end_of_turn|>")
 """Words that end a turn wherever a vocabulary has them as special tokens."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Encoded:
+class EncodedText:
     """The tokens of one text, and the characters `[start, end)` of the text that each of them stands for.
 
     A token that stands for no character, such as one that was put before the text, has `start == end`.
@@ -61,7 +63,7 @@ class Tokenizer(Protocol):
       words: the variables that chat templates read: bos_token, eos_token and so on.
       template: the chat template that came with the vocabulary.
       digest: differs where a text could become other ids.
-      files: everything that rebuilds it (`tokenizer_of`) and that an exported model needs, by name.
+      files: everything that rebuilds it (`open_tokenizer.tokenizer_of`) and that an exported model needs, by name.
     """
 
     kind: str
@@ -80,7 +82,7 @@ class Tokenizer(Protocol):
         """Returns the ids of a text; with `special`, with those that the vocabulary puts around every text."""
         ...
 
-    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[Encoded]:
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[EncodedText]:
         """Returns the ids of each text and the characters that they stand for."""
         ...
 
@@ -95,47 +97,6 @@ class Tokenizer(Protocol):
     def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
         """Returns a tokenizer that has these as special tokens too; new ones get the ids from `vocab` on."""
         ...
-
-
-def open_tokenizer(address: str) -> Tokenizer:
-    """Opens the tokenizer at an address: `bytes`, a folder, a `tokenizer.json`, or a GGUF file (`gguf://` or a path).
-
-    Raises:
-      UserError: nothing is there, the files make no tokenizer, or a package is missing.
-    """
-    if address == "bytes":
-        from jaxops.data.text.byte_tokenizer import ByteTokenizer
-
-        return ByteTokenizer()
-    path = Path(address.removeprefix("gguf://")).expanduser()
-    if address.startswith("gguf://") or path.suffix == ".gguf":
-        from jaxops.data.text.gguf_tokenizer import read_gguf_tokenizer
-
-        return read_gguf_tokenizer(path)
-    folder = path.parent if path.name == "tokenizer.json" else path
-    if not folder.is_dir():
-        hint = nearest(address, ["bytes"])
-        raise UserError(
-            f"no tokenizer at {address}{hint}: expected `bytes`, a folder with tokenizer.json or a GGUF file"
-        )
-    found = {name: (folder / name).read_bytes() for name in (*FILES, *READ_TOO) if (folder / name).is_file()}
-    return tokenizer_of(found, str(folder))
-
-
-def tokenizer_of(files: Mapping[str, bytes], name: str) -> Tokenizer:
-    """Rebuilds a tokenizer from its files; `name` says in messages where they are from.
-
-    Raises:
-      UserError: the files make no tokenizer, or the package `tokenizers` is missing.
-    """
-    config = json_object(files.get("tokenizer_config.json", b"{}"), f"{name}/tokenizer_config.json")
-    if isinstance(config.get("jaxops"), dict) and config["jaxops"].get("kind") == "bytes":
-        from jaxops.data.text.byte_tokenizer import ByteTokenizer
-
-        return ByteTokenizer(tuple(config["jaxops"].get("added", ())))
-    from jaxops.data.text.hf_tokenizer import HFTokenizer
-
-    return HFTokenizer(files, name)
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int, model: str = "the model") -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from jaxops.core.failures import UserError
 from jaxops.data.text.assistant import Ends, assistant_parts, completion_part
+from jaxops.data.text.open_tokenizer import open_tokenizer
 from jaxops.data.text.template import ChatTemplate
-from jaxops.data.text.tokenizer import open_tokenizer
 
 FIXTURES = pathlib.Path(__file__).parents[2] / "fixtures" / "text"
 CHATS = json.loads((FIXTURES / "chats.json").read_text(encoding="utf-8"))

@@ -13,7 +13,8 @@ from jaxops.core.failures import UserError
 from jaxops.data import notes
 from jaxops.data.text.byte_tokenizer import ByteTokenizer
 from jaxops.data.text.hf_tokenizer import HFTokenizer
-from jaxops.data.text.tokenizer import check_vocabulary, open_tokenizer, tokenizer_of
+from jaxops.data.text.open_tokenizer import open_tokenizer, tokenizer_of
+from jaxops.data.text.tokenizer import check_vocabulary
 
 TINY = pathlib.Path(__file__).parents[2] / "fixtures" / "text" / "tiny"
 TEXTS = st.lists(
@@ -75,7 +76,10 @@ def test_what_a_folder_says_about_its_tokens():
 def test_generation_config_and_the_turn_s_end_are_stops_too():
     files = tiny_files(eos_token="<|bos|>") | {"generation_config.json": b'{"eos_token_id": [0, 1, 99999]}'}
     assert HFTokenizer(files, "x").stops == (0, 1, 2)
-    assert "generation_config.json" not in HFTokenizer(files, "x").files
+    assert HFTokenizer(HFTokenizer(files, "x").files, "run").stops == (0, 1, 2)
+    only = tiny_files() | {"config.json": b'{"eos_token_id": 1, "vocab_size": 362}'}
+    kept = HFTokenizer(only, "x").files
+    assert HFTokenizer(kept, "run").stops == (2, 1) and "config.json" not in kept
 
 
 def test_templates_of_a_folder():

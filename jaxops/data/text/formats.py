@@ -1,0 +1,288 @@
+"""Reads examples of text from JSON lines, Parquet and CSV, in the forms that trainers of language models share.
+
+A row that is wrong is told with its file and line; nothing is skipped or repaired unseen.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxops.core.failures import UserError, nearest
+from jaxops.data.files import DataFile, expand_paths
+from jaxops.data.formats import batches, columns
+from jaxops.data.text.spec import ChatData, CompletionData, OneTextData, TextData
+from jaxops.data.text.template import BEGIN, END, Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+BLOCK = 1 << 22
+"""Bytes of JSON lines that are read at once."""
+SHOWN = 8
+"""How many wrong rows a message lists."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One example as it was written.
+
+    Attributes:
+      where: its file and row, for messages.
+      text: the text of a plain example; the prompt and the completion of a pair of texts, one after the other.
+      prompt: the number of characters of `text` that are the prompt.
+      messages: the conversation; the prompt's messages first.
+      asked: the number of `messages` that are the prompt.
+      tools: descriptions of functions.
+      arguments: variables of the template for this conversation alone.
+    """
+
+    where: str
+    text: str | None = None
+    prompt: int = 0
+    messages: tuple[Message, ...] = ()
+    asked: int = 0
+    tools: tuple[Any, ...] | None = None
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def digest(self) -> bytes:
+        """Returns 16 bytes that are the same for exact copies, wherever they stand."""
+        said = [self.text, self.prompt, self.messages, self.asked, self.tools, self.arguments]
+        written = json.dumps(said, sort_keys=True, ensure_ascii=True, default=str)
+        return hashlib.blake2b(written.encode(), digest_size=16).digest()
+
+
+class _Wrong(Exception):
+    """What is wrong with a row."""
+
+
+def read_examples(config: OneTextData, path: str | Sequence[str]) -> list[Example]:
+    """Reads all examples of the files at `path`, in order.
+
+    Raises:
+      UserError: no file, a file that is not of its format, rows that are wrong (the first ones, with their lines), or
+        no row at all.
+    """
+    parse = _parser(config)
+    found: list[Example] = []
+    wrong: list[str] = []
+    count = 0
+    for file in expand_paths(path, config.format):
+        for where, row in _rows(file, _wanted(config)):
+            try:
+                found.append(parse(where, row))
+            except _Wrong as error:
+                count += 1
+                if count <= SHOWN:
+                    wrong.append(f"{where}: {error}")
+    if wrong:
+        more = [f"... and {count - SHOWN} more"] if count > SHOWN else []
+        raise UserError(
+            "\n  ".join([f"{count} row(s) cannot be learnt from:", *wrong, *more]) if count > 1 else wrong[0]
+        )
+    if not found:
+        raise UserError(f"no example in {path if isinstance(path, str) else ', '.join(path)}: the data files are empty")
+    return found
+
+
+def _wanted(config: OneTextData) -> dict[str, bool]:
+    """Returns the columns that are read, and whether each must be there."""
+    match config:
+        case TextData():
+            wanted = {config.columns.text: True}
+        case ChatData():
+            wanted = {config.columns.messages: True}
+        case CompletionData():
+            wanted = {config.columns.prompt: True, config.columns.completion: True}
+    if not isinstance(config, TextData):
+        wanted |= {config.columns.tools: True} if config.columns.tools else {"tools": False}
+        wanted |= {"chat_template_kwargs": False}
+    return wanted
+
+
+def _rows(file: DataFile, wanted: Mapping[str, bool]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each row with its place."""
+    if file.format == "jsonl":
+        yield from _lines(file)
+        return
+    there = columns(file)
+    for name in (name for name, needed in wanted.items() if needed and name not in there):
+        raise UserError(f"{file.name}: {_no_column(name, there)}")
+    number = 0
+    for batch in batches(file, [name for name in wanted if name in there], None):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{file.name}, row {number}", row
+
+
+def _lines(file: DataFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the objects of JSON lines.
+
+    Raises:
+      UserError: a line is no UTF-8, no JSON, or no object.
+    """
+    number, rest = 0, b""
+    with file.stream() as stream:
+        while True:
+            block = stream.read(BLOCK)
+            *lines, rest = (rest + block).split(b"\n") if block else (rest, b"")
+            for line in lines:
+                number += 1
+                if line.strip():
+                    yield f"{file.name}:{number}", _object(line, f"{file.name}:{number}", number == 1)
+            if not block:
+                return
+
+
+def _object(line: bytes, where: str, first: bool) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: no UTF-8 text: byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        hint = "; a JSON array is not JSON lines: write one object a line" if line.lstrip().startswith(b"[") else ""
+        raise UserError(f"{where}: not JSON ({error}): {line[:60].decode('utf-8', 'replace')!r}{hint}") from None
+    if not isinstance(value, dict):
+        hint = "; a JSON array is not JSON lines: write one object a line" if isinstance(value, list) else ""
+        raise UserError(f"{where}: expected a JSON object a line, got {_shown(value)}{hint}")
+    return value
+
+
+def _parser(config: OneTextData) -> Callable[[str, dict[str, Any]], Example]:
+    match config:
+        case TextData():
+            return lambda where, row: Example(where, text=_text(row, config.columns.text))
+        case ChatData():
+            return lambda where, row: _chat(config, where, row)
+        case CompletionData():
+            return lambda where, row: _completion(config, where, row)
+
+
+def _chat(config: ChatData, where: str, row: dict[str, Any]) -> Example:
+    messages = _messages(_value(row, config.columns.messages), config.columns.messages)
+    if config.loss_on == "assistant" and not any(message["role"] == "assistant" for message in messages):
+        raise _Wrong("the conversation has no assistant turn, so there is nothing to learn from")
+    return Example(where, messages=messages, tools=_tools(row, config.columns.tools), arguments=_arguments(row))
+
+
+def _completion(config: CompletionData, where: str, row: dict[str, Any]) -> Example:
+    names = config.columns
+    prompt, completion = _value(row, names.prompt), _value(row, names.completion)
+    if isinstance(prompt, str) != isinstance(completion, str):
+        raise _Wrong(
+            f"{names.prompt!r} is {_sort(prompt)} and {names.completion!r} {_sort(completion)}; "
+            "both are text, or both lists of messages"
+        )
+    if isinstance(prompt, str):
+        asked, said = _text(row, names.prompt, empty=True), _text(row, names.completion)
+        return Example(where, text=asked + said, prompt=len(asked))
+    before, after = _messages(prompt, names.prompt), _messages(completion, names.completion)
+    if not any(message["role"] == "assistant" for message in after):
+        raise _Wrong(f"{names.completion!r} has no assistant turn, so there is nothing to learn from")
+    tools = _tools(row, names.tools)
+    return Example(where, messages=before + after, asked=len(before), tools=tools, arguments=_arguments(row))
+
+
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        raise _Wrong(_no_column(name, list(row)))
+    if row[name] is None:
+        raise _Wrong(f"column {name!r} is null")
+    return row[name]
+
+
+def _no_column(name: str, there: Sequence[str]) -> str:
+    known = ", ".join(there[:12]) or "none"
+    return f"no column {name!r}{nearest(name, there)} (there are: {known}); name it with `columns:`"
+
+
+def _text(row: Mapping[str, Any], name: str, empty: bool = False) -> str:
+    value = _value(row, name)
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise _Wrong(f"column {name!r} is {value[:40]!r}, which is no UTF-8 text") from None
+    if not isinstance(value, str):
+        raise _Wrong(f"column {name!r} is {_sort(value)} ({_shown(value)}), expected text")
+    if not value.strip() and not (empty and not value):
+        raise _Wrong(f"column {name!r} is empty" if not value else f"column {name!r} holds blanks alone")
+    return _checked(value, f"column {name!r}")
+
+
+_NEVER = re.compile(f"[\0{BEGIN}{END}\ud800-\udfff]")
+
+
+def _checked(text: str, what: str) -> str:
+    """Returns the text if every tokenizer can take it."""
+    found = _NEVER.search(text)
+    if found:
+        names = {"\0": "NUL (U+0000)", BEGIN: "the noncharacter U+FDD0", END: "the noncharacter U+FDD1"}
+        called = names.get(found[0], f"{found[0]!a}, half of a character")
+        raise _Wrong(f"{what} holds {called} after {found.start()} characters, which is no text")
+    return text
+
+
+def _messages(value: Any, name: str) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise _Wrong(f"column {name!r} is {_sort(value)} ({_shown(value)}), expected a list of messages")
+    if not value:
+        raise _Wrong(f"column {name!r} has no message")
+    return tuple(_message(one, f"{name}[{at}]") for at, one in enumerate(value))
+
+
+def _message(value: Any, what: str) -> Message:
+    """Returns a message with its role, its content (text) and whatever else it has for the template."""
+    if not isinstance(value, dict):
+        raise _Wrong(f"{what} is {_sort(value)} ({_shown(value)}), expected a message with role and content")
+    if "role" not in value:
+        form = "; this is the form of ShareGPT, rename the keys" if {"from", "value"} <= value.keys() else ""
+        raise _Wrong(f"{what} has no role (keys: {', '.join(map(str, value))}){form}")
+    role = value["role"]
+    if role not in ROLES:
+        raise _Wrong(f"{what}: unknown role {role!r}{nearest(str(role), ROLES)} (known: {', '.join(ROLES)})")
+    # Parquet gives every message every key: those that it does not have are null
+    message = {key: entry for key, entry in value.items() if entry is not None}
+    content = message.get("content")
+    calls = role == "assistant" and bool(message.get("tool_calls"))
+    if content is None and not calls:
+        raise _Wrong(f"{what}: the {role} turn has no content")
+    if content is not None and not isinstance(content, str):
+        parts = "; parts other than text are not read" if isinstance(content, list) else ""
+        raise _Wrong(f"{what}: the content is {_sort(content)} ({_shown(content)}), expected text{parts}")
+    if role == "assistant" and not calls and not (content or "").strip():
+        raise _Wrong(f"{what}: the assistant turn is empty")
+    message["content"] = _checked(content or "", f"{what}: the content")
+    return message
+
+
+def _tools(row: Mapping[str, Any], name: str | None) -> tuple[Any, ...] | None:
+    """Returns the descriptions of functions: a list, or a list written as JSON text."""
+    value = row.get("tools") if name is None else _value(row, name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise _Wrong(f"column {name or 'tools'!r} is no JSON: {_shown(value)}") from None
+    if value is not None and not isinstance(value, list):
+        raise _Wrong(f"column {name or 'tools'!r} is {_sort(value)} ({_shown(value)}), expected a list")
+    return tuple(value) if value else None
+
+
+def _arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    value = row.get("chat_template_kwargs") or {}
+    if not isinstance(value, dict):
+        raise _Wrong(f"column 'chat_template_kwargs' is {_sort(value)}, expected an object")
+    return value
+
+
+def _sort(value: Any) -> str:
+    names = {str: "text", list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
