@@ -78,7 +78,7 @@ def test_the_package_imports_only_what_it_asks_for():
     """Never what another package happens to bring, nor what only a developer's environment holds."""
     needed = JAX_PACKAGES | OTHERS
     extras = PROJECT["project"]["optional-dependencies"]
-    needed |= {Requirement(r).name for extra in ("gcs", "s3", "wandb") for r in extras[extra]}
+    needed |= {Requirement(r).name for extra in ("gcs", "s3", "wandb", "gguf") for r in extras[extra]}
     known, homes = {canonical(name) for name in needed}, importlib.metadata.packages_distributions()
     stray = [
         f"{path.relative_to(ROOT)} imports {name}"
@@ -90,7 +90,7 @@ def test_the_package_imports_only_what_it_asks_for():
 
 
 def test_the_extras_are_there():
-    assert set(PROJECT["project"]["optional-dependencies"]) == {"tpu", "cuda", "gcs", "s3", "wandb", "dev"}
+    assert set(PROJECT["project"]["optional-dependencies"]) == {"tpu", "cuda", "gcs", "s3", "wandb", "gguf", "dev"}
 
 
 def test_the_lock_names_packages_versions_and_hashes_only():
