@@ -111,7 +111,7 @@ class TextRows:
     def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the rows of these numbers.
 
-        "id" int32 [B] is the number of the row; [B, length] are "tokens" int32, "targets" int32 (the next token of the
+        "id" int32 [B] is the number of the row and "weight" float32 [B] is 1; [B, length] are "tokens" int32, "targets" int32 (the next token of the
         same segment), "mask" float32 (1 where the target is learnt from), "segment" int32 (1, 2, ... within the row,
         0 where nothing is) and "position" int32 (within the segment).
         """
@@ -135,7 +135,7 @@ class TextRows:
         out["segment"][place] = np.repeat(ranges(np.ones(size, np.int64), held), width)
         out["position"][place] = ranges(np.zeros(len(width), np.int64), width)
         shaped = {name: values.reshape(size, self.length) for name, values in out.items()}
-        return {"id": rows.astype(np.int32), **shaped}
+        return {"id": rows.astype(np.int32), "weight": np.ones(size, np.float32), **shaped}
 
 
 class TextSource:
@@ -151,7 +151,7 @@ class TextSource:
 
 
 class TextBatches:
-    """Evaluation batches of all rows, in order; the last one is padded with rows of mask and segment 0."""
+    """Evaluation batches of all rows, in order; the last one is padded with rows of weight, mask and segment 0."""
 
     def __init__(self, rows: TextRows, size: int) -> None:
         self._all, self.size = rows, size
@@ -167,6 +167,7 @@ class TextBatches:
         at = np.arange(k * self.size + start, k * self.size + stop)
         real = at < len(self._all)
         out = self._all.batch(np.where(real, at, 0))
+        out["weight"] = real.astype(np.float32)
         out["mask"] = out["mask"] * real[:, None].astype(np.float32)
         out["segment"] = out["segment"] * real[:, None].astype(np.int32)
         out[PART_ROW] = np.where(real, at, -1).astype(np.int32)

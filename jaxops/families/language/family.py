@@ -44,7 +44,6 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
         inspection={**text.inspection, "split": {"sha256": text.inspection["digest"]}},
         transform=stored(opened.decoder.config, opened.tokenizer),
         about=_about(config, opened, text),
-        notices=tuple(text.inspection.get("notes", ())),
     )
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from jaxops.core.failures import UserError
 from jaxops.core.weights import WeightSource
-from jaxops.data.text.tokenizer import Tokenizer, check_vocabulary, open_tokenizer
+from jaxops.data.text.open_tokenizer import open_tokenizer
+from jaxops.data.text.tokenizer import Tokenizer, check_vocabulary
 from jaxops.families.language.config import LanguageConfig, Pretrained
 from jaxops.families.language.stored import stored_architecture, stored_tokenizer
 from jaxops.models.decoder.architecture import Architecture

@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxops.config.load import from_dict
 from jaxops.core.failures import UserError
-from jaxops.data.text.tokenizer import Tokenizer, tokenizer_of
+from jaxops.data.text.open_tokenizer import tokenizer_of
+from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.run.saved_run import SavedRun
 
