@@ -79,6 +79,15 @@ def fit(documents: Documents, length: int, too_long: TooLong, part: str = "") ->
     return Segments(start[kept], width[kept], learnt[kept])
 
 
+def whole(documents: Documents, length: int) -> Segments:
+    """Returns one segment for each document, in order: its first `length` predictions, also where it has none."""
+    begin, end = documents.offsets[:-1], documents.offsets[1:]
+    width = np.clip(end - begin - 1, 0, length)
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(documents.trained, dtype=np.int64)])
+    first = np.minimum(begin + 1, end)
+    return Segments(begin, width, before[first + width] - before[first])
+
+
 class TextRows:
     """Rows of `length` out of segments, packed or one segment a row; an index that is the same in every process.
 
@@ -111,8 +120,8 @@ class TextRows:
     def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the rows of these numbers.
 
-        "id" int32 [B] is the number of the row and "weight" float32 [B] is 1; [B, length] are "tokens" int32, "targets" int32 (the next token of the
-        same segment), "mask" float32 (1 where the target is learnt from), "segment" int32 (1, 2, ... within the row,
+        "id" int32 [B] is the number of the row and "weight" float32 [B] is 1. Of shape [B, length] are "tokens" int32,
+        "targets" int32 (the next token of the same segment), "mask" float32 (1 where the target is learnt from), "segment" int32 (1, 2, ... within the row,
         0 where nothing is) and "position" int32 (within the segment).
         """
         size = len(rows)

@@ -80,7 +80,7 @@ class LanguageConfig(RunConfig):
         found = super().problems()
         if isinstance(self.model, Architecture):
             if self.tokenizer is None:
-                found.append(("tokenizer", "a model with fresh parameters comes with none: `bytes`, or a folder's path"))
+                found.append(("tokenizer", "a model with fresh parameters has none: `bytes`, or a folder's path"))
             if self.data.length > self.model.length:
                 text = f"{self.data.length} tokens in a row, but the model reads {self.model.length} (model.length)"
                 found.append(("data.length", text))

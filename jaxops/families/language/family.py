@@ -1,10 +1,8 @@
 """The language family: a decoder on text, from a config to a task, and from a run folder to a served model."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError

@@ -16,7 +16,7 @@ from jaxops.core.state import Params
 from jaxops.data import notes
 from jaxops.data.text.documents import tokenise
 from jaxops.data.text.formats import read_examples
-from jaxops.data.text.source import Segments, TextBatches, TextRows
+from jaxops.data.text.source import TextBatches, TextRows, whole
 from jaxops.data.text.spec import MixtureData, OneTextData
 from jaxops.families.language.opened import special_ids
 from jaxops.families.language.options import Export, Predict
@@ -66,9 +66,14 @@ class ServedLanguage:
             documents = tokenise(config, read_examples(config, path), self.tokenizer)
         for remark in remarks:
             say(remark)
-        begin, size = documents.offsets[:-1], np.diff(documents.offsets) - 1
-        segments = Segments(begin, np.clip(size, 0, config.length))
-        rows = TextRows(documents, segments, config.length, packed=False, seed=0, fill=self.tokenizer.pad or 0)
+        rows = TextRows(
+            documents,
+            whole(documents, config.length),
+            config.length,
+            packed=False,
+            seed=0,
+            fill=self.tokenizer.pad or 0,
+        )
         passes = self.saved.passes({}, given.batch)
         with jax.set_mesh(self.saved.mesh):
             weights = self.saved.placed(passes)
@@ -81,7 +86,7 @@ class ServedLanguage:
                 "tokens": pa.array(count.astype(np.int64)),
                 "nll": pa.array(mean, mask=none),
                 "perplexity": pa.array(np.exp(mean), mask=none),
-                "cut": pa.array(size > config.length),
+                "cut": pa.array(np.diff(documents.offsets) - 1 > config.length),
             }
         )
 
