@@ -121,8 +121,8 @@ class TextRows:
         """Returns the rows of these numbers.
 
         "id" int32 [B] is the number of the row and "weight" float32 [B] is 1. Of shape [B, length] are "tokens" int32,
-        "targets" int32 (the next token of the same segment), "mask" float32 (1 where the target is learnt from), "segment" int32 (1, 2, ... within the row,
-        0 where nothing is) and "position" int32 (within the segment).
+        "targets" int32 (the next token of the same segment), "mask" float32 (1 where the target is learnt from),
+        "segment" int32 (1, 2, ... within the row, 0 where nothing is) and "position" int32 (within the segment).
         """
         size = len(rows)
         held = self._first[rows + 1] - self._first[rows]

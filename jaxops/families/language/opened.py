@@ -45,12 +45,11 @@ def open_model(config: LanguageConfig) -> OpenedModel:
         tokenizer = _with_tokens(open_tokenizer(config.tokenizer), config.add_tokens)
         return OpenedModel(config.model.build(tokenizer.vocab), tokenizer, (), special_ids(tokenizer))
     address = config.model.weights
-    architecture, tokenizer_there, sources = _from(address, config.tokenizer is None)
-    tokenizer = tokenizer_there if config.tokenizer is None else open_tokenizer(config.tokenizer)
-    if tokenizer is None:
+    architecture, own, sources = _from(address, config.tokenizer is None)
+    found = own if config.tokenizer is None else open_tokenizer(config.tokenizer)
+    if found is None:
         raise UserError(f"tokenizer: {address} comes without one; name it (`bytes`, a folder or a GGUF file)")
-    if config.add_tokens:
-        tokenizer = _with_tokens(tokenizer, config.add_tokens)
+    tokenizer = _with_tokens(found, config.add_tokens)
     assert architecture.vocab is not None
     check_vocabulary(tokenizer, architecture.vocab, address)
     if config.data.length > architecture.length:

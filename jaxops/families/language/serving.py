@@ -46,10 +46,10 @@ class ServedLanguage:
         say: Callable[[str], None] = lambda text: None,
         **keywords: Any,
     ) -> pa.Table:
-        """Scores texts: the number of tokens that are learnt from, their mean NLL and perplexity, for each row in order.
+        """Scores texts: for each row the number of tokens that are learnt from, their mean NLL, and their perplexity.
 
-        A row whose text is longer than `data.length` is scored up to there, and `cut` says so. A row of which nothing is
-        learnt from has nulls.
+        A text that is longer than `data.length` is scored up to there, and `cut` says so. A row of which nothing is
+        learnt from has nulls. Where the run learnt from each turn `apart`, each turn has a row.
 
         Args:
           source: a file in the form of the run's data, a pyarrow table or a data frame.
@@ -62,18 +62,12 @@ class ServedLanguage:
         """
         given = options or Predict(**keywords)
         with as_file(source) as path, notes.collected() as remarks:
-            config = _of_source(self.saved.config.data, path)
-            documents = tokenise(config, read_examples(config, path), self.tokenizer)
+            config = _of_source(self.saved.config.data, str(path))
+            documents = tokenise(config, read_examples(config, str(path)), self.tokenizer)
         for remark in remarks:
             say(remark)
-        rows = TextRows(
-            documents,
-            whole(documents, config.length),
-            config.length,
-            packed=False,
-            seed=0,
-            fill=self.tokenizer.pad or 0,
-        )
+        texts = whole(documents, config.length)
+        rows = TextRows(documents, texts, config.length, packed=False, seed=0, fill=self.tokenizer.pad or 0)
         passes = self.saved.passes({}, given.batch)
         with jax.set_mesh(self.saved.mesh):
             weights = self.saved.placed(passes)
@@ -125,9 +119,9 @@ class ServedLanguage:
         return f"{sum(1 for _ in path.iterdir())} files -> {path}"
 
 
-def _of_source(data: Any, path: Any) -> OneTextData:
+def _of_source(data: Any, path: str) -> OneTextData:
     """Returns the data section for a file of texts to score: unpacked, nothing held out, cut at the end."""
     if isinstance(data, MixtureData):
         raise UserError("predict: this run learnt from a mixture of sources; a file's form is not known by it")
-    changed: dict[str, Any] = {"path": str(path), "valid": None, "pack": False, "copies": "keep", "format": "auto"}
+    changed: dict[str, Any] = {"path": path, "valid": None, "pack": False, "copies": "keep", "format": "auto"}
     return dataclasses.replace(data, **changed)

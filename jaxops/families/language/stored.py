@@ -52,9 +52,8 @@ def stored_tokenizer(saved: SavedRun) -> Tokenizer:
         raise UserError(f"{where}/{FILES}: not JSON; the run folder is damaged") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}/{FILES}: expected names of files; the run folder is damaged")
-    return tokenizer_of(
-        {name: saved.transform(f"tokenizer.{name}").astype(np.uint8).tobytes() for name in names}, where
-    )
+    content = lambda name: saved.transform(f"tokenizer.{name}").astype(np.uint8).tobytes()
+    return tokenizer_of({name: content(name) for name in names}, where)
 
 
 def _bytes(content: bytes) -> np.ndarray:
