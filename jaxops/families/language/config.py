@@ -29,7 +29,8 @@ class Pretrained(Part):
     """A model whose weights and architecture are read from elsewhere.
 
     Attributes:
-      weights: a folder with config.json and safetensors files, a GGUF file, or `runs/NAME`.
+      weights: a folder with config.json and safetensors files, a GGUF file, `runs/NAME`, or `named://NAME` of one that
+        `jaxops data list` has.
       dropout: rate of dropout while it is trained on.
       remat: how much of a layer the backward pass recomputes: nothing, all but matmuls (`dots`) or all (`full`).
     """

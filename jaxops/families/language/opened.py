@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxops.core.failures import UserError
 from jaxops.core.weights import WeightSource
+from jaxops.data.sources import local
 from jaxops.data.text.open_tokenizer import open_tokenizer
 from jaxops.data.text.tokenizer import Tokenizer, check_vocabulary
 from jaxops.families.language.config import LanguageConfig, Pretrained
@@ -42,11 +43,11 @@ def open_model(config: LanguageConfig) -> OpenedModel:
     """
     if not isinstance(config.model, Pretrained):
         assert config.tokenizer is not None  # LanguageConfig.problems
-        tokenizer = _with_tokens(open_tokenizer(config.tokenizer), config.add_tokens)
+        tokenizer = _with_tokens(open_tokenizer(local(config.tokenizer)), config.add_tokens)
         return OpenedModel(config.model.build(tokenizer.vocab), tokenizer, (), special_ids(tokenizer))
     address = config.model.weights
     architecture, own, sources = _from(address, config.tokenizer is None)
-    found = own if config.tokenizer is None else open_tokenizer(config.tokenizer)
+    found = own if config.tokenizer is None else open_tokenizer(local(config.tokenizer))
     if found is None:
         raise UserError(f"tokenizer: {address} comes without one; name it (`bytes`, a folder or a GGUF file)")
     tokenizer = _with_tokens(found, config.add_tokens)
@@ -62,6 +63,7 @@ def open_model(config: LanguageConfig) -> OpenedModel:
 
 def _from(address: str, wants_tokenizer: bool) -> tuple[Architecture, Tokenizer | None, tuple[WeightSource, ...]]:
     """Returns architecture, tokenizer (None where there is none) and weights at an address."""
+    address = local(address)
     if address.startswith("hf://"):
         raise UserError("model.weights: hf:// addresses come next; give the folder that `hf download` made")
     path = Path(address).expanduser()
