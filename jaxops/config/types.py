@@ -67,22 +67,24 @@ class Duration:
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """An interval in one unit, `steps`, `seconds` or `epochs`; the other two are None."""
+    """An interval in `steps`, `seconds` or `epochs`, the others None; of steps and epochs together, the shorter."""
 
     steps: int | None = None
     seconds: float | None = None
     epochs: float | None = None
     text: str = dataclasses.field(default="", compare=False, repr=False)
 
-    expected: ClassVar[str] = "a number of steps, or a duration such as 30s, 10min or 2h, or 1epoch"
+    expected: ClassVar[str] = (
+        "a number of steps, or a duration such as 30s, 10min or 2h, or 1epoch, or 100 or 1epoch (the shorter)"
+    )
 
     def __post_init__(self) -> None:
-        if (self.steps, self.seconds, self.epochs).count(None) != 2:
-            raise ValueError("exactly one of steps, seconds and epochs")
+        if (self.seconds is None) == (self.steps is None and self.epochs is None):
+            raise ValueError("steps, epochs or both of them, or seconds")
 
     @classmethod
     def from_config(cls, value: Any) -> "Every":
-        """Reads `1000`, `10min` or `1epoch` (`0.5epoch`, `2epochs`).
+        """Reads `1000`, `10min`, `1epoch` (`0.5epoch`, `2epochs`) or `100 or 1epoch`.
 
         Raises:
           ValueError: the spelling is another, or the value is not above zero.
@@ -91,6 +93,11 @@ class Every:
             if value < 1:
                 raise ValueError("must be at least 1 step")
             return cls(steps=value)
+        if isinstance(value, str) and (match := re.fullmatch(r"(\d+) or (.*)", value)):
+            steps, other = cls.from_config(int(match[1])), cls.from_config(match[2])
+            if other.epochs is None:
+                raise ValueError
+            return cls(steps=steps.steps, epochs=other.epochs, text=value)
         if match := re.fullmatch(r"(\d+(?:\.\d+)?) ?epochs?", value) if isinstance(value, str) else None:
             if float(match[1]) <= 0:
                 raise ValueError("must be more than no epoch")
@@ -99,18 +106,20 @@ class Every:
 
     def in_steps(self, epoch: float) -> int | None:
         """Steps between two times, where an epoch has `epoch` of them; None where seconds are given."""
-        if self.epochs is not None:
-            return max(round(self.epochs * epoch), 1)
-        return self.steps
+        if self.epochs is None:
+            return self.steps
+        epochs = max(round(self.epochs * epoch), 1)
+        return epochs if self.steps is None else min(self.steps, epochs)
 
     def to_config(self) -> int | str:
         """Returns the spelling that it was read from, else the shortest that is exact."""
-        if self.steps is not None:
+        if self.seconds is not None:
+            return self.text or _spell(self.seconds)
+        if self.epochs is None:
+            assert self.steps is not None
             return self.steps
-        if self.epochs is not None:
-            return self.text or f"{self.epochs:g}epoch{'' if self.epochs == 1 else 's'}"
-        assert self.seconds is not None
-        return self.text or _spell(self.seconds)
+        epochs = f"{self.epochs:g}epoch{'' if self.epochs == 1 else 's'}"
+        return self.text or (epochs if self.steps is None else f"{self.steps} or {epochs}")
 
 
 def _seconds(value: Any) -> float:

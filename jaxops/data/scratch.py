@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import socket
@@ -17,15 +18,29 @@ def folder_beside(target: Path) -> Iterator[Path]:
     What a killed process of this machine left there is removed first.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    mine = f".{target.name}.{socket.gethostname()}-"
-    for old in target.parent.glob(mine + "*"):
-        if not _alive(old.name.removeprefix(mine).partition(".")[0]):
-            shutil.rmtree(old, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}.", dir=target.parent))
+    sweep(target)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}{os.getpid()}.", dir=target.parent))
     try:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sweep(target: Path) -> None:
+    """Removes the scratch folders of the target that killed processes of this machine have left.
+
+    Whoever finds the target whole calls it too: a process that was killed right after it put the target in its place
+    has left its scratch folder, and nothing will be built there again.
+    """
+    mine = _prefix(target)
+    for old in target.parent.glob(f"{glob.escape(mine)}*"):
+        if not _alive(old.name.removeprefix(mine).partition(".")[0]):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _prefix(target: Path) -> str:
+    """Returns the beginning of the names of this machine's scratch folders of a target; a process id follows."""
+    return f".{target.name}.{socket.gethostname()}-"
 
 
 def replace_folder(source: Path, target: Path, scratch: Path) -> None:

@@ -21,6 +21,8 @@ from jaxops.core.cache import cache_root
 from jaxops.core.failures import UserError, nearest
 from jaxops.data import chitchat, movielens
 from jaxops.data.scratch import folder_beside
+from jaxops.data import movielens
+from jaxops.data.scratch import folder_beside, sweep
 
 CONNECT_S = 5.0
 """Seconds that a site may take to answer, and then between two pieces."""
@@ -236,6 +238,7 @@ def get(name: str) -> Path:
     try:
         if path.exists():
             _check(path.read_bytes(), source, str(path), "remove it to fetch it again")
+            sweep(path)
             return path
         return _fetch(source)
     except OSError as error:

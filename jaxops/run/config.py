@@ -54,7 +54,8 @@ class EarlyStop:
 class Evaluate:
     """Evaluates now and then on validation, and at the end on validation and test with the kept parameters.
 
-    `every` is a number of steps, `1epoch`, or `10min` (looked at every run.log_every steps).
+    `every` is a number of steps, `1epoch`, `100 or 1epoch` (the shorter of the two, so that small data are evaluated
+    too), or `10min` (looked at every run.log_every steps).
     `slices` are parts of the data that have the same metrics too; `baselines` are computed where the family has any.
     """
 

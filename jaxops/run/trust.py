@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import json
 import os
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from jaxops.config.dump import digest, flatten_config
 from jaxops.core.cache import state_root
 from jaxops.core.failures import UserError
+from jaxops.data.scratch import folder_beside, sweep
 
 VERSION = 1
 
@@ -110,7 +110,9 @@ def record_own(values: Mapping[str, Any], where: str) -> str:
     """Records that a run with this config is the user's own; returns why it could not, empty where it could."""
     try:
         file = _record(values)
-        if not file.exists():
+        if file.exists():
+            sweep(file)
+        else:
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             _write(file, json.dumps({"version": VERSION, "run": where, "time": round(time.time())}) + "\n")
     except (OSError, RuntimeError) as error:  # the latter where there is no home folder
@@ -152,10 +154,8 @@ def _record(values: Mapping[str, Any]) -> Path:
 
 def _write(file: Path, text: str) -> None:
     """Writes a file that others may not read, at once and whole."""
-    scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    try:
-        with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
+    with folder_beside(file) as scratch:
+        whole = scratch / file.name
+        with open(os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
             out.write(text)
-        os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
+        os.replace(whole, file)

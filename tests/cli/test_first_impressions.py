@@ -25,18 +25,48 @@ def refused(*argv: str, capsys) -> str:
 
 @pytest.mark.parametrize(
     ("text", "steps", "back"),
-    [(100, 100, 100), ("1epoch", 76, "1epoch"), ("0.5epoch", 38, "0.5epoch"), ("2 epochs", 152, "2 epochs")],
+    [
+        (100, 100, 100),
+        ("1epoch", 76, "1epoch"),
+        ("0.5epoch", 38, "0.5epoch"),
+        ("2 epochs", 152, "2 epochs"),
+        ("100 or 1epoch", 76, "100 or 1epoch"),
+        ("100 or 2epochs", 100, "100 or 2epochs"),
+    ],
 )
-def test_every_is_steps_or_epochs(text, steps, back):
+def test_every_is_steps_or_epochs_or_the_shorter(text, steps, back):
     every = Every.from_config(text)
     assert every.in_steps(75.9) == steps and every.to_config() == back
     assert Every(epochs=2.0).to_config() == "2epochs" and Every.from_config("10min").in_steps(76) is None
+    assert Every(steps=9, epochs=1.0).to_config() == "9 or 1epoch"
 
 
-@pytest.mark.parametrize("text", ["0epochs", "-1epoch", "epoch", "1 epoc"])
+@pytest.mark.parametrize(
+    "text", ["0epochs", "-1epoch", "epoch", "1 epoc", "0 or 1epoch", "5 or 0epochs", "5 or 10min", "5 or 6", "5 or"]
+)
 def test_no_every(text):
     with pytest.raises(ValueError):
         Every.from_config(text)
+
+
+@pytest.mark.parametrize("fields", [{}, {"steps": 1, "seconds": 1.0}, {"seconds": 1.0, "epochs": 1.0}])
+def test_no_every_of_python(fields):
+    with pytest.raises(ValueError, match="or seconds"):
+        Every(**fields)
+
+
+def test_the_shipped_base_evaluates_small_data_often_enough_to_stop_early(folder):
+    """800 users are three to four steps an epoch: `100` alone would never evaluate in 30 epochs of them."""
+    small = ["data.path=plays.csv", "data.min_count={user: 1, item: 1}", "run.loggers=[]", "evaluate.baselines=false"]
+    small += ["model={dim: 8, layers: 1, heads: 1, length: 6}", "batch.global=24", "run.epochs=30"]
+    small += ["optimizer.lr=1e-8", "evaluate.stop.patience=2"]  # nothing gets better, so it stops as soon as it may
+    task = build_task(load_config("rec/my_interactions", small))
+    epoch = round(task.source.examples / 24)
+    assert epoch == 4 and task.steps == 119
+    assert task.config.evaluate.every == Every(steps=100, epochs=1.0)
+    run = fit(task, quiet=True)
+    assert run.summary["reason"] == "no better valid/ndcg@10 in 2 evaluations" and run.summary["step"] == 12
+    assert evaluated("my-interactions") == [4, 8, 12]
 
 
 def evaluated(run: str) -> list[int]:

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,6 +148,20 @@ def test_the_record_is_of_this_user_alone(tmp_path, monkeypatch):
     folder = tmp_path / "state" / "runs"
     assert folder.stat().st_mode & 0o077 == 0
     assert [file.stat().st_mode & 0o077 for file in folder.iterdir()] == [0]
+
+
+def test_what_a_killed_process_left_of_a_record_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXOPS_STATE", str(tmp_path / "state"))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert record_own({"task": "rec"}, "runs/a") == ""
+    (record,) = (tmp_path / "state" / "runs").iterdir()
+    for there in (True, False):
+        if not there:
+            record.unlink()
+        left = record.with_name(f".{record.name}.{socket.gethostname()}-{ended.pid}.x")
+        left.mkdir()
+        assert record_own({"task": "rec"}, "runs/a") == "" and list(record.parent.iterdir()) == [record]
 
 
 def test_a_state_folder_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):

@@ -99,6 +99,7 @@ def ensure(config: InteractionsFile, root: str | os.PathLike[str], progress: arr
     if (folder / MANIFEST).exists():
         prints = _fingerprint(config, expand_paths(config.path, config.format, config.text))
         if _manifest(folder)["fingerprint"] == prints:
+            scratch.sweep(folder)
             return folder
     return build_cache(config, folder, progress)
 

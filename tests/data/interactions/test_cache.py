@@ -1,5 +1,7 @@
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -120,6 +122,20 @@ cache.build_cache(InteractionsFile({config.path!r}), {str(tmp_path / "cache")!r}
     assert len(list(tmp_path.glob(".cache.*"))) == 1
     cache.build_cache(config, tmp_path / "cache")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.parquet", "cache"]
+
+
+def test_what_a_process_left_that_was_killed_right_after_its_cache_was_in_place_is_swept(tmp_path):
+    write(tmp_path / "a.parquet")
+    config = InteractionsFile(str(tmp_path / "a.parquet"), columns=COLUMNS)
+    folder = cache.ensure(config, tmp_path / "caches")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, alive = (folder.parent / f".{folder.name}.{socket.gethostname()}-{pid}.x" for pid in (ended.pid, os.getpid()))
+    for left in (dead, alive):
+        left.mkdir()
+        (left / "user.raw").write_bytes(b"rows")
+    assert cache.ensure(config, tmp_path / "caches", lambda *_: pytest.fail("built again")) == folder
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, alive.name}
 
 
 def change(name, mutate):

@@ -1,0 +1,48 @@
+"""`evaluate` right after `train` gives the run's own numbers, to the last bit, for every shipped config that runs.
+
+Each config is trained as it is shipped but for its length, on small data in its form (tests/small_data.py).
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_data import movielens, write_file
+from test_golden_configs import COMPLETED_BY, NAMES
+from tiny_runs import no_report, working_in  # noqa: F401 (fixtures)
+
+from jaxops.cli.main import main
+from jaxops.run.build import load_config
+
+RUNNABLE = [name for name in NAMES if name not in COMPLETED_BY]
+SHORT = ["run.steps=7", "evaluate.every=3", "evaluate.baselines=false", "run.log_every=2", "run.loggers=[]"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("JAXOPS_BEAUTY", "JAXOPS_CRITEO"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAXOPS_CACHE", str(tmp_path / "cache"))
+    with working_in(tmp_path):
+        yield tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_evaluate_gives_the_numbers_of_the_run(place, monkeypatch, capsys, name):
+    config = load_config(name).config
+    if path := getattr(config.data, "path", None):
+        write_file(place, path)
+    else:
+        movielens(monkeypatch)
+    assert main(["train", name, *SHORT]) == 0
+    run = Path("runs", config.run.name)
+    summary = json.loads((run / "summary.json").read_text())
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    measured = [key for key in summary if key.startswith(("valid/", "test/")) and not key.endswith("/reliability")]
+    assert {f"{part}/{metric}" for part in ("valid", "test") for metric in config.evaluate.metrics} <= {*measured}
+    assert {key: again[key] for key in measured} == {key: summary[key] for key in measured}
+    assert again["step"] == summary["best_step"]
