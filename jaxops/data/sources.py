@@ -20,8 +20,6 @@ from pathlib import Path
 from jaxops.core.cache import cache_root
 from jaxops.core.failures import UserError, nearest
 from jaxops.data import chitchat, movielens
-from jaxops.data.scratch import folder_beside
-from jaxops.data import movielens
 from jaxops.data.scratch import folder_beside, sweep
 
 CONNECT_S = 5.0
