@@ -20,6 +20,8 @@ FIRST_SECONDS, AGAIN_SECONDS = 8.0, 60.0
 """How long a console that is no terminal stays silent before a line is printed though no window has ended: once, then
 between later ones."""
 LIVE_SECONDS = 0.25
+QUEUED = 3
+"""Calls of the step that return before any of them is done (core/flight.py)."""
 
 
 class Progress:
@@ -40,6 +42,7 @@ class Progress:
         self._wait = FIRST_SECONDS
         self._loss = ""
         self._start: tuple[int, float] | None = None
+        self._queued = 0
 
     def say(self, text: str) -> None:
         """Prints one line, unless `quiet` is set."""
@@ -78,17 +81,19 @@ class Progress:
     def at(self, step: int, steps: int) -> None:
         """Shows that training has come to `step`: in the live line, or elsewhere in a line after a long silence.
 
-        The rate counts calls of the step. The device is never more than a few steps behind them.
+        The rate counts calls of the step, from the call on at which the steps in flight are as many as they may be: those
+        before it return at once. Until then no rate is shown.
         """
         if self.quiet or self._began:
             return
         now = time.perf_counter()
+        self._heard = now if self._heard is None else self._heard
         if self._start is None or step <= self._start[0]:
-            self._start = (step, now)
-            self._heard = now if self._heard is None else self._heard
-            return
+            self._start, self._queued = (step, now), QUEUED
+        elif self._queued:
+            self._start, self._queued = (step, now), self._queued - 1
         first, since = self._start
-        each = (now - since) / (step - first)
+        each = (now - since) / (step - first) if step > first else None
         if self.console.is_terminal:
             if now - self._drawn > LIVE_SECONDS:
                 self._drawn = now
@@ -97,7 +102,9 @@ class Progress:
             self._wait = AGAIN_SECONDS
             self.say(self._line(step, steps, each))
 
-    def _line(self, step: int, steps: int, each: float) -> str:
+    def _line(self, step: int, steps: int, each: float | None) -> str:
+        if each is None:
+            return f"step {step:>6}/{steps}{self._loss}"
         rate = f"{1 / each:.1f} steps/s" if each < 1 else f"{each:.1f} s a step"
         return f"step {step:>6}/{steps}{self._loss}  {rate}  {_clock((steps - step) * each)} left"
 
