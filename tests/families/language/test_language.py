@@ -1,0 +1,223 @@
+"""The language family, whole: trained, resumed, evaluated, scored, exported, and begun with other weights."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import jaxops as jx
+from jaxops.cli.main import main
+from jaxops.core.failures import UserError
+from jaxops.core.sharding import named_leaves
+from jaxops.run.fit import fit
+
+CONFIG = """
+task: language
+tokenizer: bytes
+model: {kind: decoder, dim: 16, layers: 2, heads: 2, hidden: 32, length: 96}
+data: {kind: chat, path: chat.jsonl, length: 96, valid: {share: 0.2}}
+optimizer: {kind: adamw, lr: 1e-2}
+batch: {global: 8}
+evaluate: {every: 4, batch: 8}
+checkpoint: {every: 4, best: perplexity}
+run: {name: sft, steps: 8, log_every: 2, loggers: []}
+"""
+WORDS = ("red", "blue", "old", "new", "sea", "sun")
+
+
+def conversation(at):
+    first, second = WORDS[at % 6], WORDS[(at // 6) % 6]
+    turns = [("user", f"say {first} {at}"), ("assistant", f"{first}!"), ("user", f"and {second}"), ("assistant", second)]
+    return {"messages": [{"role": role, "content": text} for role, text in turns[: 2 + 2 * (at % 2)]]}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with text, a config, and a run of it."""
+    folder = tmp_path_factory.mktemp("language")
+    (folder / "chat.jsonl").write_text("".join(json.dumps(conversation(at)) + "\n" for at in range(60)))
+    (folder / "sft.yaml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert fit(task_of("run.name=whole"), quiet=True).state == "finished"
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _there(whole, monkeypatch):
+    monkeypatch.chdir(whole)
+
+
+def task_of(*overrides):
+    return jx.build_task(jx.load_config("sft.yaml", list(overrides)))
+
+
+def summary(name):
+    return json.loads(Path(f"runs/{name}/summary.json").read_text())
+
+
+def test_an_evaluation_gives_the_run_s_own_numbers(whole):
+    found = jx.load("runs/whole").evaluate()
+    assert set(found) == {"valid/nll", "valid/perplexity", "valid/accuracy"}
+    assert found == {name: summary("whole")[name] for name in found}
+    assert found["valid/perplexity"] == pytest.approx(math.exp(found["valid/nll"]), rel=1e-12)
+
+
+def test_texts_are_scored_as_the_evaluation_scores_them(whole):
+    """The mean of NLL over the tokens of all held-out texts is the run's own figure."""
+    task = task_of()
+    held_out = [json.dumps(conversation(at)) for at in range(60)]
+    model = jx.load("runs/whole")
+    scores = model.predict("chat.jsonl", batch=8)
+    assert scores.num_rows == len(held_out) and not any(scores["cut"].to_pylist())
+    from jaxops.data.text.heldout import read_parts
+
+    _, valid, _ = read_parts(task.config.data)
+    rows = [int(example.where.rpartition(":")[2]) - 1 for example in valid]
+    tokens, nll = np.array(scores["tokens"])[rows], np.array(scores["nll"])[rows]
+    assert (nll * tokens).sum() / tokens.sum() == pytest.approx(summary("whole")["valid/nll"], rel=1e-5)
+    np.testing.assert_allclose(np.log(np.array(scores["perplexity"])), np.array(scores["nll"]), rtol=1e-5)
+
+
+def test_a_score_is_the_sum_over_a_plain_softmax_in_float64(whole):
+    """One conversation by hand: logits of the whole text, in numpy."""
+    model = jx.load("runs/whole")
+    text = conversation(1)
+    table = pa.table({"messages": [text["messages"]]})
+    score = model.predict(table).to_pylist()[0]
+    parts = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in text["messages"]]
+    ids = np.array(model.tokenizer.encode("".join(parts)))
+    params = jax.tree.map(jnp.asarray, model.saved.weights.params)
+    rows = [jnp.asarray(row[None], jnp.int32) for row in (ids, np.ones(len(ids)), np.arange(len(ids)))]
+    hidden = model.decoder.hidden(params, *rows)
+    logits = np.asarray(model.decoder.logits(params, hidden)[0], np.float64)[:, : model.decoder.real_vocab]
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    learnt, total, count = np.zeros(len(ids), bool), 0.0, 0
+    at = 0
+    for message, part in zip(text["messages"], parts, strict=True):
+        size = len(model.tokenizer.encode(part))
+        if message["role"] == "assistant":  # what is said and the mark that ends the turn
+            begin = at + len(model.tokenizer.encode("<|im_start|>assistant\n"))
+            learnt[begin : at + size - 1] = True
+        at += size
+    for place in np.flatnonzero(learnt):
+        total, count = total - logprobs[place - 1, ids[place]], count + 1
+    assert score["tokens"] == count
+    assert score["nll"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_every_layout_trains_alike(whole):
+    found = jx.testing.check(task_of(), layouts=({"data": 2, "fsdp": 2, "tensor": 2},), accumulations=(2,), steps=2)
+    assert len(found) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", [True, False])
+def test_all_layouts_train_alike(whole, pack):
+    task = task_of(f"data.pack={str(pack).lower()}", "model.dropout=0.1", "objective.z_loss=1e-3", "model.remat=full")
+    assert len(jx.testing.check(task, bfloat16=True)) >= 10
+
+
+def test_a_run_goes_on_where_it_stopped(whole):
+    for steps in (4, 8):
+        fit(task_of("run.name=again", f"run.steps={steps}", "optimizer.schedule=constant"), quiet=True)
+    fit(task_of("run.name=once", "optimizer.schedule=constant"), quiet=True)
+    again, once = (dict(named_leaves(jx.load(f"runs/{name}", step=8).saved.weights.params)) for name in ("again", "once"))
+    for path, value in once.items():
+        np.testing.assert_array_equal(again[path], value, err_msg=path)
+
+
+def test_an_exported_folder_begins_another_run_bit_for_bit(whole, tmp_path):
+    model = jx.load("runs/whole")
+    assert str(tmp_path / "out") in model.export(tmp_path / "out")
+    assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match="exists and is not empty"):
+        model.export(tmp_path / "out")
+    (tmp_path / "own.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[3], f"model: {{weights: {tmp_path}/out}}"))
+    again = jx.build_task(jx.load_config(tmp_path / "own.yaml", ["tokenizer=null", "run.name=from-folder", "run.steps=1"]))
+    assert dict(named_leaves(again.model.shapes)).keys() == dict(named_leaves(model.decoder.shapes)).keys()
+    (source,) = again.start()
+    from jaxops.core.weights import load_weights, targets_of
+
+    arrays, _ = load_weights(targets_of(again.model.shapes), [source])
+    for path, value in named_leaves(model.saved.weights.params):
+        real = slice(model.decoder.real_vocab if path == "embed/embedding" else None)  # the rows below are padding
+        np.testing.assert_array_equal(np.asarray(arrays[path])[real], value[real], err_msg=path)
+
+
+def test_a_run_begins_with_the_weights_of_another(whole, tmp_path):
+    """With a learning rate of zero what is evaluated first is what the other run ended with."""
+    (tmp_path / "own.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[3], "model: {weights: runs/whole}"))
+    overrides = ["tokenizer=null", "run.name=from-run", "run.steps=1", "optimizer.lr=1e-30", "evaluate.every=1"]
+    overrides += [f"run.dir={tmp_path}"]
+    run = fit(jx.build_task(jx.load_config(tmp_path / "own.yaml", overrides)), quiet=True)
+    assert run.summary["valid/nll"] == pytest.approx(jx.load("runs/whole").evaluate()["valid/nll"], rel=1e-6)
+
+
+def test_the_preview_shows_what_the_loss_sees(whole, capsys):
+    assert main(["data", "preview", "sft.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "<|im_start|>assistant\n⟦" in shown and "<|im_end|>⟧" in shown and "user\n⟦" not in shown
+    assert main(["data", "inspect", "sft.yaml", "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["train"]["documents"] + counts["valid"]["documents"] == 60
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("tokenizer=null", "tokenizer"),
+        ("tokenizer=byte", "did you mean 'bytes'"),
+        ("data.length=97", "data.length"),
+        ("data.path=nowhere.jsonl", "nowhere.jsonl"),
+        ("data.path=named://chitcat", "did you mean 'chitchat'"),
+        ("data.valid=null", "data.valid"),
+        ("data.columns.messages=turns", "turns"),
+        ("data.kind=text", "text"),
+        ("data.template=mine.jinja", "mine.jinja"),
+        ("model.heads=3", "model.heads"),
+        ("model.vocab=100", "model.vocab"),
+        ("model.kind=encoder", "decoder"),
+        ("model.kv_heads=4", "model.kv_heads"),
+        ("mesh.sequence=2", "mesh.sequence"),
+        ("evaluate.metrics=[ppl]", "perplexity"),
+        ("batch.pack=true", "data.pack"),
+        ("objective.label_smoothing=1", "objective.label_smoothing"),
+    ],
+)
+def test_what_does_not_go_together_is_told(whole, capsys, override, said):
+    assert main(["train", "sft.yaml", override, "run.name=bad"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+    assert not Path("runs/bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("nowhere", "there is no such folder"),
+        ("hf://org/model", "hf://"),
+        ("named://smollm3", "smollm2_135m_instruct"),
+        ("plain", "config.json"),
+    ],
+)
+def test_weights_that_cannot_be_opened_are_told(whole, capsys, weights, said):
+    Path("plain").mkdir(exist_ok=True)
+    Path("own.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[3], f"model: {{weights: '{weights}'}}"))
+    assert main(["train", "own.yaml", "run.name=bad"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_a_part_of_a_run_folder_that_is_damaged_is_told(whole, tmp_path):
+    import shutil
+
+    shutil.copytree("runs/whole", tmp_path / "copy")
+    (tmp_path / "copy/transform/architecture.parquet").unlink()
+    with pytest.raises(UserError, match="architecture"):
+        jx.load(tmp_path / "copy")
