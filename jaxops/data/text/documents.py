@@ -76,7 +76,7 @@ class _Writer:
         stops = tuple(tokenizer.token(index) for index in tokenizer.stops)
         self._ends = Ends(stops, tuple(dict.fromkeys([*stops, *special])))
         self._template: ChatTemplate | None = None
-        self._unstopped = self._straddling = self._twice = self._count = 0
+        self._unstopped = self._straddling = self._twice = self._unwritten = self._quoted = self._count = 0
 
     def rendered(self, example: Example) -> Iterator[Rendered]:
         """Yields the texts that an example becomes, with the spans that are learnt from."""
@@ -121,7 +121,24 @@ class _Writer:
             if self._config.turns == "apart":
                 found = Rendered(found.text, found.spans[-1:])
         self._unstopped += not all(self._ends.closed(found.text, span) for span in found.spans)
+        self._check_written(found.text, messages, example)
         return found
+
+    def _check_written(self, text: str, messages: Sequence[Any], example: Example) -> None:
+        """Checks that the template wrote what is in the messages: many write no tools, some no system turn.
+
+        Raises:
+          UserError: a call of a function is not in the text, so that an empty answer would be learnt.
+        """
+        for at, message in enumerate(messages):
+            for name in filter(None, map(_function, message.get("tool_calls") or ())):
+                if name not in text:
+                    raise UserError(f"turn {at + 1} calls {name!r}, and the chat template does not write it")
+        said = " ".join(message["content"] for message in messages)
+        self._quoted += any(word in said for word in self._ends.special)
+        turns = [message["content"].strip() for message in messages if message["role"] in ("system", "user")]
+        tools = [name for name in map(_function, example.tools or ()) if name]
+        self._unwritten += not all(said in text for said in (*turns, *tools))
 
     def encoded(self, texts: Sequence[tuple[Example, Rendered]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns the ids of each text and which of them are learnt from.
@@ -165,6 +182,16 @@ class _Writer:
                 "model trained on them may never learn to stop. The chat template must put the end of the turn inside "
                 "{% generation %}, or the tokenizer must name the end token"
             )
+        if self._unwritten:
+            notes.tell(
+                f"in {self._unwritten} of {count} examples the chat template leaves out or rewrites what a user or the "
+                "system says, or the tools"
+            )
+        if self._quoted:
+            notes.tell(
+                f"in {self._quoted} of {count} examples a message holds the words of a control token, which become "
+                f"that token: whoever wrote the message could end a turn ({', '.join(self._ends.special[:3])}, ...)"
+            )
         if self._straddling:
             notes.tell(
                 f"in {self._straddling} of {count} examples a token is half prompt and half answer; it is learnt from. "
@@ -173,6 +200,13 @@ class _Writer:
             )
         if self._twice:
             notes.tell(f"{self._twice} of {count} examples began with two begin tokens; one was left out of each")
+
+
+def _function(described: Any) -> str | None:
+    """Returns the name of the function that a call or a description is about."""
+    inner = described.get("function", described) if isinstance(described, dict) else None
+    name = inner.get("name") if isinstance(inner, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def open_template(config: Templated, tokenizer: Tokenizer) -> ChatTemplate:
