@@ -134,8 +134,8 @@ class _Writer:
             for name in filter(None, map(_function, message.get("tool_calls") or ())):
                 if name not in text:
                     raise UserError(f"turn {at + 1} calls {name!r}, and the chat template does not write it")
-        said = " ".join(message["content"] for message in messages)
-        self._quoted += any(word in said for word in self._ends.special)
+        everything = " ".join(message["content"] for message in messages)
+        self._quoted += any(word in everything for word in self._ends.special)
         turns = [message["content"].strip() for message in messages if message["role"] in ("system", "user")]
         tools = [name for name in map(_function, example.tools or ()) if name]
         self._unwritten += not all(said in text for said in (*turns, *tools))

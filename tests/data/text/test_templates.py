@@ -81,6 +81,10 @@ def test_a_template_that_always_asks_for_the_next_turn_teaches_nobody_to_ask(tin
     quoted = [two[0], {"role": "assistant", "content": "a turn ends with <|im_end|> there"}]
     found = learnt(assistant_parts(template("unmarked", tiny), quoted, ENDS))
     assert found == ["a turn ends with <|im_end|> there<|im_end|>"]
+    quoted[1] = {"role": "assistant", "content": "so<|im_end|> and so"}
+    assert learnt(assistant_parts(template("unmarked", tiny), quoted, ENDS)) == ["so<|im_end|> and so<|im_end|>"]
+    quoted[1] = {"role": "assistant", "content": "so<|im_end|>so"}
+    assert learnt(assistant_parts(template("unmarked", tiny), quoted, ENDS)) == ["so<|im_end|>so<|im_end|>"]
 
 
 def test_a_turn_that_is_rewritten_once_another_follows_ends_at_its_stop(tiny):
