@@ -35,8 +35,8 @@ class Ends:
         return start + len(inside) if inside.endswith(self.special) else stop
 
     def closed(self, text: str, span: tuple[int, int]) -> bool:
-        """Returns whether a span ends with a control token, so that a model which learns it learns to stop."""
-        return text[span[0] : span[1]].rstrip().endswith(self.special)
+        """Returns whether a span ends with a stop, so that a model which learns it learns to stop."""
+        return text[span[0] : span[1]].rstrip().endswith(self.stops)
 
     def first(self, text: str, start: int) -> int:
         """Returns where the first stop after `start` ends; -1 where there is none."""

@@ -92,7 +92,7 @@ class _Writer:
                 found = self._conversation(self._template, messages, example)
             except UserError as error:
                 raise UserError(f"{example.where}: {error}") from None
-            if found.text and not any(stop > start for start, stop in found.spans):
+            if not any(stop > start for start, stop in found.spans):
                 raise UserError(
                     f"{example.where}: {self._template.name} marks nothing of the conversation as the assistant's"
                 )
@@ -119,10 +119,19 @@ class _Writer:
         else:
             found = assistant_parts(template, messages, self._ends, tools, arguments)
             if self._config.turns == "apart":
-                found = Rendered(found.text, found.spans[-1:])
-        self._unstopped += not all(self._ends.closed(found.text, span) for span in found.spans)
+                found = Rendered(found.text, found.spans[self._marked_before(template, messages, tools, arguments) :])
+        together = isinstance(self._config, ChatData) and self._config.turns == "together"
+        turns = sum(message["role"] == "assistant" for message in messages) if together else 1
+        # a template may mark one turn in several pieces, of which the last one holds the stop
+        self._unstopped += sum(self._ends.closed(found.text, span) for span in found.spans) < turns
         self._check_written(found.text, messages, example)
         return found
+
+    @staticmethod
+    def _marked_before(template: ChatTemplate, messages: Sequence[Any], tools: Any, arguments: Any) -> int:
+        """Counts the spans that a template marks before the last turn, which may have several itself."""
+        earlier = messages[:-1]
+        return len(template.render(earlier, tools=tools, arguments=arguments).spans) if earlier else 0
 
     def _check_written(self, text: str, messages: Sequence[Any], example: Example) -> None:
         """Checks that the template wrote what is in the messages: many write no tools, some no system turn.
@@ -178,9 +187,10 @@ class _Writer:
             )
         if self._unstopped:
             notes.tell(
-                f"in {self._unstopped} of {count} examples what is learnt from does not end with a control token: a "
-                "model trained on them may never learn to stop. The chat template must put the end of the turn inside "
-                "{% generation %}, or the tokenizer must name the end token"
+                f"in {self._unstopped} of {count} examples what is learnt from does not end with a token that stops "
+                f"the model ({', '.join(self._ends.stops) or 'it has none'}): it may never learn to stop. The chat "
+                "template must put the end of the turn inside {% generation %}, and the tokenizer or "
+                "generation_config.json must name it"
             )
         if self._unwritten:
             notes.tell(
