@@ -22,19 +22,29 @@ class Ends:
     stops: tuple[str, ...]
     special: tuple[str, ...]
 
-    def close(self, text: str, start: int, stop: int) -> int:
-        """Returns where a turn ends that is inside `[start, stop)`: blanks after a last control token are not of it."""
+    def close(self, text: str, start: int, stop: int, said: Sequence[Message]) -> int:
+        """Returns where turns end that are inside `[start, stop)`.
+
+        The last stop ends them: some templates write the words that ask for the next turn behind it. Where there is
+        none, or the messages hold one themselves, blanks after a last control token are left out.
+        """
+        found = [match.end() for match in self._pattern().finditer(text, start, stop)]
+        if found and not any(word in str(message.get("content")) for message in said for word in self.stops):
+            return found[-1]
         inside = text[start:stop].rstrip()
         return start + len(inside) if inside.endswith(self.special) else stop
 
     def closed(self, text: str, span: tuple[int, int]) -> bool:
-        """Returns whether a span ends with a control token, so that a model which learns it learns to stop."""
-        return text[span[0] : span[1]].rstrip().endswith(self.special)
+        """Returns whether a span ends with a stop, so that a model which learns it learns to stop."""
+        return text[span[0] : span[1]].rstrip().endswith(self.stops)
 
     def first(self, text: str, start: int) -> int:
         """Returns where the first stop after `start` ends; -1 where there is none."""
-        found = re.compile("|".join(map(re.escape, self.stops)) or r"(?!)").search(text, start)
+        found = self._pattern().search(text, start)
         return found.end() if found else -1
+
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self.stops)) or r"(?!)")
 
 
 def assistant_parts(
@@ -71,12 +81,17 @@ def assistant_parts(
         before = template.render(messages[:at], prompt=True, tools=tools, arguments=arguments).text
         if not whole.text.startswith(before) or (spans and len(before) < spans[-1][1]):
             raise UserError(f"turn {at + 1}: {template.name} rewrites earlier turns, so the turn is not found; {APART}")
-        through = template.render(messages[: at + 1], tools=tools, arguments=arguments).text
-        start, stop = len(before), len(through)
-        if whole.text.startswith(through):
-            spans.append((start, ends.close(whole.text, start, stop)))
-        else:
-            spans.append((start, _to_stop(whole.text, start, message, ends, template.name, at)))
+        start, stop = len(before), _written_end(whole.text, len(before), message, ends)
+        if stop < 0:
+            last = at == len(messages) - 1
+            through = whole if last else template.render(messages[: at + 1], tools=tools, arguments=arguments)
+            if not whole.text.startswith(through.text):
+                raise UserError(
+                    f"turn {at + 1}: {template.name} writes this turn in another way when it is the last, so its end "
+                    f"is not found; {APART}"
+                )
+            stop = ends.close(whole.text, start, len(through.text), [message])
+        spans.append((start, stop))
     return Rendered(whole.text, tuple(spans))
 
 
@@ -100,22 +115,17 @@ def completion_part(
             f"{template.name} renders the prompt in another way once the completion follows it, so the two cannot be "
             f"told apart: it would ask with ...{before[-40:]!r}"
         )
-    return Rendered(whole, ((len(before), ends.close(whole, len(before), len(whole))),))
+    return Rendered(whole, ((len(before), ends.close(whole, len(before), len(whole), completion)),))
 
 
-def _to_stop(text: str, start: int, message: Message, ends: Ends, name: str, at: int) -> int:
-    """Returns where a turn ends that its template writes in another way when it is the last one.
+def _written_end(text: str, start: int, message: Message, ends: Ends) -> int:
+    """Returns where a turn ends whose words, or the last of them, stand alone before the first stop; -1 for others.
 
-    The first stop after the beginning ends it, if what is before the stop ends as the message does.
+    Templates that leave out the thoughts of earlier turns write the last words of a message alone.
     """
-    stop = ends.first(text, start)
-    inside = text[start:stop].rstrip()
-    for word in ends.stops:
-        inside = inside.removesuffix(word)
-    said = str(message.get("content") or "").strip()
-    if stop < 0 or not inside.strip() or not said.endswith(inside.strip()):
-        raise UserError(
-            f"turn {at + 1}: {name} writes this turn in another way when it is the last, so its end is not "
-            f"found; {APART}"
-        )
-    return stop
+    said, stop = str(message.get("content") or "").strip(), ends.first(text, start)
+    inside = text[start:stop].strip()
+    word = next((word for word in ends.stops if inside.endswith(word)), "")
+    inside = inside.removesuffix(word).strip()
+    quoted = any(word in said for word in ends.stops)
+    return stop if stop >= 0 and inside and said.endswith(inside) and not quoted else -1

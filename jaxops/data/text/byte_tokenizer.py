@@ -60,22 +60,21 @@ class ByteTokenizer:
         return [self._encoded(text, special) for text in texts]
 
     def _encoded(self, text: str, special: bool) -> EncodedText:
-        # the widths in characters of the pieces, and the pieces that a character becomes
-        ids = np.array(self.encode(text), np.int32)
-        starts, ends, at = [], [], 0
+        begin = [np.array([256])] if special else []
+        ids, starts, ends, at = [*begin], [np.zeros(len(begin))], [np.zeros(len(begin))], 0
         for number, part in enumerate(self._split.split(text)):
             if number % 2:
+                ids.append(np.array([self._ids[part]]))
                 starts.append(np.array([at]))
                 ends.append(np.array([at + len(part)]))
-            elif part:
-                width = np.array([len(letter.encode()) for letter in part])
-                starts.append(np.repeat(np.arange(at, at + len(part)), width))
+            else:
+                ids.append(np.frombuffer(_bytes(part), np.uint8))
+                leads = (ids[-1] & 0xC0) != 0x80  # every byte of a character but the first is 10xxxxxx
+                starts.append(at + np.cumsum(leads) - 1)
                 ends.append(starts[-1] + 1)
             at += len(part)
-        begin = [np.zeros(1, np.int32)] if special else []
-        join = lambda parts: np.concatenate([*begin, *parts, np.zeros(0)]).astype(np.int32)
-        ids = np.concatenate([np.full(len(begin), 256, np.int32), ids])
-        return EncodedText(ids, join(starts), join(ends))
+        joined = lambda parts: np.concatenate(parts).astype(np.int32)
+        return EncodedText(joined(ids), joined(starts), joined(ends))
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Returns the text of ids; bytes that are no UTF-8 become U+FFFD."""

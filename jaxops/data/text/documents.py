@@ -76,7 +76,7 @@ class _Writer:
         stops = tuple(tokenizer.token(index) for index in tokenizer.stops)
         self._ends = Ends(stops, tuple(dict.fromkeys([*stops, *special])))
         self._template: ChatTemplate | None = None
-        self._unstopped = self._straddling = self._twice = self._count = 0
+        self._unstopped = self._straddling = self._twice = self._unwritten = self._quoted = self._count = 0
 
     def rendered(self, example: Example) -> Iterator[Rendered]:
         """Yields the texts that an example becomes, with the spans that are learnt from."""
@@ -92,7 +92,7 @@ class _Writer:
                 found = self._conversation(self._template, messages, example)
             except UserError as error:
                 raise UserError(f"{example.where}: {error}") from None
-            if found.text and not any(stop > start for start, stop in found.spans):
+            if not any(stop > start for start, stop in found.spans):
                 raise UserError(
                     f"{example.where}: {self._template.name} marks nothing of the conversation as the assistant's"
                 )
@@ -119,9 +119,35 @@ class _Writer:
         else:
             found = assistant_parts(template, messages, self._ends, tools, arguments)
             if self._config.turns == "apart":
-                found = Rendered(found.text, found.spans[-1:])
-        self._unstopped += not all(self._ends.closed(found.text, span) for span in found.spans)
+                found = Rendered(found.text, found.spans[self._marked_before(template, messages, tools, arguments) :])
+        together = isinstance(self._config, ChatData) and self._config.turns == "together"
+        turns = sum(message["role"] == "assistant" for message in messages) if together else 1
+        # a template may mark one turn in several pieces, of which the last one holds the stop
+        self._unstopped += sum(self._ends.closed(found.text, span) for span in found.spans) < turns
+        self._check_written(found.text, messages, example)
         return found
+
+    @staticmethod
+    def _marked_before(template: ChatTemplate, messages: Sequence[Any], tools: Any, arguments: Any) -> int:
+        """Counts the spans that a template marks before the last turn, which may have several itself."""
+        earlier = messages[:-1]
+        return len(template.render(earlier, tools=tools, arguments=arguments).spans) if earlier else 0
+
+    def _check_written(self, text: str, messages: Sequence[Any], example: Example) -> None:
+        """Checks that the template wrote what is in the messages: many write no tools, some no system turn.
+
+        Raises:
+          UserError: a call of a function is not in the text, so that an empty answer would be learnt.
+        """
+        for at, message in enumerate(messages):
+            for name in filter(None, map(_function, message.get("tool_calls") or ())):
+                if name not in text:
+                    raise UserError(f"turn {at + 1} calls {name!r}, and the chat template does not write it")
+        everything = " ".join(message["content"] for message in messages)
+        self._quoted += any(word in everything for word in self._ends.special)
+        turns = [message["content"].strip() for message in messages if message["role"] in ("system", "user")]
+        tools = [name for name in map(_function, example.tools or ()) if name]
+        self._unwritten += not all(said in text for said in (*turns, *tools))
 
     def encoded(self, texts: Sequence[tuple[Example, Rendered]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns the ids of each text and which of them are learnt from.
@@ -161,9 +187,20 @@ class _Writer:
             )
         if self._unstopped:
             notes.tell(
-                f"in {self._unstopped} of {count} examples what is learnt from does not end with a control token: a "
-                "model trained on them may never learn to stop. The chat template must put the end of the turn inside "
-                "{% generation %}, or the tokenizer must name the end token"
+                f"in {self._unstopped} of {count} examples what is learnt from does not end with a token that stops "
+                f"the model ({', '.join(self._ends.stops) or 'it has none'}): it may never learn to stop. The chat "
+                "template must put the end of the turn inside {% generation %}, and the tokenizer or "
+                "generation_config.json must name it"
+            )
+        if self._unwritten:
+            notes.tell(
+                f"in {self._unwritten} of {count} examples the chat template leaves out or rewrites what a user or the "
+                "system says, or the tools"
+            )
+        if self._quoted:
+            notes.tell(
+                f"in {self._quoted} of {count} examples a message holds the words of a control token, which become "
+                f"that token: whoever wrote the message could end a turn ({', '.join(self._ends.special[:3])}, ...)"
             )
         if self._straddling:
             notes.tell(
@@ -173,6 +210,13 @@ class _Writer:
             )
         if self._twice:
             notes.tell(f"{self._twice} of {count} examples began with two begin tokens; one was left out of each")
+
+
+def _function(described: Any) -> str | None:
+    """Returns the name of the function that a call or a description is about."""
+    inner = described.get("function", described) if isinstance(described, dict) else None
+    name = inner.get("name") if isinstance(inner, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def open_template(config: Templated, tokenizer: Tokenizer) -> ChatTemplate:

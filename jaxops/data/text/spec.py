@@ -66,6 +66,11 @@ class TextPart(Part):
     format: Format = "auto"
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
+    def problems_in(self, run: Any) -> list[tuple[str, str]]:
+        """Returns what does not go with the rest of the config: a weight, where there is nothing to weigh against."""
+        alone = run.data is self and self.weight != 1
+        return [("data.weight", "counts in `kind: mixture` alone, between its sources; leave it out")] if alone else []
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Templated(TextPart):

@@ -24,8 +24,8 @@ FILES = (
     "generation_config.json",
 )
 """The files that a tokenizer is made of and that an exported model needs."""
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|end_of_turn|>")
-"""Words that end a turn wherever a vocabulary has them as special tokens."""
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>")
+"""Words that end a turn in every vocabulary that has them as special tokens; others need a generation_config.json."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

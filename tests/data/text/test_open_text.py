@@ -3,7 +3,10 @@
 import dataclasses
 import io
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import rich.console
@@ -85,6 +88,13 @@ def test_what_a_config_may_not_say(text, message, tmp_path):
         written(tmp_path, f"data: {text}")
 
 
+def test_a_weight_counts_in_a_mixture_alone():
+    alone, one = TextData(path="a", weight=2), TextData(path="a")
+    assert alone.problems_in(Run(data=alone))[0][0] == "data.weight" and not one.problems_in(Run(data=one))
+    mixed = MixtureData(sources=(alone, one))
+    assert not mixed.problems_in(Run(data=mixed)) and not alone.problems_in(Run(data=mixed))
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", TINY])
 def test_from_a_file_to_batches(tokenizer, tmp_path):
     path = chats(tmp_path / "a.jsonl", repeat=2)
@@ -160,6 +170,35 @@ def test_ids_outside_of_the_vocabulary_are_refused(tmp_path):
 
     with pytest.raises(UserError, match="ids outside of its vocabulary of 260"):
         open_text(TextData(path=texts(tmp_path / "a.jsonl")), Wild())
+
+
+READ = """
+import hashlib, sys
+from jaxops.data.text.open import open_text
+from jaxops.data.text.open_tokenizer import open_tokenizer
+from jaxops.data.text.spec import ChatData, MixtureData, Share, TextData
+chat = ChatData(path=sys.argv[1], length=64, valid=Share(share=0.2), weight=3)
+data = open_text(MixtureData(sources=(chat, TextData(path=sys.argv[2], length=64))), open_tokenizer(sys.argv[3]))
+found = hashlib.sha256()
+for name, values in sorted(data.source(7).batch(int(sys.argv[4]), 50).items()):
+    found.update(name.encode() + values.tobytes())
+print(data.inspection["digest"], found.hexdigest())
+"""
+
+
+def test_processes_read_the_same_whatever_their_hashes(tmp_path):
+    given = [chats(tmp_path / "a.jsonl"), texts(tmp_path / "b.jsonl"), TINY, "333"]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", READ, *given],
+            env=os.environ | {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed, threads in (("1", "1"), ("2", "4"))
+    ]
+    one, other = (process.communicate(timeout=120)[0] for process in started)
+    assert one == other and len(one.split()) == 2
 
 
 def test_rows_do_not_depend_on_how_many_texts_are_tokenised_at_once(tmp_path, monkeypatch):

@@ -71,6 +71,22 @@ def test_spans_of_templates_without_marks(tiny):
     ]
 
 
+def test_a_template_that_always_asks_for_the_next_turn_teaches_nobody_to_ask(tiny):
+    """Llama 3's template ends with the assistant's header whether it is asked to or not."""
+    text = CHATS["templates"]["alternating"].replace("{%- if add_generation_prompt %}", "{%- if true %}")
+    two = CHATS["conversations"]["two"]
+    spans = learnt(assistant_parts(template(text, tiny), two, ENDS))
+    assert spans == ["Because air scatters blue light.<|im_end|>", "You are welcome.<|im_end|>"]
+    assert learnt(completion_part(template(text, tiny), two[:3], two[3:], ENDS)) == ["You are welcome.<|im_end|>"]
+    quoted = [two[0], {"role": "assistant", "content": "a turn ends with <|im_end|> there"}]
+    found = learnt(assistant_parts(template("unmarked", tiny), quoted, ENDS))
+    assert found == ["a turn ends with <|im_end|> there<|im_end|>"]
+    quoted[1] = {"role": "assistant", "content": "so<|im_end|> and so"}
+    assert learnt(assistant_parts(template("unmarked", tiny), quoted, ENDS)) == ["so<|im_end|> and so<|im_end|>"]
+    quoted[1] = {"role": "assistant", "content": "so<|im_end|>so"}
+    assert learnt(assistant_parts(template("unmarked", tiny), quoted, ENDS)) == ["so<|im_end|>so<|im_end|>"]
+
+
 def test_a_turn_that_is_rewritten_once_another_follows_ends_at_its_stop(tiny):
     thought = CHATS["conversations"]["thought"]
     assert learnt(assistant_parts(template("thinking", tiny), thought, ENDS)) == [

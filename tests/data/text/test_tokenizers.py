@@ -14,7 +14,7 @@ from jaxops.data import notes
 from jaxops.data.text.byte_tokenizer import ByteTokenizer
 from jaxops.data.text.hf_tokenizer import HFTokenizer
 from jaxops.data.text.open_tokenizer import open_tokenizer, tokenizer_of
-from jaxops.data.text.tokenizer import check_vocabulary
+from jaxops.data.text.tokenizer import EncodedText, check_vocabulary
 
 TINY = pathlib.Path(__file__).parents[2] / "fixtures" / "text" / "tiny"
 TEXTS = st.lists(
@@ -53,6 +53,15 @@ def test_every_character_belongs_to_a_token(text):
     for start, end in zip(found.start, found.end, strict=True):
         covered[start:end] = True
     assert covered.all()
+
+
+def test_tokens_inside_of_spans():
+    """One that stands for no character belongs to what it stands before; one across an edge belongs to the span."""
+    array = lambda *values: np.array(values, np.int32)
+    found = EncodedText(array(7, 8, 9, 10, 11), array(0, 0, 3, 3, 6), array(0, 3, 3, 6, 9))
+    assert found.inside([(3, 6)]).tolist() == [False, False, True, True, False]
+    assert found.inside([(2, 4), (8, 9)]).tolist() == [False, True, True, True, True]
+    assert not found.inside([(4, 4)]).any()
 
 
 def test_the_file_asks_for_16_tokens_and_gets_none_of_it():
