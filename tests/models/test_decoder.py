@@ -10,7 +10,7 @@ from decoder_fixtures import NAMES, full, opened
 
 from jaxops.core.failures import UserError
 from jaxops.models.decoder.architecture import Architecture, Rope
-from jaxops.models.decoder.decoder import MASKED, Decoder
+from jaxops.models.decoder.decoder import MASKED, Decoder, build_decoder
 
 LENGTH = 16
 
@@ -142,12 +142,12 @@ def test_values_that_do_not_go_together_are_refused(changes, message):
 
 
 def test_the_vocabulary_comes_from_the_tokenizer_unless_it_is_given():
-    assert Architecture().build(300).rows == 384
-    assert Architecture(vocab=400).build(300).real_vocab == 400
+    assert build_decoder(Architecture(), 300).rows == 384
+    assert build_decoder(Architecture(vocab=400), 300).real_vocab == 400
     with pytest.raises(UserError, match=r"model\.vocab: 200, but the tokenizer has 300 ids"):
-        Architecture(vocab=200).build(300)
+        build_decoder(Architecture(vocab=200), 300)
     with pytest.raises(UserError, match=r"model\.vocab: expected the number of token ids"):
-        Architecture().build()
+        build_decoder(Architecture())
 
 
 def test_meshes_that_do_not_divide_the_heads_are_told():

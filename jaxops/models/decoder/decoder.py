@@ -4,6 +4,7 @@ Layers are scanned over parameters stacked [layers, ...]. What differs between l
 once for each kind of layer, and each layer picks its kind's. Tested in tests/models/test_decoder.py.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -256,6 +257,20 @@ class Decoder:
         """Refuses a cache with room for more positions than were learned."""
         if self.config.positions == "learned" and length > self.config.length:
             raise UserError(f"room for {length} tokens: the model has learned {self.config.length} positions")
+
+
+def build_decoder(architecture: Architecture, vocab: int | None = None) -> Decoder:
+    """Builds the decoder of an architecture; where its vocabulary is null, it is the tokenizer's `vocab`.
+
+    Raises:
+      UserError: neither has a vocabulary, the architecture's is smaller, or its values do not go together.
+    """
+    rows = architecture.vocab if architecture.vocab is not None else vocab
+    if rows is None:
+        raise UserError("model.vocab: expected the number of token ids, since there is no tokenizer that knows it")
+    if vocab is not None and vocab > rows:
+        raise UserError(f"model.vocab: {rows}, but the tokenizer has {vocab} ids, and the model reads them all")
+    return Decoder(dataclasses.replace(architecture, vocab=rows))
 
 
 def _packed(segment: Int[Array, "batch length"]) -> Bool[Array, "batch length length"]:

@@ -56,7 +56,7 @@ def open_pretrained(folder: str | os.PathLike[str]) -> Pretrained:
 
     Example:
       found = open_pretrained("SmolLM2-135M")
-      decoder = found.architecture.build()
+      decoder = Decoder(found.architecture)
       arrays, _ = load_weights(targets_of(decoder.shapes), [found.source])
       params = with_arrays(decoder.shapes, arrays)
     """
