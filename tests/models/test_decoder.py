@@ -71,6 +71,8 @@ def test_decoding_from_an_empty_cache(unstacked):
     for place in range(LENGTH):
         cache, logits = step(params, cache, jnp.asarray(tokens[:, place]), jnp.full(3, place))
         np.testing.assert_allclose(logits[:, : decoder.real_vocab], expected[:, place], rtol=0, atol=2e-5)
+    _, beyond = step(params, cache, jnp.asarray(tokens[:, 0]), jnp.asarray([LENGTH, 3, -1]))
+    assert np.isnan(beyond).all(axis=1).tolist() == [True, False, True]
 
 
 def test_unstacked_layers_prefill_and_read_like_scanned_ones():

@@ -209,11 +209,13 @@ class Decoder:
     ) -> tuple[Cache, Float[Array, "batch vocab"]]:
         """Reads one more token of each text, and returns the cache with it and the logits after it.
 
+        A text whose place is not in the cache has NaN: its token was not kept.
+
         Args:
           params: the parameters.
           cache: keys and values of the tokens before; donate it.
           token: the next token of each text.
-          place: its position in the text, below the cache's room.
+          place: its position in the text, from 0 and below the cache's room.
         """
         batch, room = cache["key"].shape[1:3]
         self._require_positions(room)
@@ -236,7 +238,8 @@ class Decoder:
         carry = (x, cache["key"], cache["value"])
         (x, key, value), _ = _over_layers(layer, carry, params["layers"], kinds)
         cache = {"key": _cached(key), "value": _cached(value)}
-        return cache, self.logits(params, self._norm.bind(params["norm"])(x))[:, 0]
+        logits = self.logits(params, self._norm.bind(params["norm"])(x))[:, 0]
+        return cache, jnp.where(((place >= 0) & (place < room))[:, None], logits, jnp.nan)
 
     def _embedded(
         self, params: Params, tokens: Int[Array, "batch length"], position: Int[Array, "batch length"]
