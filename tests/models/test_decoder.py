@@ -1,6 +1,7 @@
 """The decoder computes what transformers computes, on padded and packed rows, and from its cache at every position."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from decoder_fixtures import NAMES, full, opened
 
 from jaxops.core.failures import UserError
 from jaxops.models.decoder.architecture import Architecture, Rope
-from jaxops.models.decoder.decoder import MASKED, Decoder
+from jaxops.models.decoder.decoder import MASKED, Decoder, build_decoder
 
 LENGTH = 16
 
@@ -61,31 +62,47 @@ def test_cached_decoding_is_the_full_forward_at_every_position(name):
     np.testing.assert_allclose(logits, expected[rows, lengths + 9], rtol=0, atol=1e-5)
 
 
-def test_decoding_from_an_empty_cache():
+@pytest.mark.latest
+@pytest.mark.parametrize("unstacked", [False, True], ids=["scan", "loop"])
+def test_decoding_from_an_empty_cache(unstacked):
     decoder, params, tokens, expected = opened("gemma3")
+    params = decoder.unstacked(params) if unstacked else params
     cache, step = decoder.empty_cache(3, LENGTH), jax.jit(decoder.decode)
     for place in range(LENGTH):
         cache, logits = step(params, cache, jnp.asarray(tokens[:, place]), jnp.full(3, place))
         np.testing.assert_allclose(logits[:, : decoder.real_vocab], expected[:, place], rtol=0, atol=2e-5)
+    _, beyond = step(params, cache, jnp.asarray(tokens[:, 0]), jnp.asarray([LENGTH, 3, -1]))
+    assert np.isnan(beyond).all(axis=1).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
+def test_unstacked_layers_prefill_and_read_like_scanned_ones():
     decoder, params, tokens, _ = opened("gemma3")
-    other = Decoder(dataclasses.replace(decoder.config, remat=remat))
+    tokens, lengths = jnp.asarray(tokens), jnp.asarray([3, 16, 9])
+    where = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+    run = jax.jit(lambda p: (decoder.prefill(p, tokens, lengths, 20), decoder.hidden(p, tokens, *where)))
+    for a, b in zip(jax.tree.leaves(run(params)), jax.tree.leaves(run(decoder.unstacked(params))), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+@functools.cache
+def gradient(remat):
+    decoder, params, tokens, _ = opened("qwen2_window")
+    model = Decoder(dataclasses.replace(decoder.config, remat=remat))
     tokens = jnp.asarray(tokens)
     where = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+    return jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.hidden(p, tokens, *where)))))(params)
 
-    def gradient(model):
-        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.hidden(p, tokens, *where)))))(params)
 
-    for a, b in zip(jax.tree.leaves(gradient(decoder)), jax.tree.leaves(gradient(other)), strict=True):
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+def test_remat_changes_no_gradient(remat):
+    for a, b in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(remat)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(a).max()))
 
 
 def test_dropout_is_by_row_and_layer_and_off_without_keys():
     decoder = Decoder(Architecture(vocab=50, dim=16, heads=2, layers=2, dropout=0.5))
-    params = decoder.init(jax.random.key(0))
+    params = jax.jit(decoder.init)(jax.random.key(0))
     tokens = jnp.zeros((3, 8), jnp.int32)
     where = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(8), tokens.shape)
     keys = jax.random.split(jax.random.key(1), 2)[jnp.asarray([0, 1, 0])]
@@ -111,7 +128,7 @@ def test_bfloat16_stays_near_float32():
 def test_more_positions_than_were_learned_are_refused():
     decoder, params, _, _ = opened("gpt2")
     long = jnp.zeros((1, 33), jnp.int32)
-    hidden = np.asarray(decoder.hidden(params, long, long + 1, jnp.arange(33)[None]))
+    hidden = np.asarray(jax.jit(decoder.hidden)(params, long, long + 1, jnp.arange(33)[None]))
     assert np.all(np.isnan(hidden))
     with pytest.raises(UserError, match="40 tokens: the model has learned 32 positions"):
         decoder.prefill(params, long[:, :4], jnp.ones(1, jnp.int32), 40)
@@ -142,12 +159,12 @@ def test_values_that_do_not_go_together_are_refused(changes, message):
 
 
 def test_the_vocabulary_comes_from_the_tokenizer_unless_it_is_given():
-    assert Architecture().build(300).rows == 384
-    assert Architecture(vocab=400).build(300).real_vocab == 400
+    assert build_decoder(Architecture(), 300).rows == 384
+    assert build_decoder(Architecture(vocab=400), 300).real_vocab == 400
     with pytest.raises(UserError, match=r"model\.vocab: 200, but the tokenizer has 300 ids"):
-        Architecture(vocab=200).build(300)
+        build_decoder(Architecture(vocab=200), 300)
     with pytest.raises(UserError, match=r"model\.vocab: expected the number of token ids"):
-        Architecture().build()
+        build_decoder(Architecture())
 
 
 def test_meshes_that_do_not_divide_the_heads_are_told():

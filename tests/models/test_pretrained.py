@@ -166,6 +166,29 @@ def test_a_config_that_asks_for_something_else_is_refused(config, message):
         architecture_of(config)
 
 
+ODD = (None, "x", -1, 0, 10**12, float("nan"), True, [[1]], {"a": [1]})
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in ("gpt2", "mistral")]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral", *SLOW])
+def test_whatever_stands_in_a_config_there_is_an_architecture_or_one_message(name):
+    config = json.loads((FOLDER / name / "config.json").read_text())
+    rope = config.pop("rope_parameters", {})
+    keys = [*config, "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "n_inner", "head_dim"]
+    tried = [config | {"rope_parameters": rope, key: value} for key in keys for value in ODD]
+    tried += [config | {"rope_parameters": rope | {key: value}} for key in [*rope, "rope_type"] for value in ODD]
+    refused = 0
+    for each in tried:
+        try:
+            found = architecture_of(each)
+        except UserError as error:
+            assert "config.json: " in str(error) and "Traceback" not in str(error)
+            refused += 1
+        else:
+            assert found.problems() == []
+    assert 20 < refused < len(tried)
+
+
 def broken(tmp_path, change, name="llama2"):
     """A copy of a fixture with some of its tensors changed."""
     found = {path: np.array(x) for path, x in open_safetensors(FOLDER / name).items()}
@@ -198,6 +221,9 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
 def test_files_that_are_cut_or_missing_are_refused(tmp_path):
     architecture, params = loaded(FOLDER / "llama2")
     save_pretrained(tmp_path, architecture, params, shard_bytes=20_000)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(UserError, match="eos_token_id is '</s>', expected a token id"):
+        open_pretrained(tmp_path)
     last = sorted(tmp_path.glob("*.safetensors"))[-1]
     whole = last.read_bytes()
     last.write_bytes(whole[:-5])

@@ -6,12 +6,9 @@ writes it as a `config.json`. Tested in tests/models/test_decoder.py.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from jaxops.config.part import Part
-
-if TYPE_CHECKING:
-    from jaxops.models.decoder.decoder import Decoder
 
 LayerKind = Literal["full", "window"]
 
@@ -189,19 +186,3 @@ class Architecture(Part):
         shared = {"heads": self.heads, "kv_heads": self.key_heads, "hidden": self.inner}
         bad = [f"model.{name} {count}" for name, count in shared.items() if count % ways]
         return [("mesh.tensor", f"{ways} does not divide {' and '.join(bad)}")] if bad else []
-
-    def build(self, vocab: int | None = None) -> "Decoder":
-        """Builds the model; a `vocab` that is null here is the given one.
-
-        Raises:
-          UserError: neither has a vocabulary, or the given one is larger.
-        """
-        from jaxops.core.failures import UserError
-        from jaxops.models.decoder.decoder import Decoder
-
-        rows = self.vocab if self.vocab is not None else vocab
-        if rows is None:
-            raise UserError("model.vocab: expected the number of token ids, since there is no tokenizer that knows it")
-        if vocab is not None and vocab > rows:
-            raise UserError(f"model.vocab: {rows}, but the tokenizer has {vocab} ids, and the model reads them all")
-        return Decoder(dataclasses.replace(self, vocab=rows))

@@ -118,6 +118,15 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 """Keys of features that the decoder does not have, with the values that do not ask for them."""
 
 
+MOST = 2**31 - 1
+"""The largest integer that a size may be."""
+MOST_LAYERS = 4096
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
+
+
 class _Reader:
     """The values of a `config.json`, with the defaults of its model type."""
 
@@ -133,7 +142,7 @@ class _Reader:
 
     def whole(self, key: str) -> int:
         value = self.get(key)
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 0 < value <= MOST:
             raise self.refuse(key, "a positive integer")
         return value
 
@@ -142,12 +151,18 @@ class _Reader:
 
     def number(self, key: str) -> float:
         value = self.get(key)
-        if type(value) not in (int, float) or not value > 0:
+        if not _is_positive(value):
             raise self.refuse(key, "a positive number")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
         return None if self.get(key) is None else self.number(key)
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self.config.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.refuse(key, "a mapping")
+        return value or {}
 
     def flag(self, key: str) -> bool:
         value = self.get(key)
@@ -159,7 +174,7 @@ class _Reader:
 
     def activation(self, key: str) -> Literal["silu", "gelu_tanh", "gelu"]:
         name = self.get(key)
-        if name not in _ACTIVATIONS:
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
             raise self.refuse(key, f"one of {', '.join(_ACTIVATIONS)}{nearest(str(name), _ACTIVATIONS)}")
         return _ACTIVATIONS[name]
 
@@ -173,12 +188,15 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
       UserError: the model type is unknown, or a value is invalid or asks for what the decoder does not compute.
     """
     model_type = config.get("model_type")
-    if model_type not in DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in DEFAULTS:
         raise UserError(
             f"{where}: model_type {str(model_type)[:80]!r} is not known (known: {', '.join(DEFAULTS)})"
             f"{nearest(str(model_type), DEFAULTS)}"
         )
-    read = _Reader(str(model_type), config, where)
+    read = _Reader(model_type, config, where)
+    layers = "n_layer" if model_type == "gpt2" else "num_hidden_layers"
+    if read.whole(layers) > MOST_LAYERS:
+        raise read.refuse(layers, f"at most {MOST_LAYERS}")
     for key, allowed in _UNSUPPORTED.items():
         if not any(config.get(key) is value or config.get(key) == value for value in allowed):
             raise UserError(f"{where}: {key} is {str(config[key])[:80]!r}, which the decoder does not compute")
@@ -274,7 +292,7 @@ def _windows(read: _Reader) -> tuple[int | None, tuple[LayerKind, ...]]:
     kinds: list[LayerKind]
     if named is not None:
         known: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "window"}
-        if not isinstance(named, list) or len(named) != layers or not all(kind in known for kind in named):
+        if not isinstance(named, list) or len(named) != layers or not all(str(kind) in known for kind in named):
             raise read.refuse("layer_types", f"{layers} times full_attention or sliding_attention")
         kinds = [known[kind] for kind in named]
     elif read.type.startswith("qwen"):
@@ -290,19 +308,21 @@ def _windows(read: _Reader) -> tuple[int | None, tuple[LayerKind, ...]]:
 
 def _rope(read: _Reader, windows: bool) -> Rope:
     """Reads the rotary embeddings in the form of transformers 5 (`rope_parameters`) or 4."""
-    given = read.config.get("rope_parameters")
-    old: Any = {"rope_theta": read.get("rope_theta"), **(read.config.get("rope_scaling") or {})}
+    given = read.mapping("rope_parameters")
     if not given:
-        local = read.get("rope_local_base_freq")
-        return _scaled(read, old, float(local) if read.type == "gemma3_text" and windows else None)
-    if not isinstance(given, Mapping):
-        raise read.refuse("rope_parameters", "a mapping")
+        local_theta = read.number("rope_local_base_freq") if read.type == "gemma3_text" and windows else None
+        return _scaled(read, {"rope_theta": read.get("rope_theta"), **read.mapping("rope_scaling")}, local_theta)
     if "full_attention" not in given and "sliding_attention" not in given:
         return _scaled(read, {"rope_theta": read.get("rope_theta"), **given}, None)
-    full = {"rope_theta": read.get("rope_theta"), **(given.get("full_attention") or {})}
-    local = {"rope_theta": read.get("rope_local_base_freq"), **(given.get("sliding_attention") or {})}
+    of_full, of_window = given.get("full_attention") or {}, given.get("sliding_attention") or {}
+    if not isinstance(of_full, Mapping) or not isinstance(of_window, Mapping):
+        raise read.refuse("rope_parameters", "a mapping for each kind of layer")
+    full = {"rope_theta": read.get("rope_theta"), **of_full}
+    local = {"rope_theta": read.get("rope_local_base_freq"), **of_window}
     if local.get("rope_type", "default") != "default":
         raise read.refuse("rope_parameters", "no scaling in layers with a window")
+    if windows and not _is_positive(local["rope_theta"]):
+        raise read.refuse("rope_parameters", "a positive rope_theta in layers with a window")
     return _scaled(read, full, float(local["rope_theta"]) if windows else None)
 
 
@@ -317,7 +337,7 @@ def _scaled(read: _Reader, values: Mapping[str, Any], window_theta: float | None
     def number(key: str, default: float | None = None) -> float:
         given: Any = values.get(key)
         value: Any = default if given is None else given
-        if type(value) not in (int, float) or not value > 0:
+        if not _is_positive(value):
             raise UserError(f"{where} {kind}: {key} is {str(value)[:40]!r}, expected a positive number")
         return float(value)
 

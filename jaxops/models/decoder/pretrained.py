@@ -56,7 +56,7 @@ def open_pretrained(folder: str | os.PathLike[str]) -> Pretrained:
 
     Example:
       found = open_pretrained("SmolLM2-135M")
-      decoder = found.architecture.build()
+      decoder = Decoder(found.architecture)
       arrays, _ = load_weights(targets_of(decoder.shapes), [found.source])
       params = with_arrays(decoder.shapes, arrays)
     """
@@ -69,7 +69,12 @@ def open_pretrained(folder: str | os.PathLike[str]) -> Pretrained:
     source = WeightSource(os.fspath(folder), HostArrays(stacked(architecture, tensors, os.fspath(folder))))
     generation = _read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     both = {**config, **{key: value for key, value in generation.items() if value is not None}}
-    return Pretrained(architecture, source, {key: both[key] for key in SPECIAL if both.get(key) is not None})
+    special = {key: both[key] for key in SPECIAL if both.get(key) is not None}
+    for key, value in special.items():
+        ids = value if isinstance(value, list) else [value]
+        if not ids or not all(type(each) is int and each >= 0 for each in ids):
+            raise UserError(f"{folder}: {key} is {str(value)[:80]!r}, expected a token id or a list of them")
+    return Pretrained(architecture, source, special)
 
 
 def matched(architecture: Architecture, tensors: Mapping[str, Any], where: str) -> dict[str, Any]:
