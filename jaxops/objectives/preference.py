@@ -34,7 +34,7 @@ class RewardModel(Protocol):
         tokens: Int[Array, "batch length"],
         segment: Int[Array, "batch length"],
         position: Int[Array, "batch length"],
-        key: Key[Array, " batch"] | None = None,
+        keys: Key[Array, " batch"] | None = None,
     ) -> Float[Array, " batch"]: ...
 
 
