@@ -108,3 +108,53 @@ def numpy_scores(hidden, head, targets, real_vocab, soft_cap=None, temperature=1
     inside = (targets >= 0) & (targets < real_vocab)
     picked = np.take_along_axis(every, np.where(inside, targets, 0)[..., None], -1)[..., 0]
     return np.where(inside, picked, np.nan), -(np.exp(every) * every).sum(-1), lse, every.mean(-1), logits.argmax(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyReward(ToyLanguage):
+    """The toy with a score that is read at the last token of each row."""
+
+    tied: bool = True
+
+    def init(self, key):
+        params = super().init(key)
+        return params | {"score": {"kernel": self.scale * jax.random.normal(jax.random.fold_in(key, 9), (self.dim,))}}
+
+    def score(self, params, tokens, segment, position, key=None):
+        hidden = self.hidden(params, tokens, segment, position, key)
+        after = jnp.pad(segment[:, 1:], ((0, 0), (0, 1)))
+        last = ((segment > 0) & (after == 0)).astype(hidden.dtype)
+        return jnp.einsum("btd,bt,d->b", hidden, last, constrain(params["score"]["kernel"], ("embed",)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """k texts an example, of their own lengths after a prompt; with labels, margins, references, and the best of k."""
+
+    real_vocab: int = 100
+    length: int = 12
+    k: int = 2
+    examples: int = 10**6
+
+    def batch(self, cursor, size):
+        rng = np.random.default_rng(cursor)
+        ends = rng.integers(5, self.length + 1, (size, self.k, 1))
+        place = np.broadcast_to(np.arange(self.length), (size, self.k, self.length))
+        segment = (place < ends).astype(np.int32)
+        mask = segment * (place >= 3).astype(np.float32)
+        draw = lambda: rng.integers(0, self.real_vocab, segment.shape)
+        weight = rng.choice([0.5, 1, 2], size).astype(np.float32)
+        weight[1::4] = 0
+        return {
+            "id": np.arange(cursor, cursor + size, dtype=np.int32),
+            "tokens": np.where(segment > 0, draw(), 0).astype(np.int32),
+            "targets": np.where(mask > 0, draw(), -100).astype(np.int32),
+            "mask": mask.astype(np.float32),
+            "segment": segment,
+            "position": (place * segment).astype(np.int32),
+            "weight": weight,
+            "label": rng.choice([0, 0.3, 0.5, 0.9, 1], size).astype(np.float32),
+            "margin": rng.random(size).astype(np.float32),
+            "reference": (-3.0 * rng.gamma(4, 1, (size, 2))).astype(np.float32),
+            "best": rng.integers(0, self.k, size).astype(np.int32),
+        }

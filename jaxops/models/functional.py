@@ -10,6 +10,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from jaxops.models.lora import merge_adapted
+
 Params = dict[str, Any]
 
 
@@ -39,5 +41,8 @@ class Functional:
         return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(params=key)), nnx.Param))
 
     def bind(self, params: Params) -> Any:
-        """Returns the module with these parameters, for use inside one traced function; do not keep it."""
-        return nnx.merge(self._graphdef, params)
+        """Returns the module with these parameters, for use inside one traced function; do not keep it.
+
+        Kernels with low-rank adapters (models/lora.py) are merged with them here, inside a scan one layer at a time.
+        """
+        return nnx.merge(self._graphdef, merge_adapted(params))

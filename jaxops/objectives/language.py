@@ -43,9 +43,9 @@ class LanguageModel(Protocol):
         tokens: Int[Array, "batch length"],
         segment: Int[Array, "batch length"],
         position: Int[Array, "batch length"],
-        key: Key[Array, " batch"] | None = None,
+        keys: Key[Array, " batch"] | None = None,
     ) -> Float[Array, "batch length dim"]:
-        """Returns the last hidden states; `key` holds a key for each example, or is None in evaluation."""
+        """Returns the last hidden states; `keys` has one for each row, for dropout, or is None in evaluation."""
         ...
 
     def head(self, params: PyTree) -> Float[Array, "dim rows"]:
