@@ -32,7 +32,12 @@ WORDS = ("red", "blue", "old", "new", "sea", "sun")
 
 def conversation(at):
     first, second = WORDS[at % 6], WORDS[(at // 6) % 6]
-    turns = [("user", f"say {first} {at}"), ("assistant", f"{first}!"), ("user", f"and {second}"), ("assistant", second)]
+    turns = [
+        ("user", f"say {first} {at}"),
+        ("assistant", f"{first}!"),
+        ("user", f"and {second}"),
+        ("assistant", second),
+    ]
     return {"messages": [{"role": role, "content": text} for role, text in turns[: 2 + 2 * (at % 2)]]}
 
 
@@ -127,7 +132,9 @@ def test_a_run_goes_on_where_it_stopped(whole):
     for steps in (4, 8):
         fit(task_of("run.name=again", f"run.steps={steps}", "optimizer.schedule=constant"), quiet=True)
     fit(task_of("run.name=once", "optimizer.schedule=constant"), quiet=True)
-    again, once = (dict(named_leaves(jx.load(f"runs/{name}", step=8).saved.weights.params)) for name in ("again", "once"))
+    again, once = (
+        dict(named_leaves(jx.load(f"runs/{name}", step=8).saved.weights.params)) for name in ("again", "once")
+    )
     for path, value in once.items():
         np.testing.assert_array_equal(again[path], value, err_msg=path)
 
@@ -135,11 +142,15 @@ def test_a_run_goes_on_where_it_stopped(whole):
 def test_an_exported_folder_begins_another_run_bit_for_bit(whole, tmp_path):
     model = jx.load("runs/whole")
     assert str(tmp_path / "out") in model.export(tmp_path / "out")
-    assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
     with pytest.raises(UserError, match="exists and is not empty"):
         model.export(tmp_path / "out")
     (tmp_path / "own.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[3], f"model: {{weights: {tmp_path}/out}}"))
-    again = jx.build_task(jx.load_config(tmp_path / "own.yaml", ["tokenizer=null", "run.name=from-folder", "run.steps=1"]))
+    again = jx.build_task(
+        jx.load_config(tmp_path / "own.yaml", ["tokenizer=null", "run.name=from-folder", "run.steps=1"])
+    )
     assert dict(named_leaves(again.model.shapes)).keys() == dict(named_leaves(model.decoder.shapes)).keys()
     (source,) = again.start()
     from jaxops.core.weights import load_weights, targets_of
