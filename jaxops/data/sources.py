@@ -181,9 +181,7 @@ SOURCES = {
             file="chitchat.jsonl",
             sha256="9c15931fa2cd6f1d5816babc0c862735b30b07d87f91d3b3915b8f26c2ae0106",
             addresses=(
-                Package(
-                    "chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json", convert=chitchat.conversations
-                ),
+                Package("chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json", convert=chitchat.conversations),
             ),
         ),
         NamedSource(
