@@ -201,7 +201,7 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
         if not any(config.get(key) is value or config.get(key) == value for value in allowed):
             raise UserError(f"{where}: {key} is {str(config[key])[:80]!r}, which the decoder does not compute")
     found = _gpt2(read) if model_type == "gpt2" else _llama_like(read)
-    if bad := found.problems():
+    if bad := found.all_problems():
         raise UserError(f"{where}: " + "; ".join(f"{path}: {message}" for path, message in bad))
     return canonical(found)
 
