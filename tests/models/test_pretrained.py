@@ -256,3 +256,13 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         )
     with pytest.raises(UserError, match="'eos_token' is not known; did you mean 'eos_token_id'"):
         save_pretrained(tmp_path, architecture, params, {"eos_token": 1})
+    save_pretrained(tmp_path, architecture, params)
+    with pytest.raises(UserError, match=r"holds weights already \(model.safetensors\): name another folder"):
+        save_pretrained(tmp_path, architecture, params)
+    other = dataclasses.replace(architecture, vocab=200)
+    with pytest.raises(UserError, match=r"embed/embedding is \[128, 32\], expected \[256, 32\]"):
+        save_pretrained(tmp_path / "b", other, params)
+    with pytest.raises(UserError, match="norm/scale is missing, more is no parameter"):
+        save_pretrained(
+            tmp_path / "b", architecture, {k: x for k, x in params.items() if k != "norm"} | {"more": np.ones(2)}
+        )
