@@ -8,7 +8,7 @@ the trained tokens of the global batch: a long answer counts for more than a sho
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +62,8 @@ class NextTokenConfig(Part):
       label_smoothing: share of the target's probability that is spread evenly over the vocabulary.
       chunk: number of tokens of a device whose logits exist at a time; null chooses by the size of the vocabulary.
     """
+
+    sort: ClassVar[str] = "text"
 
     kind: Literal["next_token"] = "next_token"
     z_loss: Annotated[float, Field(ge=0)] = 0.0

@@ -81,8 +81,8 @@ class Progress:
     def at(self, step: int, steps: int) -> None:
         """Shows that training has come to `step`: in the live line, or elsewhere in a line after a long silence.
 
-        The rate counts calls of the step, from the call on at which the steps in flight are as many as they may be: those
-        before it return at once. Until then no rate is shown.
+        The rate counts calls of the step, from the call on at which as many steps are in flight as may be: those before
+        it return at once. Until then no rate is shown.
         """
         if self.quiet or self._began:
             return

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from decoder_fixtures import NAMES, full, opened
 
+from jaxops.config.load import from_dict
 from jaxops.core.failures import UserError
+from jaxops.models.decoder import attention
 from jaxops.models.decoder.architecture import Architecture, Rope
 from jaxops.models.decoder.decoder import MASKED, Decoder, build_decoder
 
@@ -123,6 +125,27 @@ def test_bfloat16_stays_near_float32():
     logits = np.asarray(decoder.logits(half, hidden))[..., : decoder.real_vocab]
     assert logits.dtype == np.float32
     assert np.linalg.norm(logits - expected) < 0.03 * np.linalg.norm(expected)
+
+
+def test_attention_is_the_librarys_where_cudnn_would_compute_it():
+    """On CPU the library has its plain implementation, which takes the same arguments as cuDNN's."""
+    rng = np.random.default_rng(0)
+    draw = lambda heads: jnp.asarray(rng.normal(size=(2, 6, heads, 8)), jnp.float32)
+    q, k, v = draw(4), draw(2), draw(2)
+    mask = jnp.asarray(np.tril(rng.random((2, 6, 6)) < 0.7) | np.eye(6, dtype=bool))
+    expected = attention._flash(q, k, v, mask, scale=0.3, implementation="xla")
+    np.testing.assert_allclose(attention.attend(q, k, v, mask, 0.3), expected, rtol=1e-5, atol=1e-6)
+    assert not attention._cudnn_covers(q.astype(jnp.bfloat16), k)  # there is no GPU here
+
+
+def test_a_config_reads_the_architecture_and_tells_each_error_once():
+    Run = dataclasses.make_dataclass("Run", [("model", Architecture, Architecture())], frozen=True)
+    given = {"kind": "decoder", "window": 8, "pattern": ["window", "full"], "rope": {"theta": 1e6, "window_theta": 1e4}}
+    found = from_dict(Run, {"model": given}).config.model
+    assert found.layer_kinds == ("window", "full") and found.rope == Rope(theta=1e6, window_theta=1e4)
+    with pytest.raises(UserError) as error:
+        from_dict(Run, {"model": {"kind": "decoder", "rope": {"factor": 2.0}}})
+    assert str(error.value).count("without a scaling nothing is stretched") == 1
 
 
 def test_more_positions_than_were_learned_are_refused():

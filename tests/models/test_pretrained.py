@@ -185,7 +185,7 @@ def test_whatever_stands_in_a_config_there_is_an_architecture_or_one_message(nam
             assert "config.json: " in str(error) and "Traceback" not in str(error)
             refused += 1
         else:
-            assert found.problems() == []
+            assert found.all_problems() == []
     assert 20 < refused < len(tried)
 
 
@@ -256,3 +256,13 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         )
     with pytest.raises(UserError, match="'eos_token' is not known; did you mean 'eos_token_id'"):
         save_pretrained(tmp_path, architecture, params, {"eos_token": 1})
+    save_pretrained(tmp_path, architecture, params)
+    with pytest.raises(UserError, match=r"holds weights already \(model.safetensors\): name another folder"):
+        save_pretrained(tmp_path, architecture, params)
+    other = dataclasses.replace(architecture, vocab=200)
+    with pytest.raises(UserError, match=r"embed/embedding is \[128, 32\], expected \[256, 32\]"):
+        save_pretrained(tmp_path / "b", other, params)
+    with pytest.raises(UserError, match="norm/scale is missing, more is no parameter"):
+        save_pretrained(
+            tmp_path / "b", architecture, {k: x for k, x in params.items() if k != "norm"} | {"more": np.ones(2)}
+        )

@@ -12,6 +12,7 @@ from jaxops.core.failures import UserError, nearest
 from jaxops.core.metric import Metric
 from jaxops.data.text.spec import ChatData, CompletionData, MixtureData, TextData
 from jaxops.models.decoder.architecture import Architecture
+from jaxops.models.lora import LoraConfig
 from jaxops.objectives.language import NextTokenConfig
 from jaxops.run.config import EarlyStop, Evaluate, RunConfig
 
@@ -33,11 +34,13 @@ class Pretrained(Part):
         `jaxops data list` has.
       dropout: rate of dropout while it is trained on.
       remat: how much of a layer the backward pass recomputes: nothing, all but matmuls (`dots`) or all (`full`).
+      lora: adapters that are trained in place of the weights, which are frozen then.
     """
 
     weights: str
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     remat: Literal["none", "dots", "full"] = "none"
+    lora: LoraConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

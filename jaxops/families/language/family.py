@@ -34,11 +34,13 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
     text = open_text(config.data, opened.tokenizer)
     held_out = text.held_out(1)
     return Task(
-        **of_config(config, loaded.resolved, opened.decoder),
-        objective=objective_from(config.objective, given.objective, opened.decoder),
+        **of_config(config, loaded.resolved, opened.model),
+        objective=opened.on(objective_from(config.objective, given.objective, opened.decoder)),
         source=text.source(config.run.seed),
         evaluation=_evaluation(opened, text) if held_out else NoEvaluation(),
         start=(lambda: opened.sources) if opened.sources else None,
+        frozen=getattr(opened.model, "frozen", ()),
+        dtypes=getattr(opened.model, "dtypes", ()),
         inspection={**text.inspection, "split": {"sha256": text.inspection["digest"]}},
         transform=stored(opened.decoder.config, opened.tokenizer),
         about=_about(config, opened, text),
@@ -47,7 +49,7 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
 
 def _evaluation(opened: OpenedModel, text: TextParts) -> BatchedEvaluation:
     """Returns the evaluation on the held-out rows of all sources, each token counted alike."""
-    objective = next_token(opened.decoder)
+    objective = opened.on(next_token(opened.decoder))
 
     def batches(size: int) -> EvalBatches:
         return list(itertools.chain.from_iterable(text.held_out(size).values()))

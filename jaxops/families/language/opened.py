@@ -1,9 +1,9 @@
 """Opens the model that a config names: its architecture, its tokenizer, and where its weights come from."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxops.core.failures import UserError
 from jaxops.core.weights import WeightSource
@@ -13,9 +13,12 @@ from jaxops.data.text.tokenizer import Tokenizer, check_vocabulary
 from jaxops.families.language.config import LanguageConfig, Pretrained
 from jaxops.families.language.stored import stored_architecture, stored_tokenizer
 from jaxops.models.decoder.architecture import Architecture
-from jaxops.models.decoder.decoder import Decoder
+from jaxops.models.decoder.decoder import Decoder, build_decoder
 from jaxops.models.decoder.pretrained import open_pretrained
+from jaxops.models.lora import Lora
 from jaxops.run.load import open_saved_run
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +26,37 @@ class OpenedModel:
     """A language model before its parameters are read.
 
     Attributes:
-      decoder: the model.
+      decoder: the decoder.
+      model: what is trained: the decoder, or its adapters beside it.
       tokenizer: the tokenizer.
       sources: the weights that training begins with; none for fresh parameters.
       special: ids of special tokens as an exported model names them.
     """
 
     decoder: Decoder
+    model: Decoder | Lora
     tokenizer: Tokenizer
     sources: tuple[WeightSource, ...]
     special: Mapping[str, int | list[int]]
+
+    def on(self, function: Callable[..., Result]) -> Callable[..., Result]:
+        """Returns a function of the decoder's parameters as one of what is trained."""
+        return on(self.model, function)
+
+
+def on(model: Decoder | Lora, function: Callable[..., Result]) -> Callable[..., Result]:
+    """Returns a function of the decoder's parameters as one of the model's, where that has adapters."""
+    return model.on(function) if isinstance(model, Lora) else function
+
+
+def with_adapters(decoder: Decoder, config: LanguageConfig) -> Decoder | Lora:
+    """Returns the decoder, with the adapters of the config where it has any.
+
+    Raises:
+      UserError: the adapters do not fit the decoder.
+    """
+    lora = config.model.lora if isinstance(config.model, Pretrained) else None
+    return decoder if lora is None else Lora(decoder, lora)
 
 
 def open_model(config: LanguageConfig) -> OpenedModel:
@@ -44,7 +68,8 @@ def open_model(config: LanguageConfig) -> OpenedModel:
     if not isinstance(config.model, Pretrained):
         assert config.tokenizer is not None  # LanguageConfig.problems
         tokenizer = _with_tokens(open_tokenizer(local(config.tokenizer)), config.add_tokens)
-        return OpenedModel(config.model.build(tokenizer.vocab), tokenizer, (), special_ids(tokenizer))
+        decoder = build_decoder(config.model, tokenizer.vocab)
+        return OpenedModel(decoder, decoder, tokenizer, (), special_ids(tokenizer))
     address = config.model.weights
     architecture, own, sources = _from(address, config.tokenizer is None)
     found = own if config.tokenizer is None else open_tokenizer(local(config.tokenizer))
@@ -58,7 +83,8 @@ def open_model(config: LanguageConfig) -> OpenedModel:
             f"data.length: {config.data.length} tokens in a row, but {address} reads {architecture.length} at most"
         )
     architecture = dataclasses.replace(architecture, dropout=config.model.dropout, remat=config.model.remat)
-    return OpenedModel(architecture.build(), tokenizer, sources, special_ids(tokenizer))
+    decoder = build_decoder(architecture)
+    return OpenedModel(decoder, with_adapters(decoder, config), tokenizer, sources, special_ids(tokenizer))
 
 
 def _from(address: str, wants_tokenizer: bool) -> tuple[Architecture, Tokenizer | None, tuple[WeightSource, ...]]:

@@ -18,10 +18,12 @@ from jaxops.data.text.documents import tokenise
 from jaxops.data.text.formats import read_examples
 from jaxops.data.text.source import TextBatches, TextRows, whole
 from jaxops.data.text.spec import MixtureData, OneTextData
-from jaxops.families.language.opened import special_ids
+from jaxops.families.language.opened import on, special_ids, with_adapters
 from jaxops.families.language.options import Export, Predict
 from jaxops.families.language.stored import stored_architecture, stored_tokenizer
+from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.decoder.pretrained import save_pretrained
+from jaxops.models.lora import Lora
 from jaxops.objectives.language import scores_of_batch
 from jaxops.run.given_table import as_file
 from jaxops.run.load import evaluate_saved
@@ -35,8 +37,15 @@ class ServedLanguage:
     def __init__(self, saved: SavedRun):
         self.saved = saved
         self.tokenizer = stored_tokenizer(saved)
-        self.decoder = stored_architecture(saved).build(self.tokenizer.vocab)
-        saved.expect(self.decoder.shapes, {})
+        self.decoder = build_decoder(stored_architecture(saved), self.tokenizer.vocab)
+        self.model = with_adapters(self.decoder, saved.config)
+        saved.expect(self.model.shapes, {})
+
+    @property
+    def params(self) -> Params:
+        """The decoder's parameters, with the adapters merged into them where the run trained any."""
+        held = self.saved.weights.params
+        return self.model.merge(jax.tree.map(jnp.asarray, held)) if isinstance(self.model, Lora) else held
 
     def predict(
         self,
@@ -71,7 +80,7 @@ class ServedLanguage:
         passes = self.saved.passes({}, given.batch)
         with jax.set_mesh(self.saved.mesh):
             weights = self.saved.placed(passes)
-            found = passes.over("texts", self._scores, weights, TextBatches(rows, passes.size))
+            found = passes.over("texts", on(self.model, self._scores), weights, TextBatches(rows, passes.size))
             nll, count = (np.concatenate(part)[: len(rows)] for part in zip(*map(jax.device_get, found), strict=True))
         none = count == 0
         mean = np.divide(nll, count, out=np.zeros_like(nll), where=~none)
@@ -110,9 +119,7 @@ class ServedLanguage:
             raise UserError(f"{path} exists and is not empty: name a new folder")
         dtype = None if given.dtype is None else jnp.dtype(given.dtype)
         with whole_folder(path) as folder:
-            save_pretrained(
-                folder, self.decoder.config, self.saved.weights.params, special_ids(self.tokenizer), dtype=dtype
-            )
+            save_pretrained(folder, self.decoder.config, self.params, special_ids(self.tokenizer), dtype=dtype)
             for name, content in self.tokenizer.files.items():
                 if not (folder / name).exists():
                     (folder / name).write_bytes(content)

@@ -178,7 +178,11 @@ class Architecture(Part):
             found.append(("pattern", "names layers with a window, but window is not set"))
         if self.rope.window_theta is not None and self.window is None:
             found.append(("rope.window_theta", "is of the layers with a window, but window is not set"))
-        return found + [(f"rope.{name}", message) for name, message in self.rope.problems()]
+        return found
+
+    def all_problems(self) -> list[tuple[str, str]]:
+        """Returns the errors of this and of its rotary embeddings, where no configuration has looked for them."""
+        return self.problems() + [(f"rope.{name}", message) for name, message in self.rope.problems()]
 
     def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
         """Returns everything that does not go on a mesh of these sizes, as (dotted path, message)."""

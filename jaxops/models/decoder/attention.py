@@ -1,5 +1,8 @@
 """Scaled dot-product attention with grouped queries: cuDNN's kernel where it covers the case, else plain products."""
 
+import functools
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -26,8 +29,15 @@ def attend(
       scale: factor on the products of queries and keys.
       cap: soft cap c of the logits, c tanh(x / c).
     """
-    if _by_cudnn(query, cap):
-        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale, implementation="cudnn")
+    plain = functools.partial(_plain, scale=scale, cap=cap)
+    if cap is None and _cudnn_covers(query, key):
+        flash = functools.partial(_flash, scale=scale)
+        # Chosen when it is compiled: on a machine with a GPU there are meshes of CPU devices too.
+        return jax.lax.platform_dependent(query, key, value, mask, cuda=flash, default=plain)
+    return plain(query, key, value, mask)
+
+
+def _plain(query: Array, key: Array, value: Array, mask: Array, *, scale: float, cap: float | None) -> Array:
     batch, length, heads, width = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, width)
     logits = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
@@ -38,8 +48,28 @@ def attend(
     return jnp.einsum("bkgqs,bskd->bqkgd", probs, value).reshape(batch, length, heads, width)
 
 
-def _by_cudnn(query: Array, cap: float | None) -> bool:
-    """Returns whether cuDNN's flash kernel computes this: on a GPU, in half precision, without a soft cap."""
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    width = query.shape[-1]
-    return jax.default_backend() == "gpu" and half and cap is None and width % 8 == 0 and width <= MOST_FLASH_WIDTH
+def _flash(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    *,
+    scale: float,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Array:
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask[:, None], scale=scale, implementation=implementation
+    )
+
+
+def _cudnn_covers(query: Array, key: Array) -> bool:
+    """Returns whether cuDNN's flash kernel computes this: on an NVIDIA GPU (Ampere or later), in half precision.
+
+    The kernel reads a mask as a bias, whose gradient it has for even lengths alone.
+    """
+    width, half = query.shape[-1], query.dtype in (jnp.bfloat16, jnp.float16)
+    if not half or width % 8 or width > MOST_FLASH_WIDTH or query.shape[1] % 2 or key.shape[1] % 2:
+        return False
+    device = jax.devices()[0]
+    cuda = "cuda" in str(getattr(device.client, "platform_version", ""))
+    return cuda and float(getattr(device, "compute_capability", 0)) >= 8.0

@@ -84,7 +84,7 @@ class Decoder:
     def __init__(self, config: Architecture):
         if config.vocab is None:
             raise UserError("model.vocab: expected the number of token ids")
-        if bad := config.problems():
+        if bad := config.all_problems():
             raise UserError("\n".join(f"model.{path}: {message}" for path, message in bad))
         self.config, self.real_vocab, self.soft_cap = config, config.vocab, config.final_cap
         self.rows = -(-config.vocab // PAD_ROWS) * PAD_ROWS

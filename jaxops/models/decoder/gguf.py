@@ -174,7 +174,7 @@ def _architecture(metadata: _Metadata, tensors: Mapping[str, Any]) -> Architectu
         mlp_bias="blk.0.ffn_up.bias" in tensors,
         tied="output.weight" not in tensors,
     )
-    if bad := found.problems():
+    if bad := found.all_problems():
         raise UserError(f"{path}: " + "; ".join(f"{name}: {message}" for name, message in bad))
     return canonical(found)
 

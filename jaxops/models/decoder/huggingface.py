@@ -6,85 +6,11 @@ type in `transformers` holds. Tested in tests/models/test_pretrained.py.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from jaxops.core.failures import UserError, nearest
 from jaxops.models.decoder.architecture import Architecture, LayerKind, Rope
-
-_LLAMA_LIKE = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_theta": 10_000.0,
-}
-_GEMMA = {
-    **_LLAMA_LIKE,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_act": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-}
-_QWEN = {
-    **_LLAMA_LIKE,
-    "vocab_size": 151_936,
-    "intermediate_size": 22_016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32_768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {**_LLAMA_LIKE, "vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 2048},
-    "mistral": {
-        **_LLAMA_LIKE,
-        "vocab_size": 32_000,
-        "intermediate_size": 14_336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131_072,
-        "sliding_window": 4096,
-    },
-    "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 128},
-    "gemma2": {
-        **_GEMMA,
-        "vocab_size": 256_000,
-        "max_position_embeddings": 8192,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "sliding_window_pattern": 2,
-    },
-    "gemma3_text": {
-        **_GEMMA,
-        "vocab_size": 262_208,
-        "max_position_embeddings": 131_072,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "sliding_window_pattern": 6,
-    },
-    "gpt2": {
-        "vocab_size": 50_257,
-        "n_positions": 1024,
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-    },
-}
-"""Model types, with the values that a `config.json` need not give."""
+from jaxops.models.decoder.config_reader import DEFAULTS, MOST_LAYERS, UNSUPPORTED, Reader, is_positive
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -95,88 +21,6 @@ _CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
-_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "gelu"]] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu": "gelu",
-}
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "use_bidirectional_attention": (None, False),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False),
-    "scale_attn_weights": (None, True),
-    "scale_attn_by_inverse_layer_idx": (None, False),
-    "attention_chunk_size": (None,),
-    "no_rope_layers": (None,),
-}
-"""Keys of features that the decoder does not have, with the values that do not ask for them."""
-
-
-MOST = 2**31 - 1
-"""The largest integer that a size may be."""
-MOST_LAYERS = 4096
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e30
-
-
-class _Reader:
-    """The values of a `config.json`, with the defaults of its model type."""
-
-    def __init__(self, model_type: str, config: Mapping[str, Any], where: str):
-        self.type, self.config, self.where = model_type, config, where
-        self._defaults = DEFAULTS[model_type]
-
-    def refuse(self, key: str, expected: str) -> UserError:
-        return UserError(f"{self.where}: {key} is {str(self.config.get(key))[:80]!r}, expected {expected}")
-
-    def get(self, key: str) -> Any:
-        return self.config[key] if key in self.config else self._defaults.get(key)
-
-    def whole(self, key: str) -> int:
-        value = self.get(key)
-        if type(value) is not int or not 0 < value <= MOST:
-            raise self.refuse(key, "a positive integer")
-        return value
-
-    def optional_whole(self, key: str) -> int | None:
-        return None if self.get(key) is None else self.whole(key)
-
-    def number(self, key: str) -> float:
-        value = self.get(key)
-        if not _is_positive(value):
-            raise self.refuse(key, "a positive number")
-        return float(value)
-
-    def optional_number(self, key: str) -> float | None:
-        return None if self.get(key) is None else self.number(key)
-
-    def mapping(self, key: str) -> Mapping[str, Any]:
-        value = self.config.get(key)
-        if value is not None and not isinstance(value, Mapping):
-            raise self.refuse(key, "a mapping")
-        return value or {}
-
-    def flag(self, key: str) -> bool:
-        value = self.get(key)
-        if value is None:
-            return False
-        if type(value) is not bool:
-            raise self.refuse(key, "true or false")
-        return value
-
-    def activation(self, key: str) -> Literal["silu", "gelu_tanh", "gelu"]:
-        name = self.get(key)
-        if not isinstance(name, str) or name not in _ACTIVATIONS:
-            raise self.refuse(key, f"one of {', '.join(_ACTIVATIONS)}{nearest(str(name), _ACTIVATIONS)}")
-        return _ACTIVATIONS[name]
 
 
 def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
@@ -193,15 +37,15 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
             f"{where}: model_type {str(model_type)[:80]!r} is not known (known: {', '.join(DEFAULTS)})"
             f"{nearest(str(model_type), DEFAULTS)}"
         )
-    read = _Reader(model_type, config, where)
+    read = Reader(model_type, config, where)
     layers = "n_layer" if model_type == "gpt2" else "num_hidden_layers"
     if read.whole(layers) > MOST_LAYERS:
         raise read.refuse(layers, f"at most {MOST_LAYERS}")
-    for key, allowed in _UNSUPPORTED.items():
+    for key, allowed in UNSUPPORTED.items():
         if not any(config.get(key) is value or config.get(key) == value for value in allowed):
             raise UserError(f"{where}: {key} is {str(config[key])[:80]!r}, which the decoder does not compute")
     found = _gpt2(read) if model_type == "gpt2" else _llama_like(read)
-    if bad := found.problems():
+    if bad := found.all_problems():
         raise UserError(f"{where}: " + "; ".join(f"{path}: {message}" for path, message in bad))
     return canonical(found)
 
@@ -229,7 +73,7 @@ def canonical(a: Architecture) -> Architecture:
     )
 
 
-def _gpt2(read: _Reader) -> Architecture:
+def _gpt2(read: Reader) -> Architecture:
     return Architecture(
         vocab=read.whole("vocab_size"),
         dim=read.whole("n_embd"),
@@ -249,7 +93,7 @@ def _gpt2(read: _Reader) -> Architecture:
     )
 
 
-def _llama_like(read: _Reader) -> Architecture:
+def _llama_like(read: Reader) -> Architecture:
     gemma, bias = read.type.startswith("gemma"), read.flag("attention_bias")
     window, pattern = _windows(read)
     activation = "hidden_activation" if gemma and read.config.get("hidden_activation") else "hidden_act"
@@ -281,7 +125,7 @@ def _llama_like(read: _Reader) -> Architecture:
     )
 
 
-def _windows(read: _Reader) -> tuple[int | None, tuple[LayerKind, ...]]:
+def _windows(read: Reader) -> tuple[int | None, tuple[LayerKind, ...]]:
     """Returns the window, or None, and the kind of each layer; no kinds where all are alike."""
     window = read.optional_whole("sliding_window")
     if read.type == "llama" or window is None or (read.type.startswith("qwen") and not read.flag("use_sliding_window")):
@@ -306,7 +150,7 @@ def _windows(read: _Reader) -> tuple[int | None, tuple[LayerKind, ...]]:
     return (window, tuple(kinds)) if "window" in kinds else (None, ())
 
 
-def _rope(read: _Reader, windows: bool) -> Rope:
+def _rope(read: Reader, windows: bool) -> Rope:
     """Reads the rotary embeddings in the form of transformers 5 (`rope_parameters`) or 4."""
     given = read.mapping("rope_parameters")
     if not given:
@@ -321,12 +165,12 @@ def _rope(read: _Reader, windows: bool) -> Rope:
     local = {"rope_theta": read.get("rope_local_base_freq"), **of_window}
     if local.get("rope_type", "default") != "default":
         raise read.refuse("rope_parameters", "no scaling in layers with a window")
-    if windows and not _is_positive(local["rope_theta"]):
+    if windows and not is_positive(local["rope_theta"]):
         raise read.refuse("rope_parameters", "a positive rope_theta in layers with a window")
     return _scaled(read, full, float(local["rope_theta"]) if windows else None)
 
 
-def _scaled(read: _Reader, values: Mapping[str, Any], window_theta: float | None) -> Rope:
+def _scaled(read: Reader, values: Mapping[str, Any], window_theta: float | None) -> Rope:
     """Returns the rotary embeddings of one set of values, as `rope_parameters` or `rope_scaling` hold them."""
     where, kind = f"{read.where}: rope", values.get("rope_type", values.get("type", "default"))
     if values.get("partial_rotary_factor") not in (None, 1, 1.0):
@@ -337,7 +181,7 @@ def _scaled(read: _Reader, values: Mapping[str, Any], window_theta: float | None
     def number(key: str, default: float | None = None) -> float:
         given: Any = values.get(key)
         value: Any = default if given is None else given
-        if not _is_positive(value):
+        if not is_positive(value):
             raise UserError(f"{where} {kind}: {key} is {str(value)[:40]!r}, expected a positive number")
         return float(value)
 

@@ -21,6 +21,7 @@ from jaxops.core.sharding import named_leaves
 from jaxops.core.weights import WeightSource
 from jaxops.core.writers import writing
 from jaxops.models.decoder.architecture import Architecture
+from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.decoder.huggingface import architecture_of, config_json
 from jaxops.models.decoder.tensors import PREFIX, stacked, tensor_shapes, unstacked
 
@@ -127,15 +128,19 @@ def save_pretrained(
       shard_bytes: largest size of a file of weights; a larger tensor has a file of its own.
 
     Raises:
-      UserError: no model type has this architecture, a parameter is missing or not finite, or a number does not fit
-        into `dtype`.
+      UserError: the folder holds weights already, no model type has this architecture, the parameters are not the
+        architecture's or not finite, or a number does not fit into `dtype`.
       RunFailed: a file cannot be written.
     """
     folder, special = Path(folder), dict(special or {})
     if unknown := [key for key in special if key not in SPECIAL]:
         raise UserError(f"special: {unknown[0]!r} is not known{nearest(unknown[0], SPECIAL)}")
+    there = sorted(path.name for path in [*folder.glob("*.safetensors"), *folder.glob(INDEX)])
+    if there:  # Beside new files, an old index would be read.
+        raise UserError(f"{folder} holds weights already ({_some(there)}): name another folder, or remove them")
     config = config_json(architecture)
     leaves = dict(named_leaves(params))
+    _require_parameters(leaves, architecture)
     tensors = unstacked(architecture, leaves, dtype)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,6 +154,20 @@ def save_pretrained(
     widest = max(tensors.values(), key=_bytes)
     _write_json(folder / GENERATION, {**special})
     _write_json(folder / CONFIG, {**config, **special, "torch_dtype": str(widest.dtype)})
+
+
+def _require_parameters(leaves: Mapping[str, Any], architecture: Architecture) -> None:
+    """Refuses parameters that are not those of the architecture, by path or by shape."""
+    wanted = {path: tuple(x.shape) for path, x in named_leaves(Decoder(architecture).shapes)}
+    apart = [f"{path} is missing" for path in wanted if path not in leaves]
+    apart += [f"{path} is no parameter of it" for path in leaves if path not in wanted]
+    apart += [
+        f"{path} is {list(leaves[path].shape)}, expected {list(shape)}"
+        for path, shape in wanted.items()
+        if path in leaves and tuple(leaves[path].shape) != shape
+    ]
+    if apart:
+        raise UserError(f"the parameters are not the architecture's: {_some(apart)}")
 
 
 def _bytes(tensor: Any) -> int:

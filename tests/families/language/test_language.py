@@ -32,13 +32,8 @@ WORDS = ("red", "blue", "old", "new", "sea", "sun")
 
 def conversation(at):
     first, second = WORDS[at % 6], WORDS[(at // 6) % 6]
-    turns = [
-        ("user", f"say {first} {at}"),
-        ("assistant", f"{first}!"),
-        ("user", f"and {second}"),
-        ("assistant", second),
-    ]
-    return {"messages": [{"role": role, "content": text} for role, text in turns[: 2 + 2 * (at % 2)]]}
+    said = [f"say {first} {at}", f"{first}!", f"and {second}", second][: 2 + 2 * (at % 2)]
+    return {"messages": [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]}
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +127,8 @@ def test_a_run_goes_on_where_it_stopped(whole):
     for steps in (4, 8):
         fit(task_of("run.name=again", f"run.steps={steps}", "optimizer.schedule=constant"), quiet=True)
     fit(task_of("run.name=once", "optimizer.schedule=constant"), quiet=True)
-    again, once = (
-        dict(named_leaves(jx.load(f"runs/{name}", step=8).saved.weights.params)) for name in ("again", "once")
-    )
+    params = lambda name: dict(named_leaves(jx.load(f"runs/{name}", step=8).saved.weights.params))
+    again, once = params("again"), params("once")
     for path, value in once.items():
         np.testing.assert_array_equal(again[path], value, err_msg=path)
 
@@ -142,15 +136,12 @@ def test_a_run_goes_on_where_it_stopped(whole):
 def test_an_exported_folder_begins_another_run_bit_for_bit(whole, tmp_path):
     model = jx.load("runs/whole")
     assert str(tmp_path / "out") in model.export(tmp_path / "out")
-    assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= {
-        p.name for p in (tmp_path / "out").iterdir()
-    }
+    there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= there
     with pytest.raises(UserError, match="exists and is not empty"):
         model.export(tmp_path / "out")
     (tmp_path / "own.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[3], f"model: {{weights: {tmp_path}/out}}"))
-    again = jx.build_task(
-        jx.load_config(tmp_path / "own.yaml", ["tokenizer=null", "run.name=from-folder", "run.steps=1"])
-    )
+    again = jx.build_task(jx.load_config(tmp_path / "own.yaml", ["tokenizer=null", "run.name=from-folder"]))
     assert dict(named_leaves(again.model.shapes)).keys() == dict(named_leaves(model.decoder.shapes)).keys()
     (source,) = again.start()
     from jaxops.core.weights import load_weights, targets_of
@@ -168,6 +159,27 @@ def test_a_run_begins_with_the_weights_of_another(whole, tmp_path):
     overrides += [f"run.dir={tmp_path}"]
     run = fit(jx.build_task(jx.load_config(tmp_path / "own.yaml", overrides)), quiet=True)
     assert run.summary["valid/nll"] == pytest.approx(jx.load("runs/whole").evaluate()["valid/nll"], rel=1e-6)
+
+
+def test_adapters_are_trained_and_the_weights_are_not(whole, tmp_path):
+    lora = "model: {weights: runs/whole, lora: {rank: 2}}"
+    (tmp_path / "own.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[3], lora))
+    overrides = ["tokenizer=null", "run.name=lora", "run.steps=2", f"run.dir={tmp_path}", "optimizer.schedule=constant"]
+    fit(jx.build_task(jx.load_config(tmp_path / "own.yaml", overrides)), quiet=True)
+    model, base = jx.load(tmp_path / "lora"), jx.load("runs/whole")
+    held = dict(named_leaves(model.saved.weights.params))
+    for path, value in named_leaves(base.saved.weights.params):
+        np.testing.assert_array_equal(held[path], value, err_msg=path)
+    assert all(np.any(held[path]) for path in held if path.startswith("lora/") and path.endswith("/b"))
+    before, after = (one.predict("chat.jsonl")["nll"].to_numpy() for one in (base, model))
+    assert np.abs(before - after).max() > 1e-4
+    model.export(tmp_path / "merged")
+    (tmp_path / "own.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[3], f"model: {{weights: {tmp_path}/merged}}"))
+    overrides = ["tokenizer=null", "run.name=from-merged", "run.steps=1", f"run.dir={tmp_path}", "optimizer.lr=1e-30"]
+    fit(jx.build_task(jx.load_config(tmp_path / "own.yaml", overrides)), quiet=True)
+    np.testing.assert_allclose(
+        jx.load(tmp_path / "from-merged").predict("chat.jsonl")["nll"].to_numpy(), after, rtol=1e-4
+    )
 
 
 def test_the_preview_shows_what_the_loss_sees(whole, capsys):
