@@ -99,7 +99,7 @@ def _pair(config: PreferenceData, where: str, row: Mapping[str, Any]) -> Pair:
     else:
         chosen, rejected = (text_in(row, name) for name in (names.chosen, names.rejected))
         if prompt is None and config.template is not None and TURN.match(chosen) and TURN.match(rejected):
-            texts = _asked(names, where, _turns(chosen), _turns(rejected))
+            texts = _asked(names, where, turns_of(chosen), turns_of(rejected))
         else:
             texts = _plain(names, where, prompt, chosen, rejected)
     return Pair(
@@ -158,7 +158,7 @@ def _conversations(
     return _asked(names, where, *sides)
 
 
-def _turns(transcript: str) -> tuple[Message, ...]:
+def turns_of(transcript: str) -> tuple[Message, ...]:
     """Returns a transcript as messages. An answer may be empty, as some of the published ones are."""
     pieces = TURN.split(transcript)
     return tuple(

@@ -18,10 +18,10 @@ from jaxops.data.preferences.pairs import Pairs, PairSource, RatedSource, Texts
 from jaxops.data.preferences.ratings import Rated, Ratings, read_rated, with_partners
 from jaxops.data.preferences.spec import PreferenceData, PreferenceDataConfig, RatingData
 from jaxops.data.protocol import Source
-from jaxops.data.text.documents import tokenise
+from jaxops.data.text.documents import Documents, tokenise
 from jaxops.data.text.formats import Example
 from jaxops.data.text.heldout import held_out
-from jaxops.data.text.spec import CompletionData, Share, TextData
+from jaxops.data.text.spec import CompletionData, OneTextData, Share, TextData
 from jaxops.data.text.tokenizer import Tokenizer
 
 Judgement = TypeVar("Judgement")
@@ -130,10 +130,7 @@ class Preferences:
 
     def _pairs(self, pairs: list[Pair], tokenizer: Tokenizer, part: str) -> Pairs:
         config = self.config
-        form = CompletionData(
-            path=config.path, template=config.template, arguments=config.arguments, date=config.date, pack=False
-        )
-        documents = tokenise(form, [text for pair in pairs for text in pair.texts], tokenizer)
+        documents = tokenised(config, [text for pair in pairs for text in pair.texts], tokenizer)
         texts = Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
         kept = self._kept(pairs, texts, np.diff(documents.offsets) > config.length, part)
         told = [pair for pair, keep in zip(pairs, kept, strict=True) if keep]
@@ -212,8 +209,7 @@ class RatedTexts:
 
     def _texts(self, rated: Sequence[Rated], tokenizer: Tokenizer, part: str) -> Texts:
         config = self.config
-        form = TextData(path=config.path, pack=False)
-        documents = tokenise(form, [one.text for one in rated], tokenizer)
+        documents = tokenised(config, [one.text for one in rated], tokenizer)
         over = int((np.diff(documents.offsets) > config.length).sum())
         if over:
             side = "beginning" if config.too_long == "cut_start" else "end"
@@ -227,6 +223,20 @@ class RatedTexts:
         sides = np.concatenate([np.stack([one.first, one.second], axis=1) for one in drawn])
         label = np.concatenate([ratings.single(one) for one in drawn]).astype(np.float32)
         return Pairs(texts, sides, np.ones(len(sides), np.float32), label, None, sides, (None,) * len(sides))
+
+
+def tokenised(config: PreferenceDataConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> Documents:
+    """Turns texts into tokens, one document each; of preferences their answers are marked, of ratings all.
+
+    Raises:
+      UserError: a template fails.
+    """
+    form: OneTextData = TextData(path=config.path, pack=False)
+    if isinstance(config, PreferenceData):
+        form = CompletionData(
+            path=config.path, template=config.template, arguments=config.arguments, date=config.date, pack=False
+        )
+    return tokenise(form, examples, tokenizer)
 
 
 def _said(text: Example) -> list[str]:

@@ -187,6 +187,27 @@ class PairBatches:
         return own | out | {PART_ROW: np.where(real, at, -1).astype(np.int32)}
 
 
+class TextBatches:
+    """Batches of all texts, in order, without pairs; the last one is padded with rows of segment 0."""
+
+    def __init__(self, texts: Texts, size: int) -> None:
+        self._texts, self.size = texts, size
+
+    def __len__(self) -> int:
+        return -(-len(self._texts) // self.size)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self.rows(k, 0, self.size) for k in range(len(self)))
+
+    def rows(self, k: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Texts `[start, stop)` of batch k alone."""
+        at = np.arange(k * self.size + start, k * self.size + stop)
+        real = at < len(self._texts)
+        out = self._texts.rows(np.where(real, at, 0))
+        out["segment"] = out["segment"] * real[:, None].astype(np.int32)
+        return {"id": at.astype(np.int32)} | out
+
+
 def swapped(pair: Int[np.ndarray, " pairs"]) -> np.ndarray:
     """Returns which pairs are shown with their sides swapped: every other one."""
     return pair % 2 == 1
