@@ -5,7 +5,7 @@ Tested in tests/objectives/test_ensemble.py.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ BOOTSTRAP = 20_140_601
 """The seed of the weights: an example keeps its weights in all epochs and all runs."""
 
 
+@runtime_checkable
 class Heads(Protocol):
     """A reward model with several heads over one trunk."""
 

@@ -90,7 +90,7 @@ def _pair(config: PreferenceData, where: str, row: Mapping[str, Any]) -> Pair:
     sides = [value_in(row, name) for name in (names.chosen, names.rejected)]
     if sides[0] == sides[1]:
         raise WrongRow(f"{names.chosen!r} and {names.rejected!r} are equal, so that nothing is preferred")
-    prompt = None if names.prompt is None else row.get(names.prompt)
+    prompt = value_in(row, names.prompt) if names.prompt is not None and names.prompt in row else None
     kinds = {sort_of(side) for side in sides}
     if len(kinds) > 1:
         raise WrongRow(f"{names.chosen!r} is {sort_of(sides[0])} and {names.rejected!r} {sort_of(sides[1])}")

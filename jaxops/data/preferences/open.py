@@ -71,11 +71,12 @@ def read_judgements(config: PreferenceDataConfig) -> Judgements:
     Raises:
       UserError: what reading raises; nothing is left to train on.
     """
-    if isinstance(config, PreferenceData):
-        train, valid = _split(config, read_pairs, lambda pair: pair.prompt)
-        return Preferences(config, train, valid)
-    rated, held = _split(config, read_rated, lambda one: one.text.digest())
-    return RatedTexts(config, with_partners(rated, "train"), with_partners(held, "valid") if held else [])
+    with notes.collected() as remarks:
+        if isinstance(config, PreferenceData):
+            return Preferences(config, *_split(config, read_pairs, lambda pair: pair.prompt), remarks)
+        rated, held = _split(config, read_rated, lambda one: one.text.digest())
+        held = with_partners(held, "valid") if held else []
+        return RatedTexts(config, with_partners(rated, "train"), held, remarks)
 
 
 def _split(
@@ -110,6 +111,7 @@ class Preferences:
     config: PreferenceData
     train: list[Pair]
     valid: list[Pair]
+    remarks: list[str]
 
     @property
     def words(self) -> list[str]:
@@ -124,7 +126,7 @@ class Preferences:
                 notes.tell(f"{against} labels are below 0.5: there the rejected text counts as the better one")
             train = self._pairs(self.train, tokenizer, "train")
             valid = self._pairs(self.valid, tokenizer, "valid") if self.valid else None
-        inspection = _inspection(self.config, tokenizer, {"train": train, "valid": valid}, remarks)
+        inspection = _inspection(self.config, tokenizer, {"train": train, "valid": valid}, self.remarks + remarks)
         everybody = of_preferences([*self.train, *self.valid])
         return Opened(lambda seed: PairSource(train, seed), train.texts, valid, everybody, inspection)
 
@@ -163,7 +165,11 @@ class Preferences:
             )
         if longer.any():
             chosen, rejected = longer.sum(axis=0)
-            what = {"cut_start": "lose their beginning", "cut_end": "lose their end", "drop": "are left out"}
+            what = {
+                "cut_start": "lose their beginning",
+                "cut_end": "lose their end",
+                "drop": "are left out with their pairs",
+            }
             notes.tell(
                 f"{part}: {chosen} chosen and {rejected} rejected of {len(pairs)} texts each are longer than "
                 f"data.length {self.config.length} and {what[self.config.too_long]}"
@@ -186,6 +192,7 @@ class RatedTexts:
     config: RatingData
     train: list[Rated]
     valid: list[Rated]
+    remarks: list[str]
 
     @property
     def words(self) -> list[str]:
@@ -203,7 +210,7 @@ class RatedTexts:
             held = Ratings(self.valid)
             judged, agreement = self._judged(valid, held), of_ratings(held, DRAWN, self.config.judgements)
         source = lambda seed: RatedSource(train, ratings, self.config.labels, seed)
-        inspection = _inspection(self.config, tokenizer, {"train": train, "valid": judged}, remarks)
+        inspection = _inspection(self.config, tokenizer, {"train": train, "valid": judged}, self.remarks + remarks)
         inspection["train"] |= {"ratings": len(ratings.values), "digest": _digest_of_ratings(ratings)}
         return Opened(source, train, judged, agreement, inspection)
 

@@ -12,10 +12,10 @@ from jaxops.core.metric import Metric
 from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.trained_tokenizer import TrainedTokenizer
 from jaxops.evaluate.preferences import METRICS
-from jaxops.families.language.config import Pretrained
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.objectives.preference import BradleyTerry
 from jaxops.run.config import EarlyStop, Evaluate, RunConfig
+from jaxops.run.pretrained.config import Pretrained
 
 Ensemble = Annotated[int, Field(ge=1, le=64)]
 SHOWN = ("accuracy", "accuracy_low", "accuracy_high", "log_loss", "ece", "longer_bias", "first_bias")

@@ -12,7 +12,6 @@ from jaxops.data.preferences.agreement import Agreement
 from jaxops.data.preferences.open import Opened, read_judgements
 from jaxops.data.preferences.pairs import Pairs
 from jaxops.evaluate.preferences import agrees, mean
-from jaxops.families.language.stored import stored
 from jaxops.families.reward.config import PretrainedReward, RewardConfig
 from jaxops.families.reward.data_commands import inspect_data, preview_data
 from jaxops.families.reward.evaluation import RewardEvaluation, judged_of, scores_of_pairs
@@ -24,6 +23,7 @@ from jaxops.models.lora import Lora
 from jaxops.objectives.ensemble import each_head
 from jaxops.run.callables import objective_from
 from jaxops.run.family import Family, Given
+from jaxops.run.pretrained.stored import stored
 from jaxops.run.task import About, NoEvaluation, Task, of_config
 
 HEADS = (r"^reward/", "float32")
@@ -74,7 +74,7 @@ def _baselines(valid: Pairs, agreement: Agreement) -> Callable[[], dict[str, dic
 
     def found() -> dict[str, dict[str, float]]:
         judged = judged_of(valid)
-        longer = agrees(judged.lengths[:, 0] - judged.lengths[:, 1], judged.label)
+        longer = agrees((judged.lengths[:, 0] - judged.lengths[:, 1]).astype(np.float64), judged.label)
         accuracy = mean(longer, judged.weight * (judged.label != 0.5))
         rows = {"longer": {"valid/accuracy": accuracy}} if np.isfinite(accuracy) else {}
         if agreement.agreement is not None:

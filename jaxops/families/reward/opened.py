@@ -2,18 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jaxops.core.weights import WeightSource
-from jaxops.data.text.spec import TextData
 from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.data.text.trained_tokenizer import TrainedTokenizer
-from jaxops.families.language.config import LanguageConfig
-from jaxops.families.language.opened import open_model
 from jaxops.families.reward.config import FreshReward, PretrainedReward, RewardConfig
 from jaxops.models.decoder.decoder import Decoder, build_decoder
 from jaxops.models.lora import Lora
 from jaxops.models.reward import RewardModel
+from jaxops.run.pretrained.opened import open_decoder
 
 Result = TypeVar("Result")
 BESIDE = (r"^(?!lora/|reward/)",)
@@ -57,16 +55,10 @@ def open_reward(config: RewardConfig, words: Callable[[], Sequence[str]]) -> Ope
         tokenizer = config.tokenizer.build(words())
         reward = build_reward(config, build_decoder(config.model.architecture, tokenizer.vocab))
         return OpenedReward(reward, with_adapters(reward, config), tokenizer, ())
-    model: Any = config.model.architecture if isinstance(config.model, FreshReward) else without_adapters(config.model)
-    data = TextData(path=config.data.path, length=config.data.length)
-    opened = open_model(LanguageConfig(data=data, model=model, tokenizer=config.tokenizer, run=config.run))
+    model = config.model.architecture if isinstance(config.model, FreshReward) else config.model
+    opened = open_decoder(model, config.tokenizer, config.data.length)
     reward = build_reward(config, opened.decoder)
     return OpenedReward(reward, with_adapters(reward, config), opened.tokenizer, opened.sources)
-
-
-def without_adapters(model: PretrainedReward) -> PretrainedReward:
-    """Returns the choice of weights alone."""
-    return dataclasses.replace(model, lora=None)
 
 
 def build_reward(config: RewardConfig, decoder: Decoder) -> RewardModel:

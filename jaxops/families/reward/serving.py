@@ -18,7 +18,6 @@ from jaxops.data.preferences.pairs import TextBatches, Texts
 from jaxops.data.preferences.spec import TooLong
 from jaxops.data.text.documents import Documents
 from jaxops.data.text.formats import Example
-from jaxops.families.language.stored import stored_architecture, stored_tokenizer
 from jaxops.families.reward.given_texts import read_given
 from jaxops.families.reward.opened import build_reward, on, with_adapters
 from jaxops.families.reward.options import Predict
@@ -26,6 +25,7 @@ from jaxops.families.reward.reference import Normaliser, reference_of
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.run.given_table import as_file
 from jaxops.run.load import evaluate_saved
+from jaxops.run.pretrained.stored import stored_architecture, stored_tokenizer
 from jaxops.run.saved_run import SavedRun
 
 
