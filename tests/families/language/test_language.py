@@ -177,7 +177,9 @@ def test_adapters_are_trained_and_the_weights_are_not(whole, tmp_path):
     (tmp_path / "own.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[3], f"model: {{weights: {tmp_path}/merged}}"))
     overrides = ["tokenizer=null", "run.name=from-merged", "run.steps=1", f"run.dir={tmp_path}", "optimizer.lr=1e-30"]
     fit(jx.build_task(jx.load_config(tmp_path / "own.yaml", overrides)), quiet=True)
-    np.testing.assert_allclose(jx.load(tmp_path / "from-merged").predict("chat.jsonl")["nll"].to_numpy(), after, rtol=1e-4)
+    np.testing.assert_allclose(
+        jx.load(tmp_path / "from-merged").predict("chat.jsonl")["nll"].to_numpy(), after, rtol=1e-4
+    )
 
 
 def test_the_preview_shows_what_the_loss_sees(whole, capsys):
