@@ -135,6 +135,7 @@ def _parser() -> Parser:
     for name, text in (
         ("build", "Build the memory-mapped cache of a config's data."),
         ("inspect", "Counts, time range, lengths, the split and its hash, what was dropped."),
+        ("verify", "Read every byte of the cache of a config's data; exit status 1 if it is damaged."),
     ):
         made = data_sub.add_parser(name, help=text, description=text)
         made.add_argument("config", help="a YAML file, the name of a shipped config, or of a named data set")
