@@ -22,7 +22,7 @@ from jaxops.config.dump import diff, dump_yaml
 from jaxops.config.node import plain_node
 from jaxops.config.shapes import ABSENT
 from jaxops.config.yaml_text import parse_yaml
-from jaxops.core import small_files, stores
+from jaxops.core import small_files, store_probe, stores
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.secret_text import without_secrets
 from jaxops.core.writers import writing
@@ -128,7 +128,7 @@ class RunFolder:
             bucket, credentials, permission or answer).
         """
         if self._mirror is not None and not self._fresh:
-            stores.check_access(self.where)
+            store_probe.check_access(self.where)
         parent = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
         if not parent.is_dir():
             raise UserError(f"run folder {self.path}: {parent} is a file")
