@@ -19,14 +19,12 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from jaxops.cli import runs
-from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, RunFailed, UserError, nearest
+from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, NO_ROOM, RunFailed, UserError, nearest
 from jaxops.core.secret_text import printable, without_secrets
 
 EPILOG = """exit status: 0 done, 1 the run failed, 2 wrong input (nothing was written), 75 interrupted and saved (the
 same command resumes), 76 another process or the devices were lost (the same command resumes), 130 stopped at once"""
 EXIT_STOPPED = 130
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What a file system says that cannot take more: no mistake of the program, so no traceback."""
 GRACE_SECONDS = 15.0
 """How long threads have to end after a failure, before the process ends without them."""
 OVERRIDE = "a.b=VALUE"

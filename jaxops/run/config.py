@@ -11,6 +11,7 @@ from pydantic import Field
 from jaxops.config.types import ByPath, Every, Factory
 from jaxops.core import stores
 from jaxops.core.failures import UserError
+from jaxops.core.home import expand_home
 from jaxops.core.mesh import BATCH_AXES, MeshConfig
 from jaxops.core.metric import Metric
 from jaxops.core.optimizer import AdamW, Optimizer
@@ -244,11 +245,12 @@ class RunConfig:
         """Returns (dotted path, message) of everything that cannot work on any machine."""
         found = []
         batch = self.batch
-        if "://" in self.run.dir:
+        places = {"run.dir": self.run.dir, **({"init_from.run": self.init_from.run} if self.init_from else {})}
+        for name, place in places.items():
             try:
-                stores.parse_url(self.run.dir)
+                _ = stores.parse_url(place) if stores.is_url(place) else expand_home(place)
             except UserError as error:
-                found.append(("run.dir", str(error)))
+                found.append((name, str(error)))
         if (self.run.epochs is None) == (self.run.steps is None):
             found.append(("run", "say how long: exactly one of run.epochs and run.steps"))
         if isinstance(batch.microbatch, int) and batch.global_ % batch.microbatch:

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxops.core.failures import UserError
+from jaxops.core.failures import NO_ROOM, RunFailed, UserError
+from jaxops.core.home import expand_home
 from jaxops.data import notes, scratch
 from jaxops.data.files import DataFile, expand_paths, summary
 from jaxops.data.ids import Ids
@@ -58,9 +59,10 @@ def build_cache(
       chunk: rows that are worked on at once.
 
     Raises:
-      UserError: what `read_interactions` raises; `out_dir` is something else than a cache; the disk is full.
+      UserError: what `read_interactions` raises; `out_dir` is something else than a cache, or cannot be written.
+      RunFailed: the disk is full.
     """
-    target = Path(out_dir).expanduser()
+    target = Path(expand_home(out_dir))
     if target.exists() and any(target.iterdir()) and not (target / MANIFEST).exists():
         raise UserError(f"{target} exists and is not a jaxops data cache; give an empty or a new folder")
     files = expand_paths(config.path, config.format, config.text)
@@ -93,7 +95,8 @@ def build_cache(
             _write_manifest(folder, inter, prints)
             scratch.replace_folder(folder, target, work)
     except OSError as error:
-        raise UserError(f"cannot build the data cache {target}: {error}") from error
+        told = f"cannot build the data cache {target}: {error}"
+        raise (RunFailed(f"{told}; nothing of it was left") if error.errno in NO_ROOM else UserError(told)) from error
     return target
 
 
@@ -118,6 +121,7 @@ def open_built(
 
     Raises:
       UserError: it cannot be built.
+      RunFailed: the disk is full.
     """
     try:
         folder = ensure(config, root, progress)
@@ -127,8 +131,9 @@ def open_built(
         notes.tell(f"{damage}; it is built again from its source. Disk or memory of this machine may be failing")
         try:
             build_cache(config, folder, progress)
-        except UserError as error:
-            raise UserError(f"{damage}; building it again failed: {error}") from error
+        except (UserError, RunFailed) as error:
+            kind = RunFailed if isinstance(error, RunFailed) else UserError
+            raise kind(f"{damage}; building it again failed: {error}") from error
     return open_cache(folder), folder
 
 
@@ -138,12 +143,12 @@ def folder_of(config: InteractionsFile, root: str | os.PathLike[str]) -> Path:
     Each way of reading (paths, columns, filter) has its own folder, so one root serves many configs.
 
     Raises:
-      UserError: `root` is not on this machine.
+      UserError: `root` is not on this machine, or begins with `~` and names no home folder.
     """
     if "://" in os.fspath(root):
         raise UserError(f"`cache: {root}`: a data cache is memory-mapped, so it must be a local folder")
     key = hashlib.sha256(json.dumps(_reading(config), sort_keys=True).encode()).hexdigest()[:16]
-    return Path(root).expanduser() / key
+    return Path(expand_home(root, "data.cache")) / key
 
 
 def is_current(config: InteractionsFile, folder: Path) -> bool:
@@ -167,7 +172,7 @@ def open_cache(folder: str | os.PathLike[str], verify: bool = False) -> Interact
       DamagedCache: a file is missing, cut short or changed.
       UserError: no cache, or one of another version.
     """
-    root = Path(folder).expanduser()
+    root = Path(expand_home(folder))
     if wrong := problems(root, whole=verify):
         raise DamagedCache(root, wrong)
     manifest = _manifest(root)
@@ -315,6 +320,8 @@ class _Mapped:
         at = len(self._arrays)
         path = self._folder / f"{COLUMNS[at % len(COLUMNS)]}-{at // len(COLUMNS)}.npy"
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with path.open("rb+") as file:  # else a full disk would kill the process at a write to the mapping (SIGBUS)
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         self._arrays.append(array)
         self._paths.append(path)
         return array

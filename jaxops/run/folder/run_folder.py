@@ -24,6 +24,7 @@ from jaxops.config.shapes import ABSENT
 from jaxops.config.yaml_text import parse_yaml
 from jaxops.core import small_files, store_probe, stores
 from jaxops.core.failures import RunFailed, UserError
+from jaxops.core.home import expand_home
 from jaxops.core.secret_text import without_secrets
 from jaxops.core.writers import writing
 from jaxops.run.config import MAY_CHANGE_ON_RESUME
@@ -59,7 +60,7 @@ class RunFolder:
         may_change: Sequence[str] = MAY_CHANGE_ON_RESUME,
         complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ):
-        self.path = Path(path)
+        self.path = Path(expand_home(path))
         self._may_change, self._complete = tuple(may_change), complete
         self._mirror: Mirror | None = None
         self.where = str(self.path)

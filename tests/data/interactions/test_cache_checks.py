@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import folder  # noqa: F401 (fixture)
 
 from jaxops.cli.main import main
-from jaxops.core.failures import UserError
+from jaxops.core.failures import RunFailed
 from jaxops.data.interactions import blocks, cache
 from jaxops.data.interactions.interactions import read_interactions
 from jaxops.data.interactions.open import open_data
@@ -58,7 +58,7 @@ def test_where_it_cannot_be_built_again_both_reasons_are_told(config, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache.scratch, "replace_folder", full)
-    with pytest.raises(UserError, match=r"time.npy: contents were changed .* building it again failed: .*No space"):
+    with pytest.raises(RunFailed, match=r"time.npy: contents were changed .* building it again failed: .*No space"):
         open_data(config)
     assert sorted(path.name for path in built.parent.iterdir()) == [built.name]
 
