@@ -76,13 +76,15 @@ class Checkpoint:
     """The times of saves, and which checkpoints are kept.
 
     A run saves at `every`, as in `evaluate`. It keeps the latest `keep`, one every `keep_every` steps, and the best by
-    the metric `best` on validation.
+    the metric `best` on validation. If the run folder is deleted or moved while the run trains, the next save goes to a
+    run folder in `rescue`, a local folder on another disk, and the run ends; without it the run just ends.
     """
 
     every: Every = Every(seconds=600)
     keep: Positive = 3
     keep_every: Positive | None = None
     best: str | None = None
+    rescue: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,7 +247,10 @@ class RunConfig:
         """Returns (dotted path, message) of everything that cannot work on any machine."""
         found = []
         batch = self.batch
+        if (rescue := self.checkpoint.rescue) is not None and stores.is_url(rescue):
+            found.append(("checkpoint.rescue", f"expected a local folder, got {rescue}"))
         places = {"run.dir": self.run.dir, **({"init_from.run": self.init_from.run} if self.init_from else {})}
+        places |= {"checkpoint.rescue": rescue} if rescue else {}
         for name, place in places.items():
             try:
                 _ = stores.parse_url(place) if stores.is_url(place) else expand_home(place)

@@ -23,7 +23,7 @@ from jaxops.config.node import plain_node
 from jaxops.config.shapes import ABSENT
 from jaxops.config.yaml_text import parse_yaml
 from jaxops.core import small_files, store_probe, stores
-from jaxops.core.failures import RunFailed, UserError
+from jaxops.core.failures import UserError
 from jaxops.core.home import expand_home
 from jaxops.core.secret_text import without_secrets
 from jaxops.core.writers import writing
@@ -244,17 +244,9 @@ class RunFolder:
         """Writes a small JSON file whole or not at all; NaN and infinities become null."""
         self.write_text(name, json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
 
-    def require_there(self) -> None:
-        """Refuses to go on in a run folder that was deleted or moved: what is saved there would belong to no run.
-
-        Raises:
-          RunFailed: its config.yaml is gone.
-        """
-        if not (self.path / "config.yaml").is_file():
-            raise RunFailed(
-                f"run folder {self.path} was deleted or moved while the run was training (its config.yaml is gone):"
-                " what is saved from here on could not be found again, so the run stops"
-            )
+    def is_there(self) -> bool:
+        """Returns whether a run that trains still has its folder: what is saved in another would belong to no run."""
+        return (self.path / "config.yaml").is_file()
 
     def has(self, name: str) -> bool:
         """Returns true if the folder holds this file (in an object store: at the last listing)."""
