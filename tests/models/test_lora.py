@@ -107,7 +107,7 @@ def test_merged_for_good_is_what_is_used(alpha):
 
 
 def test_a_change_below_the_precision_of_a_bfloat16_base_is_felt():
-    """Where base + product would be rounded back to the base, the layer's output still moves, by the product's share."""
+    """Where base + product would be rounded back to the base, the layer's output moves all the same."""
     layer = Functional(lambda rngs: Layer(16, rngs))
     base = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.bfloat16), layer.shapes)
     base["up"]["bias"] = jnp.zeros(32, jnp.bfloat16)

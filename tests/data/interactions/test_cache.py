@@ -154,12 +154,14 @@ def manifest(**fields):
     ("damage", "fragment"),
     [
         (lambda folder: (folder / "manifest.json").unlink(), "no data cache in"),
-        (change("manifest.json", lambda raw: raw[:50]), "manifest.json is damaged"),
-        (manifest(version=99), "a data cache of version 99, this jaxops reads 3"),
-        (lambda folder: (folder / "item.npy").unlink(), "item.npy is missing"),
-        (change("item.npy", lambda raw: raw[:-4]), "item.npy has"),
-        (change("time.npy", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])), "time.npy has SHA-256"),
-        (change("user.npy", lambda raw: b"\0" * len(raw)), "user.npy has SHA-256"),
+        (change("manifest.json", lambda raw: raw[:50]), "manifest.json: cannot be read"),
+        (manifest(version=99), "a data cache of version 99, this jaxops reads 4"),
+        (lambda folder: (folder / "item.npy").unlink(), "item.npy: missing"),
+        (change("item.npy", lambda raw: raw[:-4]), "item.npy: 12,"),
+        (change("time.npy", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])), "time.npy: contents were changed (CRC-32"),
+        (manifest(dropped={"null_id_events": 7}), "manifest.json: contents were changed"),
+        (lambda folder: (folder / "manifest.json").write_text('{"version":3}'), "manifest.json: contents were changed"),
+        (change("user.npy", lambda raw: b"\0" * len(raw)), "changed (CRC-32 differs), bytes 0 to"),
     ],
 )
 def test_damage_is_told(tmp_path, damage, fragment):
