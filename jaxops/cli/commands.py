@@ -238,7 +238,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def data(args: argparse.Namespace) -> int:
-    """Runs `jaxops data list | get NAME | build CONFIG | inspect CONFIG`."""
+    """Runs `jaxops data list | get NAME | build CONFIG | inspect CONFIG | verify CONFIG`."""
     return {"list": _data_list, "get": _data_get}.get(args.action, _data_of_family)(args)
 
 
@@ -283,7 +283,7 @@ def _data_of_family(args: argparse.Namespace) -> int:
         print_json(found.json)
     else:
         print("\n".join(aligned(found.rows)))
-    return EXIT_OK
+    return found.status
 
 
 def _named_data(args: argparse.Namespace) -> Any:

@@ -19,14 +19,12 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from jaxops.cli import runs
-from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, RunFailed, UserError, nearest
+from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, NO_ROOM, RunFailed, UserError, nearest
 from jaxops.core.secret_text import printable, without_secrets
 
 EPILOG = """exit status: 0 done, 1 the run failed, 2 wrong input (nothing was written), 75 interrupted and saved (the
 same command resumes), 76 another process or the devices were lost (the same command resumes), 130 stopped at once"""
 EXIT_STOPPED = 130
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What a file system says that cannot take more: no mistake of the program, so no traceback."""
 GRACE_SECONDS = 15.0
 """How long threads have to end after a failure, before the process ends without them."""
 OVERRIDE = "a.b=VALUE"
@@ -136,6 +134,7 @@ def _parser() -> Parser:
         ("build", "Build the memory-mapped cache of a config's data."),
         ("inspect", "Counts, time range, lengths, the split and its hash, what was dropped."),
         ("preview", "The first rows of text as the model reads them, and what the loss sees of them."),
+        ("verify", "Read every byte of the cache of a config's data; exit status 1 if it is damaged."),
     ):
         made = data_sub.add_parser(name, help=text, description=text)
         made.add_argument("config", help="a YAML file, the name of a shipped config, or of a named data set")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxops.core.failures import EXIT_OK, UserError
+from jaxops.core.home import expand_home
 
 # The commands import these when they are called, since `jaxops --help` must not wait for numpy, yaml and rich.
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def report(args: argparse.Namespace) -> int:
 
 def find_run(name: str) -> str:
     """Returns the folder of a run: a path or URL as it is, else the run of that name in `runs`."""
+    name = expand_home(name)
     below = os.path.join("runs", name)
     return below if not os.path.exists(name) and "://" not in name and os.path.isdir(below) else name
 
@@ -143,8 +145,8 @@ def _page(args: argparse.Namespace) -> Path:
     if args.out is None:
         if "://" in args.runs[0]:
             return Path("compare.html")
-        return Path(os.path.abspath(args.runs[0])).parent / "compare.html"
-    target = Path(args.out)
+        return Path(os.path.abspath(expand_home(args.runs[0]))).parent / "compare.html"
+    target = Path(expand_home(args.out))
     if target.is_dir():
         return target / "compare.html"
     if target.suffix.lower() not in (".html", ".htm"):

@@ -75,7 +75,7 @@ class Every:
     text: str = dataclasses.field(default="", compare=False, repr=False)
 
     expected: ClassVar[str] = (
-        "a number of steps, or a duration such as 30s, 10min or 2h, or 1epoch, or 100 or 1epoch (the shorter)"
+        "a number of steps, or a duration such as 30s, 10min or 2h, or 1epoch, or '100 or 1epoch' (the shorter)"
     )
 
     def __post_init__(self) -> None:

@@ -3,13 +3,15 @@
 import os
 from pathlib import Path
 
+from jaxops.core.home import expand_home
+
 
 def cache_root() -> Path:
     """Returns JAXOPS_CACHE, else jaxops in XDG_CACHE_HOME, else ~/.cache/jaxops, without creating it."""
     own = os.environ.get("JAXOPS_CACHE")
     if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxops"
+        return Path(expand_home(own, "JAXOPS_CACHE"))
+    return Path(expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "jaxops"
 
 
 def state_root() -> Path:
@@ -19,5 +21,5 @@ def state_root() -> Path:
     """
     own = os.environ.get("JAXOPS_STATE")
     if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "jaxops"
+        return Path(expand_home(own, "JAXOPS_STATE"))
+    return Path(expand_home(os.environ.get("XDG_STATE_HOME") or "~/.local/state")) / "jaxops"

@@ -1,6 +1,7 @@
 """Errors whose messages are written for the person who reads them, and their exit statuses."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 EXIT_OK = 0
@@ -13,6 +14,9 @@ EXIT_INTERRUPTED = 75
 
 EXIT_LOST = 76
 """Another process or the backend was lost, which is nobody's mistake: try again, the same command resumes."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""The error numbers of a disk that is full or broken, which is no wrong input."""
 
 
 class UserError(Exception):

@@ -14,18 +14,19 @@ from etils import epath
 from etils.epath.stat_utils import StatResult
 
 from jaxops.core import stores
+from jaxops.core.home import expand_home
 
 
 def path(place: str | os.PathLike[str]) -> epath.Path:
     """Returns an etils path: a `StorePath` for a URL, else an absolute local path.
 
     Raises:
-      UserError: the URL has an unknown scheme or no bucket.
+      UserError: the URL has an unknown scheme or no bucket, or there is no home folder of the name after `~`.
     """
     if stores.is_url(place):
         stores.parse_url(place)
         return StorePath(os.fspath(place))
-    return epath.Path(os.path.abspath(os.fspath(place)))
+    return epath.Path(os.path.abspath(expand_home(place)))
 
 
 class StorePath(type(epath.Path("/"))):  # type: ignore[misc]

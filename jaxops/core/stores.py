@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -218,45 +218,26 @@ class Store:
                 raise StoreError(self._no_bucket()) from None
             raise FileNotFoundError(f"{place}: not there") from None
         except (of.AlreadyExistsError, of.PreconditionError) as error:
-            raise Changed(f"cannot {what} {place}: {_brief(error)}") from None
+            raise Changed(f"cannot {what} {place}: {brief(error)}") from None
         except (of.PermissionDeniedError, of.UnauthenticatedError) as error:
-            raise Denied(f"may not {what} {place}: {_brief(error)}") from None
+            raise Denied(f"may not {what} {place}: {brief(error)}") from None
         except (of.BaseError, ValueError) as error:
             if "NoSuchBucket" in str(error):
                 raise StoreError(self._no_bucket()) from None
             if _REFUSED.search(str(error)) and not _METADATA.search(str(error)):  # listings raise no class of their own
-                raise Denied(f"may not {what} {place}: {_brief(error)}") from None
-            raise StoreError(f"cannot {what} {place}: {_brief(error)}") from None
+                raise Denied(f"may not {what} {place}: {brief(error)}") from None
+            raise StoreError(f"cannot {what} {place}: {brief(error)}") from None
 
     def _no_bucket(self) -> str:
         at = without_passwords(endpoint(self.scheme))
         return f"there is no bucket {self.bucket!r}" + (f" at {at}" if at else f" ({self.scheme}://{self.bucket})")
 
 
-def check_access(url: str | os.PathLike[str], *, write: bool = True) -> None:
-    """Tries within seconds all that a run does in a store: list, write, read with tensorstore, and delete.
-
-    Raises:
-      UserError: a package, the bucket, credentials or a permission is missing, or the store does not answer. The
-        message says what to do about it.
-    """
-    place = parse_url(url)
-    store = open_store(place, patient=False)
-    probe = f"{place.key}/.probe-{os.getpid()}".lstrip("/")
-    steps: list[Callable[[], Any]] = [lambda: next(store.entries(place.key), None)]
-    if write:
-        steps += [lambda: store.write(probe, b"jaxops"), lambda: _try_tensorstore(place), lambda: store.delete([probe])]
-    for step in steps:
-        try:
-            step()
-        except OSError as error:
-            raise UserError(f"{place}: {advice(place, error)}") from None
-
-
 def kvstore_spec(place: Location) -> dict[str, Any]:
     """Returns the tensorstore spec of a location, with the endpoint, region and credentials of the environment."""
     if place.scheme == "gs":
-        return {"driver": "gcs", "bucket": place.bucket, "path": place.key}
+        driver = os.environ.get("TENSORSTORE_GCS_BACKEND", "gcs")  # which orbax reads too
+        return {"driver": driver, "bucket": place.bucket, "path": place.key}
     settings = _s3_settings()
     spec: dict[str, Any] = {"driver": "s3", "bucket": place.bucket, "path": place.key}
     if "endpoint" in settings:
@@ -265,6 +246,10 @@ def kvstore_spec(place: Location) -> dict[str, Any]:
         spec["aws_region"] = settings["region"]
     if os.environ.get("AWS_ACCESS_KEY_ID"):  # the default chain would try other sources first, and log about them
         spec["aws_credentials"] = {"type": "environment"}
+    elif "aws_access_key_id" in _profile():  # the default chain does not look at AWS_PROFILE
+        config, credentials = (str(path if path.exists() else os.devnull) for _, path in _aws_files())
+        files = {"config_file": config, "credentials_file": credentials}  # tensorstore takes both or neither
+        spec["aws_credentials"] = {"type": "profile", "profile": _profile_name(), **files}
     return spec
 
 
@@ -280,7 +265,7 @@ def _opened(scheme: str, bucket: str, settings: tuple[tuple[str, Any], ...], pat
         inner = make(bucket, config=dict(settings), client_options=client, retry_config=retry)
     except Exception as error:  # such as a broken GOOGLE_APPLICATION_CREDENTIALS
         place = Location(scheme, bucket, "")
-        raise UserError(f"{place}: {advice(place, StoreError(_brief(error)))}") from None
+        raise UserError(f"{place}: {advice(place, StoreError(brief(error)))}") from None
     return Store(scheme, bucket, inner)
 
 
@@ -314,15 +299,11 @@ def _gs_settings() -> dict[str, Any]:
 
 def _profile() -> Mapping[str, str]:
     """Reads keys, region and endpoint of AWS_PROFILE from AWS's two files, neither of which obstore reads."""
-    name = os.environ.get("AWS_PROFILE", "default")
     found: dict[str, str] = {}
-    for variable, file, section in (
-        ("AWS_CONFIG_FILE", "~/.aws/config", name if name == "default" else f"profile {name}"),
-        ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", name),
-    ):
+    for section, path in _aws_files():
         parser = configparser.RawConfigParser()
         try:
-            parser.read(Path(os.environ.get(variable) or file).expanduser(), encoding="utf-8")
+            parser.read(path, encoding="utf-8")
         except (configparser.Error, OSError, UnicodeDecodeError):
             continue
         if parser.has_section(section):
@@ -330,21 +311,17 @@ def _profile() -> Mapping[str, str]:
     return found
 
 
-def _try_tensorstore(place: Location) -> None:
-    """Reads a missing object with tensorstore, which finds credentials by itself and would retry for a very long time.
+def _profile_name() -> str:
+    return os.environ.get("AWS_PROFILE") or "default"
 
-    Raises:
-      StoreError: tensorstore was refused, or got no answer within 10 s.
-    """
-    import tensorstore
 
-    try:
-        store = tensorstore.KvStore.open(kvstore_spec(place)).result(timeout=10)
-        store.read("/.probe-tensorstore").result(timeout=10)
-    except TimeoutError:
-        raise StoreError("tensorstore got no answer within 10 s, though obstore did") from None
-    except Exception as error:
-        raise StoreError(f"tensorstore, which saves the arrays, was refused: {_brief(error)}") from None
+def _aws_files() -> list[tuple[str, Path]]:
+    """Returns AWS's two files, config and credentials, each after the name of the profile's section in it."""
+    name = _profile_name()
+    config = os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config"
+    credentials = os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
+    section = name if name == "default" else f"profile {name}"
+    return [(section, Path(os.path.expanduser(config))), (name, Path(os.path.expanduser(credentials)))]
 
 
 def advice(place: Location, error: OSError) -> str:
@@ -376,7 +353,7 @@ def _version(meta: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(meta[name]) for name in ("e_tag", "version") if meta.get(name)}
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """Returns the reason in an error text of obstore or tensorstore without debug output, S3's own message first."""
     text = str(error).partition("\n\nDebug source")[0]
     reason = ""

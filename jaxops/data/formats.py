@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
@@ -24,6 +25,10 @@ ROWS = 1 << 18
 """The most rows of a batch."""
 BLOCK = 1 << 23
 """Bytes of text that are parsed at once."""
+MOST = 1 << 28
+"""Bytes that a batch of a Parquet file may take when its dictionaries are written out."""
+LONGEST = 1 << 24
+"""Bytes that one text of a dictionary may have."""
 
 
 def batches(
@@ -197,9 +202,54 @@ def _broken_line(file: DataFile, schema: pa.Schema) -> str:
 def _parquet(file: DataFile, wanted: Sequence[str], header: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     with _open_parquet(file) as parquet:
         inside = _check_columns(file, wanted, parquet.schema_arrow.names)
-        for batch in parquet.iter_batches(batch_size=ROWS, columns=inside):
+        for batch in parquet.iter_batches(batch_size=_rows_at_once(file, parquet, inside), columns=inside):
             batch.validate(full=True)  # text that is no UTF-8, or offsets of a damaged file, would crash later
             yield batch
+
+
+def _rows_at_once(file: DataFile, parquet: pq.ParquetFile, inside: Sequence[str]) -> int:
+    """Returns how many rows of a Parquet file may be read at once.
+
+    A dictionary holds each text once, however often it occurs: a file of a megabyte may stand for a terabyte. The
+    longest entry bounds what a row takes.
+
+    Raises:
+      UserError: one text alone is too large.
+    """
+    rows = ROWS
+    for group in range(parquet.metadata.num_row_groups):
+        described = parquet.metadata.row_group(group)
+        chunks = [described.column(at) for at in range(described.num_columns)]
+        texts = [
+            chunk.path_in_schema
+            for chunk in chunks
+            if chunk.path_in_schema in inside and chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page
+        ]
+        longest = _longest_entries(file, parquet, group, texts) if texts else {}
+        for name, size in longest.items():
+            if size > LONGEST:
+                raise UserError(
+                    f"{file.name}: column {name!r} has a text of {size:,} bytes; at most {LONGEST:,} are read"
+                )
+        rows = min(rows, max(1, MOST // max(1, sum(longest.values()))))
+    return rows
+
+
+def _longest_entries(file: DataFile, parquet: pq.ParquetFile, group: int, names: Sequence[str]) -> dict[str, int]:
+    """Returns the bytes of the longest text in the dictionary of each of these columns in a row group."""
+    options: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 16}  # the chunks are not read to their ends
+    with pq.ParquetFile(file.random(), metadata=parquet.metadata, read_dictionary=list(names), **options) as again:
+        for batch in again.iter_batches(batch_size=1, row_groups=[group], columns=list(names)):
+            batch.validate(full=True)
+            read = {name: batch[name].dictionary for name in names if pa.types.is_dictionary(batch[name].type)}
+            texts = {name: entries for name, entries in read.items() if _is_text(entries.type)}
+            # A dictionary comes whole with the first row.
+            return {name: pc.max(pc.binary_length(entries)).as_py() or 0 for name, entries in texts.items()}
+    return {}
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)
 
 
 def _open_parquet(file: DataFile) -> pq.ParquetFile:

@@ -170,6 +170,8 @@ class IdCollector:
             self._seen_in.setdefault(str(values.type), where)
         encoded = values.dictionary_encode()
         indices = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        if pa.types.is_string(encoded.dictionary.type):  # at once: a column of long texts would be read to its end
+            _refuse_long(encoded.dictionary, self.what, f"{where}: ")
         codes, before = self._codes, len(self._codes)
         unique = (codes.setdefault(value, len(codes)) for value in encoded.dictionary.to_pylist())
         lookup = np.append(np.fromiter(unique, np.int32, len(encoded.dictionary)), np.int32(-1))
@@ -294,12 +296,17 @@ def _refuse_ambiguous(strings: pa.Array, what: str, origin: Callable[[int], str]
 
 
 def _as_bytes(strings: pa.Array, what: str) -> np.ndarray:
-    lengths = pc.binary_length(strings).to_numpy()
-    if lengths.max(initial=0) > LONGEST:
-        example = strings[int(lengths.argmax())].as_py()[:40]
-        raise UserError(
-            f"{what} ids may be {LONGEST} bytes long; one has {lengths.max()} ({example!r}...): is it the right column?"
-        )
+    _refuse_long(strings, what)
     if pc.any(pc.ends_with(strings, "\0")).as_py():
         raise UserError(f"a {what} id ends in a NUL character; such ids cannot be told apart from ones without")
     return np.array(pc.cast(strings, pa.binary()).to_numpy(zero_copy_only=False), dtype=bytes)
+
+
+def _refuse_long(strings: pa.Array, what: str, where: str = "") -> None:
+    lengths = pc.binary_length(strings).fill_null(0).to_numpy()
+    if lengths.max(initial=0) > LONGEST:
+        example = strings[int(lengths.argmax())].as_py()[:40]
+        raise UserError(
+            f"{where}{what} ids may be {LONGEST} bytes long; one has {lengths.max()} ({example!r}...): is it the right"
+            " column?"
+        )

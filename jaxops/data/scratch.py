@@ -1,46 +1,57 @@
-"""Writes files and folders whole or not at all: a hidden folder beside the target is filled and renamed."""
+"""Writes files and folders whole or not at all: a hidden folder beside the target is filled and renamed.
+
+Tested in tests/data/test_scratch.py.
+"""
 
 import contextlib
 import errno
+import fcntl
 import glob
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+LOCK = ".lock"
+LAPSE = 24 * 3600.0
+"""Seconds without a write after which a scratch folder of another machine counts as left behind."""
 
 
 @contextlib.contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
     """Makes a scratch folder on the target's file system, which is removed afterwards, also after an error.
 
-    What a killed process of this machine left there is removed first.
+    What killed processes left there is removed first.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}{os.getpid()}.", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}{_kernel()}-", dir=target.parent))
     try:
-        yield scratch
+        with _locked(scratch):
+            yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def sweep(target: Path) -> None:
-    """Removes the scratch folders of the target that killed processes of this machine have left.
+    """Removes the scratch folders of the target that killed processes have left.
 
     Whoever finds the target whole calls it too: a process that was killed right after it put the target in its place
     has left its scratch folder, and nothing will be built there again.
     """
-    mine = _prefix(target)
-    for old in target.parent.glob(f"{glob.escape(mine)}*"):
-        if not _alive(old.name.removeprefix(mine).partition(".")[0]):
-            shutil.rmtree(old, ignore_errors=True)
+    left = list(target.parent.glob(glob.escape(_prefix(target)) + "*"))
+    if not left:
+        return
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=target.parent) as file:
+        now = os.fstat(file.fileno()).st_mtime
+        for other in left:
+            _sweep(other, other.name.startswith(f"{_prefix(target)}{_kernel()}-"), now)
 
 
 def _prefix(target: Path) -> str:
-    """Returns the beginning of the names of this machine's scratch folders of a target; a process id follows."""
-    return f".{target.name}.{socket.gethostname()}-"
+    """Returns the beginning of the names of a target's scratch folders."""
+    return f".{target.name}.scratch-"
 
 
 def replace_folder(source: Path, target: Path, scratch: Path) -> None:
@@ -60,11 +71,39 @@ def replace_folder(source: Path, target: Path, scratch: Path) -> None:
     raise OSError(errno.EBUSY, "other processes keep writing there", str(target))
 
 
-def _alive(pid: str) -> bool:
+@contextlib.contextmanager
+def _locked(scratch: Path) -> Iterator[None]:
+    """Holds the lock of a scratch folder, which the kernel gives back when this process ends in any way."""
+    with open(scratch / f"{LOCK}-new", "wb") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: it is judged by its age
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(file.name, scratch / LOCK)  # it is never seen without its holder
+        yield
+
+
+def _sweep(folder: Path, here: bool, now: float) -> None:
+    """Removes the scratch folder of a process that has ended.
+
+    A process id would say nothing, since containers of one machine have their own. The lock is known to the kernel, so
+    that it tells for all processes of this machine, `here`. Elsewhere, or without locks, the age does: `now` is a time
+    by the clock of the same file system.
+    """
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        if here and (folder / LOCK).exists():
+            file = stack.enter_context(open(folder / LOCK, "rb+"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif now - _last_write(folder) < LAPSE:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _last_write(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+
+
+def _kernel() -> str:
+    """Returns a name for this boot of this machine, which its containers share; `unknown` where there is none."""
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, PermissionError):
-        return True
-    return True
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()[:13]
+    except OSError:
+        return f"unknown-{os.urandom(4).hex()}"

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxops.core.sharding import constrain
+from jaxops.models.lora import Adapted
 
 
 class Dense(nnx.Linear):
@@ -40,3 +41,13 @@ class Dense(nnx.Linear):
             return jax.lax.dot_general(x, constrain(kernel, names), *args, **options)
 
         super().__init__(inputs, outputs, use_bias=bias, kernel_init=kernel_init, dot_general=product, rngs=rngs)
+        self.names = names
+
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        """Returns the product, with that of the layer's low-rank adapters where `Functional.bind` gave it any."""
+        out: Array = super().__call__(inputs, out_sharding)
+        adapter: Adapted | None = vars(self).get("adapter")
+        if adapter is None:
+            return out
+        a, b = constrain(adapter.a, (self.names[0], None)), constrain(adapter.b, (None, self.names[1]))
+        return out + adapter.scale * ((inputs @ a) @ b)

@@ -3,6 +3,7 @@
 (`nnx.jit` costs about 4.5 times the host dispatch of `jax.jit` around split and merge.)
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from jaxops.models.lora import merge_adapted
+from jaxops.models.dense import Dense
+from jaxops.models.lora import adapted_kernels, merge_adapted
 
 Params = dict[str, Any]
 
@@ -43,6 +45,21 @@ class Functional:
     def bind(self, params: Params) -> Any:
         """Returns the module with these parameters, for use inside one traced function; do not keep it.
 
-        Kernels with low-rank adapters (models/lora.py) are merged with them here, inside a scan one layer at a time.
+        A `Dense` layer whose kernel has low-rank adapters (models/lora.py) gets them beside it; any other kernel is
+        merged with its adapters here, inside a scan one layer at a time.
         """
-        return nnx.merge(self._graphdef, merge_adapted(params))
+        if not (adapted := adapted_kernels(params)):
+            return nnx.merge(self._graphdef, params)
+        module = nnx.merge(self._graphdef, merge_adapted(params))  # XLA removes what is merged and not read
+        for path, kernel in adapted.items():
+            layer = functools.reduce(_child, path.split("/")[:-1], module)
+            if isinstance(layer, Dense):
+                layer.kernel.set_value(kernel.kernel)
+                # Past NNX, which refuses arrays that are no variables: this module is used once and never split.
+                object.__setattr__(layer, "adapter", kernel)
+        return module
+
+
+def _child(module: Any, name: str) -> Any:
+    """Returns a part of a module; parts of a list have numbers."""
+    return module[int(name)] if name.isdigit() else getattr(module, name)

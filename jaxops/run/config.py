@@ -11,6 +11,7 @@ from pydantic import Field
 from jaxops.config.types import ByPath, Every, Factory
 from jaxops.core import stores
 from jaxops.core.failures import UserError
+from jaxops.core.home import expand_home
 from jaxops.core.mesh import BATCH_AXES, MeshConfig
 from jaxops.core.metric import Metric
 from jaxops.core.optimizer import AdamW, Optimizer
@@ -76,13 +77,15 @@ class Checkpoint:
     """The times of saves, and which checkpoints are kept.
 
     A run saves at `every`, as in `evaluate`. It keeps the latest `keep`, one every `keep_every` steps, and the best by
-    the metric `best` on validation.
+    the metric `best` on validation. If the run folder is deleted or moved while the run trains, the next save goes to a
+    run folder in `rescue`, a local folder on another disk, and the run ends; without it the run just ends.
     """
 
     every: Every = Every(seconds=600)
     keep: Positive = 3
     keep_every: Positive | None = None
     best: str | None = None
+    rescue: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,11 +248,15 @@ class RunConfig:
         """Returns (dotted path, message) of everything that cannot work on any machine."""
         found = []
         batch = self.batch
-        if "://" in self.run.dir:
+        if (rescue := self.checkpoint.rescue) is not None and stores.is_url(rescue):
+            found.append(("checkpoint.rescue", f"expected a local folder, got {rescue}"))
+        places = {"run.dir": self.run.dir, **({"init_from.run": self.init_from.run} if self.init_from else {})}
+        places |= {"checkpoint.rescue": rescue} if rescue else {}
+        for name, place in places.items():
             try:
-                stores.parse_url(self.run.dir)
+                _ = stores.parse_url(place) if stores.is_url(place) else expand_home(place)
             except UserError as error:
-                found.append(("run.dir", str(error)))
+                found.append((name, str(error)))
         if (self.run.epochs is None) == (self.run.steps is None):
             found.append(("run", "say how long: exactly one of run.epochs and run.steps"))
         if isinstance(batch.microbatch, int) and batch.global_ % batch.microbatch:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from jaxops.config.bypath import ByPath, Guard
 from jaxops.config.load import Loaded
-from jaxops.core.failures import UserError, nearest
+from jaxops.core.failures import EXIT_OK, UserError, nearest
 from jaxops.run.config import RunConfig
 from jaxops.run.saved_run import SavedRun
 from jaxops.run.task import Task
@@ -83,10 +83,11 @@ class Served(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """The result of a command that only reads: `json` for programs, `rows` of cells for people."""
+    """The result of a command that only reads: `json` for programs, `rows` of cells for people, the exit status."""
 
     json: Any
     rows: Sequence[Sequence[str]]
+    status: int = EXIT_OK
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from jaxops.core.failures import RunFailed, UserError
+from jaxops.core.home import expand_home
 
 FORMATS = (".parquet", ".csv", ".tsv", ".jsonl")
 """How a file that a command writes may end."""
@@ -39,7 +40,7 @@ def table_target(path: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: it cannot be written, or ends like a file of another format.
     """
-    target = Path(path)
+    target = Path(expand_home(path))
     if target.suffix.lower() in _OTHERS and not target.is_dir():
         raise UserError(
             f"{target}: nothing writes {target.suffix} files; give one of {', '.join(FORMATS)}, or a folder"

@@ -40,6 +40,7 @@ from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.open_window import window_from_json, window_to_json
 from jaxops.run.progress import Progress
 from jaxops.run.recording import open_writers, own_loggers
+from jaxops.run.rescue import Rescue
 from jaxops.run.saving import Position, Saving
 from jaxops.run.summary import FinishedRun, about_of, write_failure, write_summary
 from jaxops.run.task import StepParts, Task
@@ -69,6 +70,7 @@ class TrainingRun:
         self.notices = undefined_notices(task)
         self.interrupt = Interrupt(progress.say)
         self.compiles = Compiles(on_compile=progress.compiled)
+        self.rescue = Rescue(task, mesh, folder, progress.warn)
         self.watch = Watch(folder.path, progress.warn, self._ended)
         self.validation = Validation(task, mesh, progress, self.watch.at)
         # All rates are computed here: to fetch one in the middle of a run would wait for every step before it.
@@ -101,6 +103,7 @@ class TrainingRun:
             at = self._begin()
             if self.task.step is not None:
                 self.parts.journal = stack.enter_context(Journal(self.folder.dir, fresh=self.saving.last < 0))
+            distributed.run_on_primary("find a place for the rescue", self.rescue.require_free)
             distributed.run_on_primary("write the run folder", self._write_folder)
             self.watch.begin()
             self._open_writers(at.step, self._evaluates_first(at.step))
@@ -290,7 +293,8 @@ class TrainingRun:
 
     def _poll(self) -> bool:
         """Returns whether the run was asked to stop; called at every step. Raises the error of a save that failed."""
-        self.saving.check()
+        with self.rescue.tolerated():
+            self.saving.check()
         self.folder.poll()
         if not self.warm and self.compiles.count:  # the first step is done
             self.compiles.warm()
@@ -316,21 +320,25 @@ class TrainingRun:
         if self.spikes and (score := self.spikes(values["loss"])) is not None:
             why = f"the loss leapt to {values['loss']:.4g} in steps {window.first + 1} to {window.last} (z {score:.1f})"
             raise GoBack(window.first + 1, window.last, window.cursor_after(window.last), why)
+        again = self.compiles.again([*self.accounting.programs, "evaluate_step"])
+        self.compiles.warm()
+        values["lr"] = float(self.lr[window.last - 1])
+        values |= self.accounting.rates(window)
+        with self.rescue.tolerated():
+            self._write_window(window, values, again)
+        self.logged = window.last
+        self.progress.step(window.last, self.task.steps, values)
+        return values
+
+    def _write_window(self, window: Window, values: Mapping[str, Any], again: Mapping[str, int]) -> None:
         if values["skipped"]:
             self.writers.event(window.last, "skipped", f"{values['skipped']} non-finite updates left out")
-        again = self.compiles.again([*self.accounting.programs, "evaluate_step"])
         if again:
             text = ", ".join(f"{name} ({n} times)" for name, n in again.items())
             self.writers.event(window.last, "recompiled", f"after warm-up: {text}")
             self.progress.say(f"step {window.last}: recompiled after warm-up: {text}; do batches change shape?")
-        self.compiles.warm()
-        values["lr"] = float(self.lr[window.last - 1])
-        values |= self.accounting.rates(window)
         scalars = {f"train/{name}": value for name, value in values.items() if isinstance(value, float | int)}
         self.writers.write(window.last, scalars)
-        self.logged = window.last
-        self.progress.step(window.last, self.task.steps, values)
-        return values
 
     def _evaluate_if_due(self, snapshot: Snapshot) -> None:
         if self.validation.due():
@@ -344,8 +352,9 @@ class TrainingRun:
             values = self.validation.evaluate(weights, "valid", snapshot.step, self.interrupt)
         except Interrupted:
             return
-        self.writers.write(snapshot.step, values)
-        self.writers.samples(snapshot.step, self.validation.samples)
+        with self.rescue.tolerated():
+            self.writers.write(snapshot.step, values)
+            self.writers.samples(snapshot.step, self.validation.samples)
         snapshot.stop = self.validation.record(snapshot.step, values)
         if self.config.checkpoint.best:
             self._save(Position(snapshot.state, snapshot.step, snapshot.cursor))
@@ -357,12 +366,12 @@ class TrainingRun:
 
     def _save(self, at: Position, wait: bool = False) -> None:
         before = self.watch.at("save")
-        if distributed.is_primary():
-            self.folder.require_there()
+        metrics = self.validation.values if self.validation.step == at.step else None
+        self.rescue.require_folder(at, metrics, self.fresh, self._history)
         self.writers.flush()  # a checkpoint is never ahead of its records
         if self.task.step is not None and (oldest := self.saving.oldest()) is not None:
             self.parts.journal.trim(oldest)
-        self.saving.save(at, self.validation.values if self.validation.step == at.step else None, wait=wait)
+        self.saving.save(at, metrics, wait=wait)
         self.watch.at(before)
 
     def _wall(self) -> float:

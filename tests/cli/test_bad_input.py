@@ -298,6 +298,17 @@ ROWS = [
         ["called 'movielens_100'; did you mean 'movielens_100k'?"],
     ),
     Bad("nothing to build", ["data", "build", "my.yaml"], ["data.cache is not set"]),
+    # home folders of nobody
+    train("home of run.dir", "run.dir=~nobody-here/x", "run.dir [override", "there is no home folder ~nobody-here"),
+    train("home of init_from", "init_from.run=~nobody-here/x", "init_from.run [override", "no home folder"),
+    train("home of the cache", "data.cache=~nobody-here/x", "data.cache: ~nobody-here/x: there is no home folder"),
+    train("home of the data", "data.path=~nobody-here/x.csv", "no data file ~nobody-here/x.csv"),
+    Bad("home of a base", ["config", "b.yaml"], ["base [b.yaml:1]", "no home"], {"b.yaml": "base: ~nobody-here/x\n"}),
+    Bad("home of a config", ["train", "~nobody-here/x"], ["'~nobody-here/x': there is no home folder"]),
+    Bad("home of a run", ["evaluate", "~nobody-here/x"], ["~nobody-here/x: there is no home folder"]),
+    Bad("home of runs", ["runs", "~nobody-here"], ["~nobody-here: there is no home folder"]),
+    Bad("home of an export", ["export", "runs/tiny", "~nobody-here/v.parquet"], ["there is no home folder"], {}, True),
+    Bad("home of a copy", ["ckpt", "export", "runs/tiny", "~nobody-here/c"], ["there is no home folder"], {}, True),
     Bad(
         "inspect a function",
         ["data", "inspect", "my.yaml", "data={fn: ownpkg.data:make}"],

@@ -371,7 +371,7 @@ rewards, evaluate, checkpoint, loggers, name, seed, lambda, folder, since, verbo
   rewards.1.timeout [my.yaml:8]: expected a duration such as 30s, 10min or 2h, got 'soon'
   evaluate.stop [base.yaml:2]: expected 'never' or 'early', got 'erly'; did you mean 'early'?
   checkpoint.every [override 'checkpoint.every=10m']: expected a number of steps, or a duration such as 30s, \
-10min or 2h, or 1epoch, or 100 or 1epoch (the shorter), got '10m'"""
+10min or 2h, or 1epoch, or '100 or 1epoch' (the shorter), got '10m'"""
 
 
 def test_all_problems_at_once_word_by_word():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from object_stores import free_port, gs, needs_moto, objects, s3  # noqa: F401 (fixtures)
 
-from jaxops.core import store_paths, stores
+from jaxops.core import store_paths, store_probe, stores
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.stores import Changed, StoreError
@@ -76,13 +76,13 @@ def test_paths_behave_like_folders(s3):  # noqa: F811
 
 
 def test_what_is_usable_passes_and_leaves_nothing(s3):  # noqa: F811
-    stores.check_access(f"{s3}/runs/x")
+    store_probe.check_access(f"{s3}/runs/x")
     assert objects(s3) == set()
 
 
 def test_a_missing_bucket_is_named(s3):  # noqa: F811
     with pytest.raises(UserError, match=r"there is no bucket 'no-such-bucket' at http://.*create it, or set run.dir"):
-        stores.check_access("s3://no-such-bucket/runs")
+        store_probe.check_access("s3://no-such-bucket/runs")
 
 
 @pytest.mark.parametrize("missing", [["AWS_ACCESS_KEY_ID"], ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]])
@@ -91,25 +91,34 @@ def test_missing_credentials_are_named(s3, monkeypatch, missing):  # noqa: F811
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{free_port()}")  # as on no cloud machine
     with pytest.raises(UserError, match=r"no credentials were found.*set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
-        stores.check_access(f"{s3}/runs")
+        store_probe.check_access(f"{s3}/runs")
 
 
-def test_a_profile_has_keys_and_an_endpoint(s3, monkeypatch, tmp_path):  # noqa: F811
-    (tmp_path / "credentials").write_text("[mine]\naws_access_key_id = a\naws_secret_access_key = b\n")
-    (tmp_path / "config").write_text(f"[profile mine]\nendpoint_url = {os.environ['AWS_ENDPOINT_URL']}\n")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+@pytest.mark.parametrize("profile", ["mine", "default"])
+@pytest.mark.parametrize("file", ["credentials", "config"])
+def test_a_profile_has_keys_and_an_endpoint(s3, monkeypatch, tmp_path, profile, file):  # noqa: F811
+    keys = "aws_access_key_id = a\naws_secret_access_key = b\n"
+    section = profile if profile == "default" else f"profile {profile}"
+    if file == "credentials":  # the other file is not there
+        (tmp_path / "credentials").write_text(f"[{profile}]\n{keys}")
+    else:
+        (tmp_path / "config").write_text(f"[{section}]\nendpoint_url = {os.environ['AWS_ENDPOINT_URL']}\n{keys}")
+        monkeypatch.delenv("AWS_ENDPOINT_URL")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_PROFILE", "mine")
+    if profile != "default":
+        monkeypatch.setenv("AWS_PROFILE", profile)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    stores.check_access(f"{s3}/runs")
+    store_probe.check_access(f"{s3}/runs")  # by tensorstore too, which reads the files by itself
+    assert objects(s3) == set()
 
 
 def test_an_endpoint_that_does_not_answer_is_named(s3, monkeypatch):  # noqa: F811
     at = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", at)
     with pytest.raises(UserError, match=f"{at} does not answer; check AWS_ENDPOINT_URL and the network"):
-        stores.check_access(f"{s3}/runs")
+        store_probe.check_access(f"{s3}/runs")
 
 
 @pytest.mark.parametrize("method", ["PUT", "GET", "DELETE"])
@@ -117,7 +126,7 @@ def test_a_missing_permission_is_named(s3, monkeypatch, method, refusing):  # no
     monkeypatch.setenv("AWS_ENDPOINT_URL", refusing(method))
     what = {"PUT": "write", "GET": "list", "DELETE": "delete"}[method]
     with pytest.raises(UserError, match=f"may not {what} .*AccessDenied.*must be allowed there"):
-        stores.check_access(f"{s3}/runs")
+        store_probe.check_access(f"{s3}/runs")
 
 
 @pytest.fixture
@@ -162,7 +171,7 @@ def refusing():
 def test_without_the_package_its_installation_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
     with pytest.raises(UserError, match=r"gs:// needs a package that is not installed: pip install 'jaxops\[gcs\]'"):
-        stores.check_access("gs://bucket/runs")
+        store_probe.check_access("gs://bucket/runs")
 
 
 def tree(scale: float) -> dict:
@@ -254,10 +263,10 @@ def test_an_upload_that_fails_fails_the_save(s3):  # noqa: F811
 
 
 def test_the_same_in_googles_store(gs):  # noqa: F811
-    stores.check_access(f"{gs}/run")
+    store_probe.check_access(f"{gs}/run")
     assert objects(gs) == set()
     with pytest.raises(UserError, match="there is no bucket 'other' at http://"):
-        stores.check_access("gs://other/run")
+        store_probe.check_access("gs://other/run")
     store = stores.open_store(stores.parse_url(gs))
     first = store.write("a/b", b"one", only_if={})
     for version in ({}, {"version": "99"}):

@@ -102,8 +102,25 @@ def test_merged_for_good_is_what_is_used(alpha):
     used = jax.jit(lora.on(next_token(model)))(params, batch, None)
     plain = jax.jit(next_token(model))(merged, batch, None)
     base = jax.jit(next_token(model))(lora.base(params), batch, None)
-    np.testing.assert_allclose(used["loss/nll"].total, plain["loss/nll"].total, rtol=1e-6)
+    np.testing.assert_allclose(used["loss/nll"].total, plain["loss/nll"].total, rtol=1e-5)
     assert abs(float(used["loss/nll"].total) - float(base["loss/nll"].total)) > 1e-2
+
+
+def test_a_change_below_the_precision_of_a_bfloat16_base_is_felt():
+    """Where base + product would be rounded back to the base, the layer's output moves all the same."""
+    layer = Functional(lambda rngs: Layer(16, rngs))
+    base = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.bfloat16), layer.shapes)
+    base["up"]["bias"] = jnp.zeros(32, jnp.bfloat16)
+    sign = jnp.asarray(np.resize([1.0, -1.0], 16), jnp.bfloat16)
+    a, b = 1e-2 * sign[:, None] * jnp.ones((16, 2), jnp.bfloat16), jnp.full((2, 32), 5e-2, jnp.bfloat16)
+    kernel = Adapted(base["up"]["kernel"], a, b, 1.0)  # adds 1e-3 to ones, whose next number is 1.0078
+    np.testing.assert_array_equal(kernel.merged(), base["up"]["kernel"])
+    up = lambda kernel: layer.bind(base | {"up": base["up"] | {"kernel": kernel}}).up(sign[None])
+    np.testing.assert_array_equal(up(base["up"]["kernel"]), jnp.zeros((1, 32), jnp.bfloat16))
+    expected = sum(np.asarray(sign, np.float64)) + np.asarray(sign, np.float64) @ (
+        np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    )
+    np.testing.assert_allclose(np.asarray(up(kernel), np.float64)[0], expected, rtol=1e-2)
 
 
 def test_only_adapters_are_trained_in_float32_over_a_bfloat16_base():

@@ -47,6 +47,25 @@ def test_a_killed_process_ends_the_job_and_the_same_command_resumes(folder, rank
     assert "resumed from step 5 of" in said or "resumed from step 10 of" in said
 
 
+@pytest.mark.slow
+def test_two_processes_whose_run_folder_goes_save_together_elsewhere(folder):
+    losses, _ = uninterrupted(40)
+    with Job("parts", *SAVING, "checkpoint.rescue=safe") as job:
+        job.reach(12)
+        job.run.rename("moved")
+        codes = job.end(120)
+    assert codes == [1, 1] and "was saved in safe/parts" in job.said(), (job.said(), job.said(1))
+    with Checkpoints("safe/parts/checkpoints") as checkpoints:
+        (step,) = checkpoints.steps()
+        assert step >= 15 and checkpoints.verify(step) == []
+    shutil.rmtree("runs/parts", ignore_errors=True)  # a save that was under way may have made folders there
+    shutil.copytree("safe/parts", "runs/parts")
+    status, said = train("parts", *SAVING)
+    assert status == 0 and f"resumed from step {step} of" in said, said
+    after = curve("parts")
+    assert max(after) == 40 and all(abs(loss - losses[at]) < 1e-5 for at, loss in after.items())
+
+
 @pytest.mark.parametrize(("rank", "row"), [(1, 108), pytest.param(0, 100, marks=pytest.mark.slow)])
 def test_an_exception_in_one_process_ends_all_at_once(folder, rank, row):
     began = time.monotonic()

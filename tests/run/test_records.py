@@ -1,21 +1,19 @@
 """The records of a resumed run are those of one that never stopped, line by line."""
 
-import struct
 from pathlib import Path
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from run_records import assert_same_records, shown
 from tiny_runs import Stopped, curve
 
 from jaxops.core.mesh import make_mesh
-from jaxops.core.writers import Writers, read_metrics
+from jaxops.core.writers import Writers
 from jaxops.run.build import build_task, load_config
 from jaxops.run.fit import FinishedRun, fit
 
 pytestmark = pytest.mark.usefixtures("no_report")
 QUICK = ["evaluate.baselines=false", "run.log_every=5", "run.loggers=[tensorboard]"]
 WRITE = Writers.write
-OF_THE_CLOCK = ("time", "train/targets_per_s", "train/examples_per_s", "train/step_ms", "train/tflops_per_s")
 
 
 def train(run: str, *overrides: str, **kwargs) -> FinishedRun:
@@ -27,32 +25,6 @@ def stopped(run: str, at: int, *overrides: str) -> FinishedRun:
     return train(run, *overrides, step=lambda parts: Stopped(parts.update, at))
 
 
-def records(run: str) -> list[dict]:
-    """The lines of metrics.jsonl in their order, without events and what depends on the clock."""
-    lines = [line for line in read_metrics(f"runs/{run}/metrics.jsonl") if "event" not in line]
-    return [{name: value for name, value in line.items() if name not in OF_THE_CLOCK} for line in lines]
-
-
-def shown(run: str) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a run: the points of each curve, as it reads the files in the order of their names."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for path in sorted(Path("runs", run).glob("events.out.tfevents.*")):
-        data = path.read_bytes()
-        while len(data) > 12 and len(data) >= 16 + (size := struct.unpack_from("<Q", data)[0]):
-            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
-            if event.session_log.status == SessionLog.START:
-                curves = {name: [p for p in points if p[0] < event.step] for name, points in curves.items()}
-            for value in event.summary.value:
-                if value.tag not in OF_THE_CLOCK:
-                    curves.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return {name: points for name, points in curves.items() if points}
-
-
-def assert_same_records(run: str, reference: str) -> None:
-    assert records(run) == records(reference)
-    assert shown(run) == shown(reference)
-
-
 @pytest.mark.parametrize("stops", [(7,), pytest.param((8, 4), marks=pytest.mark.slow), (12, 1)])
 def test_an_interrupt_inside_a_window_leaves_no_line_of_its_own(folder, stops):
     """Windows of 5, evaluations of 6 (each ends a window): the lines are those of 5, 6, 10, 12, 15, 18, 20."""
@@ -62,7 +34,7 @@ def test_an_interrupt_inside_a_window_leaves_no_line_of_its_own(folder, stops):
         assert stopped("parts", at, *rule).state == "preempted"
     assert train("parts", *rule).state == "finished"
     assert list(curve("whole")) == [5, 6, 10, 12, 15, 18, 20]
-    assert_same_records("parts", "whole")
+    assert_same_records("runs/parts", "runs/whole")
 
 
 class Killed(BaseException):
@@ -89,8 +61,8 @@ def test_a_kill_after_the_last_evaluation_leaves_its_lines_once(folder, monkeypa
                 patch.setattr(Writers, "write", lambda *args: (killed(*args), WRITE(*args)))
             train("parts")
     assert train("parts").state == "finished"
-    assert_same_records("parts", "whole")
-    assert [step for step, _ in shown("parts")["test/ndcg@10"]] == [20]
+    assert_same_records("runs/parts", "runs/whole")
+    assert [step for step, _ in shown("runs/parts")["test/ndcg@10"]] == [20]
 
 
 def test_a_kill_between_an_evaluation_and_its_save_leaves_its_lines_once(folder, monkeypatch):
@@ -103,7 +75,7 @@ def test_a_kill_between_an_evaluation_and_its_save_leaves_its_lines_once(folder,
         train("parts", *rule)
     assert 10 in curve("parts", "valid/ndcg@10")
     assert train("parts", *rule).state == "finished"
-    assert_same_records("parts", "whole")
+    assert_same_records("runs/parts", "runs/whole")
 
 
 def test_what_was_logged_before_a_checkpoint_is_in_tensorboard_after_a_kill(folder, monkeypatch):
@@ -120,4 +92,4 @@ def test_what_was_logged_before_a_checkpoint_is_in_tensorboard_after_a_kill(fold
         patch.setattr("jaxops.core.writers.TensorBoardWriter.FLUSH_SECONDS", 1e9)
         patch.setattr("jaxops.run.training_run.TrainingRun._conclude", killing)
         train("parts", "checkpoint.every=5")
-    assert [step for step, _ in shown("parts")["train/loss"]][-1] == 20
+    assert [step for step, _ in shown("runs/parts")["train/loss"]][-1] == 20

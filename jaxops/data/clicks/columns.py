@@ -139,8 +139,8 @@ def given_columns(config: ClickDataConfig, path: str | os.PathLike[str]) -> pa.T
     """
     path = os.fspath(path)
     file = ClicksFile(path=path) if isinstance(config, MovieLensClicks) else as_clicks_file(config)
-    names = side.columns_of(path, file.format, file.header)
-    return side.read_columns(path, names, file.format, file.header)
+    names = side.columns_of(path, file.format, file.header, file.text)
+    return side.read_columns(path, names, file.format, file.header, text=file.text)
 
 
 def as_clicks_file(config: ClicksFile | Criteo) -> ClicksFile:

@@ -63,6 +63,7 @@ def write_criteo(path: str | os.PathLike[str], rows: int, seed: int = 0) -> None
     """
     world = _World(seed)
     target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.tmp")
     with open(scratch, "w", encoding="ascii") as out:
         for at in range(0, rows, CHUNK):

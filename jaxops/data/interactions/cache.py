@@ -3,33 +3,44 @@
 Its columns are byte for byte those that `read_interactions` would make of the same files. Every unique id and its
 count, and one chunk of rows, must fit in memory while it is built. A cache is a folder of `.npy`
 columns and `manifest.json`, whose `fingerprint` covers the inputs (paths, sizes, modification times) and how
-they were to be read.
+they were to be read. Every file has checksums (`blocks.py`), which are held against it when the cache is opened.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxops.core.failures import UserError
-from jaxops.data import scratch
+from jaxops.core.failures import NO_ROOM, RunFailed, UserError
+from jaxops.core.home import expand_home
+from jaxops.data import notes, scratch
 from jaxops.data.files import DataFile, expand_paths, summary
 from jaxops.data.ids import Ids
-from jaxops.data.interactions import arrange, read
+from jaxops.data.interactions import arrange, blocks, read
 from jaxops.data.interactions.interactions import Interactions, assemble, gather_events
 from jaxops.data.interactions.spec import InteractionsFile
 
-VERSION = 3
-READABLE = (2, VERSION)
-"""The versions that can be read; version 2 knew nothing of exact copies."""
+VERSION = 4
+READABLE = (2, 3, VERSION)
+"""The versions that can be read; 2 knew nothing of exact copies, 3 had one checksum a file and none of the manifest."""
 MANIFEST = "manifest.json"
 COLUMNS = arrange.EncodedIds._fields
 OTHERS = ("offsets", "user_ids", "item_ids")
+_NEEDED = {"version", "fingerprint", "timed", "dropped", "contexts", "columns"}
+
+
+class DamagedCache(UserError):
+    """A cache whose files are not what was written; the message names the folder and the files."""
+
+    def __init__(self, folder: Path, problems: Sequence[str]):
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        super().__init__(f"the data cache {folder} is damaged: {'; '.join(problems[:3])}{more}")
 
 
 def build_cache(
@@ -48,9 +59,10 @@ def build_cache(
       chunk: rows that are worked on at once.
 
     Raises:
-      UserError: what `read_interactions` raises; `out_dir` is something else than a cache; the disk is full.
+      UserError: what `read_interactions` raises; `out_dir` is something else than a cache, or cannot be written.
+      RunFailed: the disk is full.
     """
-    target = Path(out_dir).expanduser()
+    target = Path(expand_home(out_dir))
     if target.exists() and any(target.iterdir()) and not (target / MANIFEST).exists():
         raise UserError(f"{target} exists and is not a jaxops data cache; give an empty or a new folder")
     files = expand_paths(config.path, config.format, config.text)
@@ -83,37 +95,96 @@ def build_cache(
             _write_manifest(folder, inter, prints)
             scratch.replace_folder(folder, target, work)
     except OSError as error:
-        raise UserError(f"cannot build the data cache {target}: {error}") from error
+        told = f"cannot build the data cache {target}: {error}"
+        raise (RunFailed(f"{told}; nothing of it was left") if error.errno in NO_ROOM else UserError(told)) from error
     return target
 
 
 def ensure(config: InteractionsFile, root: str | os.PathLike[str], progress: arrange.Progress = arrange.silent) -> Path:
     """Returns the cache of `config` under `root`, built now if it is not there or if its inputs have changed.
 
+    Raises:
+      DamagedCache: its manifest cannot be read.
+      UserError: what `build_cache` raises.
+    """
+    folder = folder_of(config, root)
+    if not is_current(config, folder):
+        return build_cache(config, folder, progress)
+    scratch.sweep(folder)
+    return folder
+
+
+def open_built(
+    config: InteractionsFile, root: str | os.PathLike[str], progress: arrange.Progress = arrange.silent
+) -> tuple[Interactions, Path]:
+    """Opens the cache of `config` under `root` and returns it with its folder.
+
+    It is built if it is not there or if its inputs have changed. If it is damaged, it is built again, since the inputs
+    are the same and give the same columns, and that is said.
+
+    Raises:
+      UserError: it cannot be built.
+      RunFailed: the disk is full.
+    """
+    try:
+        folder = ensure(config, root, progress)
+        return open_cache(folder), folder
+    except DamagedCache as damage:
+        folder = folder_of(config, root)
+        notes.tell(f"{damage}; it is built again from its source. Disk or memory of this machine may be failing")
+        try:
+            build_cache(config, folder, progress)
+        except (UserError, RunFailed) as error:
+            kind = RunFailed if isinstance(error, RunFailed) else UserError
+            raise kind(f"{damage}; building it again failed: {error}") from error
+    return open_cache(folder), folder
+
+
+def folder_of(config: InteractionsFile, root: str | os.PathLike[str]) -> Path:
+    """Returns the folder of the cache of `config` under `root`.
+
     Each way of reading (paths, columns, filter) has its own folder, so one root serves many configs.
+
+    Raises:
+      UserError: `root` is not on this machine, or begins with `~` and names no home folder.
     """
     if "://" in os.fspath(root):
         raise UserError(f"`cache: {root}`: a data cache is memory-mapped, so it must be a local folder")
     key = hashlib.sha256(json.dumps(_reading(config), sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(root).expanduser() / key
-    if (folder / MANIFEST).exists():
-        prints = _fingerprint(config, expand_paths(config.path, config.format, config.text))
-        if _manifest(folder)["fingerprint"] == prints:
-            scratch.sweep(folder)
-            return folder
-    return build_cache(config, folder, progress)
+    return Path(expand_home(root, "data.cache")) / key
+
+
+def is_current(config: InteractionsFile, folder: Path) -> bool:
+    """Returns whether a cache is there and was built from the inputs as they are now.
+
+    Raises:
+      UserError: an input is not there, or the cache is of a version that cannot be read.
+    """
+    if not (folder / MANIFEST).exists():
+        return False
+    prints = _fingerprint(config, expand_paths(config.path, config.format, config.text))
+    return bool(_manifest(folder)["fingerprint"] == prints)
 
 
 def open_cache(folder: str | os.PathLike[str], verify: bool = False) -> Interactions:
-    """Opens a cache as interactions over its memory-mapped columns; `verify` reads all and checks their SHA-256.
+    """Opens a cache as interactions over its memory-mapped columns, after a check of their checksums.
+
+    Small files are checked whole, large ones by a sample; `verify` reads all of all.
 
     Raises:
-      UserError: no cache, of another version, or a column that is missing, cut short or (with `verify`)
-      changed.
+      DamagedCache: a file is missing, cut short or changed.
+      UserError: no cache, or one of another version.
     """
-    root = Path(folder).expanduser()
+    root = Path(expand_home(folder))
+    if wrong := problems(root, whole=verify):
+        raise DamagedCache(root, wrong)
     manifest = _manifest(root)
-    arrays = {name: _column(root, name, manifest["columns"], verify) for name in manifest["columns"]}
+    if not verify and manifest["version"] < VERSION and any(map(blocks.is_sampled, manifest["columns"].values())):
+        notes.tell(
+            f"the data cache {root} was built by an older jaxops: of its large files only the sizes are checked;"
+            " `jaxops data verify` reads them whole"
+        )
+    arrays = {name: _column(root, name) for name in manifest["columns"]}
     contexts = dict(zip(manifest["contexts"], _contexts(manifest["contexts"]), strict=True))
     return Interactions(
         **{name: arrays[name] for name in (*COLUMNS, "offsets")},
@@ -124,6 +195,27 @@ def open_cache(folder: str | os.PathLike[str], verify: bool = False) -> Interact
         copies=manifest.get("copies", 0),
         contexts={name: Ids(arrays[file], 0) for name, file in contexts.items()},
     )
+
+
+def problems(folder: Path, *, whole: bool) -> list[str]:
+    """Returns one line for each file of a cache that is not what was written; with `whole` every byte is read.
+
+    Raises:
+      DamagedCache: its manifest cannot be read.
+      UserError: no cache, or one of another version.
+    """
+    described = _manifest(folder)["columns"].items()
+    found = (blocks.problem(folder / f"{name}.npy", expected, whole=whole) for name, expected in described)
+    return [problem for problem in found if problem]
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Returns the bytes of each column of a cache, by its name.
+
+    Raises:
+      UserError: what `problems` raises.
+    """
+    return {name: expected["bytes"] for name, expected in _manifest(folder)["columns"].items()}
 
 
 def _contexts(names: Collection[str]) -> list[str]:
@@ -137,35 +229,24 @@ def _manifest(root: Path) -> dict[str, Any]:
         version = manifest["version"]
     except FileNotFoundError:
         raise UserError(f"no data cache in {root} (no {MANIFEST}); build one with `jaxops data build`") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root / MANIFEST} is damaged ({error}); remove {root} and build it again") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedCache(root, [f"{MANIFEST}: cannot be read ({error})"]) from error
     if version not in READABLE:
         raise UserError(f"{root} is a data cache of version {version}, this jaxops reads {VERSION}; build it again")
+    if not manifest.keys() >= _NEEDED or (version == VERSION and manifest.pop("crc32", None) != _crc_of(manifest)):
+        raise DamagedCache(root, [f"{MANIFEST}: contents were changed"])
     return manifest
 
 
-def _column(root: Path, name: str, described: dict[str, Any], verify: bool) -> np.ndarray:
-    path = root / f"{name}.npy"
-    expected = described[name]
-    advice = f"remove {root} and build it again"
-    if not path.exists():
-        raise UserError(f"the data cache is damaged: {path} is missing; {advice}")
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        raise UserError(f"the data cache is damaged: {path} has {size} bytes, expected {expected['bytes']}; {advice}")
-    if verify and (got := _sha256(path)) != expected["sha256"]:
-        raise UserError(f"the data cache is damaged: {path} has SHA-256 {got}, expected {expected['sha256']}; {advice}")
+def _column(root: Path, name: str) -> np.ndarray:
     try:
-        return np.asarray(np.load(path, mmap_mode="r"))
+        return np.asarray(np.load(root / f"{name}.npy", mmap_mode="r"))
     except (ValueError, OSError) as error:
-        raise UserError(f"the data cache is damaged: {path}: {error}; {advice}") from error
+        raise DamagedCache(root, [f"{name}.npy: {error}"]) from error
 
 
 def _write_manifest(folder: Path, inter: Interactions, prints: dict[str, Any]) -> None:
-    columns = {}
-    for name in (*COLUMNS, *OTHERS, *_contexts(inter.contexts)):
-        path = folder / f"{name}.npy"
-        columns[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    names = (*COLUMNS, *OTHERS, *_contexts(inter.contexts))
     manifest = {
         "version": VERSION,
         "fingerprint": prints,
@@ -176,9 +257,13 @@ def _write_manifest(folder: Path, inter: Interactions, prints: dict[str, Any]) -
         "dropped": inter.dropped,
         "copies": inter.copies,
         "contexts": list(inter.contexts),
-        "columns": columns,
+        "columns": {name: blocks.describe(folder / f"{name}.npy") for name in names},
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "crc32": _crc_of(manifest)}) + "\n")
+
+
+def _crc_of(manifest: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _reading(config: InteractionsFile) -> dict[str, Any]:
@@ -190,11 +275,6 @@ def _reading(config: InteractionsFile) -> dict[str, Any]:
 def _fingerprint(config: InteractionsFile, files: Sequence[DataFile]) -> dict[str, Any]:
     described = {"reading": _reading(config), "inputs": [[f.name, f.size, f.mtime_ns] for f in files]}
     return json.loads(json.dumps(described))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Spill:
@@ -243,6 +323,8 @@ class _Mapped:
         at = len(self._arrays)
         path = self._folder / f"{COLUMNS[at % len(COLUMNS)]}-{at // len(COLUMNS)}.npy"
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with path.open("rb+") as file:  # else a full disk would kill the process at a write to the mapping (SIGBUS)
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         self._arrays.append(array)
         self._paths.append(path)
         return array

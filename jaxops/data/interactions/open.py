@@ -135,6 +135,6 @@ def _events(config: InteractionsConfig, progress: arrange.Progress) -> tuple[Int
             )
             return inter, {"path": config.path}
         case InteractionsFile(cache=str(root)):
-            folder = cache.ensure(config, root, progress)
-            return cache.open_cache(folder), {"path": config.path, "cache": str(folder)}
+            inter, folder = cache.open_built(config, root, progress)
+            return inter, {"path": config.path, "cache": str(folder)}
     raise TypeError(f"not a data config of the recommendation family: {config!r}")

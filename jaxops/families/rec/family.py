@@ -5,7 +5,7 @@ from typing import Any, Protocol
 from jaxops.config.load import Loaded
 from jaxops.families.rec import clicks, retrieval, sequences
 from jaxops.families.rec.config import RecConfig, Sort
-from jaxops.families.rec.data_commands import build_data, inspect_data
+from jaxops.families.rec.data_commands import build_data, inspect_data, verify_data
 from jaxops.families.rec.options import Export, Predict
 from jaxops.run.family import Family, Given, Served
 from jaxops.run.saved_run import SavedRun
@@ -45,7 +45,7 @@ FAMILY = Family(
     config=RecConfig,
     build=build,
     load=restore,
-    data={"build": build_data, "inspect": inspect_data},
+    data={"build": build_data, "inspect": inspect_data, "verify": verify_data},
     predict=Predict,
     export=Export,
     writes=("data.cache",),

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxops.config.types import ByPath
 from jaxops.core.failures import UserError, nearest
 from jaxops.data import side
 from jaxops.data.bags import joined
+from jaxops.data.files import SUFFIXES
 from jaxops.data.ids import Ids
 from jaxops.data.interactions.interactions import Interactions, read_interactions
 from jaxops.data.interactions.open import open_data
@@ -53,6 +55,7 @@ def read_histories(
 ) -> Histories:
     """Reads events (user, item, time) or, without an item column, users of the run's own data.
 
+    A text file may be written as the run's own events are (separator, encoding, no header line), or as text usually is.
     The context of a user's prediction is taken from their last row without an item (a query), else from their latest
     event.
 
@@ -67,17 +70,14 @@ def read_histories(
       UserError: the file cannot be read, has no user column, or lacks one of `context` or `along`.
     """
     columns = data.columns if isinstance(data, InteractionsFile) else Columns()
-    names = side.columns_of(str(path))
-    if columns.user not in names:
-        raise UserError(
-            f"{path}: no column {columns.user!r}{nearest(columns.user, names)} (columns: {', '.join(names)})"
-        )
+    names, written = _columns_of(str(path), columns.user, data)
     if columns.item not in names:
         given = [name for name in context if name in names]
-        return _known(path, data, item_ids, columns.user, given, context, along)
+        return _known(path, written, data, item_ids, columns.user, given, context, along)
     time = columns.time if columns.time in names else None
     read = (*context, *along)
-    inter = read_interactions(str(path), dataclasses.replace(columns, time=time, weight=None, context=read))
+    columns = dataclasses.replace(columns, time=time, weight=None, context=read)
+    inter = read_interactions(str(path), columns, **written)
     rows = item_ids.rows(inter.item_ids.originals(np.arange(1, inter.n_items + 1)))[inter.item - 1]
     keep = rows > 0
     counts = np.bincount(inter.user[keep], minlength=inter.n_users)
@@ -86,7 +86,8 @@ def read_histories(
     users = inter.user_ids.originals(known)
     brought = _latest(inter, known, context)
     if context:
-        given = side.read_columns(str(path), list(dict.fromkeys((columns.user, columns.item, *context))))
+        wanted = list(dict.fromkeys((columns.user, columns.item, *context)))
+        given = side.read_columns(str(path), wanted, **written)
         queries = given.filter(pc.is_null(side.column(given, columns.item)))
         at = np.full(inter.n_users + 1, -1)
         at[inter.user_ids.positions(side.column(queries, columns.user))] = np.arange(len(queries))
@@ -94,6 +95,32 @@ def read_histories(
         brought = {name: _either(side.column(queries, name), at, values) for name, values in brought.items()}
     events = {name: inter.context_of(name, np.flatnonzero(keep)) for name in along}
     return Histories(users, rows[keep], offsets, inter.n_users - len(known), int((~keep).sum()), brought, events)
+
+
+def _columns_of(path: str, user: str, data: Any) -> tuple[list[str], dict[str, Any]]:
+    """Returns the columns of a file, and the arguments of a reading that finds the users' column among them.
+
+    Raises:
+      UserError: the file cannot be read, or no reading finds the column.
+    """
+    readings: list[dict[str, Any]] = [{}]
+    if isinstance(data, InteractionsFile):
+        named = {*SUFFIXES} & {*Path(path).suffixes}  # else its name does not say what it is
+        own = {"format": "auto" if named else data.format, "header": data.header, "text": data.text}
+        readings = [{"text": data.text}, {}, {**own, "header": None}, own]
+    refused, seen = None, None
+    for reading in readings:
+        try:
+            names = side.columns_of(path, **reading)
+        except UserError as error:
+            refused = refused or error
+            continue
+        if user in names:
+            return names, reading
+        seen = seen or names
+    if seen is None and refused is not None:
+        raise refused
+    raise UserError(f"{path}: no column {user!r}{nearest(user, seen or [])} (columns: {', '.join(seen or [])})")
 
 
 def _latest(inter: Interactions, users: Int64[np.ndarray, " users"], context: Iterable[str]) -> dict[str, pa.Array]:
@@ -108,6 +135,7 @@ def _either(first: pa.Array, at: Int64[np.ndarray, " n"], other: pa.Array) -> pa
 
 def _known(
     path: str | os.PathLike[str],
+    written: Mapping[str, Any],
     data: Any,
     item_ids: Ids,
     column: str,
@@ -115,12 +143,12 @@ def _known(
     context: Sequence[str],
     along: Sequence[str],
 ) -> Histories:
-    """Reads users of the run's own data. `given` are the columns of `context` that the file has; it has all or none."""
+    """Reads users of the run's own data. `written` says how the file is; it has all columns of `context` or none."""
     if isinstance(data, ByPath):
         raise UserError(f"{path} has no item column, and the run's data is a function: give events (user, item)")
     inter = open_data(data).inter
     same_items(item_ids, np.asarray(inter.item_ids.values))
-    table = side.read_columns(str(path), [column, *(context if given else ())])
+    table = side.read_columns(str(path), [column, *(context if given else ())], **written)
     asked = side.column(table, column)
     rows = inter.user_ids.positions(asked)
     known = rows[rows >= 0]

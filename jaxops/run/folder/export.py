@@ -17,7 +17,7 @@ from typing import IO
 
 from etils import epath
 
-from jaxops.core import manifest, store_paths, stores
+from jaxops.core import manifest, store_paths, store_probe, stores
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.manifest import Damaged, File
 from jaxops.core.stores import StoreError
@@ -82,7 +82,7 @@ def _made(out: str | os.PathLike[str]) -> Iterator[epath.Path]:
     target = store_paths.path(out)
     remote = stores.is_url(out)
     if remote:
-        stores.check_access(out)
+        store_probe.check_access(out)
     if target.exists() or (not remote and os.path.lexists(target)):
         raise UserError(f"there is something at {out} already: export makes a new folder")
     folder = target if remote else target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"

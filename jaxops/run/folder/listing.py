@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jaxops.core import stores
 from jaxops.core.failures import UserError, nearest
+from jaxops.core.home import expand_home
 from jaxops.core.small_files import read_bytes, read_end
 from jaxops.core.writers import read_metrics
 from jaxops.report import results
@@ -166,7 +167,7 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
         if not run.names:
             raise UserError(f"there is nothing at {run.place}")
         return run.local
-    folder = Path(path)
+    folder = Path(expand_home(path))
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -22,8 +22,9 @@ from jaxops.config.dump import diff, dump_yaml
 from jaxops.config.node import plain_node
 from jaxops.config.shapes import ABSENT
 from jaxops.config.yaml_text import parse_yaml
-from jaxops.core import small_files, stores
-from jaxops.core.failures import RunFailed, UserError
+from jaxops.core import small_files, store_probe, stores
+from jaxops.core.failures import UserError
+from jaxops.core.home import expand_home
 from jaxops.core.secret_text import without_secrets
 from jaxops.core.writers import writing
 from jaxops.run.config import MAY_CHANGE_ON_RESUME
@@ -59,7 +60,7 @@ class RunFolder:
         may_change: Sequence[str] = MAY_CHANGE_ON_RESUME,
         complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ):
-        self.path = Path(path)
+        self.path = Path(expand_home(path))
         self._may_change, self._complete = tuple(may_change), complete
         self._mirror: Mirror | None = None
         self.where = str(self.path)
@@ -128,7 +129,7 @@ class RunFolder:
             bucket, credentials, permission or answer).
         """
         if self._mirror is not None and not self._fresh:
-            stores.check_access(self.where)
+            store_probe.check_access(self.where)
         parent = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
         if not parent.is_dir():
             raise UserError(f"run folder {self.path}: {parent} is a file")
@@ -243,17 +244,9 @@ class RunFolder:
         """Writes a small JSON file whole or not at all; NaN and infinities become null."""
         self.write_text(name, json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
 
-    def require_there(self) -> None:
-        """Refuses to go on in a run folder that was deleted or moved: what is saved there would belong to no run.
-
-        Raises:
-          RunFailed: its config.yaml is gone.
-        """
-        if not (self.path / "config.yaml").is_file():
-            raise RunFailed(
-                f"run folder {self.path} was deleted or moved while the run was training (its config.yaml is gone):"
-                " what is saved from here on could not be found again, so the run stops"
-            )
+    def is_there(self) -> bool:
+        """Returns whether a run that trains still has its folder: what is saved in another would belong to no run."""
+        return (self.path / "config.yaml").is_file()
 
     def has(self, name: str) -> bool:
         """Returns true if the folder holds this file (in an object store: at the last listing)."""

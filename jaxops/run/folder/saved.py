@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from jaxops.config.dump import digest
-from jaxops.core import manifest, store_paths, stores
+from jaxops.core import manifest, store_paths, store_probe, stores
 from jaxops.core.checkpoint_folder import CheckpointFolder, Retention, some
 from jaxops.core.failures import UserError
 from jaxops.core.manifest import Damaged, Manifest, SavedArray
@@ -205,7 +205,7 @@ def open_saved(run: str | os.PathLike[str]) -> CheckpointFolder:
       UserError: there is no such folder, or an object store cannot be read.
     """
     if stores.is_url(run):
-        stores.check_access(run, write=False)
+        store_probe.check_access(run, write=False)
         folder = store_paths.path(run)
         if not folder.is_dir():
             raise UserError(f"there is nothing at {folder}")

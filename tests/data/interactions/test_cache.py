@@ -1,7 +1,5 @@
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -126,16 +124,21 @@ cache.build_cache(InteractionsFile({config.path!r}), {str(tmp_path / "cache")!r}
 
 def test_what_a_process_left_that_was_killed_right_after_its_cache_was_in_place_is_swept(tmp_path):
     write(tmp_path / "a.parquet")
-    config = InteractionsFile(str(tmp_path / "a.parquet"), columns=COLUMNS)
+    config = InteractionsFile(str(tmp_path / "a.parquet"))
     folder = cache.ensure(config, tmp_path / "caches")
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    dead, alive = (folder.parent / f".{folder.name}.{socket.gethostname()}-{pid}.x" for pid in (ended.pid, os.getpid()))
-    for left in (dead, alive):
-        left.mkdir()
-        (left / "user.raw").write_bytes(b"rows")
+    killed = "cache.scratch.replace_folder = lambda *names: (real(*names), os.kill(os.getpid(), signal.SIGKILL))"
+    code = f"""
+import os, signal
+from jaxops.data.interactions import cache
+from jaxops.data.interactions.spec import InteractionsFile
+real = cache.scratch.replace_folder
+{killed}
+cache.build_cache(InteractionsFile({config.path!r}), {str(folder)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert len(list(folder.parent.glob(f".{folder.name}.*"))) == 1
     assert cache.ensure(config, tmp_path / "caches", lambda *_: pytest.fail("built again")) == folder
-    assert {path.name for path in folder.parent.iterdir()} == {folder.name, alive.name}
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def change(name, mutate):
@@ -154,12 +157,14 @@ def manifest(**fields):
     ("damage", "fragment"),
     [
         (lambda folder: (folder / "manifest.json").unlink(), "no data cache in"),
-        (change("manifest.json", lambda raw: raw[:50]), "manifest.json is damaged"),
-        (manifest(version=99), "a data cache of version 99, this jaxops reads 3"),
-        (lambda folder: (folder / "item.npy").unlink(), "item.npy is missing"),
-        (change("item.npy", lambda raw: raw[:-4]), "item.npy has"),
-        (change("time.npy", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])), "time.npy has SHA-256"),
-        (change("user.npy", lambda raw: b"\0" * len(raw)), "user.npy has SHA-256"),
+        (change("manifest.json", lambda raw: raw[:50]), "manifest.json: cannot be read"),
+        (manifest(version=99), "a data cache of version 99, this jaxops reads 4"),
+        (lambda folder: (folder / "item.npy").unlink(), "item.npy: missing"),
+        (change("item.npy", lambda raw: raw[:-4]), "item.npy: 12,"),
+        (change("time.npy", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])), "time.npy: contents were changed (CRC-32"),
+        (manifest(dropped={"null_id_events": 7}), "manifest.json: contents were changed"),
+        (lambda folder: (folder / "manifest.json").write_text('{"version":3}'), "manifest.json: contents were changed"),
+        (change("user.npy", lambda raw: b"\0" * len(raw)), "changed (CRC-32 differs), bytes 0 to"),
     ],
 )
 def test_damage_is_told(tmp_path, damage, fragment):

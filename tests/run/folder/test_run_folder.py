@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -120,3 +121,14 @@ def test_what_json_has_no_word_for_is_null(folder):
     place.write_json("x.json", {"a": np.float32("nan"), "b": np.arange(2), "c": (np.inf, {1: np.int64(3)})})
     assert json.loads(Path("x.json").read_text()) == {"a": None, "b": [0, 1], "c": [None, {"1": 3}]}
     assert place.summary() == {}
+
+
+def test_all_of_a_run_in_the_home_folder_lies_there(folder, monkeypatch):
+    """Arrow expands `~` by itself: a part of the run lay in the home folder, the rest in a folder called ~."""
+    monkeypatch.setenv("HOME", str(folder / "me"))
+    run = RunFolder("~/runs/tiny")
+    assert run.path == folder / "me/runs/tiny" and not run.check(load_config("my.yaml").resolved)
+    run.create(load_config("my.yaml").resolved, {"item_ids": np.arange(3)}, {"kind": "interactions"})
+    assert not Path("~").exists()
+    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "data.json", "transform"}
+    assert run.transform("item_ids").tolist() == [0, 1, 2] and run.checkpoints == run.path / "checkpoints"
