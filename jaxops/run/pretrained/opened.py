@@ -1,7 +1,7 @@
 """Opens the decoder that a config names: its architecture, its tokenizer, and where its weights come from."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxops.data.text.tokenizer import Tokenizer, check_vocabulary
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.decoder import Decoder, build_decoder
 from jaxops.models.decoder.pretrained import open_pretrained
+from jaxops.models.lora import LORA
 from jaxops.run.load import open_saved_run
 from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.pretrained.stored import keeps_decoder, stored_architecture, stored_tokenizer
@@ -55,6 +56,8 @@ def open_decoder(
         return OpenedDecoder(build_decoder(model, words.vocab), words, (), special_ids(words))
     address = model.weights
     architecture, own, sources = _from(address, tokenizer is None)
+    if model.lora is None:
+        _require_whole(address, sources)
     found = own if tokenizer is None else open_tokenizer(local(tokenizer))
     if found is None:
         raise UserError(f"tokenizer: {address} comes without one; name it (`bytes`, a folder or a GGUF file)")
@@ -91,6 +94,15 @@ def _from_run(path: Path) -> tuple[Architecture, Tokenizer, tuple[WeightSource, 
         raise UserError(f"model.weights: {path} is a run of task {saved.config.task}, which keeps no language model")
     with saved.source() as source:
         return stored_architecture(saved), stored_tokenizer(saved), (source,)
+
+
+def _require_whole(address: str, sources: Sequence[WeightSource]) -> None:
+    """Refuses weights with adapters beside them, without which they are another model."""
+    if any(name.startswith(f"{LORA}/") for source in sources for name in source.arrays.shapes()):
+        raise UserError(
+            f"model.weights: {address} has adapters beside its weights, which would be left out; `jaxops export` merges "
+            "the two into a folder to begin with, or give model.lora to train the adapters on"
+        )
 
 
 def _with_tokens(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> Tokenizer:

@@ -222,6 +222,8 @@ def test_adapters_and_heads_are_trained_over_a_frozen_language_model(begun):
     assert all(value.any() for path, value in after.items() if path.startswith("lora/") and path.endswith("/b"))
     assert fresh["reward/kernel"].shape == after["reward/kernel"].shape
     assert jx.load("runs/lora").evaluate()["valid/log_loss"] == pytest.approx(summary("lora")["valid/log_loss"])
+    with pytest.raises(UserError, match="has adapters beside its weights, which would be left out"):
+        task_of("tokenizer=null", "model.weights=runs/lora", config=begun)
 
 
 def test_a_user_s_own_objective_gets_the_mean_score(whole):
