@@ -1,28 +1,14 @@
 """The objective of several heads is the plain one for a single head, and a weighted mean over heads for more."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_language import Pairs, ToyReward
+from toy_language import Pairs, ToyHeads
 
 from jaxops.core.sums import finalize
 from jaxops.objectives.ensemble import bootstrap_weights, each_head
 from jaxops.objectives.preference import BradleyTerry, scores_of
-
-
-@dataclasses.dataclass(frozen=True)
-class ToyHeads(ToyReward):
-    """The toy with as many heads: each is the toy's score, turned by a factor of its own."""
-
-    ensemble: int = 1
-
-    def scores(self, params, tokens, segment, position, keys=None):
-        score = self.score(params, tokens, segment, position, keys)
-        return score[:, None] * (1 + jnp.arange(self.ensemble, dtype=score.dtype))[None]
-
 
 BATCH = {name: jnp.asarray(value) for name, value in Pairs().batch(0, 16).items()}
 CONFIG = BradleyTerry(center=0.1)

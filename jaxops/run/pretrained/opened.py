@@ -100,8 +100,8 @@ def _require_whole(address: str, sources: Sequence[WeightSource]) -> None:
     """Refuses weights with adapters beside them, without which they are another model."""
     if any(name.startswith(f"{LORA}/") for source in sources for name in source.arrays.shapes()):
         raise UserError(
-            f"model.weights: {address} has adapters beside its weights, which would be left out; `jaxops export` merges "
-            "the two into a folder to begin with, or give model.lora to train the adapters on"
+            f"model.weights: {address} has adapters beside its weights, which would be left out: `jaxops export` "
+            "writes a folder with both merged, to begin with, or give model.lora to train the adapters on"
         )
 
 
