@@ -15,6 +15,8 @@ from jaxops.core.metric import Metric
 BINS = 10
 REPLICATES = 400
 """Samples of the bootstrap."""
+Z = 1.959964
+"""The quantile of the normal distribution that leaves 2.5 % above it."""
 MOST_ANNOTATORS = 8
 FEWEST_PAIRS = 10
 """An annotator with fewer judgements has no accuracy of their own."""
@@ -97,11 +99,12 @@ def mean(values: np.ndarray, weight: np.ndarray) -> float:
 def interval(
     values: Float[np.ndarray, " pairs"], weight: Float[np.ndarray, " pairs"], clusters: Int[np.ndarray, "pairs two"]
 ) -> tuple[float, float]:
-    """Returns the 95 % interval of the weighted mean, for pairs that are not independent of each other.
+    """Returns the 95 % interval of the weighted mean of values from 0 to 1, for pairs that depend on each other.
 
     Clusters (texts, or prompts) are drawn with replacement, and a pair counts as often as both of its clusters are
-    drawn, or its one: the pigeonhole bootstrap (Owen 2007), which errs on the wide side. The same pairs give the same
-    interval.
+    drawn, or its one: the pigeonhole bootstrap (Owen 2007), which errs on the wide side. Its variance says how many
+    independent pairs these are worth, and for that number the interval is Wilson's, which is right for few pairs too:
+    four right out of four are no proof of a perfect model. The same pairs give the same interval.
     """
     if not len(values):
         return float("nan"), float("nan")
@@ -112,10 +115,20 @@ def interval(
     means = np.empty(REPLICATES)
     for k in range(REPLICATES):
         drawn = np.bincount(generator.integers(0, len(names), len(names)), minlength=len(names))
-        times = drawn[at[:, 0]] * np.where(one, 1, drawn[at[:, 1]])
-        means[k] = mean(values, weight * times)
-    low, high = np.nanpercentile(means, [2.5, 97.5]) if np.isfinite(means).any() else (np.nan, np.nan)
-    return float(low), float(high)
+        means[k] = mean(values, weight * drawn[at[:, 0]] * np.where(one, 1, drawn[at[:, 1]]))
+    rate, worth = mean(values, weight), float(weight.sum() ** 2 / (weight**2).sum())
+    variance, least = float(np.nanvar(means)), rate * (1 - rate)
+    if least > 0 and variance > 0:
+        return wilson(rate, min(worth, least / variance))
+    apart = len(names) if one.all() else max(len(names) / 2, 1)  # all are right, or all are wrong
+    return wilson(rate, float(min(worth, apart)))
+
+
+def wilson(rate: float, count: float) -> tuple[float, float]:
+    """Returns the 95 % interval of a rate that was observed in `count` independent trials (Wilson 1927)."""
+    square = Z**2 / count
+    middle, half = rate + square / 2, Z * np.sqrt(rate * (1 - rate) / count + square / (4 * count))
+    return float((middle - half) / (1 + square)), float((middle + half) / (1 + square))
 
 
 def softplus(x: np.ndarray) -> np.ndarray:

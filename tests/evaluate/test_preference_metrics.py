@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxops.evaluate.preferences import METRICS, Judged, disagreement, interval, measure, reliability
+from jaxops.evaluate.preferences import METRICS, Judged, disagreement, interval, measure, reliability, wilson
 
 RNG = np.random.default_rng(0)
 N = 400
@@ -113,3 +113,13 @@ def test_without_decided_pairs_there_is_no_accuracy():
     found = measure(ties, np.zeros((4, 2, 1)))
     assert all(math.isnan(found[name]) for name in ("accuracy", "accuracy_low", "longer_bias"))
     assert found["log_loss"] == pytest.approx(math.log(2))
+
+
+def test_few_pairs_that_are_all_right_prove_little():
+    """Four of four: Wilson's interval is known, and pairs of one prompt are worth one."""
+    apart = np.repeat(np.arange(4)[:, None], 2, axis=1)
+    low, high = interval(np.ones(4), np.ones(4), apart)
+    assert (low, high) == pytest.approx((4 / (4 + 1.959964**2), 1))
+    assert interval(np.ones(4), np.ones(4), apart * 0)[0] == pytest.approx(1 / (1 + 1.959964**2))
+    low, high = wilson(0.5, 100.0)
+    assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)

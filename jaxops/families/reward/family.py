@@ -1,5 +1,6 @@
 """The reward family: scores learnt from human judgements, from a config to a task, and from a run to a served model."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxops.core.failures import UserError
 from jaxops.data.preferences.agreement import Agreement
 from jaxops.data.preferences.open import Opened, read_judgements
 from jaxops.data.preferences.pairs import Pairs
-from jaxops.evaluate.preferences import agrees, mean
+from jaxops.evaluate.preferences import measure
 from jaxops.families.reward.config import PretrainedReward, RewardConfig
 from jaxops.families.reward.data_commands import inspect_data, preview_data
 from jaxops.families.reward.evaluation import RewardEvaluation, judged_of, scores_of_pairs
@@ -70,23 +71,25 @@ def _objective(config: RewardConfig, given: Given, opened: OpenedReward) -> Any:
 
 
 def _baselines(valid: Pairs, agreement: Agreement) -> Callable[[], dict[str, dict[str, float]]]:
-    """Returns what the report sets the model beside: the longer answer, and what people themselves reach."""
+    """Returns what the report sets the model beside: a coin, the longer answer, and what people themselves reach."""
 
     def found() -> dict[str, dict[str, float]]:
         judged = judged_of(valid)
-        longer = agrees((judged.lengths[:, 0] - judged.lengths[:, 1]).astype(np.float64), judged.label)
-        accuracy = mean(longer, judged.weight * (judged.label != 0.5))
-        rows = {"longer": {"valid/accuracy": accuracy}} if np.isfinite(accuracy) else {}
-        if agreement.agreement is not None:
-            rows["other_person"] = {"valid/accuracy": agreement.agreement}
-        if agreement.ceiling is not None:
-            rows["ceiling"] = {"valid/accuracy": agreement.ceiling}
-        return rows
+        longer = measure(judged, judged.lengths[:, :, None].astype(np.float64))
+        kept = ("accuracy", "accuracy_low", "accuracy_high", "longer_bias", "first_bias")
+        rows = {
+            "coin": {"accuracy": 0.5, "log_loss": math.log(2)},
+            "longer": {name: longer[name] for name in kept if math.isfinite(longer[name])},
+            "other_person": {} if agreement.agreement is None else {"accuracy": agreement.agreement},
+            "ceiling": {} if agreement.ceiling is None else {"accuracy": agreement.ceiling},
+        }
+        return {name: {f"valid/{metric}": value for metric, value in row.items()} for name, row in rows.items() if row}
 
     return found
 
 
 LABELS = {
+    "coin": "a coin",
     "longer": "the longer answer",
     "other_person": "another person",
     "ceiling": "ceiling of single judgements",
@@ -103,7 +106,7 @@ def _about(config: RewardConfig, opened: OpenedReward, data: Opened) -> About:
     rows += _people(data.agreement)
     notes = [
         "Accuracy is on single judgements that are not ties, held out with all others of the same prompt or text; its "
-        "95 % interval is a bootstrap over prompts or texts.",
+        "95 % interval counts them for what a bootstrap over prompts or texts says they are worth.",
         "Log loss and ECE are of the probability that Bradley-Terry gives the first text, a tie being half a win.",
         "Bias to longer: how much more often the model prefers the longer answer than people do. Bias to first: the "
         "same for the text that was shown first, which is every other pair's second.",
