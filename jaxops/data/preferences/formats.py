@@ -107,7 +107,7 @@ def _pair(config: PreferenceData, where: str, row: Mapping[str, Any]) -> Pair:
         texts,
         _digest_of_prompt(texts),
         _number(row, names.weight, 1.0, "a number that is not negative"),
-        None if row.get(names.margin or "") is None else _number(row, names.margin, 0.0, "a number of 0 or more"),
+        None if _given(row, names.margin) is None else _number(row, names.margin, 0.0, "a number of 0 or more"),
         _label(row, names.label),
         _annotator(row, names.annotator),
     )
@@ -194,8 +194,19 @@ def _digest_of_prompt(texts: tuple[Example, Example]) -> bytes:
     return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).digest()
 
 
-def _number(row: Mapping[str, Any], name: str | None, default: float, expected: str) -> float:
+def _given(row: Mapping[str, Any], name: str | None) -> Any:
+    """Returns what a row has in a column, None for nothing; numbers that are written as text, as in CSV, as numbers."""
     value = None if name is None else row.get(name)
+    if isinstance(value, str):
+        try:
+            return float(value) if value.strip() else None
+        except ValueError:
+            return value
+    return value
+
+
+def _number(row: Mapping[str, Any], name: str | None, default: float, expected: str) -> float:
+    value = _given(row, name)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -204,7 +215,7 @@ def _number(row: Mapping[str, Any], name: str | None, default: float, expected: 
 
 
 def _label(row: Mapping[str, Any], name: str | None) -> float:
-    value = None if name is None else row.get(name)
+    value = _given(row, name)
     if value is None:
         return 1.0
     if isinstance(value, str) and value.lower() == "tie":

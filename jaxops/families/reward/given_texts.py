@@ -34,8 +34,9 @@ def read_given(config: PreferenceDataConfig, path: str) -> GivenTexts:
         return row, _example(config, where, row)
 
     found = parsed(path, "auto", None, parse)
+    names = dict.fromkeys(name for row, _ in found for name in row)  # a row of JSON lines may lack some
     try:
-        table = pa.Table.from_pylist([row for row, _ in found])
+        table = pa.table({name: [row.get(name) for row, _ in found] for name in names})
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         raise UserError(f"{path}: the rows are of different forms, so they make no table ({error})") from None
     taken = [name for name in WRITTEN if name in table.column_names]

@@ -17,8 +17,12 @@ TOKENS, OFFSETS = "reference.tokens", "reference.offsets"
 
 
 def stored_reference(texts: Texts, count: int) -> Mapping[str, np.ndarray]:
-    """Returns the arrays that a run folder keeps: up to `count` of the texts, spread evenly over all."""
-    chosen = np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(np.int64))
+    """Returns the arrays that a run folder keeps: up to `count` of the texts, drawn alike in all runs.
+
+    They are drawn and not taken in steps: in every other text of preferences the better one stands.
+    """
+    drawn = np.random.Generator(np.random.Philox(0)).permutation(len(texts))[:count]
+    chosen = np.sort(drawn)
     parts = [texts.of(int(text)) for text in chosen]
     return {TOKENS: np.concatenate(parts), OFFSETS: np.cumsum([0, *map(len, parts)], dtype=np.int64)}
 

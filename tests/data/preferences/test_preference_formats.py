@@ -124,6 +124,13 @@ def test_parquet_reads_as_json_lines_do(tmp_path):
     assert there.annotator == here.annotator == "ann"
 
 
+def test_a_table_of_text_holds_numbers_too(tmp_path):
+    (tmp_path / "votes.csv").write_text("prompt,chosen,rejected,weight,label\np,a,b,2.5,\np,a,c,,0.75\n")
+    path = str(tmp_path / "votes.csv")
+    found = read_pairs(PreferenceData(path=path), path)
+    assert [(pair.weight, pair.label) for pair in found] == [(2.5, 1.0), (1.0, 0.75)]
+
+
 def test_what_a_vote_says_beside_its_texts(tmp_path):
     rows = [
         {"prompt": "p", "chosen": "a", "rejected": "b", "weight": 3, "margin": 0.5, "label": 0.8, "annotator": "x"},

@@ -128,16 +128,22 @@ def test_a_score_is_that_of_the_decoder_by_hand(whole):
     assert (found["own"], found["tokens"], found["cut"]) == (7, len(ids), False)
 
 
+def test_the_reference_is_of_chosen_and_rejected_texts_alike(whole):
+    tokens = jx.load("runs/whole").saved.transform("reference.tokens")
+    better, worse = (int((tokens == ord(mark)).sum()) for mark in "y!")  # "say" has one too, in every text
+    assert 8 <= worse <= 24 and 8 <= better - 32 <= 24
+
+
 def test_predict_takes_all_forms_and_brings_columns_along(whole, tmp_path, capsys):
     asked, better, worse = "say 3: ", "a red yes", "x" * 99
-    rows = [{"prompt": asked, "completion": better, "k": 1}, {"prompt": asked, "completion": worse, "k": 2}]
+    rows = [{"prompt": asked, "completion": better, "k": 1}, {"prompt": asked, "completion": worse, "k": 2, "l": 3}]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["predict", "runs/whole", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "out.parquet")]) == 0
     capsys.readouterr()
     import pyarrow.parquet as pq
 
     out = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    assert [row["k"] for row in out] == [1, 2] and [row["cut"] for row in out] == [False, True]
+    assert [(row["k"], row["l"]) for row in out] == [(1, None), (2, 3)] and [row["cut"] for row in out] == [False, True]
     plain = jx.load("runs/whole").predict(pa.table({"text": [asked + better]})).to_pylist()
     assert plain[0]["score"] == pytest.approx(out[0]["score"], abs=1e-5)
 
