@@ -211,7 +211,9 @@ class RatedTexts:
             judged, agreement = self._judged(valid, held), of_ratings(held, DRAWN, self.config.judgements)
         source = lambda seed: RatedSource(train, ratings, self.config.labels, seed)
         inspection = _inspection(self.config, tokenizer, {"train": train, "valid": judged}, self.remarks + remarks)
-        inspection["train"] |= {"ratings": len(ratings.values), "digest": _digest_of_ratings(ratings)}
+        inspection["train"]["ratings"] = len(ratings.values)
+        judges = f"{inspection['digest']} {_digest_of_ratings(ratings)}"
+        inspection["digest"] = hashlib.sha256(judges.encode()).hexdigest()
         return Opened(source, train, judged, agreement, inspection)
 
     def _texts(self, rated: Sequence[Rated], tokenizer: Tokenizer, part: str) -> Texts:

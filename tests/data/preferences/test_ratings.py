@@ -99,6 +99,12 @@ def test_held_out_texts_are_never_in_training(tmp_path):
     assert set(data.words) == train
 
 
+def test_the_digest_tells_other_texts_and_other_ratings_apart(tmp_path):
+    digest = lambda rows: read_judgements(config_of(tmp_path, rows)).opened(ByteTokenizer()).inspection["digest"]
+    rated, named = ([*ROWS[:-1], ROWS[-1] | change] for change in ({"ratings": [9]}, {"text": "another"}))
+    assert len({digest(ROWS), digest(rated), digest(named)}) == 3 and digest(ROWS) == digest(list(ROWS))
+
+
 def test_a_text_that_is_alone_in_its_group_is_told(tmp_path):
     rows = [*ROWS[:6], {"text": "alone", "source": "song", "ratings": [1]}]
     remarks = read_judgements(config_of(tmp_path, rows)).remarks
