@@ -1,4 +1,4 @@
-"""A trained language model, read from its run folder: it scores texts and is exported."""
+"""A trained language model, read from its run folder: it scores texts, writes texts, and is exported."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,8 +18,9 @@ from jaxops.data.text.documents import tokenise
 from jaxops.data.text.formats import read_examples
 from jaxops.data.text.source import TextBatches, TextRows, whole
 from jaxops.data.text.spec import MixtureData, OneTextData
+from jaxops.families.language.generation import Chat, Generation
 from jaxops.families.language.opened import special_ids
-from jaxops.families.language.options import Export, Predict
+from jaxops.families.language.options import Export, Generate, Predict
 from jaxops.families.language.stored import stored_architecture, stored_tokenizer
 from jaxops.models.decoder.pretrained import save_pretrained
 from jaxops.objectives.language import scores_of_batch
@@ -37,6 +38,7 @@ class ServedLanguage:
         self.tokenizer = stored_tokenizer(saved)
         self.decoder = stored_architecture(saved).build(self.tokenizer.vocab)
         saved.expect(self.decoder.shapes, {})
+        self._generation = Generation(saved, self.decoder, self.tokenizer)
 
     def predict(
         self,
@@ -83,6 +85,37 @@ class ServedLanguage:
                 "cut": pa.array(np.diff(documents.offsets) - 1 > config.length),
             }
         )
+
+    def generate(
+        self,
+        prompts: Any,
+        options: Generate | None = None,
+        *,
+        say: Callable[[str], None] = lambda text: None,
+        **keywords: Any,
+    ) -> pa.Table:
+        """Samples completions: for each prompt and copy the text, its tokens, their logprob and what ended it.
+
+        `logprob` is the sum over the tokens under the model itself, at temperature 1.
+
+        Args:
+          prompts: a file, a table or a list, of texts (`prompt`) or conversations (`messages`).
+          options: the options of `jaxops sample`.
+          say: it is called with each line that a person should read.
+          keywords: the fields of `Generate`, in place of `options`.
+
+        Raises:
+          UserError: a prompt or an option does not fit.
+        """
+        return self._generation.table(prompts, options or Generate(**keywords), say)
+
+    def chat(self, options: Generate | None = None, **keywords: Any) -> Chat:
+        """Returns a conversation with the model.
+
+        Raises:
+          UserError: an option does not fit, or the run's chat template is broken.
+        """
+        return self._generation.chat(options or Generate(**keywords))
 
     def _scores(
         self, params: Params, batch: Mapping[str, Array]
