@@ -27,7 +27,6 @@ ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "NPROC": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
     "JAX_PLATFORMS": "cpu",
 }
 
@@ -60,6 +59,7 @@ def ours(folder: str, prompts: str, new: int) -> None:
     from jaxops.core.mesh import make_mesh
     from jaxops.core.weights import load_weights, targets_of, with_arrays
     from jaxops.models.decoder.pretrained import open_pretrained
+    from jaxops.models.decoder.unrolled import Unrolled
     from jaxops.rl.options import SampleOptions
     from jaxops.rl.sample import Sampler
     from jaxops.rl.sampled import Prompt
@@ -67,7 +67,7 @@ def ours(folder: str, prompts: str, new: int) -> None:
     found = open_pretrained(folder)
     decoder = found.architecture.build()
     params = with_arrays(decoder.shapes, load_weights(targets_of(decoder.shapes), [found.source])[0])
-    ids = np.load(prompts)
+    model, ids = Unrolled(decoder), np.load(prompts)
     options = SampleOptions(max_tokens=new, temperature=0)
     samplers: dict[int, Sampler] = {}
     placed: Any = None
@@ -76,7 +76,7 @@ def ours(folder: str, prompts: str, new: int) -> None:
         batch = int(line)
         if batch not in samplers:
             room = ids.shape[1] + new
-            samplers[batch] = Sampler(decoder, make_mesh(), slots=batch, room=room, reading=batch, options=options)
+            samplers[batch] = Sampler(model, make_mesh(), slots=batch, room=room, reading=batch, options=options)
             placed = samplers[batch].handoff(params) if placed is None else placed
         asked = [Prompt(row.tolist(), at) for at, row in enumerate(ids[:batch])]
         started = time.perf_counter()

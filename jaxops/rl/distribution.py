@@ -64,15 +64,16 @@ def draw(logits: Float[Array, "batch vocab"], options: SampleOptions, keys: Key[
       options: the distribution.
       keys: a key for each row.
     """
-    every = jax.nn.log_softmax(jnp.where(logits > PADDING, logits.astype(jnp.float32), -jnp.inf), axis=-1)
-    found = every if options.plain else log_distribution(logits, options)
+    logits = jnp.where(logits > PADDING, logits.astype(jnp.float32), -jnp.inf)
     if options.greedy:
-        token = jnp.argmax(found, axis=-1)
-    else:
-        # Noise of the usual kind has 23 bits, which never draws what is less probable than about 1e-7.
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32, mode="high"))(keys)
-        token = jnp.argmax(found + noise, axis=-1)
-    token = token.astype(jnp.int32)
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        plain = -jnp.log(jnp.sum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1))
+        return Drawn(token, jnp.zeros_like(plain), plain)
+    every = jax.nn.log_softmax(logits, axis=-1)
+    found = every if options.plain else log_distribution(logits, options)
+    # Noise of the usual kind has 23 bits, which never draws what is less probable than about 1e-7.
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32, mode="high"))(keys)
+    token = jnp.argmax(found + noise, axis=-1).astype(jnp.int32)
     plain = _of(every, token)
     return Drawn(token, plain if options.plain else _of(found, token), plain)
 

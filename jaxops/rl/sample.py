@@ -38,7 +38,7 @@ class Sampler:
     """Samples completions of prompts; each of its programs is compiled once, at first use.
 
     Args:
-      model: any model with `prefill`, `decode` and `empty_cache`.
+      model: any model with `prefill`, `decode` and `empty_cache`; a decoder is fastest as `Unrolled(decoder)`.
       mesh: the mesh of the parameters and the cache.
       slots: number of texts that are decoded at a time; rounded up to what the batch axes of the mesh divide.
       room: largest number of tokens of prompt and completion together.
@@ -86,6 +86,7 @@ class Sampler:
         self._reading = rows_divided(mesh, reading or -(-self.slots // 4))
         self._eos = tuple(ends if ends is not None else () if tokenizer is None else tokenizer.stops)
         more, self._stops = special_stops(tokenizer, options.stop) if tokenizer is not None else ((), ())
+        self._prepare: Callable[[Params], Params] = getattr(model, "prepare", lambda params: params)
         self._rules = list(getattr(model, "rules", ()) if rules is None else rules)
         if rules is None:  # weights stay where they are used: no token waits for them to be gathered
             self._rules = [(pattern, tuple(_without_fsdp(axes) for axes in each)) for pattern, each in self._rules]
@@ -102,10 +103,11 @@ class Sampler:
         )
 
     def handoff(self, params: Params) -> Params:
-        """Casts parameters, wherever they lie, to the sampler's dtype and places them as sampling wants them.
+        """Casts parameters, wherever they lie, to the sampler's dtype and gives them form and place for sampling.
 
         A leaf that is there already is not copied, so parameters that are donated afterwards must be handed off again.
         """
+        params = self._prepare(params)
         if self._rules:
             lies = parameter_shardings(params, self._rules, self.mesh)
         else:

@@ -24,12 +24,16 @@ from jaxops.rl.options import SampleOptions
 
 Cache = Any
 """A tree of arrays."""
+CACHE_AXES = (None, "batch", None, "heads")
+"""Logical names of the first dimensions of a cache whose model says nothing: [layers, batch, room, heads, width]."""
 
 
 class Generating(Protocol):
-    """A model that can be sampled from. The leaves of its cache are [layers, batch, ...].
+    """A model that can be sampled from. The leaves of its cache are [anything, batch, ...].
 
-    Padding rows of the vocabulary, if there are any, have logits of -1e9.
+    Padding rows of the vocabulary, if there are any, have logits of -1e9. A model may have more: `rules` shard its
+    parameters, `cache_axes` are logical names of the first dimensions of its cache, and `prepare(params)` returns the
+    parameters in the form that sampling reads.
     """
 
     def empty_cache(self, batch: int, room: int, dtype: Any) -> Cache:
@@ -140,8 +144,8 @@ class Programs:
         self._options, self._ends, self._logical = options, ends, logical
         with self._on_mesh():
             cache = jax.eval_shape(lambda: model.empty_cache(slots, room, dtype))
-            # The names are those of [layers, batch, room, heads, width]; a leaf may have fewer dimensions or more.
-            names = lambda x: [None, "batch", None, "heads", *[None] * x.ndim][: x.ndim]
+            named = getattr(model, "cache_axes", CACHE_AXES)
+            names = lambda x: [*named, *[None] * x.ndim][: x.ndim]
             specs = jax.tree.map(lambda x: logical_spec(x.shape, names(x), mesh), cache)
             row = logical_spec((slots,), ["batch"], mesh)
         lies: Any = Slots(specs, *[row] * 6)  # type: ignore[arg-type]

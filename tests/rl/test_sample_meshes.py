@@ -3,11 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from hlo_text import operations
 from sampling import VOCAB, full, prompts, tiny
 
 from jaxops.core.mesh import make_mesh
 from jaxops.core.random import sampling_keys
 from jaxops.core.sharding import named_leaves
+from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.rl.options import SampleOptions
 from jaxops.rl.sample import Sampler
 
@@ -20,9 +22,9 @@ LAYOUTS = {
 }
 
 
-def sampled(layout, slots=8):
+def sampled(layout, slots=8, form=lambda decoder: decoder):
     decoder, params = tiny()
-    sampler = Sampler(decoder, make_mesh(**LAYOUTS[layout]), slots=slots, room=32, segment=4, options=OPTIONS)
+    sampler = Sampler(form(decoder), make_mesh(**LAYOUTS[layout]), slots=slots, room=32, segment=4, options=OPTIONS)
     handed = sampler.handoff(params)
     return handed, sampler(handed, prompts(9, longest=14), seed=6)
 
@@ -53,9 +55,18 @@ def test_the_token_is_the_argmax_of_logprob_and_noise_of_seed_name_and_position(
         np.testing.assert_array_equal(one.completion(row)[sure], best[sure])
 
 
-@pytest.mark.parametrize(("layout", "slots"), [("data 8", 8), ("2 x 2 x 2", 8), ("one", 3)])
-def test_other_meshes_and_shapes_sample_the_same_until_a_near_tie(one, layout, slots):
-    handed, found = sampled(layout, slots)
+@pytest.mark.parametrize(
+    ("layout", "slots", "form"),
+    [
+        ("data 8", 8, Unrolled),
+        ("2 x 2 x 2", 8, Unrolled),
+        ("2 x 2 x 2", 8, lambda decoder: decoder),
+        ("one", 3, Unrolled),
+    ],
+    ids=["data 8", "2 x 2 x 2", "2 x 2 x 2 stacked", "three slots"],
+)
+def test_other_meshes_and_shapes_sample_the_same_until_a_near_tie(one, layout, slots, form):
+    handed, found = sampled(layout, slots, form)
     same = 0
     for row, prompt in enumerate(prompts(9, longest=14)):
         ours, theirs = one.completion(row), found.completion(row)
@@ -71,3 +82,15 @@ def test_other_meshes_and_shapes_sample_the_same_until_a_near_tie(one, layout, s
         assert "fsdp" not in axes, path
         if layout == "2 x 2 x 2" and path.endswith("kernel"):
             assert "tensor" in axes, path
+
+
+def test_decoding_moves_neither_weights_nor_caches_between_devices():
+    decoder, params = tiny()
+    sampler = Sampler(Unrolled(decoder), make_mesh(data=8), slots=8, room=64, segment=4, options=OPTIONS)
+    programs = sampler._programs
+    with programs._on_mesh():
+        given = sampler.handoff(params), programs._empty(), np.zeros(8, bool)
+        text = programs._decode.lower(*given).compile().as_text()
+    kinds = {"all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"}
+    moved = [op.largest for op in operations(text) if op.kind.removesuffix("-start") in kinds]
+    assert moved and max(moved) <= 8 * 4  # what was sampled in a segment

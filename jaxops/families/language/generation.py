@@ -13,6 +13,7 @@ from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.families.language.options import Generate
 from jaxops.families.language.prompts import PromptWriter, prompt_rows, with_columns
 from jaxops.models.decoder.decoder import Decoder
+from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.rl.options import SampleOptions
 from jaxops.rl.sample import Sampler
 from jaxops.rl.sampled import Prompt, copies
@@ -84,7 +85,7 @@ class Generation:
         config = self._saved.config
         if key not in self._samplers:
             self._samplers[key] = Sampler(
-                self._decoder,
+                Unrolled(self._decoder),
                 self._saved.mesh,
                 slots=options.slots,
                 room=room,
