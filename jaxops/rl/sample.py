@@ -23,6 +23,7 @@ from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.interrupt import Interrupted
 from jaxops.core.sharding import Axes, Rule, parameter_shardings
 from jaxops.core.state import Params
+from jaxops.core.turn import Program
 from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.rl.options import SampleOptions
 from jaxops.rl.sampled import Growing, Prompt, Sampled
@@ -115,6 +116,20 @@ class Sampler:
         # One leaf after another: a second copy of the whole model never exists.
         return jax.tree.map(lambda x, where: jax.device_put(_cast(x, self._dtype), where), params, lies)
 
+    def programs(self, params: Params, prompts: int, length: int) -> list[Program]:
+        """Returns the compiled programs of a call, for FLOPs and warm-up: as if no completion ended early.
+
+        Args:
+          params: the parameters, from `handoff`, or abstract arrays like them.
+          prompts: number of prompts.
+          length: number of tokens of the longest.
+        """
+        return self._programs.programs(params, self._reading, self.bucket(length), prompts)
+
+    def bucket(self, tokens: int) -> int:
+        """Returns the length that prompts of so many tokens are padded to, whatever stands beside them."""
+        return min(max(SHORTEST_BUCKET, 1 << (tokens - 1).bit_length()), self.room)
+
     def __call__(
         self,
         params: Params,
@@ -136,12 +151,15 @@ class Sampler:
           watch: gets the text of completions as they grow; needs the tokenizer.
 
         Raises:
-          UserError: a prompt is empty, has an unknown token, or leaves no room for a token.
+          UserError: a prompt is empty, has an unknown token, or leaves no room for a token; a number of the noise is
+            none of 32 bits.
           Interrupted: `poll` returned true.
           RunFailed: the model's logits are not finite.
         """
         if watch is not None and self.tokenizer is None:
             raise UserError("sampling: watching texts needs the tokenizer")
+        if not 0 <= seed < 2**32 or not 0 <= step < 2**31:
+            raise UserError(f"sampling: seed {seed} and step {step} must be whole numbers of 32 bits")
         limits = [self._limit(number, prompt) for number, prompt in enumerate(prompts)]
         if len({prompt.name for prompt in prompts}) < len(prompts):
             raise ValueError("sampling: two prompts have one name, and would get the same noise; number their copies")
@@ -155,6 +173,8 @@ class Sampler:
         largest = self.tokenizer.vocab if self.tokenizer is not None else 2**31
         if not 0 <= min(prompt.ids) <= max(prompt.ids) < largest:
             raise UserError(f"prompt {number}: it has token ids that the model does not know")
+        if not all(0 <= part < 2**32 for part in prompt.name):
+            raise UserError(f"prompt {number}: example, copy, redraw and turn must be whole numbers of 32 bits")
         if length >= self.room:
             raise UserError(
                 f"prompt {number}: its {length:,} tokens leave no room for an answer among {self.room:,} tokens"
@@ -233,17 +253,13 @@ class _Run:
         for slot in free[: len(self._queue)]:
             row = self._queue.popleft()
             self._row_of[slot] = row
-            waiting.setdefault(self._bucket(len(self._prompts[row].ids)), []).append((slot, row))
+            waiting.setdefault(self._sampler.bucket(len(self._prompts[row].ids)), []).append((slot, row))
         for length, pairs in waiting.items():
             while pairs:
                 filling, pairs = self._filling(length, pairs)
                 slots, got = self._programs.fill(self._params, slots, filling)
                 self._take(jax.device_get(got), watch)
         return slots
-
-    def _bucket(self, tokens: int) -> int:
-        """Returns the length that prompts of so many tokens are padded to, whatever stands beside them."""
-        return min(max(SHORTEST_BUCKET, 1 << (tokens - 1).bit_length()), self._sampler.room)
 
     def _filling(self, length: int, pairs: list[tuple[int, int]]) -> tuple[Filling, list[tuple[int, int]]]:
         """Returns as many prompts as are read at a time, equal ones once, and the (slot, row) that are left."""

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxops.core.mesh import batch_axes, serialise_dispatch
 from jaxops.core.random import sampling_keys
 from jaxops.core.sharding import Axes, logical_axes, logical_spec
+from jaxops.core.turn import Program
 from jaxops.rl.distribution import Drawn, draw
 from jaxops.rl.options import SampleOptions
 
@@ -156,9 +157,10 @@ class Programs:
             cache = model.empty_cache(slots, room, dtype)
             return Slots(cache, zero(), zero(), zero(), zero(), jnp.ones(slots, bool), keys)
 
-        self._empty = jax.jit(self._auto(empty, lies))
-        self._fill = jax.jit(self._auto(self._filled, (lies, P())), donate_argnums=1)
-        self._decode = jax.jit(self._auto(self._decoded, (lies, P())), donate_argnums=1)
+        self._slots = slots
+        self._empty = jax.jit(self._named("sample_empty", empty, lies))
+        self._fill = jax.jit(self._named("sample_fill", self._filled, (lies, P())), donate_argnums=1)
+        self._decode = jax.jit(self._named("sample_decode", self._decoded, (lies, P())), donate_argnums=1)
 
     def empty(self) -> Slots:
         """Returns slots without texts."""
@@ -180,6 +182,26 @@ class Programs:
         found: tuple[Slots, Sampling] = self._called(self._decode, params, slots, halt)
         return found
 
+    def programs(self, params: Any, reading: int, length: int, prompts: int) -> list[Program]:
+        """Returns the programs that sample for so many prompts if every completion is as long as it may be.
+
+        Args:
+          params: the parameters, abstract or not.
+          reading: number of prompts that are read at a time.
+          length: number of tokens that prompts are padded to.
+          prompts: number of prompts.
+        """
+        with self._on_mesh():
+            slots = jax.eval_shape(self._empty)
+        row, rows = np.zeros(self._slots, np.int32), np.ones(reading, np.int32)
+        names = np.zeros((self._slots, 4), np.uint32)
+        filling = Filling(np.zeros((reading, length), np.int32), rows, row, row, names, np.uint32(0), np.int32(0))
+        rounds = -(-prompts // self._slots) * self._options.max_tokens
+        return [
+            Program("sample_fill", self._fill, (params, slots, filling), -(-prompts // reading)),
+            Program("sample_decode", self._decode, (params, slots, np.zeros(self._slots, bool)), rounds),
+        ]
+
     def _called(self, program: Callable[..., Any], *given: Any) -> Any:
         with self._on_mesh():
             found = program(*given)
@@ -190,8 +212,20 @@ class Programs:
         with jax.set_mesh(self._mesh), logical_axes(self._logical):
             yield
 
-    def _auto(self, function: Callable[..., Any], out: Any) -> Callable[..., Any]:
-        return jax.sharding.auto_axes(function, out_sharding=out)
+    def _named(self, name: str, function: Callable[..., Any], out: Any) -> Callable[..., Any]:
+        """Returns the function as it is compiled: of this name, seeing whole arrays, with the logical axes."""
+
+        def whole(*given: Any) -> Any:
+            with logical_axes(self._logical):
+                return function(*given)
+
+        run = jax.sharding.auto_axes(whole, out_sharding=out)
+
+        def named(*given: Any) -> Any:
+            return run(*given)
+
+        named.__name__ = name
+        return named
 
     def _filled(self, params: Any, slots: Slots, given: Any) -> tuple[Slots, Sampling]:
         part, logits = self._model.prefill(params, given.tokens, given.lengths, self._room)

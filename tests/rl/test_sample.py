@@ -11,8 +11,10 @@ from sampling import full, prompts, tiny
 
 from jaxops.core.compiles import Compiles
 from jaxops.core.failures import RunFailed, UserError
+from jaxops.core.flops import count_flops
 from jaxops.core.interrupt import Interrupted
 from jaxops.core.mesh import make_mesh
+from jaxops.core.sharding import named_leaves
 from jaxops.data.text.byte_tokenizer import ByteTokenizer
 from jaxops.rl.options import SampleOptions
 from jaxops.rl.sample import Sampler
@@ -164,6 +166,19 @@ def test_nothing_is_compiled_after_the_first_call_of_each_bucket(plain, answers)
     assert not compiles.count
 
 
+def test_programs_are_named_and_count_the_products_of_every_token(plain):
+    sampler, params = plain
+    with jax.set_mesh(sampler.mesh):
+        fill, decode = sampler.programs(params, prompts=9, length=20)
+        flops = [count_flops(one.fn, *one.args).total for one in (fill, decode)]
+    assert (fill.name, decode.name) == ("sample_fill", "sample_decode") == (fill.fn.__name__, decode.fn.__name__)
+    assert (fill.times, decode.times) == (9, 3 * 12)
+    layers = sum(x.size for path, x in named_leaves(params) if path.startswith("layers") and path.endswith("kernel"))
+    attention = 2 * 2 * 2 * 32  # layers, products of queries and of probabilities, multiply and add, width of heads
+    assert flops[0] == 2 * layers * 32 + attention * 32 * 32 + 2 * 128 * 32
+    assert flops[1] == 4 * (2 * layers + attention * 64 + 2 * 128 * 32)
+
+
 def test_a_long_queue_keeps_the_slots_busy():
     options = SampleOptions(max_tokens=40)
     sampler = Sampler(Bigrams(), make_mesh(**ONE), slots=4, room=128, segment=4, options=options, ends=(0,))
@@ -184,6 +199,10 @@ def test_the_room_bounds_prompt_and_completion(plain):
     np.testing.assert_allclose(found.logprobs[0, : len(expected)], expected, atol=1e-5)
     with pytest.raises(UserError, match="prompt 1: its 64 tokens leave no room for an answer among 64 tokens"):
         sampler(params, [Prompt([5], 0), Prompt([5] * 64, 1)], seed=0)
+    with pytest.raises(UserError, match="seed -1 and step 0 must be whole numbers"):
+        sampler(params, [Prompt([5], 0)], seed=-1)
+    with pytest.raises(UserError, match="prompt 0: example, copy, redraw and turn must be whole numbers"):
+        sampler(params, [Prompt([5], -3)], seed=0)
     with pytest.raises(UserError, match="prompt 0: it has no token"):
         sampler(params, [Prompt([], 0)], seed=0)
 
