@@ -86,6 +86,32 @@ def read_examples(config: OneTextData, path: str | Sequence[str]) -> list[Exampl
     return found
 
 
+def read_rows(path: str | Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Reads all columns of the rows of files, each with its place for messages.
+
+    Raises:
+      UserError: no file, or a file that is not of its format.
+    """
+    return [row for file in expand_paths(path) for row in _rows(file, dict.fromkeys(columns(file), True))]
+
+
+def checked_messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
+    """Returns the messages of a column.
+
+    Args:
+      value: the value of the column.
+      name: its name.
+      where: the place of the row, for messages.
+
+    Raises:
+      UserError: it is no list of messages.
+    """
+    try:
+        return _messages(value, name)
+    except _Wrong as error:
+        raise UserError(f"{where}: {error}") from None
+
+
 def _wanted(config: OneTextData) -> dict[str, bool]:
     """Returns the columns that are read, and whether each must be there."""
     match config:

@@ -1,4 +1,4 @@
-"""A trained language model, read from its run folder: it scores texts and is exported."""
+"""A trained language model, read from its run folder: it scores texts, writes texts, and is exported."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,8 +18,9 @@ from jaxops.data.text.documents import tokenise
 from jaxops.data.text.formats import read_examples
 from jaxops.data.text.source import TextBatches, TextRows, whole
 from jaxops.data.text.spec import MixtureData, OneTextData
+from jaxops.families.language.generation import Chat, Generation
 from jaxops.families.language.opened import on, special_ids, with_adapters
-from jaxops.families.language.options import Export, Predict
+from jaxops.families.language.options import Export, Generate, Predict
 from jaxops.families.language.stored import stored_architecture, stored_tokenizer
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.decoder.pretrained import save_pretrained
@@ -40,6 +41,7 @@ class ServedLanguage:
         self.decoder = build_decoder(stored_architecture(saved), self.tokenizer.vocab)
         self.model = with_adapters(self.decoder, saved.config)
         saved.expect(self.model.shapes, {})
+        self._generation = Generation(saved, self.decoder, self.tokenizer, lambda: self.params)
 
     @property
     def params(self) -> Params:
@@ -92,6 +94,37 @@ class ServedLanguage:
                 "cut": pa.array(np.diff(documents.offsets) - 1 > config.length),
             }
         )
+
+    def generate(
+        self,
+        prompts: Any,
+        options: Generate | None = None,
+        *,
+        say: Callable[[str], None] = lambda text: None,
+        **keywords: Any,
+    ) -> pa.Table:
+        """Samples completions: for each prompt and copy the text, its tokens, their logprob and what ended it.
+
+        `logprob` is the sum over the tokens under the model itself, at temperature 1.
+
+        Args:
+          prompts: a file, a table or a list, of texts (`prompt`) or conversations (`messages`).
+          options: the options of `jaxops sample`.
+          say: it is called with each line that a person should read.
+          keywords: the fields of `Generate`, in place of `options`.
+
+        Raises:
+          UserError: a prompt or an option does not fit.
+        """
+        return self._generation.table(prompts, options or Generate(**keywords), say)
+
+    def chat(self, options: Generate | None = None, **keywords: Any) -> Chat:
+        """Returns a conversation with the model.
+
+        Raises:
+          UserError: an option does not fit, or the run's chat template is broken.
+        """
+        return self._generation.chat(options or Generate(**keywords))
 
     def _scores(
         self, params: Params, batch: Mapping[str, Array]
