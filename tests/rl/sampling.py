@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxops.core.sharding import map_named
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.decoder import Decoder
 from jaxops.objectives.token_logprobs import token_logprobs
@@ -16,10 +17,10 @@ VOCAB = 60
 
 @functools.cache
 def tiny(vocab=VOCAB, seed=0):
-    """(decoder, parameters) whose most probable token has a probability of about a half."""
+    """(decoder, parameters) whose distributions are far from flat and depend on the whole text."""
     decoder = Decoder(Architecture(vocab=vocab, dim=32, layers=2, heads=4, kv_heads=2, hidden=64, length=128))
-    params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, decoder.init(jax.random.key(seed)))
-    return decoder, params
+    larger = lambda path, x: x * (12 if x.ndim > 1 and not path.endswith("scale") else 1)
+    return decoder, map_named(larger, decoder.init(jax.random.key(seed)))
 
 
 def prompts(count, shortest=1, longest=30, vocab=VOCAB, seed=0):

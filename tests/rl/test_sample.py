@@ -72,12 +72,30 @@ def test_end_tokens_are_in_the_mask_and_end_the_text(answers):
         assert not answers.tokens[row, len(text) :].any() and not answers.logprobs[row, len(text) :].any()
 
 
+def test_the_model_of_these_tests_is_far_from_flat_and_reads_the_whole_text(answers):
+    probs = np.exp(answers.plain[answers.mask])
+    assert probs.max() > 0.5 and np.median(probs) > 3 / 60
+    prompt = prompts(1, shortest=20)[0]
+    other = dataclasses.replace(prompt, ids=[(prompt.ids[0] + 1) % 60, *prompt.ids[1:]])
+    a, b = (full(tiny()[1], one, answers.completion(0))[0] for one in (prompt, other))
+    assert np.abs(a - b).max() > 1e-2
+
+
 def test_logprobs_are_those_of_the_training_loss_on_the_same_text(answers):
     for row, prompt in enumerate(prompts(11)):
         expected, _ = full(tiny()[1], prompt, answers.completion(row))
         size = answers.lengths[row]
         np.testing.assert_allclose(answers.logprobs[row, :size], expected, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(answers.plain, answers.logprobs)
+
+
+def test_bfloat16_stays_near_float32(answers):
+    sampler, params = sampler_of(dtype=jnp.bfloat16)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
+    found = sampler(params, prompts(11), seed=3)
+    first = found.tokens[:, 0] == answers.tokens[:, 0]
+    assert first.mean() > 0.7
+    np.testing.assert_allclose(found.plain[first, 0], answers.plain[first, 0], atol=0.3)
 
 
 def test_without_temperature_every_token_is_the_argmax_of_the_full_forward():

@@ -1,9 +1,12 @@
 """Text as it streams out of tokens, and stops over the borders of tokens."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
 from jaxops.data.text.byte_tokenizer import ByteTokenizer
+from jaxops.data.text.open_tokenizer import open_tokenizer
 from jaxops.rl.stops import StopScan, TextStream, special_stops
 
 BYTES = ByteTokenizer()
@@ -42,6 +45,16 @@ def test_a_blank_at_the_beginning_of_what_is_decoded_again_is_kept():
     ids = [7] * 100 + [4, 5, 0]
     stream = TextStream(vocabulary)
     assert "".join(stream.push(one) for one in ids) + stream.finish() == "x" + " x" * 99 + "€! stop"
+
+
+def test_a_tokenizer_json_streams_what_it_decodes():
+    tiny = open_tokenizer(str(pathlib.Path(__file__).parents[1] / "fixtures" / "text" / "tiny"))
+    text = "The grün  €uro 🙂 is\n\there, isn't it? " * 6
+    ids = tiny.encode(text)
+    stream = TextStream(tiny)
+    parts = [stream.push(one) for one in ids]
+    assert "".join(parts) + stream.finish() == tiny.decode(ids, skip_special=True)
+    assert "".join(parts).strip() and not any("\ufffd" in part for part in parts)
 
 
 def scanned(tokenizer, stops, ids):
