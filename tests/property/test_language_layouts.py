@@ -5,17 +5,27 @@ Dropout is on; masks are ragged, a microbatch has no trained token, and the last
 
 import numpy as np
 import pytest
-from toy_language import Pairs, Texts, ToyLanguage, ToyReward, language_task
+from toy_language import Pairs, Texts, ToyHeads, ToyLanguage, ToyReward, language_task
 
 from jaxops.objectives.direct_preference import Dpo, Ipo
+from jaxops.objectives.ensemble import each_head
 from jaxops.objectives.language import NextTokenConfig
 from jaxops.objectives.preference import BestOfK, BradleyTerry
 from jaxops.testing import LAYOUTS, compare_layouts
+
+
+class Ensemble(BradleyTerry):
+    """Bradley-Terry on each of several heads."""
+
+    def build(self, model):
+        return each_head(model, super().build)
+
 
 SHIPPED = {
     "next_token": NextTokenConfig(chunk=8),
     "next_token_with_terms": NextTokenConfig(chunk=8, z_loss=1e-2, label_smoothing=0.1),
     "bradley_terry": BradleyTerry(center=0.01, tie=0.5, label_smoothing=0.05),
+    "ensemble": Ensemble(center=0.01),
     "best_of_k": BestOfK(center=0.01),
     "dpo": Dpo(label_smoothing=0.1, chunk=8),
     "ipo": Ipo(chunk=8),
@@ -26,7 +36,7 @@ ONE, DATA, FSDP, CUBE, SLICES = LAYOUTS
 
 def agree(name, layouts, accumulations, model=None):
     source = None if name.startswith("next_token") else Pairs(k=4 if name == "best_of_k" else 2)
-    model = model or (ToyReward() if name in REWARDS else ToyLanguage())
+    model = model or (ToyReward() if name in REWARDS else ToyHeads(ensemble=3) if name == "ensemble" else ToyLanguage())
     found = compare_layouts(language_task(SHIPPED[name].build, model, source), layouts, accumulations)
     for case in found:
         assert 0 < case.gradient <= 1e-6 or case.layout == ONE, case

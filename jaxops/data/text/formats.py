@@ -8,18 +8,20 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxops.core.failures import UserError, nearest
 from jaxops.data.files import DataFile, expand_paths
 from jaxops.data.formats import batches, columns
 from jaxops.data.sources import local
+from jaxops.data.spec import Format
 from jaxops.data.text.spec import ChatData, CompletionData, OneTextData, TextData
 from jaxops.data.text.template import BEGIN, END, Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 BLOCK = 1 << 22
 """Bytes of JSON lines that are read at once."""
+Parsed = TypeVar("Parsed")
 SHOWN = 8
 """How many wrong rows a message lists."""
 
@@ -53,7 +55,7 @@ class Example:
         return hashlib.blake2b(written.encode(), digest_size=16).digest()
 
 
-class _Wrong(Exception):
+class WrongRow(Exception):
     """What is wrong with a row."""
 
 
@@ -64,15 +66,35 @@ def read_examples(config: OneTextData, path: str | Sequence[str]) -> list[Exampl
       UserError: no file, a file that is not of its format, rows that are wrong (the first ones, with their lines), or
         no row at all.
     """
-    parse = _parser(config)
-    found: list[Example] = []
+    return parsed(path, config.format, _wanted(config), _parser(config))
+
+
+def parsed(
+    path: str | Sequence[str],
+    format: Format,
+    wanted: Mapping[str, bool] | None,
+    parse: Callable[[str, dict[str, Any]], Parsed],
+) -> list[Parsed]:
+    """Reads all rows of the files at `path`, in order, each made something of by `parse(where, row)`.
+
+    Args:
+      path: files, globs, folders or named sources.
+      format: the format of the files.
+      wanted: the columns that are read, and whether each must be there; None reads all.
+      parse: raises `WrongRow` for a row that is wrong.
+
+    Raises:
+      UserError: no file, a file that is not of its format, rows that are wrong (the first ones, with their lines), or
+        no row at all.
+    """
+    found: list[Parsed] = []
     wrong: list[str] = []
     count = 0
-    for file in expand_paths([local(one) for one in ([path] if isinstance(path, str) else path)], config.format):
-        for where, row in _rows(file, _wanted(config)):
+    for file in expand_paths([local(one) for one in ([path] if isinstance(path, str) else path)], format):
+        for where, row in rows_of(file, wanted):
             try:
                 found.append(parse(where, row))
-            except _Wrong as error:
+            except WrongRow as error:
                 count += 1
                 if count <= SHOWN:
                     wrong.append(f"{where}: {error}")
@@ -92,7 +114,7 @@ def read_rows(path: str | Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     Raises:
       UserError: no file, or a file that is not of its format.
     """
-    return [row for file in expand_paths(path) for row in _rows(file, dict.fromkeys(columns(file), True))]
+    return [row for file in expand_paths(path) for row in rows_of(file, None)]
 
 
 def checked_messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
@@ -107,8 +129,8 @@ def checked_messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
       UserError: it is no list of messages.
     """
     try:
-        return _messages(value, name)
-    except _Wrong as error:
+        return messages_in(value, name)
+    except WrongRow as error:
         raise UserError(f"{where}: {error}") from None
 
 
@@ -127,12 +149,19 @@ def _wanted(config: OneTextData) -> dict[str, bool]:
     return wanted
 
 
-def _rows(file: DataFile, wanted: Mapping[str, bool]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each row with its place."""
+def rows_of(file: DataFile, wanted: Mapping[str, bool] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each row with its place; `wanted` says of the columns that are read whether each must be there.
+
+    None reads all columns.
+
+    Raises:
+      UserError: the file is not of its format, or lacks a column.
+    """
     if file.format == "jsonl":
         yield from _lines(file)
         return
     there = columns(file)
+    wanted = dict.fromkeys(there, True) if wanted is None else wanted
     for name in (name for name, needed in wanted.items() if needed and name not in there):
         raise UserError(f"{file.name}: {_no_column(name, there)}")
     number = 0
@@ -173,14 +202,14 @@ def _object(line: bytes, where: str, first: bool) -> dict[str, Any]:
         raise UserError(f"{where}: not JSON ({error}): {line[:60].decode('utf-8', 'replace')!r}{hint}") from None
     if not isinstance(value, dict):
         hint = "; a JSON array is not JSON lines: write one object a line" if isinstance(value, list) else ""
-        raise UserError(f"{where}: expected a JSON object a line, got {_shown(value)}{hint}")
+        raise UserError(f"{where}: expected a JSON object a line, got {shown(value)}{hint}")
     return value
 
 
 def _parser(config: OneTextData) -> Callable[[str, dict[str, Any]], Example]:
     match config:
         case TextData():
-            return lambda where, row: Example(where, text=_text(row, config.columns.text))
+            return lambda where, row: Example(where, text=text_in(row, config.columns.text))
         case ChatData():
             return lambda where, row: _chat(config, where, row)
         case CompletionData():
@@ -188,35 +217,36 @@ def _parser(config: OneTextData) -> Callable[[str, dict[str, Any]], Example]:
 
 
 def _chat(config: ChatData, where: str, row: dict[str, Any]) -> Example:
-    messages = _messages(_value(row, config.columns.messages), config.columns.messages)
+    messages = messages_in(value_in(row, config.columns.messages), config.columns.messages)
     if config.loss_on == "assistant" and not any(message["role"] == "assistant" for message in messages):
-        raise _Wrong("the conversation has no assistant turn, so there is nothing to learn from")
+        raise WrongRow("the conversation has no assistant turn, so there is nothing to learn from")
     return Example(where, messages=messages, tools=_tools(row, config.columns.tools), arguments=_arguments(row))
 
 
 def _completion(config: CompletionData, where: str, row: dict[str, Any]) -> Example:
     names = config.columns
-    prompt, completion = _value(row, names.prompt), _value(row, names.completion)
+    prompt, completion = value_in(row, names.prompt), value_in(row, names.completion)
     if isinstance(prompt, str) != isinstance(completion, str):
-        raise _Wrong(
-            f"{names.prompt!r} is {_sort(prompt)} and {names.completion!r} {_sort(completion)}; "
+        raise WrongRow(
+            f"{names.prompt!r} is {sort_of(prompt)} and {names.completion!r} {sort_of(completion)}; "
             "both are text, or both lists of messages"
         )
     if isinstance(prompt, str):
-        asked, said = _text(row, names.prompt, empty=True), _text(row, names.completion)
+        asked, said = text_in(row, names.prompt, empty=True), text_in(row, names.completion)
         return Example(where, text=asked + said, prompt=len(asked))
-    before, after = _messages(prompt, names.prompt), _messages(completion, names.completion)
+    before, after = messages_in(prompt, names.prompt), messages_in(completion, names.completion)
     if not any(message["role"] == "assistant" for message in after):
-        raise _Wrong(f"{names.completion!r} has no assistant turn, so there is nothing to learn from")
+        raise WrongRow(f"{names.completion!r} has no assistant turn, so there is nothing to learn from")
     tools = _tools(row, names.tools)
     return Example(where, messages=before + after, asked=len(before), tools=tools, arguments=_arguments(row))
 
 
-def _value(row: Mapping[str, Any], name: str) -> Any:
+def value_in(row: Mapping[str, Any], name: str) -> Any:
+    """Returns what a row has in a column; raises `WrongRow` where that is nothing."""
     if name not in row:
-        raise _Wrong(_no_column(name, list(row)))
+        raise WrongRow(_no_column(name, list(row)))
     if row[name] is None:
-        raise _Wrong(f"column {name!r} is null")
+        raise WrongRow(f"column {name!r} is null")
     return row[name]
 
 
@@ -225,91 +255,95 @@ def _no_column(name: str, there: Sequence[str]) -> str:
     return f"no column {name!r}{nearest(name, there)} (there are: {known}); name it with `columns:`"
 
 
-def _text(row: Mapping[str, Any], name: str, empty: bool = False) -> str:
-    value = _value(row, name)
+def text_in(row: Mapping[str, Any], name: str, empty: bool = False) -> str:
+    """Returns the text that a row has in a column; raises `WrongRow` where that is none, or blank (unless `empty`)."""
+    value = value_in(row, name)
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError:
-            raise _Wrong(f"column {name!r} is {value[:40]!r}, which is no UTF-8 text") from None
+            raise WrongRow(f"column {name!r} is {value[:40]!r}, which is no UTF-8 text") from None
     if not isinstance(value, str):
-        raise _Wrong(f"column {name!r} is {_sort(value)} ({_shown(value)}), expected text")
+        raise WrongRow(f"column {name!r} is {sort_of(value)} ({shown(value)}), expected text")
     if not value.strip() and not (empty and not value):
-        raise _Wrong(f"column {name!r} is empty" if not value else f"column {name!r} holds blanks alone")
-    return _checked(value, f"column {name!r}")
+        raise WrongRow(f"column {name!r} is empty" if not value else f"column {name!r} holds blanks alone")
+    return checked_text(value, f"column {name!r}")
 
 
 _NEVER = re.compile(f"[\0{BEGIN}{END}\ud800-\udfff]")
 
 
-def _checked(text: str, what: str) -> str:
+def checked_text(text: str, what: str) -> str:
     """Returns the text if every tokenizer can take it."""
     found = _NEVER.search(text)
     if found:
         names = {"\0": "NUL (U+0000)", BEGIN: "the noncharacter U+FDD0", END: "the noncharacter U+FDD1"}
         called = names.get(found[0], f"{found[0]!a}, half of a character")
-        raise _Wrong(f"{what} holds {called} after {found.start()} characters, which is no text")
+        raise WrongRow(f"{what} holds {called} after {found.start()} characters, which is no text")
     return text
 
 
-def _messages(value: Any, name: str) -> tuple[Message, ...]:
+def messages_in(value: Any, name: str) -> tuple[Message, ...]:
+    """Returns a list of messages; raises `WrongRow` where it is none. `name` is that of the column."""
     if not isinstance(value, list):
-        raise _Wrong(f"column {name!r} is {_sort(value)} ({_shown(value)}), expected a list of messages")
+        raise WrongRow(f"column {name!r} is {sort_of(value)} ({shown(value)}), expected a list of messages")
     if not value:
-        raise _Wrong(f"column {name!r} has no message")
+        raise WrongRow(f"column {name!r} has no message")
     return tuple(_message(one, f"{name}[{at}]") for at, one in enumerate(value))
 
 
 def _message(value: Any, what: str) -> Message:
     """Returns a message with its role, its content (text) and whatever else it has for the template."""
     if not isinstance(value, dict):
-        raise _Wrong(f"{what} is {_sort(value)} ({_shown(value)}), expected a message with role and content")
+        raise WrongRow(f"{what} is {sort_of(value)} ({shown(value)}), expected a message with role and content")
     if "role" not in value:
         form = "; this is the form of ShareGPT, rename the keys" if {"from", "value"} <= value.keys() else ""
-        raise _Wrong(f"{what} has no role (keys: {', '.join(map(str, value))}){form}")
+        raise WrongRow(f"{what} has no role (keys: {', '.join(map(str, value))}){form}")
     role = value["role"]
     if role not in ROLES:
-        raise _Wrong(f"{what}: unknown role {role!r}{nearest(str(role), ROLES)} (known: {', '.join(ROLES)})")
+        raise WrongRow(f"{what}: unknown role {role!r}{nearest(str(role), ROLES)} (known: {', '.join(ROLES)})")
     # Parquet gives every message every key: those that it does not have are null
     message = {key: entry for key, entry in value.items() if entry is not None}
     content = message.get("content")
     calls = role == "assistant" and bool(message.get("tool_calls"))
     if content is None and not calls:
-        raise _Wrong(f"{what}: the {role} turn has no content")
+        raise WrongRow(f"{what}: the {role} turn has no content")
     if content is not None and not isinstance(content, str):
         parts = "; parts other than text are not read" if isinstance(content, list) else ""
-        raise _Wrong(f"{what}: the content is {_sort(content)} ({_shown(content)}), expected text{parts}")
+        raise WrongRow(f"{what}: the content is {sort_of(content)} ({shown(content)}), expected text{parts}")
     if role == "assistant" and not calls and not (content or "").strip():
-        raise _Wrong(f"{what}: the assistant turn is empty")
-    message["content"] = _checked(content or "", f"{what}: the content")
+        raise WrongRow(f"{what}: the assistant turn is empty")
+    message["content"] = checked_text(content or "", f"{what}: the content")
     return message
 
 
 def _tools(row: Mapping[str, Any], name: str | None) -> tuple[Any, ...] | None:
     """Returns the descriptions of functions: a list, or a list written as JSON text."""
-    value = row.get("tools") if name is None else _value(row, name)
+    value = row.get("tools") if name is None else value_in(row, name)
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError:
-            raise _Wrong(f"column {name or 'tools'!r} is no JSON: {_shown(value)}") from None
+            raise WrongRow(f"column {name or 'tools'!r} is no JSON: {shown(value)}") from None
     if value is not None and not isinstance(value, list):
-        raise _Wrong(f"column {name or 'tools'!r} is {_sort(value)} ({_shown(value)}), expected a list")
+        raise WrongRow(f"column {name or 'tools'!r} is {sort_of(value)} ({shown(value)}), expected a list")
     return tuple(value) if value else None
 
 
 def _arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     value = row.get("chat_template_kwargs") or {}
     if not isinstance(value, dict):
-        raise _Wrong(f"column 'chat_template_kwargs' is {_sort(value)}, expected an object")
+        raise WrongRow(f"column 'chat_template_kwargs' is {sort_of(value)}, expected an object")
     return value
 
 
-def _sort(value: Any) -> str:
+def sort_of(value: Any) -> str:
+    """Returns the word for a value's type in messages."""
     names = {str: "text", list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), type(value).__name__)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Returns a value as JSON, cut to fit into a message."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

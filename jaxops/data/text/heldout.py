@@ -28,7 +28,7 @@ def read_parts(config: OneTextData) -> tuple[list[Example], list[Example], int]:
         if both:
             notes.tell(f"{both} of {len(held)} examples of data.valid are in data.path too: validation knows them")
         return examples, held, copies
-    chosen = _held_out(digests, config.valid.share)
+    chosen = held_out(digests, config.valid.share)
     train = [example for example, out in zip(examples, chosen, strict=True) if not out]
     valid = [example for example, out in zip(examples, chosen, strict=True) if out]
     if not train:
@@ -58,7 +58,7 @@ def _without_copies(
     return examples, digests, copies
 
 
-def _held_out(digests: Sequence[bytes], share: float) -> np.ndarray:
+def held_out(digests: Sequence[bytes], share: float) -> np.ndarray:
     """Returns which examples are held out: those whose digest, as a fraction of all digests, is below the share.
 
     An example keeps its side when others come or go. At least one is held out: that of the smallest digest.

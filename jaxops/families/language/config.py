@@ -2,19 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from jaxops.config.part import Part
 from jaxops.config.types import ByPath, Factory
 from jaxops.core.failures import UserError, nearest
 from jaxops.core.metric import Metric
 from jaxops.data.text.spec import ChatData, CompletionData, MixtureData, TextData
 from jaxops.models.decoder.architecture import Architecture
-from jaxops.models.lora import LoraConfig
 from jaxops.objectives.language import NextTokenConfig
 from jaxops.run.config import EarlyStop, Evaluate, RunConfig
+from jaxops.run.pretrained.config import Pretrained
 
 METRICS: Mapping[str, Metric] = {
     "nll": Metric("nll", "lower", "NLL"),
@@ -23,24 +22,6 @@ METRICS: Mapping[str, Metric] = {
     "entropy": Metric("entropy", "neither", "Entropy"),
 }
 """The metrics of a language model, each a mean over the tokens that are learnt from."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretrained(Part):
-    """A model whose weights and architecture are read from elsewhere.
-
-    Attributes:
-      weights: a folder with config.json and safetensors files, a GGUF file, `runs/NAME`, or `named://NAME` of one that
-        `jaxops data list` has.
-      dropout: rate of dropout while it is trained on.
-      remat: how much of a layer the backward pass recomputes: nothing, all but matmuls (`dots`) or all (`full`).
-      lora: adapters that are trained in place of the weights, which are frozen then.
-    """
-
-    weights: str
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    remat: Literal["none", "dots", "full"] = "none"
-    lora: LoraConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,16 +8,17 @@ from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError
 from jaxops.core.sums import Sums
 from jaxops.data.text.open import TextParts, open_text
-from jaxops.families.language.config import LanguageConfig, Pretrained
+from jaxops.families.language.config import LanguageConfig
 from jaxops.families.language.data_commands import inspect_data, preview_data
 from jaxops.families.language.opened import OpenedModel, open_model
 from jaxops.families.language.options import Export, Generate, Predict
 from jaxops.families.language.serving import ServedLanguage
-from jaxops.families.language.stored import stored
 from jaxops.objectives.language import next_token
 from jaxops.run.batched import BatchedEvaluation
 from jaxops.run.callables import objective_from
 from jaxops.run.family import Family, Given
+from jaxops.run.pretrained.config import Pretrained
+from jaxops.run.pretrained.stored import stored
 from jaxops.run.task import About, EvalBatches, NoEvaluation, Task, of_config
 
 

@@ -19,9 +19,8 @@ from jaxops.data.text.formats import read_examples
 from jaxops.data.text.source import TextBatches, TextRows, whole
 from jaxops.data.text.spec import MixtureData, OneTextData
 from jaxops.families.language.generation import Chat, Generation
-from jaxops.families.language.opened import on, special_ids, with_adapters
+from jaxops.families.language.opened import on, with_adapters
 from jaxops.families.language.options import Export, Generate, Predict
-from jaxops.families.language.stored import stored_architecture, stored_tokenizer
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.decoder.pretrained import save_pretrained
 from jaxops.models.lora import Lora
@@ -29,6 +28,8 @@ from jaxops.objectives.language import scores_of_batch
 from jaxops.run.given_table import as_file
 from jaxops.run.load import evaluate_saved
 from jaxops.run.outputs import whole_folder
+from jaxops.run.pretrained.opened import special_ids
+from jaxops.run.pretrained.stored import stored_architecture, stored_tokenizer
 from jaxops.run.saved_run import SavedRun
 
 

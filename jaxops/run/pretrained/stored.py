@@ -1,4 +1,4 @@
-"""What a run folder keeps of a language model beside its parameters: the architecture and the tokenizer's files."""
+"""What a run folder keeps of a decoder beside its parameters: the architecture and the tokenizer's files."""
 
 import dataclasses
 import json
@@ -21,6 +21,15 @@ def stored(architecture: Architecture, tokenizer: Tokenizer) -> Mapping[str, np.
     arrays = {ARCHITECTURE: _bytes(json.dumps(dataclasses.asdict(architecture)).encode())}
     arrays[FILES] = _bytes(json.dumps(sorted(tokenizer.files)).encode())
     return arrays | {f"tokenizer.{name}": _bytes(content) for name, content in tokenizer.files.items()}
+
+
+def keeps_decoder(saved: SavedRun) -> bool:
+    """Returns whether a run folder keeps an architecture, and so the parameters of a decoder."""
+    try:
+        saved.transform(ARCHITECTURE)
+    except UserError:
+        return False
+    return True
 
 
 def stored_architecture(saved: SavedRun) -> Architecture:

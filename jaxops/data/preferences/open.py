@@ -1,0 +1,289 @@
+"""Opens human judgements: reads and splits them, then tokenises, once in each process and to the same arrays.
+
+Reading comes before the tokenizer, so that one can be made out of the texts of training.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from jaxops.core.failures import UserError
+from jaxops.data import notes
+from jaxops.data.preferences.agreement import Agreement, of_preferences, of_ratings
+from jaxops.data.preferences.formats import Pair, read_pairs
+from jaxops.data.preferences.pairs import Pairs, PairSource, RatedSource, Texts
+from jaxops.data.preferences.ratings import Rated, Ratings, read_rated, with_partners
+from jaxops.data.preferences.spec import PreferenceData, PreferenceDataConfig, RatingData
+from jaxops.data.protocol import Source
+from jaxops.data.text.documents import Documents, tokenise
+from jaxops.data.text.formats import Example
+from jaxops.data.text.heldout import held_out
+from jaxops.data.text.spec import CompletionData, OneTextData, Share, TextData
+from jaxops.data.text.tokenizer import Tokenizer
+
+Judgement = TypeVar("Judgement")
+DRAWN = 0
+"""The seed of the judgements of evaluation, which are the same in every run."""
+
+
+class Judgements(Protocol):
+    """Judgements that are read and split, before they are tokenised."""
+
+    @property
+    def words(self) -> list[str]:
+        """All that is said in the texts of training."""
+        ...
+
+    def opened(self, tokenizer: Tokenizer) -> "Opened":
+        """Tokenises the texts.
+
+        Raises:
+          UserError: a template fails, or nothing is left to learn from.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Opened:
+    """Judgements that are ready to be trained on.
+
+    Attributes:
+      source: given a seed, the pairs of training.
+      texts: the texts of training.
+      valid: the held-out pairs, or None.
+      agreement: how far people agree with each other.
+      inspection: plain values that describe the data, their digest among them.
+    """
+
+    source: Callable[[int], Source]
+    texts: Texts
+    valid: Pairs | None
+    agreement: Agreement
+    inspection: dict[str, Any]
+
+
+def read_judgements(config: PreferenceDataConfig) -> Judgements:
+    """Reads judgements and splits them: all of one prompt (ratings: of one text) are on one side.
+
+    Raises:
+      UserError: what reading raises; nothing is left to train on.
+    """
+    with notes.collected() as remarks:
+        if isinstance(config, PreferenceData):
+            return Preferences(config, *_split(config, read_pairs, lambda pair: pair.prompt), remarks)
+        rated, held = _split(config, read_rated, lambda one: one.text.digest())
+        held = with_partners(held, "valid") if held else []
+        return RatedTexts(config, with_partners(rated, "train"), held, remarks)
+
+
+def _split(
+    config: Any, read: Callable[[Any, Any], list[Judgement]], key: Callable[[Judgement], bytes]
+) -> tuple[list[Judgement], list[Judgement]]:
+    """Reads the judgements of training and those that are held out."""
+    everything = read(config, config.path)
+    if config.valid is None:
+        return everything, []
+    keys = [key(one) for one in everything]
+    if not isinstance(config.valid, Share):
+        held = read(config, config.valid)
+        both = len({key(one) for one in held} & {*keys})
+        if both:
+            what = "prompts" if isinstance(config, PreferenceData) else "texts"
+            notes.tell(f"{both} {what} of data.valid are in data.path too: validation knows them")
+        return everything, held
+    chosen = held_out(keys, config.valid.share)
+    train = [one for one, out in zip(everything, chosen, strict=True) if not out]
+    if not train:
+        raise UserError(
+            f"data.valid.share {config.valid.share} leaves nothing to train on: {len({*keys})} different prompt(s) or "
+            "text(s); use a smaller share, more data, or `valid: PATH`"
+        )
+    return train, [one for one, out in zip(everything, chosen, strict=True) if out]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Preferences:
+    """Preferences that are read and split."""
+
+    config: PreferenceData
+    train: list[Pair]
+    valid: list[Pair]
+    remarks: list[str]
+
+    @property
+    def words(self) -> list[str]:
+        """All that is said in the texts of training."""
+        return [said for pair in self.train for text in pair.texts for said in _said(text)]
+
+    def opened(self, tokenizer: Tokenizer) -> Opened:
+        """Tokenises the texts and cuts them to the length of a row."""
+        with notes.collected() as remarks:
+            against = sum(pair.label < 0.5 for pair in (*self.train, *self.valid))
+            if against:
+                notes.tell(f"{against} labels are below 0.5: there the rejected text counts as the better one")
+            train = self._pairs(self.train, tokenizer, "train")
+            valid = self._pairs(self.valid, tokenizer, "valid") if self.valid else None
+        inspection = _inspection(self.config, tokenizer, {"train": train, "valid": valid}, self.remarks + remarks)
+        everybody = of_preferences([*self.train, *self.valid])
+        return Opened(lambda seed: PairSource(train, seed), train.texts, valid, everybody, inspection)
+
+    def _pairs(self, pairs: list[Pair], tokenizer: Tokenizer, part: str) -> Pairs:
+        config = self.config
+        documents = tokenised(config, [text for pair in pairs for text in pair.texts], tokenizer)
+        texts = Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
+        kept = self._kept(pairs, texts, np.diff(documents.offsets) > config.length, part)
+        told = [pair for pair, keep in zip(pairs, kept, strict=True) if keep]
+        prompts = {prompt: at for at, prompt in enumerate(dict.fromkeys(pair.prompt for pair in told))}
+        prompt = np.array([prompts[pair.prompt] for pair in told])
+        margins = [pair.margin for pair in told]
+        return Pairs(
+            texts,
+            np.arange(2 * len(pairs)).reshape(-1, 2)[kept],
+            np.array([pair.weight for pair in told], np.float32),
+            np.array([pair.label for pair in told], np.float32),
+            np.array([margin or 0.0 for margin in margins], np.float32) if any(margins) else None,
+            np.stack([prompt, prompt], axis=1),
+            tuple(pair.annotator for pair in told),
+        )
+
+    def _kept(self, pairs: list[Pair], texts: Texts, over: np.ndarray, part: str) -> np.ndarray:
+        """Returns which pairs are learnt from, and tells what was cut or left out.
+
+        Raises:
+          UserError: none is left, or none of them counts.
+        """
+        longer = over.reshape(-1, 2)
+        kept = np.array([not np.array_equal(texts.of(2 * at), texts.of(2 * at + 1)) for at in range(len(pairs))])
+        alike = np.flatnonzero(~kept)
+        if len(alike):
+            notes.tell(
+                f"{part}: {len(alike)} of {len(pairs)} pairs have the same tokens on both sides within data.length "
+                f"{self.config.length} and are left out, the first {pairs[alike[0]].where}"
+            )
+        if longer.any():
+            chosen, rejected = longer.sum(axis=0)
+            what = {
+                "cut_start": "lose their beginning",
+                "cut_end": "lose their end",
+                "drop": "are left out with their pairs",
+            }
+            notes.tell(
+                f"{part}: {chosen} chosen and {rejected} rejected of {len(pairs)} texts each are longer than "
+                f"data.length {self.config.length} and {what[self.config.too_long]}"
+            )
+            if self.config.too_long == "drop":
+                kept &= ~longer.any(axis=1)
+        if not any(pair.weight > 0 for pair, keep in zip(pairs, kept, strict=True) if keep):
+            raise UserError(
+                f"{part}: no pair is left to learn from within data.length {self.config.length}; the longest text has "
+                f"{int(np.diff(texts.documents.offsets).max(initial=0))} tokens. Raise data.length, see data.too_long, "
+                "and whether the weights are zero"
+            )
+        return kept
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RatedTexts:
+    """Rated texts that are read and split."""
+
+    config: RatingData
+    train: list[Rated]
+    valid: list[Rated]
+    remarks: list[str]
+
+    @property
+    def words(self) -> list[str]:
+        """All that is said in the texts of training."""
+        return [said for one in self.train for said in _said(one.text)]
+
+    def opened(self, tokenizer: Tokenizer) -> Opened:
+        """Tokenises the texts, cuts them to the length of a row, and draws the judgements of evaluation."""
+        with notes.collected() as remarks:
+            train = self._texts(self.train, tokenizer, "train")
+            valid = self._texts(self.valid, tokenizer, "valid") if self.valid else None
+        ratings = Ratings(self.train)
+        judged, agreement = None, Agreement()
+        if valid is not None:
+            held = Ratings(self.valid)
+            judged, agreement = self._judged(valid, held), of_ratings(held, DRAWN, self.config.judgements)
+        source = lambda seed: RatedSource(train, ratings, self.config.labels, seed)
+        inspection = _inspection(self.config, tokenizer, {"train": train, "valid": judged}, self.remarks + remarks)
+        inspection["train"] |= {"ratings": len(ratings.values), "digest": _digest_of_ratings(ratings)}
+        return Opened(source, train, judged, agreement, inspection)
+
+    def _texts(self, rated: Sequence[Rated], tokenizer: Tokenizer, part: str) -> Texts:
+        config = self.config
+        documents = tokenised(config, [one.text for one in rated], tokenizer)
+        over = int((np.diff(documents.offsets) > config.length).sum())
+        if over:
+            side = "beginning" if config.too_long == "cut_start" else "end"
+            notes.tell(
+                f"{part}: {over} of {len(rated)} texts are longer than data.length {config.length}, lose their {side}"
+            )
+        return Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
+
+    def _judged(self, texts: Texts, ratings: Ratings) -> Pairs:
+        drawn = [ratings.drawn(DRAWN, epoch) for epoch in range(self.config.judgements)]
+        sides = np.concatenate([np.stack([one.first, one.second], axis=1) for one in drawn])
+        label = np.concatenate([ratings.single(one) for one in drawn]).astype(np.float32)
+        return Pairs(texts, sides, np.ones(len(sides), np.float32), label, None, sides, (None,) * len(sides))
+
+
+def tokenised(config: PreferenceDataConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> Documents:
+    """Turns texts into tokens, one document each; of preferences their answers are marked, of ratings all.
+
+    Raises:
+      UserError: a template fails.
+    """
+    form: OneTextData = TextData(path=config.path, pack=False)
+    if isinstance(config, PreferenceData):
+        form = CompletionData(
+            path=config.path, template=config.template, arguments=config.arguments, date=config.date, pack=False
+        )
+    return tokenise(form, examples, tokenizer)
+
+
+def _said(text: Example) -> list[str]:
+    return [text.text] if text.text is not None else [str(message["content"]) for message in text.messages]
+
+
+def _fill(tokenizer: Tokenizer) -> int:
+    return next((one for one in (tokenizer.pad, tokenizer.eos) if one is not None), 0)
+
+
+def _inspection(
+    config: PreferenceDataConfig, tokenizer: Tokenizer, parts: dict[str, Any], remarks: list[str]
+) -> dict[str, Any]:
+    """Returns plain values that describe the data, with a digest of all that training and evaluation read."""
+    there = {name: part for name, part in parts.items() if part is not None}
+    said = [f"{config.length} {config.too_long}", *(f"{name} {_digest(part)}" for name, part in there.items())]
+    found: dict[str, Any] = {
+        "kind": config.kind,
+        "length": config.length,
+        "tokenizer": tokenizer.digest,
+        "digest": hashlib.sha256("\n".join(said).encode()).hexdigest(),
+    }
+    found |= {name: _counts(part) for name, part in there.items()}
+    return found | ({"notes": remarks} if remarks else {})
+
+
+def _counts(part: Pairs | Texts) -> dict[str, int]:
+    texts = part.texts if isinstance(part, Pairs) else part
+    counts = {"pairs": len(part), "ties": int((part.label == 0.5).sum())} if isinstance(part, Pairs) else {}
+    return {"texts": len(texts), "tokens": int(texts.width.sum())} | counts
+
+
+def _digest(part: Pairs | Texts) -> str:
+    texts = part.texts if isinstance(part, Pairs) else part
+    found = hashlib.sha256(texts.documents.digest().encode())
+    if isinstance(part, Pairs):
+        for values in (part.sides, part.weight, part.label, part.margin):
+            found.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
+    return found.hexdigest()
+
+
+def _digest_of_ratings(ratings: Ratings) -> str:
+    return hashlib.sha256(ratings.values.tobytes() + ratings.offsets.tobytes()).hexdigest()

@@ -1,0 +1,156 @@
+"""The reward family: scores learnt from human judgements, from a config to a task, and from a run to a served model."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxops.config.bypath import ByPath
+from jaxops.config.load import Loaded
+from jaxops.core.failures import UserError
+from jaxops.data.preferences.agreement import Agreement
+from jaxops.data.preferences.open import Opened, read_judgements
+from jaxops.data.preferences.pairs import Pairs
+from jaxops.evaluate.preferences import measure
+from jaxops.families.reward.config import PretrainedReward, RewardConfig
+from jaxops.families.reward.data_commands import inspect_data, preview_data
+from jaxops.families.reward.evaluation import RewardEvaluation, judged_of, scores_of_pairs
+from jaxops.families.reward.opened import OpenedReward, on, open_reward
+from jaxops.families.reward.options import Predict
+from jaxops.families.reward.reference import stored_reference
+from jaxops.families.reward.serving import ServedReward
+from jaxops.models.lora import Lora
+from jaxops.objectives.ensemble import each_head
+from jaxops.run.callables import objective_from
+from jaxops.run.family import Family, Given
+from jaxops.run.pretrained.stored import stored
+from jaxops.run.task import About, NoEvaluation, Task, of_config
+
+HEADS = (r"^reward/", "float32")
+"""The heads are small and stay in float32, whatever the dtype of the decoder."""
+
+
+def build(loaded: Loaded[RewardConfig], given: Given) -> Task:
+    """Opens judgements, tokenizer and model of a config and puts its task together.
+
+    Raises:
+      UserError: something cannot be opened, or does not go together.
+    """
+    config = loaded.config
+    if given.data is not None or given.model is not None:
+        raise UserError("a reward model's data and model come from its config; an objective may be given")
+    read = read_judgements(config.data)
+    opened = open_reward(config, lambda: read.words)
+    data = read.opened(opened.tokenizer)
+    sources, valid = opened.sources, data.valid
+    scores = on(opened.model, scores_of_pairs(opened.reward))
+    return Task(
+        **of_config(config, loaded.resolved, opened.model),
+        objective=_objective(config, given, opened),
+        source=data.source(config.run.seed),
+        evaluation=NoEvaluation() if valid is None else RewardEvaluation(valid, scores),
+        start=(lambda: sources) if sources else None,
+        frozen=opened.frozen,
+        dtypes=(HEADS, *(opened.model.dtypes if isinstance(opened.model, Lora) else ())),
+        baselines=None if valid is None or not config.evaluate.baselines else _baselines(valid, data.agreement),
+        inspection={**data.inspection, "split": {"sha256": data.inspection["digest"]}},
+        transform={
+            **stored(opened.reward.decoder.config, opened.tokenizer),
+            **stored_reference(data.texts, config.reference),
+        },
+        about=_about(config, opened, data),
+    )
+
+
+def _objective(config: RewardConfig, given: Given, opened: OpenedReward) -> Any:
+    """Returns the objective: ours for each head, a user's own on the mean of all heads."""
+    if given.objective is None and not isinstance(config.objective, ByPath):
+        return on(opened.model, each_head(opened.reward, config.objective.build))
+    return on(opened.model, objective_from(config.objective, given.objective, opened.reward))
+
+
+def _baselines(valid: Pairs, agreement: Agreement) -> Callable[[], dict[str, dict[str, float]]]:
+    """Returns what the report sets the model beside: a coin, the longer answer, and what people themselves reach."""
+
+    def found() -> dict[str, dict[str, float]]:
+        judged = judged_of(valid)
+        longer = measure(judged, judged.lengths[:, :, None].astype(np.float64))
+        kept = ("accuracy", "accuracy_low", "accuracy_high", "longer_bias", "first_bias")
+        rows = {
+            "coin": {"accuracy": 0.5, "log_loss": math.log(2)},
+            "longer": {name: longer[name] for name in kept if math.isfinite(longer[name])},
+            "other_person": {} if agreement.agreement is None else {"accuracy": agreement.agreement},
+            "ceiling": {} if agreement.ceiling is None else {"accuracy": agreement.ceiling},
+        }
+        return {name: {f"valid/{metric}": value for metric, value in row.items()} for name, row in rows.items() if row}
+
+    return found
+
+
+LABELS = {
+    "coin": "a coin",
+    "longer": "the longer answer",
+    "other_person": "another person",
+    "ceiling": "ceiling of single judgements",
+}
+
+
+def _about(config: RewardConfig, opened: OpenedReward, data: Opened) -> About:
+    model = config.model.weights if isinstance(config.model, PretrainedReward) else "decoder"
+    rows = [("tokenizer", f"{opened.tokenizer.kind}, {opened.tokenizer.vocab:,} ids")]
+    for part in ("train", "valid"):
+        if part in data.inspection:
+            counts = {name: value for name, value in data.inspection[part].items() if isinstance(value, int)}
+            rows.append((part, ", ".join(f"{value:,} {name}" for name, value in counts.items())))
+    rows += _people(data.agreement)
+    notes = [
+        "Accuracy is on single judgements that are not ties, held out with all others of the same prompt or text; its "
+        "95 % interval counts them for what a bootstrap over prompts or texts says they are worth.",
+        "Log loss and ECE are of the probability that Bradley-Terry gives the first text, a tie being half a win.",
+        "Bias to longer: how much more often the model prefers the longer answer than people do. Bias to first: the "
+        "same for the text that was shown first, which is every other pair's second.",
+        f"Scores are served with a mean of 0 and a deviation of 1 on {config.reference:,} texts of training.",
+    ]
+    return About(model=model, labels=LABELS, headline="accuracy", data=rows, notes=[*notes, *_told(data.agreement)])
+
+
+def _people(agreement: Agreement) -> list[tuple[str, str]]:
+    rows = []
+    if agreement.ties is not None:
+        rows.append(("ties", f"{agreement.ties:.1%} of the judgements"))
+    if agreement.agreement is not None:
+        twice = f"of {agreement.judged_twice:,} times that two people judged one pair"
+        rows.append(("people agree", f"{agreement.agreement:.1%} {twice}"))
+    if agreement.ceiling is not None:
+        rows.append(("ceiling", f"{agreement.ceiling:.3f} accuracy"))
+    return rows
+
+
+def _told(agreement: Agreement) -> list[str]:
+    if agreement.others is not None:
+        return ["The ceiling is the accuracy of the mean rating by everybody but the person who judged."]
+    if agreement.ceiling is not None:
+        return [
+            "The ceiling is what the agreement of people implies, if each judgement is wrong with one probability, "
+            "independently of the others."
+        ]
+    return []
+
+
+def restore(saved: Any) -> ServedReward:
+    """Restores the trained reward model of a run.
+
+    Raises:
+      UserError: the run folder lacks a part of it.
+    """
+    return ServedReward(saved)
+
+
+FAMILY = Family(
+    config=RewardConfig,
+    build=build,
+    load=restore,
+    data={"inspect": inspect_data, "preview": preview_data},
+    predict=Predict,
+)

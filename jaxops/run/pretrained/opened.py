@@ -1,0 +1,116 @@
+"""Opens the decoder that a config names: its architecture, its tokenizer, and where its weights come from."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxops.core.failures import UserError
+from jaxops.core.weights import WeightSource
+from jaxops.data.sources import local
+from jaxops.data.text.open_tokenizer import open_tokenizer
+from jaxops.data.text.tokenizer import Tokenizer, check_vocabulary
+from jaxops.models.decoder.architecture import Architecture
+from jaxops.models.decoder.decoder import Decoder, build_decoder
+from jaxops.models.decoder.pretrained import open_pretrained
+from jaxops.models.lora import LORA
+from jaxops.run.load import open_saved_run
+from jaxops.run.pretrained.config import Pretrained
+from jaxops.run.pretrained.stored import keeps_decoder, stored_architecture, stored_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedDecoder:
+    """A decoder before its parameters are read.
+
+    Attributes:
+      decoder: the decoder.
+      tokenizer: the tokenizer.
+      sources: the weights that training begins with; none for fresh parameters.
+      special: ids of special tokens as an exported model names them.
+    """
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    sources: tuple[WeightSource, ...]
+    special: Mapping[str, int | list[int]]
+
+
+def open_decoder(
+    model: Architecture | Pretrained, tokenizer: str | None, length: int, add_tokens: tuple[str, ...] = ()
+) -> OpenedDecoder:
+    """Opens the decoder of a config; nothing but headers of its weights is read.
+
+    Args:
+      model: the config's choice.
+      tokenizer: the address of the tokenizer; None takes that of the weights.
+      length: the number of tokens that it is to read at once (`data.length`).
+      add_tokens: further control tokens.
+
+    Raises:
+      UserError: the weights or the tokenizer cannot be opened, or do not go together.
+    """
+    if not isinstance(model, Pretrained):
+        assert tokenizer is not None  # the config's problems
+        words = _with_tokens(open_tokenizer(local(tokenizer)), add_tokens)
+        return OpenedDecoder(build_decoder(model, words.vocab), words, (), special_ids(words))
+    address = model.weights
+    architecture, own, sources = _from(address, tokenizer is None)
+    if model.lora is None:
+        _require_whole(address, sources)
+    found = own if tokenizer is None else open_tokenizer(local(tokenizer))
+    if found is None:
+        raise UserError(f"tokenizer: {address} comes without one; name it (`bytes`, a folder or a GGUF file)")
+    words = _with_tokens(found, add_tokens)
+    assert architecture.vocab is not None
+    check_vocabulary(words, architecture.vocab, address)
+    if length > architecture.length:
+        raise UserError(f"data.length: {length} tokens in a row, but {address} reads {architecture.length} at most")
+    architecture = dataclasses.replace(architecture, dropout=model.dropout, remat=model.remat)
+    return OpenedDecoder(build_decoder(architecture), words, sources, special_ids(words))
+
+
+def _from(address: str, wants_tokenizer: bool) -> tuple[Architecture, Tokenizer | None, tuple[WeightSource, ...]]:
+    """Returns architecture, tokenizer (None where there is none) and weights at an address."""
+    address = local(address)
+    if address.startswith("hf://"):
+        raise UserError("model.weights: hf:// addresses come next; give the folder that `hf download` made")
+    path = Path(address).expanduser()
+    if address.startswith("gguf://") or path.suffix == ".gguf":
+        from jaxops.models.decoder.gguf import open_gguf
+
+        found = open_gguf(address.removeprefix("gguf://"))
+        return found.architecture, open_tokenizer(address) if wants_tokenizer else None, (found.source,)
+    if (path / "checkpoints").is_dir():
+        return _from_run(path)
+    found = open_pretrained(path)
+    has = (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file()
+    return found.architecture, open_tokenizer(address) if wants_tokenizer and has else None, (found.source,)
+
+
+def _from_run(path: Path) -> tuple[Architecture, Tokenizer, tuple[WeightSource, ...]]:
+    saved = open_saved_run(path)
+    if not keeps_decoder(saved):
+        raise UserError(f"model.weights: {path} is a run of task {saved.config.task}, which keeps no language model")
+    with saved.source() as source:
+        return stored_architecture(saved), stored_tokenizer(saved), (source,)
+
+
+def _require_whole(address: str, sources: Sequence[WeightSource]) -> None:
+    """Refuses weights with adapters beside them, without which they are another model."""
+    if any(name.startswith(f"{LORA}/") for source in sources for name in source.arrays.shapes()):
+        raise UserError(
+            f"model.weights: {address} has adapters beside its weights, which would be left out: `jaxops export` "
+            "writes a folder with both merged, to begin with, or give model.lora to train the adapters on"
+        )
+
+
+def _with_tokens(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> Tokenizer:
+    return tokenizer.with_tokens(tokens) if tokens else tokenizer
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the ids of special tokens under the names that Hugging Face's files give them."""
+    stops: int | list[int] | None = list(tokenizer.stops) if len(tokenizer.stops) > 1 else tokenizer.eos
+    named = {"bos_token_id": tokenizer.bos, "eos_token_id": stops, "pad_token_id": tokenizer.pad}
+    return {name: value for name, value in named.items() if value is not None}
