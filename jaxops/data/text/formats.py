@@ -66,7 +66,7 @@ def read_examples(config: OneTextData, path: str | Sequence[str]) -> list[Exampl
       UserError: no file, a file that is not of its format, rows that are wrong (the first ones, with their lines), or
         no row at all.
     """
-    return parsed(path, config.format, _wanted(config), _parser(config))
+    return parsed(path, config.format, wanted_columns(config), _parser(config))
 
 
 def parsed(
@@ -134,7 +134,7 @@ def checked_messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
         raise UserError(f"{where}: {error}") from None
 
 
-def _wanted(config: OneTextData) -> dict[str, bool]:
+def wanted_columns(config: OneTextData) -> dict[str, bool]:
     """Returns the columns that are read, and whether each must be there."""
     match config:
         case TextData():

@@ -1,11 +1,12 @@
 """Opens the decoder that a config names: its architecture, its tokenizer, and where its weights come from."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxops.core.failures import UserError
+from jaxops.core.failures import UserError, nearest
 from jaxops.core.weights import WeightSource
 from jaxops.data.sources import local
 from jaxops.data.text.open_tokenizer import open_tokenizer
@@ -73,9 +74,14 @@ def open_decoder(
 def _from(address: str, wants_tokenizer: bool) -> tuple[Architecture, Tokenizer | None, tuple[WeightSource, ...]]:
     """Returns architecture, tokenizer (None where there is none) and weights at an address."""
     address = local(address)
-    if address.startswith("hf://"):
-        raise UserError("model.weights: hf:// addresses come next; give the folder that `hf download` made")
     path = Path(address).expanduser()
+    name = address.removeprefix("hf://").partition("@")[0]
+    if address.startswith("hf://") or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists()):
+        near = nearest(address, [f"{path.parent}/{found.name}" for found in path.parent.glob("*")])
+        raise UserError(
+            f"model.weights: there is no folder {address}{near}. Names of the Hugging Face Hub are not read yet: `hf"
+            f" download {name} --local-dir DIR` fetches it, then model.weights=DIR"
+        )
     if address.startswith("gguf://") or path.suffix == ".gguf":
         from jaxops.models.decoder.gguf import open_gguf
 
