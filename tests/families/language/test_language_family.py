@@ -202,6 +202,11 @@ def test_adapters_are_trained_and_the_weights_are_not(whole, tmp_path):
     assert all(np.any(held[path]) for path in held if path.startswith("lora/") and path.endswith("/b"))
     before, after = (one.predict("chat.jsonl")["nll"].to_numpy() for one in (base, model))
     assert np.abs(before - after).max() > 1e-4
+    for other, said in ((", lora: {rank: 2, alpha: 1}", "trained as LoraConfig"), ("", "would be left out")):
+        own = CONFIG.replace(CONFIG.splitlines()[3], f"model: {{weights: {tmp_path}/lora{other}}}")
+        (tmp_path / "own.yaml").write_text(own)
+        with pytest.raises(UserError, match=said):
+            jx.build_task(jx.load_config(tmp_path / "own.yaml", ["tokenizer=null"]))
     model.export(tmp_path / "merged")
     (tmp_path / "own.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[3], f"model: {{weights: {tmp_path}/merged}}"))
     overrides = ["tokenizer=null", "run.name=from-merged", "run.steps=1", f"run.dir={tmp_path}", "optimizer.lr=1e-30"]
