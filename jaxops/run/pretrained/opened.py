@@ -112,8 +112,8 @@ def _require_same_adapters(address: str, sources: Sequence[WeightSource], lora: 
     if lora is None or lora != there:
         what = "which would be left out" if lora is None else f"which were trained as {there}, not as {lora}"
         raise UserError(
-            f"model.weights: {address} has adapters beside its weights, {what}: `jaxops export` writes a folder with both"
-            " merged, to begin with, or give the same model.lora to train the adapters on"
+            f"model.weights: {address} has adapters beside its weights, {what}: `jaxops export` writes a folder with"
+            " both merged, to begin with, or give the same model.lora to train the adapters on"
         )
 
 
