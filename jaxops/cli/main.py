@@ -79,7 +79,7 @@ def _subparser(parser: Parser, name: str) -> Parser:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="jaxops", description="Train recommenders on any JAX mesh.", epilog=EPILOG)
+    parser = Parser(prog="jaxops", description="Train recommenders, language and reward models on any JAX mesh.", epilog=EPILOG)
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a failure")
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -107,7 +107,7 @@ def _parser() -> Parser:
     predict.add_argument("source", help="what to predict for: a file with the columns of the run's data")
     predict.add_argument("--out", required=True, help="a file that ends in .parquet, .csv, .tsv or .jsonl, or a folder")
     predict.add_argument("--step", type=int, help="the checkpoint of this step")
-    export = command("export", "Write a run's model in another form: item vectors with their original ids.", run=True)
+    export = command("export", "Write a run's model in another form: item vectors, or a folder for transformers.", run=True)
     export.add_argument("out", help="where to: a file or a folder")
     export.add_argument("--step", type=int, help="the checkpoint of this step")
     sample = command("sample", "A run's completions of prompts, printed or written with their columns.", run=True)
