@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from jaxops.cli import runs
+from jaxops.cli import runs, writing
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, NO_ROOM, RunFailed, UserError, nearest
 from jaxops.core.secret_text import printable, without_secrets
 
@@ -79,7 +79,9 @@ def _subparser(parser: Parser, name: str) -> Parser:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="jaxops", description="Train recommenders on any JAX mesh.", epilog=EPILOG)
+    parser = Parser(
+        prog="jaxops", description="Train recommenders, language and reward models on any JAX mesh.", epilog=EPILOG
+    )
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a failure")
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -107,14 +109,19 @@ def _parser() -> Parser:
     predict.add_argument("source", help="what to predict for: a file with the columns of the run's data")
     predict.add_argument("--out", required=True, help="a file that ends in .parquet, .csv, .tsv or .jsonl, or a folder")
     predict.add_argument("--step", type=int, help="the checkpoint of this step")
-    export = command("export", "Write a run's model in another form: item vectors with their original ids.", run=True)
+    export = command(
+        "export", "Write a run's model in another form: item vectors, or a folder for transformers.", run=True
+    )
     export.add_argument("out", help="where to: a file or a folder")
     export.add_argument("--step", type=int, help="the checkpoint of this step")
-    for made in (evaluate, predict, export):
+    sample = command("sample", "A run's completions of prompts, printed or written with their columns.", run=True)
+    chat = command("chat", f"Talk with a run's model, line by line: {writing.HELP}.", run=True)
+    writing.add_arguments(sample, chat)
+    for made in (evaluate, predict, export, sample, chat):
         text = "import code of this package, module or path for a run that is not your own (may be given again)"
         made.add_argument("--trust", action="append", default=[], metavar="PREFIX", help=text)
         made.add_argument("--accept-code", action="store_true", help="take code that has changed since the training")
-    for made in (predict, export):
+    for made in (predict, export, sample, chat):
         made.set_defaults(options=[])
         made.epilog = f"Further options, --NAME VALUE, are those of the run's family. {EPILOG}"
     config = command("config", "Print the resolved config and where each value comes from.", as_json=True)
@@ -249,7 +256,7 @@ def _prepare(args: argparse.Namespace) -> bool:
         from jaxops.core.mesh import use_cpu_devices
 
         use_cpu_devices(count)
-    if args.command in ("train", "evaluate", "predict"):
+    if args.command in ("train", "evaluate", "predict", *writing.COMMANDS):
         from jaxops.core.compiles import enable_compilation_cache
 
         enable_compilation_cache()
@@ -265,6 +272,8 @@ def _run(args: argparse.Namespace) -> int:
         args.run = runs.find_run(args.run)
     if args.command in runs.COMMANDS:
         return getattr(runs, args.command)(args)
+    if args.command in writing.COMMANDS:
+        return getattr(writing, args.command)(args)
     # It is imported here, since `jaxops --help` must not wait for jax.
     from jaxops.cli import commands as run
 

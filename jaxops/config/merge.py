@@ -37,6 +37,7 @@ def merge_nodes(
     # Overrides such as model.layers=3 and model.kind=hstu may come in any order; the files' kind is not yet known.
     known = ABSENT if old.implied else default
     if _another_kind(shape, old.value, new.value, known) and not (old.implied and new.implied):
+        _say_what_goes(shape, old, new, problems, path)
         return new
     entries = dict(old.value)
     if isinstance(shape, Record) and not (old.implied and new.implied):
@@ -73,6 +74,19 @@ def _make_way(shape: Record, entries: dict[str, Node], new: Node, problems: list
                 message = f"takes the place of {join_path(path, key)}={show(gone)} [{gone.origin}]"
                 where = f"{join_path(path, given[0])}={show(later)}"
                 problems.append(Replaced(where, later.origin, plain_node(later), message))
+
+
+def _say_what_goes(shape: Shape | None, old: Node, new: Node, problems: list[Problem], path: str) -> None:
+    """Notices that an override such as `model.weights=DIR` takes the place of all that was written of another kind.
+
+    Whoever writes `kind` knows that.
+    """
+    tag = shape.tag(new.value) if isinstance(shape, Choice) else None
+    if tag is None or tag[0] in ("kind", "fn") or not new.implied or not old.value:
+        return
+    later = new.value[tag[0]]
+    message = f"takes the place of {', '.join(join_path(path, key) for key in old.value)} [{old.origin}]"
+    problems.append(Replaced(f"{join_path(path, tag[0])}={show(later)}", later.origin, plain_node(later), message))
 
 
 def _beneath(path: str, old: Node, new: Node) -> Problem:

@@ -104,8 +104,11 @@ class Validator:
         values: dict[str, Any] = {}
         strangers = [key for key in node.value if key not in shape.fields]
         for key in strangers:
-            message = unknown("unknown key", key, shape.fields, [p for p in paths_to(self.root, key) if "*" not in p])
-            self._wrong(join_path(path, key), node.value[key], message)
+            here = join_path(path, key)
+            elsewhere = [found for found in paths_to(self.root, key) if "*" not in found]
+            what = f"unknown key: another sort of {path} has it, not this one" if here in elsewhere else "unknown key"
+            message = unknown(what, key, shape.fields, [found for found in elsewhere if found != here])
+            self._wrong(here, node.value[key], message)
         for key, field in shape.fields.items():
             below = join_path(path, key)
             fallback = field.default(default if type(default) is shape.cls else ABSENT)

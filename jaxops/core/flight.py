@@ -143,7 +143,7 @@ class Windows:
         self._base, self._done = self._opened, [self._clock] * self._begun
         self._cursors = [*(begun.cursors[:-1] if begun else ()), cursor]
         self._updates = list(begun.updates if begun else ())
-        self._untimed = self._begun
+        self._untimed, self._untimed_clock = self._begun, self._clock
         self._closed: list[tuple[int, int, Sums]] = []
         self._values: dict[str, Any] = {}
 
@@ -223,8 +223,10 @@ class Windows:
             self._settle(last)
             count = last - first
             ended = self._done[count - 1]
-            seconds, self._clock = max(ended - self._clock, 1e-9), max(ended, self._clock)
-            timed, self._untimed = max(count - self._untimed, 1), 0
+            timed, since = count - self._untimed, self._clock
+            if not timed:  # it holds the step that compiled alone, whose time is all that is known of its speed
+                timed, since = 1, self._untimed_clock
+            seconds, self._clock, self._untimed = max(ended - since, 1e-9), max(ended, self._clock), 0
             window = Window(
                 first, last, sums, seconds, timed, tuple(self._cursors[: count + 1]), sum(self._updates[:count])
             )

@@ -206,7 +206,10 @@ def build_schedule(config: Common, steps: int) -> Callable[[Array], Array]:
     """
     plan, lr = config.schedule, config.lr
     if plan.warmup > steps:
-        raise UserError(f"optimizer.schedule.warmup: {plan.warmup} steps, but the run has {steps}")
+        raise UserError(
+            f"optimizer.schedule.warmup: {plan.warmup} steps, but the run has {steps}: set it to at most {steps}, or"
+            " train for longer (run.epochs, run.steps), or in smaller batches (batch.global)"
+        )
     body = max(steps - plan.warmup, 1)
     after: Callable[[Array], Array]
     if isinstance(plan, Constant):

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 
 def example_keys(key: Key[Array, ""] | None, ids: Int[Array, " batch"]) -> Key[Array, " batch"] | None:
@@ -44,3 +44,36 @@ def dropout(
 
     kept = jax.vmap(draw)(keys) >= jnp.asarray(cut, jnp.uint16)
     return jnp.where(kept, x * jnp.asarray(2**16 / (2**16 - cut), x.dtype), jnp.zeros((), x.dtype))
+
+
+SAMPLING = 0x5A3E
+"""Folded in first, so that no draw of training shares its key with a sampled token."""
+
+
+def sampling_keys(
+    seed: Integer[Array, ""] | int,
+    step: Integer[Array, ""] | int,
+    example: Integer[Array, " batch"],
+    copy: Integer[Array, " batch"],
+    redraw: Integer[Array, " batch"],
+    turn: Integer[Array, " batch"],
+) -> Key[Array, " batch"]:
+    """Returns a key for each completion, of which its name alone decides; fold in a token's position for its noise.
+
+    Args:
+      seed: the seed of the run.
+      step: the step of the loop that samples.
+      example: ids of the prompts.
+      copy: numbers of the completions of one prompt.
+      redraw: how often a completion was thrown away and drawn again.
+      turn: turns of a conversation.
+    """
+    base = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), SAMPLING), step)
+
+    def one(*name: Integer[Array, ""]) -> Key[Array, ""]:
+        key = base
+        for number in name:
+            key = jax.random.fold_in(key, number)
+        return key
+
+    return jax.vmap(one)(example, copy, redraw, turn)

@@ -171,6 +171,21 @@ def logical_axes(rules: Mapping[str, Axes]) -> Iterator[None]:
         _logical.reset(token)
 
 
+def logical_spec(shape: tuple[int, ...], names: Sequence[str | None], mesh: Any) -> PartitionSpec:
+    """Returns the spec on this mesh that `constrain` gives an array of this shape by the same names.
+
+    Raises:
+      ValueError: a name is unknown, or the number of names is not the number of dimensions.
+    """
+    if len(names) != len(shape):
+        raise ValueError(f"constrain: {len(names)} names {tuple(names)} for an array of rank {len(shape)}")
+    rules = _logical.get()
+    unknown = [name for name in names if name is not None and name not in rules]
+    if unknown:
+        raise ValueError(f"constrain: unknown logical names {unknown} (known: {', '.join(rules)})")
+    return _fit(shape, [rules[name] if name else None for name in names], mesh)[0]
+
+
 def constrain(x: Array, names: Sequence[str | None]) -> Array:
     """Constrains the sharding of an activation or a kernel by a logical name (or None) for each dimension.
 
@@ -183,16 +198,10 @@ def constrain(x: Array, names: Sequence[str | None]) -> Array:
       kernel = jaxops.constrain(params["kernel"], ("embed", "mlp"))  # gathered over fsdp where it is used
       hidden = jaxops.constrain(x @ kernel, ("batch", "length", "mlp"))
     """
-    if len(names) != x.ndim:
-        raise ValueError(f"constrain: {len(names)} names {tuple(names)} for an array of rank {x.ndim}")
-    rules = _logical.get()
-    unknown = [name for name in names if name is not None and name not in rules]
-    if unknown:
-        raise ValueError(f"constrain: unknown logical names {unknown} (known: {', '.join(rules)})")
     mesh = jax.sharding.get_abstract_mesh()
+    spec = logical_spec(x.shape, names, mesh)
     if mesh.empty or AxisType.Manual in mesh.axis_types:
         return x
-    spec, _ = _fit(x.shape, [rules[name] if name else None for name in names], mesh)
     if AxisType.Explicit in mesh.axis_types:
         return jax.sharding.reshard(x, spec)
     return jax.lax.with_sharding_constraint(x, spec)

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from jaxops.core.flops import count_flops, mfu
 from jaxops.core.loop import Window
+from jaxops.core.state import split
 from jaxops.core.step import Step
 from jaxops.run.task import Task
 
@@ -31,6 +32,11 @@ class Accounting:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._task.model.shapes))
         rows = sum(spec.rows * spec.dim for spec in self._task.tables.values())
         known = f"{count + rows:,} parameters" + (f" ({rows:,} of them in tables)" if rows else "")
+        if patterns := (*self._task.config.optimizer.frozen, *self._task.frozen):
+            trained = sum(
+                math.prod(leaf.shape) for leaf in jax.tree.leaves(split(self._task.model.shapes, patterns)[0])
+            )
+            known += f", {trained + rows:,} of them trained"
         parts = [known, f"{self._task.source.examples:,} examples an epoch", f"batch {size}"]
         if self._accumulation > 1:
             parts.append(f"in {self._accumulation} microbatches ({getattr(step, 'reason', '')})")

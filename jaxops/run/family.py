@@ -81,6 +81,46 @@ class Served(Protocol):
         ...
 
 
+class Conversation(Protocol):
+    """A conversation with a model that writes text."""
+
+    def answer(self, said: str, show: Callable[[str], None]) -> str:
+        """Returns the answer; `show` is called with its pieces as they are written.
+
+        Raises:
+          UserError: there is no answer to what was said.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Forgets what was said."""
+        ...
+
+
+class Writing(Served, Protocol):
+    """A trained model that writes text: its family names the options in `Family.generate`."""
+
+    def generate(
+        self, prompts: Any, options: Any = None, *, say: Callable[[str], None] = ..., **keywords: Any
+    ) -> pa.Table:
+        """Returns completions, with the columns of the prompts and a column `completion`.
+
+        Args:
+          prompts: a path, an Arrow table, a data frame or a list.
+          options: the family's `generate` dataclass; None takes the defaults.
+          say: it is called with each line that a person should read.
+          keywords: fields of the options, given one by one.
+
+        Raises:
+          UserError: a prompt does not fit.
+        """
+        ...
+
+    def chat(self, options: Any = None, **keywords: Any) -> Conversation:
+        """Returns a conversation with the model."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Shown:
     """The result of a command that only reads: `json` for programs, `rows` of cells for people, the exit status."""
@@ -100,6 +140,7 @@ class Family:
       load: reads the model of a run.
       data: what `jaxops data ACTION CONFIG` does, by action: each takes the config.
       predict: the options of `Served.predict`, a frozen dataclass; `export` those of `Served.export`.
+      generate: the options of `Writing.generate` and `Writing.chat`; None where the models write no text.
       writes: dotted paths of the config that name places which opening the data writes to; what a run folder of
         somebody else says there is left out.
     """
@@ -110,6 +151,7 @@ class Family:
     data: Mapping[str, Callable[[Any], Shown]] = dataclasses.field(default_factory=dict)
     predict: type = NoOptions
     export: type = NoOptions
+    generate: type | None = None
     writes: tuple[str, ...] = ()
 
 

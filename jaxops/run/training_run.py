@@ -45,7 +45,7 @@ from jaxops.run.saving import Position, Saving
 from jaxops.run.summary import FinishedRun, about_of, write_failure, write_summary
 from jaxops.run.task import StepParts, Task
 from jaxops.run.training import Training, abstract, abstract_batch
-from jaxops.run.validation import Validation, undefined_notices
+from jaxops.run.validation import Validation, short_epochs, undefined_notices
 from jaxops.run.warm_start import begin_with, init_from
 from jaxops.run.weights import served_weights
 
@@ -67,7 +67,7 @@ class TrainingRun:
         self.parts = StepParts(training.update, training.fresh, mesh, folder.dir)
         self.step: Step = training.update if task.step is None else task.step(self.parts)
         self.accounting = Accounting(task, mesh, accumulation)
-        self.notices = undefined_notices(task)
+        self.notices = [*undefined_notices(task), *short_epochs(task)]
         self.interrupt = Interrupt(progress.say)
         self.compiles = Compiles(on_compile=progress.compiled)
         self.rescue = Rescue(task, mesh, folder, progress.warn)

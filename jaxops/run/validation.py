@@ -171,3 +171,14 @@ def plain_lists(values: np.ndarray) -> Any:
 def stop_reason(stop: EarlyStop) -> str:
     """Returns the text by which a summary says that a run was stopped early."""
     return f"no better valid/{stop.metric} in {stop.patience} evaluations"
+
+
+def short_epochs(task: Task) -> list[str]:
+    """Returns a line where a batch is larger than an epoch: the run then has fewer steps than epochs."""
+    size, examples = task.config.batch.global_, task.source.examples
+    if size <= examples or task.config.run.epochs is None:
+        return []
+    return [
+        f"batch.global: {size} examples, but an epoch has {examples:,}, so {task.config.run.epochs} epochs are"
+        f" {task.steps} steps: a smaller batch makes more"
+    ]

@@ -74,6 +74,7 @@ TOWERS = [
 """Two towers on tables that are divided over the devices, in two microbatches."""
 
 
+@pytest.mark.slow
 def test_tables_of_two_processes_go_on_in_one(folder):
     assert train("whole", *TOWERS, "run.steps=8") == (0, mock.ANY)
     with Job("moved", *TOWERS, "run.steps=4", sleep=0) as job:

@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import yaml
 import jaxops as jx
 from jaxops.cli.main import main
 from jaxops.core.failures import UserError
+from jaxops.data import scratch
 from jaxops.run.trust import is_own, record_own, trust_of
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -152,15 +150,14 @@ def test_the_record_is_of_this_user_alone(tmp_path, monkeypatch):
 
 def test_what_a_killed_process_left_of_a_record_is_swept(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXOPS_STATE", str(tmp_path / "state"))
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
     assert record_own({"task": "rec"}, "runs/a") == ""
     (record,) = (tmp_path / "state" / "runs").iterdir()
     for there in (True, False):
         if not there:
             record.unlink()
-        left = record.with_name(f".{record.name}.{socket.gethostname()}-{ended.pid}.x")
+        left = record.with_name(f".{record.name}.scratch-{scratch._kernel()}-x")
         left.mkdir()
+        (left / scratch.LOCK).touch()  # which nobody holds
         assert record_own({"task": "rec"}, "runs/a") == "" and list(record.parent.iterdir()) == [record]
 
 

@@ -66,7 +66,7 @@ def read_examples(config: OneTextData, path: str | Sequence[str]) -> list[Exampl
       UserError: no file, a file that is not of its format, rows that are wrong (the first ones, with their lines), or
         no row at all.
     """
-    return parsed(path, config.format, _wanted(config), _parser(config))
+    return parsed(path, config.format, wanted_columns(config), _parser(config))
 
 
 def parsed(
@@ -108,7 +108,33 @@ def parsed(
     return found
 
 
-def _wanted(config: OneTextData) -> dict[str, bool]:
+def read_rows(path: str | Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Reads all columns of the rows of files, each with its place for messages.
+
+    Raises:
+      UserError: no file, or a file that is not of its format.
+    """
+    return [row for file in expand_paths(path) for row in rows_of(file, None)]
+
+
+def checked_messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
+    """Returns the messages of a column.
+
+    Args:
+      value: the value of the column.
+      name: its name.
+      where: the place of the row, for messages.
+
+    Raises:
+      UserError: it is no list of messages.
+    """
+    try:
+        return messages_in(value, name)
+    except WrongRow as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def wanted_columns(config: OneTextData) -> dict[str, bool]:
     """Returns the columns that are read, and whether each must be there."""
     match config:
         case TextData():

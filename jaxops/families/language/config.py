@@ -71,10 +71,9 @@ class LanguageConfig(RunConfig):
                 found.append(("data.length", text))
         if self.batch.pack:
             found.append(("batch.pack", "is for recommenders; text is packed by data.pack"))
-        for path, value in (("data.valid", _held_out(self.data)),):
-            wants = self.evaluate.stop is not None or self.checkpoint.best is not None
-            if value is None and wants:
-                found.append((path, "nothing is held out, but evaluate.stop or checkpoint.best judge by it"))
+        judged = self.evaluate.stop is not None or self.checkpoint.best is not None
+        if judged and _held_out(self.data) is None:
+            found.append(("data.valid", "nothing is held out, but evaluate.stop or checkpoint.best judge by it"))
         return found + self.model.problems_in(self) + self.objective.problems_in(self)
 
     def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from jaxops.data.text.open import TextParts, open_text
 from jaxops.families.language.config import LanguageConfig
 from jaxops.families.language.data_commands import inspect_data, preview_data
 from jaxops.families.language.opened import OpenedModel, open_model
-from jaxops.families.language.options import Export, Predict
+from jaxops.families.language.options import Export, Generate, Predict
 from jaxops.families.language.serving import ServedLanguage
 from jaxops.objectives.language import next_token
 from jaxops.run.batched import BatchedEvaluation
@@ -93,4 +93,5 @@ FAMILY = Family(
     data={"inspect": inspect_data, "preview": preview_data},
     predict=Predict,
     export=Export,
+    generate=Generate,
 )

@@ -1,7 +1,7 @@
-"""A trained language model, read from its run folder: it scores texts and is exported."""
+"""A trained language model, read from its run folder: it scores texts, writes texts, and is exported."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from jaxops.core.failures import UserError
 from jaxops.core.state import Params
 from jaxops.data import notes
 from jaxops.data.text.documents import tokenise
-from jaxops.data.text.formats import read_examples
+from jaxops.data.text.formats import read_examples, read_rows, wanted_columns
 from jaxops.data.text.source import TextBatches, TextRows, whole
-from jaxops.data.text.spec import MixtureData, OneTextData
+from jaxops.data.text.spec import ChatData, CompletionData, MixtureData, OneTextData, TextData
+from jaxops.families.language.generation import Chat, Generation
 from jaxops.families.language.opened import on, with_adapters
-from jaxops.families.language.options import Export, Predict
+from jaxops.families.language.options import Export, Generate, Predict
+from jaxops.families.language.prompts import with_columns
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.decoder.pretrained import save_pretrained
 from jaxops.models.lora import Lora
@@ -41,6 +43,7 @@ class ServedLanguage:
         self.decoder = build_decoder(stored_architecture(saved), self.tokenizer.vocab)
         self.model = with_adapters(self.decoder, saved.config)
         saved.expect(self.model.shapes, {})
+        self._generation = Generation(saved, self.decoder, self.tokenizer, lambda: self.params)
 
     @property
     def params(self) -> Params:
@@ -58,11 +61,13 @@ class ServedLanguage:
     ) -> pa.Table:
         """Scores texts: for each row the number of tokens that are learnt from, their mean NLL, and their perplexity.
 
-        A text that is longer than `data.length` is scored up to there, and `cut` says so. A row of which nothing is
-        learnt from has nulls. Where the run learnt from each turn `apart`, each turn has a row.
+        The columns of the source come along. A text that is longer than `data.length` is scored up to there, and `cut`
+        says so. A row of which nothing is learnt from has nulls. Where the run learnt from each turn `apart`, each turn
+        has a row, without the columns.
 
         Args:
-          source: a file in the form of the run's data, a pyarrow table or a data frame.
+          source: a file, a pyarrow table or a data frame, in the form of the run's data, or in another one that its
+            columns tell: `messages`, `prompt` and `completion`, or `text`.
           options: the options of `jaxops predict`.
           say: it is called with each line that a person should read.
           keywords: the fields of `Predict`, in place of `options`.
@@ -72,7 +77,8 @@ class ServedLanguage:
         """
         given = options or Predict(**keywords)
         with as_file(source) as path, notes.collected() as remarks:
-            config = _of_source(self.saved.config.data, str(path))
+            along = [row for _, row in read_rows(str(path))]
+            config = _of_source(self.saved.config.data, str(path), dict.fromkeys(name for row in along for name in row))
             documents = tokenise(config, read_examples(config, str(path)), self.tokenizer)
         for remark in remarks:
             say(remark)
@@ -81,18 +87,45 @@ class ServedLanguage:
         passes = self.saved.passes({}, given.batch)
         with jax.set_mesh(self.saved.mesh):
             weights = self.saved.placed(passes)
-            found = passes.over("texts", on(self.model, self._scores), weights, TextBatches(rows, passes.size))
-            nll, count = (np.concatenate(part)[: len(rows)] for part in zip(*map(jax.device_get, found), strict=True))
+            sums = passes.over("texts", on(self.model, self._scores), weights, TextBatches(rows, passes.size))
+            nll, count = (np.concatenate(part)[: len(rows)] for part in zip(*map(jax.device_get, sums), strict=True))
         none = count == 0
         mean = np.divide(nll, count, out=np.zeros_like(nll), where=~none)
-        return pa.table(
-            {
-                "tokens": pa.array(count.astype(np.int64)),
-                "nll": pa.array(mean, mask=none),
-                "perplexity": pa.array(np.exp(mean), mask=none),
-                "cut": pa.array(np.diff(documents.offsets) - 1 > config.length),
-            }
-        )
+        cut = np.diff(documents.offsets) - 1 > config.length
+        found = {"tokens": count.astype(np.int64), "nll": mean, "perplexity": np.exp(mean), "cut": cut}
+        scores = pa.table({name: pa.array(x, mask=none & (x.dtype.kind == "f")) for name, x in found.items()})
+        return with_columns(along, scores.to_pylist()) if len(along) == len(scores) else scores
+
+    def generate(
+        self,
+        prompts: Any,
+        options: Generate | None = None,
+        *,
+        say: Callable[[str], None] = lambda text: None,
+        **keywords: Any,
+    ) -> pa.Table:
+        """Samples completions: for each prompt and copy the text, its tokens, their logprob and what ended it.
+
+        `logprob` is the sum over the tokens under the model itself, at temperature 1.
+
+        Args:
+          prompts: a file, a table or a list, of texts (`prompt`) or conversations (`messages`).
+          options: the options of `jaxops sample`.
+          say: it is called with each line that a person should read.
+          keywords: the fields of `Generate`, in place of `options`.
+
+        Raises:
+          UserError: a prompt or an option does not fit.
+        """
+        return self._generation.table(prompts, options or Generate(**keywords), say)
+
+    def chat(self, options: Generate | None = None, **keywords: Any) -> Chat:
+        """Returns a conversation with the model.
+
+        Raises:
+          UserError: an option does not fit, or the run's chat template is broken.
+        """
+        return self._generation.chat(options or Generate(**keywords))
 
     def _scores(
         self, params: Params, batch: Mapping[str, Array]
@@ -127,9 +160,21 @@ class ServedLanguage:
         return f"{sum(1 for _ in path.iterdir())} files -> {path}"
 
 
-def _of_source(data: Any, path: str) -> OneTextData:
-    """Returns the data section for a file of texts to score: unpacked, nothing held out, cut at the end."""
-    if isinstance(data, MixtureData):
-        raise UserError("predict: this run learnt from a mixture of sources; a file's form is not known by it")
+def _of_source(data: Any, path: str, there: Collection[str]) -> OneTextData:
+    """Returns the data section for a file of texts to score: unpacked, nothing held out, cut at the end.
+
+    The form is that of the run's data where the file has its columns, else the one whose usual columns are there.
+
+    Raises:
+      UserError: no form's columns are there.
+    """
     changed: dict[str, Any] = {"path": path, "valid": None, "pack": False, "copies": "keep", "format": "auto"}
-    return dataclasses.replace(data, **changed)
+    kept = {"path": path, "length": data.length, "pack": False}
+    forms: list[OneTextData] = [] if isinstance(data, MixtureData) else [dataclasses.replace(data, **changed)]
+    forms += [ChatData(**kept), CompletionData(**kept), TextData(**kept)]
+    for form in forms:
+        if {name for name, needed in wanted_columns(form).items() if needed} <= {*there}:
+            return form
+    raise UserError(
+        f"{path}: no column to score: expected messages, prompt and completion, or text (there are: {', '.join(there)})"
+    )

@@ -1,11 +1,12 @@
 """Opens the decoder that a config names: its architecture, its tokenizer, and where its weights come from."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxops.core.failures import UserError
+from jaxops.core.failures import UserError, nearest
 from jaxops.core.weights import WeightSource
 from jaxops.data.sources import local
 from jaxops.data.text.open_tokenizer import open_tokenizer
@@ -13,7 +14,7 @@ from jaxops.data.text.tokenizer import Tokenizer, check_vocabulary
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.decoder import Decoder, build_decoder
 from jaxops.models.decoder.pretrained import open_pretrained
-from jaxops.models.lora import LORA
+from jaxops.models.lora import LORA, LoraConfig
 from jaxops.run.load import open_saved_run
 from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.pretrained.stored import keeps_decoder, stored_architecture, stored_tokenizer
@@ -56,8 +57,7 @@ def open_decoder(
         return OpenedDecoder(build_decoder(model, words.vocab), words, (), special_ids(words))
     address = model.weights
     architecture, own, sources = _from(address, tokenizer is None)
-    if model.lora is None:
-        _require_whole(address, sources)
+    _require_same_adapters(address, sources, model.lora)
     found = own if tokenizer is None else open_tokenizer(local(tokenizer))
     if found is None:
         raise UserError(f"tokenizer: {address} comes without one; name it (`bytes`, a folder or a GGUF file)")
@@ -73,9 +73,14 @@ def open_decoder(
 def _from(address: str, wants_tokenizer: bool) -> tuple[Architecture, Tokenizer | None, tuple[WeightSource, ...]]:
     """Returns architecture, tokenizer (None where there is none) and weights at an address."""
     address = local(address)
-    if address.startswith("hf://"):
-        raise UserError("model.weights: hf:// addresses come next; give the folder that `hf download` made")
     path = Path(address).expanduser()
+    name = address.removeprefix("hf://").partition("@")[0]
+    if address.startswith("hf://") or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists()):
+        near = nearest(address, [f"{path.parent}/{found.name}" for found in path.parent.glob("*")])
+        raise UserError(
+            f"model.weights: there is no folder {address}{near}. Names of the Hugging Face Hub are not read yet: `hf"
+            f" download {name} --local-dir DIR` fetches it, then model.weights=DIR"
+        )
     if address.startswith("gguf://") or path.suffix == ".gguf":
         from jaxops.models.decoder.gguf import open_gguf
 
@@ -96,12 +101,19 @@ def _from_run(path: Path) -> tuple[Architecture, Tokenizer, tuple[WeightSource, 
         return stored_architecture(saved), stored_tokenizer(saved), (source,)
 
 
-def _require_whole(address: str, sources: Sequence[WeightSource]) -> None:
-    """Refuses weights with adapters beside them, without which they are another model."""
-    if any(name.startswith(f"{LORA}/") for source in sources for name in source.arrays.shapes()):
+def _require_same_adapters(address: str, sources: Sequence[WeightSource], lora: LoraConfig | None) -> None:
+    """Refuses weights with adapters beside them, unless the same adapters are to be trained on.
+
+    Without them, or under another scale, rank or choice of kernels, the weights are another model.
+    """
+    if not any(name.startswith(f"{LORA}/") for source in sources for name in source.arrays.shapes()):
+        return
+    there = getattr(open_saved_run(local(address)).config.model, "lora", None)
+    if lora is None or lora != there:
+        what = "which would be left out" if lora is None else f"which were trained as {there}, not as {lora}"
         raise UserError(
-            f"model.weights: {address} has adapters beside its weights, which would be left out: `jaxops export` "
-            "writes a folder with both merged, to begin with, or give model.lora to train the adapters on"
+            f"model.weights: {address} has adapters beside its weights, {what}: `jaxops export` writes a folder with"
+            " both merged, to begin with, or give the same model.lora to train the adapters on"
         )
 
 

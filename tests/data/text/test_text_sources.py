@@ -78,6 +78,7 @@ def test_what_is_in_a_row(packed):
     batch = rows.batch(np.arange(len(rows)))
     assert {name: values.dtype.name for name, values in batch.items()} == {
         "id": "int32",
+        "weight": "float32",
         "tokens": "int32",
         "targets": "int32",
         "mask": "float32",

@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pytest
 
 import jaxops as jx
 from jaxops.cli.main import main
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
+from jaxops.core.writers import read_metrics
 from jaxops.run.fit import fit
+from jaxops.run.validation import short_epochs
 
 CONFIG = """
 task: language
@@ -82,6 +85,16 @@ def test_texts_are_scored_as_the_evaluation_scores_them(whole):
     tokens, nll = np.array(scores["tokens"])[rows], np.array(scores["nll"])[rows]
     assert (nll * tokens).sum() / tokens.sum() == pytest.approx(summary("whole")["valid/nll"], rel=1e-5)
     np.testing.assert_allclose(np.log(np.array(scores["perplexity"])), np.array(scores["nll"]), rtol=1e-5)
+
+
+def test_texts_in_another_form_are_scored_and_their_columns_come_along(whole, capsys):
+    Path("plain.jsonl").write_text('{"text": "red sea", "id": 7}\n{"text": "old sun", "id": 9}\n')
+    assert main(["predict", "runs/whole", "plain.jsonl", "--out", "plain.csv"]) == 0
+    rows = pa.csv.read_csv("plain.csv").to_pylist()
+    assert [(row["text"], row["id"], row["tokens"]) for row in rows] == [("red sea", 7, 8), ("old sun", 9, 8)]
+    Path("other.jsonl").write_text('{"words": "red sea"}\n')
+    assert main(["predict", "runs/whole", "other.jsonl", "--out", "other.csv"]) == 2
+    assert "expected messages, prompt and completion, or text (there are: words)" in capsys.readouterr().err
 
 
 def test_a_score_is_the_sum_over_a_plain_softmax_in_float64(whole):
@@ -159,6 +172,22 @@ def test_a_run_begins_with_the_weights_of_another(whole, tmp_path):
     overrides += [f"run.dir={tmp_path}"]
     run = fit(jx.build_task(jx.load_config(tmp_path / "own.yaml", overrides)), quiet=True)
     assert run.summary["valid/nll"] == pytest.approx(jx.load("runs/whole").evaluate()["valid/nll"], rel=1e-6)
+    rates = [one["train/examples_per_s"] for one in read_metrics(run.dir / "metrics.jsonl") if "train/loss" in one]
+    assert rates and rates[-1] < 1e5  # its only step compiled: 4,000,000,000 examples/s were seen
+
+
+def test_weights_in_place_of_what_a_file_says_are_said(whole):
+    loaded = jx.load_config("sft.yaml", ["model.weights=runs/whole", "tokenizer=null"])
+    (note,) = loaded.notes
+    assert "takes the place of model.kind, model.dim, model.layers, model.heads, model.hidden, model.length" in note
+    with pytest.raises(UserError, match="another sort of model has it, not this one"):
+        jx.load_config("sft.yaml", ["model.weights=runs/whole", "tokenizer=null", "model.dim=8"])
+
+
+def test_a_batch_larger_than_an_epoch_is_said(whole):
+    (line,) = short_epochs(task_of("batch.global=512", "run.steps=null", "run.epochs=3"))
+    assert "batch.global: 512 examples, but an epoch has" in line and "3 epochs are 1 steps" in line
+    assert short_epochs(task_of()) == []
 
 
 def test_adapters_are_trained_and_the_weights_are_not(whole, tmp_path):
@@ -173,6 +202,11 @@ def test_adapters_are_trained_and_the_weights_are_not(whole, tmp_path):
     assert all(np.any(held[path]) for path in held if path.startswith("lora/") and path.endswith("/b"))
     before, after = (one.predict("chat.jsonl")["nll"].to_numpy() for one in (base, model))
     assert np.abs(before - after).max() > 1e-4
+    for other, said in ((", lora: {rank: 2, alpha: 1}", "trained as LoraConfig"), ("", "would be left out")):
+        own = CONFIG.replace(CONFIG.splitlines()[3], f"model: {{weights: {tmp_path}/lora{other}}}")
+        (tmp_path / "own.yaml").write_text(own)
+        with pytest.raises(UserError, match=said):
+            jx.build_task(jx.load_config(tmp_path / "own.yaml", ["tokenizer=null"]))
     model.export(tmp_path / "merged")
     (tmp_path / "own.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[3], f"model: {{weights: {tmp_path}/merged}}"))
     overrides = ["tokenizer=null", "run.name=from-merged", "run.steps=1", f"run.dir={tmp_path}", "optimizer.lr=1e-30"]
@@ -206,6 +240,7 @@ def test_the_preview_shows_what_the_loss_sees(whole, capsys):
         ("model.heads=3", "model.heads"),
         ("model.vocab=100", "model.vocab"),
         ("model.kind=encoder", "decoder"),
+        ("optimizer.schedule={kind: warmup_cosine, warmup: 20}", "set it to at most 8"),
         ("model.kv_heads=4", "model.kv_heads"),
         ("mesh.sequence=2", "mesh.sequence"),
         ("evaluate.metrics=[ppl]", "perplexity"),
@@ -224,7 +259,9 @@ def test_what_does_not_go_together_is_told(whole, capsys, override, said):
     ("weights", "said"),
     [
         ("nowhere", "there is no such folder"),
-        ("hf://org/model", "hf://"),
+        ("hf://org/model", "hf download org/model"),
+        ("org/model-1b", "hf download org/model-1b"),
+        ("runs/wole", "did you mean 'runs/whole'"),
         ("named://smollm3", "smollm2_135m_instruct"),
         ("plain", "config.json"),
     ],

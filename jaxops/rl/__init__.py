@@ -1,0 +1,1 @@
+"""Reinforcement learning on language models: sampling first."""
