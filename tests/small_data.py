@@ -86,7 +86,17 @@ def ratings(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(sources.SOURCES, "icwsm14", source)
 
 
-NAMED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {"named://icwsm14": ratings}
+def dialogues(patch: pytest.MonkeyPatch) -> None:
+    """Two hundred short conversations in place of Chit-Chat."""
+    turns = lambda at: [{"role": "user", "content": f"hello {at}"}, {"role": "assistant", "content": f"hi {at % 7}"}]
+    text = "".join(json.dumps({"messages": turns(at)}) + "\n" for at in range(200))
+    source = dataclasses.replace(sources.find_source("chitchat"), sha256=hashlib.sha256(text.encode()).hexdigest())
+    source.path.parent.mkdir(parents=True, exist_ok=True)
+    source.path.write_text(text)
+    patch.setitem(sources.SOURCES, "chitchat", source)
+
+
+NAMED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {"named://icwsm14": ratings, "named://chitchat": dialogues}
 """Named data sets that shipped configs read, and what puts a small one in their place."""
 FILES: dict[str, Callable[[Path], None]] = {
     "plays.parquet": plays,
