@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from jaxops.core.failures import UserError, nearest
-from jaxops.data.text.documents import open_template
+from jaxops.data.text.documents import MODEL, open_template
 from jaxops.data.text.formats import checked_messages, read_rows
-from jaxops.data.text.spec import ChatData, MixtureData, Templated
+from jaxops.data.text.spec import ChatData, conversations_of, sources_of
 from jaxops.data.text.template import ChatTemplate, Message
 from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.run.given_table import as_file
@@ -53,15 +53,14 @@ class PromptWriter:
 
     Args:
       data: the data section of the run's config.
-      tokenizer: the tokenizer.
+      tokenizer: the tokenizer that the run keeps, with the template that was learnt with.
       template: what is done with prompts that are text, as `Generate.template`.
       say: it is called with each line that a person should read.
     """
 
     def __init__(self, data: Any, tokenizer: Tokenizer, template: str, say: Callable[[str], None]) -> None:
-        sources = data.sources if isinstance(data, MixtureData) else (data,)
-        self._data = next((one for one in sources if isinstance(one, Templated)), ChatData(path=""))
-        learnt = any(isinstance(one, ChatData) for one in sources)
+        self._data = conversations_of(data)
+        learnt = any(isinstance(one, ChatData) for one in sources_of(data))
         self._tokenizer, self._say, self._said = tokenizer, say, False
         self.chats = template == "chat" or (template == "auto" and learnt)
         """Whether a text is put to the model as a user's turn."""
@@ -74,7 +73,8 @@ class PromptWriter:
           UserError: there is none.
         """
         date = self._data.date or datetime.date.today().isoformat()
-        given = dataclasses.replace(self._data, date=date, template=self._data.template or "model")
+        # The run's tokenizer has the template that was learnt with: its file may be another one by now.
+        given = dataclasses.replace(self._data, date=date, template=MODEL)
         return open_template(given, self._tokenizer)
 
     def ids(self, row: Row) -> list[int]:

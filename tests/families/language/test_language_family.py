@@ -16,6 +16,7 @@ from jaxops.cli.main import main
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
 from jaxops.core.writers import read_metrics
+from jaxops.families.language.prompts import PromptWriter
 from jaxops.run.fit import fit
 from jaxops.run.validation import short_epochs
 
@@ -276,3 +277,27 @@ def test_a_part_of_a_run_folder_that_is_damaged_is_told(whole, tmp_path):
     (tmp_path / "copy/transform/architecture.parquet").unlink()
     with pytest.raises(UserError, match="architecture"):
         jx.load(tmp_path / "copy")
+
+
+def test_the_template_that_was_learnt_with_is_kept_in_the_run(whole, tmp_path, monkeypatch):
+    """In a mixture it is that of the conversations; its file may be gone, or be another one, when the run is used."""
+    Path("my.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}[assistant]")
+    Path("pairs.jsonl").write_text('{"prompt": "2+2=", "completion": "4"}\n' * 8)
+    mixed = "data: {kind: mixture, sources: [{kind: completion, path: pairs.jsonl, length: 96}, {kind: chat, path: "
+    mixed += "chat.jsonl, length: 96, template: my.jinja, turns: apart, valid: {share: 0.2}}]}"
+    (tmp_path / "mixed.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[4], mixed))
+    overrides = ["run.name=mixed", "run.steps=1", f"run.dir={tmp_path}"]
+    fit(jx.build_task(jx.load_config(tmp_path / "mixed.yaml", overrides)), quiet=True)
+    before = jx.load(tmp_path / "mixed").predict("chat.jsonl")["nll"].to_numpy()
+    text = Path("my.jinja").read_text()
+    Path("my.jinja").write_text("another")
+    monkeypatch.chdir(tmp_path)
+    model = jx.load(tmp_path / "mixed")
+    writer = PromptWriter(model.saved.config.data, model.tokenizer, "auto", print)
+    assert model.tokenizer.decode(writer.ids(("a", {"prompt": "hello"}))) == "[user]hello<|im_end|>[assistant]"
+    again = model.predict(whole / "chat.jsonl")
+    np.testing.assert_array_equal(again["nll"].to_numpy(), before)
+    (first,) = model.predict(pa.table({"messages": [conversation(0)["messages"]]}))["tokens"].to_pylist()
+    assert first == len(model.tokenizer.encode("red!<|im_end|>"))
+    model.export(tmp_path / "out")
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"] == text
