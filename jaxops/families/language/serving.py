@@ -29,7 +29,7 @@ from jaxops.data.text.spec import (
 from jaxops.families.language.generation import Chat, Generation
 from jaxops.families.language.opened import on, with_adapters
 from jaxops.families.language.options import Export, Generate, Predict
-from jaxops.families.language.prompts import with_columns
+from jaxops.families.language.prompts import given_columns, with_columns
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.decoder.pretrained import save_pretrained
 from jaxops.models.lora import Lora
@@ -86,6 +86,7 @@ class ServedLanguage:
         given = options or Predict(**keywords)
         with as_file(source) as path, notes.collected() as remarks:
             along = [row for _, row in read_rows(str(path))]
+            given_columns(along)  # what cannot be written is told before anything is scored
             config = _of_source(self.saved.config.data, str(path), dict.fromkeys(name for row in along for name in row))
             documents = tokenise(config, read_examples(config, str(path)), self.tokenizer)
         for remark in remarks:

@@ -16,7 +16,7 @@ from jaxops.cli.main import main
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
 from jaxops.core.writers import read_metrics
-from jaxops.families.language.prompts import PromptWriter
+from jaxops.families.language.prompts import PromptWriter, prompt_rows, with_columns
 from jaxops.run.fit import fit
 from jaxops.run.validation import short_epochs
 
@@ -301,3 +301,37 @@ def test_the_template_that_was_learnt_with_is_kept_in_the_run(whole, tmp_path, m
     assert first == len(model.tokenizer.encode("red!<|im_end|>"))
     model.export(tmp_path / "out")
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"] == text
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "said"),
+    [
+        (["hi"], {"n": 0}, "n: expected 1 or more"),
+        (["hi"], {"n": 10**11}, "n: .* at most"),
+        (["hi"], {"seed": -1}, "seed: expected 0 or more"),
+        (["hi"], {"template": "chta"}, "template: expected auto, chat, none, got 'chta'; did you mean 'chat'"),
+        (["hi"], {"slots": 10**11}, "slots: .* 65,536 at most"),
+        (["hi"], {"room": 1}, "room: expected 2 or more"),
+        (["hi"], {"temperature": 1e-50}, "temperature: expected 0"),
+        ([None], {}, "prompt 0: the column 'prompt' is null"),
+        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "x"}], {}, "column 'id' has values of several types"),
+        ([{"prompt": "a", "id": 2**70}], {}, "column 'id'"),
+    ],
+)
+def test_what_cannot_be_sampled_is_told_before_anything_is(whole, monkeypatch, prompts, options, said):
+    model = jx.load("runs/whole")
+    monkeypatch.setattr(model._generation, "sampler", lambda *given: pytest.fail("sampled"))
+    with pytest.raises(UserError, match=said):
+        model.generate(prompts, **options)
+
+
+def test_lines_of_prompts_end_at_newlines_alone(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\u2028still\x0cone\r\n\ntwo\n".encode())
+    found = prompt_rows(tmp_path / "a.txt")
+    assert [(where[-1], row["prompt"]) for where, row in found] == [("1", "one\u2028still\x0cone"), ("3", "two")]
+
+
+def test_no_column_of_the_prompts_is_lost_to_another():
+    rows = [{"prompt": "a", "tokens": 1, "given_tokens": 2}]
+    found = with_columns(rows, [{"tokens": 3}]).to_pylist()
+    assert found == [{"prompt": "a", "given_given_tokens": 1, "given_tokens": 2, "tokens": 3}]
