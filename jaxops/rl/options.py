@@ -1,12 +1,29 @@
 """The options of sampling: what the distribution over the next token is, and what ends a text."""
 
 import dataclasses
-import math
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from jaxops.core.failures import UserError
+
+TINIEST, HOTTEST = 1e-30, 1e30
+"""Bounds of temperature and top_p: beyond them float32 has zeros and infinities, and probabilities are no numbers."""
+MOST = 2**31 - 1
+"""The largest number of tokens: counts on the device have 32 bits. What a model has room for is far less."""
+
+MOST_SLOTS = 2**16
+"""The largest number of texts that are decoded at a time."""
+
+
+def wrong_counts(counts: Mapping[str, tuple[Any, int, int]]) -> list[str]:
+    """Returns a line for each option, by name its (value, least, most), that is no whole number in its range."""
+    return [
+        f"{name}: expected {least} or more, and {most:,} at most, as a whole number; got {value!r}"
+        for name, (value, least, most) in counts.items()
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,10 +43,10 @@ class SampleOptions:
       stop: texts that end a completion wherever one appears, over the borders of tokens too.
     """
 
-    max_tokens: Annotated[int, Field(ge=1)] = 128
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    max_tokens: Annotated[int, Field(ge=1, le=MOST)] = 128
+    temperature: Annotated[float, Field(ge=0, le=HOTTEST, allow_inf_nan=False)] = 1.0
     top_k: Annotated[int, Field(ge=1)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(ge=TINIEST, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     stop: tuple[str, ...] = ()
 
@@ -50,14 +67,16 @@ class SampleOptions:
           UserError: a value is out of its range.
         """
         wrong = []
-        if self.max_tokens < 1:
-            wrong.append(f"max_tokens: expected 1 or more, got {self.max_tokens}")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            wrong.append(f"temperature: expected 0 (the most probable token) or more, got {self.temperature}")
+        wrong += wrong_counts({"max_tokens": (self.max_tokens, 1, MOST)})
+        if not (self.temperature == 0 or TINIEST <= self.temperature <= HOTTEST):
+            wrong.append(
+                f"temperature: expected 0 (the most probable token) or more, from {TINIEST:g} to {HOTTEST:g}, "
+                f"got {self.temperature}"
+            )
         if self.top_k is not None and self.top_k < 1:
             wrong.append(f"top_k: expected 1 or more, or null for all tokens, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            wrong.append(f"top_p: expected a share above 0 and up to 1, got {self.top_p}")
+        if not TINIEST <= self.top_p <= 1:
+            wrong.append(f"top_p: expected a share above 0 and up to 1, got {self.top_p}; {TINIEST:g} is the least")
         if not 0 <= self.min_p <= 1:
             wrong.append(f"min_p: expected a share from 0 to 1, got {self.min_p}")
         if isinstance(self.stop, str) or not all(self.stop):

@@ -25,7 +25,7 @@ from jaxops.core.sharding import Axes, Rule, parameter_shardings
 from jaxops.core.state import Params
 from jaxops.core.turn import Program
 from jaxops.data.text.tokenizer import Tokenizer
-from jaxops.rl.options import SampleOptions
+from jaxops.rl.options import MOST_SLOTS, SampleOptions
 from jaxops.rl.sampled import Growing, Prompt, Sampled
 from jaxops.rl.slots import Filling, Generating, Programs, Slots, rows_divided
 from jaxops.rl.stops import StopScan, special_stops
@@ -80,6 +80,9 @@ class Sampler:
         for name, value in (("slots", slots), ("room", room - 1), ("segment", segment), ("reading", reading or 1)):
             if value < 1:
                 raise UserError(f"sampling: {name} is too small: {value + (name == 'room')}")
+        if slots > MOST_SLOTS:
+            raise UserError(f"sampling: slots is too large: {slots:,}; {MOST_SLOTS:,} at most")
+        segment = min(segment, room)  # no text is longer, and buffers are as wide as a segment
         if options.stop and tokenizer is None:
             raise UserError("sampling: stops are texts, so they need the tokenizer")
         self.mesh, self.room, self.options, self.tokenizer = mesh, room, options, tokenizer
@@ -221,7 +224,7 @@ class _Run:
         self._prompts, self._limits, self._seed, self._step = prompts, limits, np.uint32(seed), np.int32(step)
         self._queue = collections.deque(range(len(prompts)))
         self._row_of: list[int | None] = [None] * sampler.slots
-        self._found = Growing(len(prompts), sampler.options.max_tokens)
+        self._found = Growing(len(prompts), min(sampler.options.max_tokens, sampler.room - 1))
         self._scans: dict[int, StopScan] = {}
         self._texts: list[str] = [""] * len(prompts)
         self._live = self._decoded = 0
@@ -286,7 +289,7 @@ class _Run:
             if row is None or not made:
                 continue
             tokens, logprobs, plain = (x[slot, :made] for x in got.drawn)
-            self._require_finite(row, plain)
+            self._require_finite(row, plain, logprobs)
             kept = self._kept(row, tokens, watch)
             self._found.add(row, tokens[:kept], logprobs[:kept], plain[:kept])
             stopped = self._scans[row].stop is not None if row in self._scans else False
@@ -328,8 +331,8 @@ class _Run:
         if watch is not None and (new := scan.shown(ended=True)):
             watch(row, new)
 
-    def _require_finite(self, row: int, plain: np.ndarray) -> None:
-        """Refuses a completion whose probabilities are no numbers.
+    def _require_finite(self, row: int, plain: np.ndarray, logprobs: np.ndarray) -> None:
+        """Refuses a completion whose probabilities, the model's or those that were drawn from, are no numbers.
 
         Raises:
           RunFailed: they are none.
@@ -338,6 +341,11 @@ class _Run:
             raise RunFailed(
                 f"sampling: the model's logits are not finite for prompt {row} (example {self._prompts[row].example}),"
                 f" {int(self._found.lengths[row])} tokens after it; are the weights?"
+            )
+        if not np.isfinite(logprobs).all():
+            raise RunFailed(
+                f"sampling: the distribution that temperature, top_k, top_p and min_p leave is not finite for prompt "
+                f"{row} (example {self._prompts[row].example}); the model's own is"
             )
 
 

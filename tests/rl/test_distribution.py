@@ -15,7 +15,13 @@ from jaxops.rl.options import SampleOptions
 CASES = [
     SampleOptions(temperature=t, top_k=k, top_p=p, min_p=m)
     for t, k, p, m in itertools.product([0.7, 1.3], [None, 5], [1.0, 0.8], [0.0, 0.1])
-] + [SampleOptions(top_k=1), SampleOptions(top_p=1e-6), SampleOptions(top_k=500), SampleOptions(temperature=1e-30)]
+] + [
+    SampleOptions(top_k=1),
+    SampleOptions(top_p=1e-6),
+    SampleOptions(top_k=500),
+    SampleOptions(temperature=1e-30),
+    SampleOptions(top_p=1e-30),
+]
 
 
 def exact(logits, options):
@@ -92,6 +98,10 @@ def test_frequencies_are_the_probabilities(options):
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p: expected a share above 0 and up to 1, got 0.0"),
         ({"top_p": 1.5}, "top_p"),
+        ({"top_p": 1e-50}, "top_p: .*1e-30 is the least"),
+        ({"temperature": 1e-39}, "temperature: .* got 1e-39"),
+        ({"temperature": 1e300}, "temperature: .*1e\\+30"),
+        ({"max_tokens": 10**11}, "max_tokens"),
         ({"top_k": 0}, "top_k: expected 1 or more"),
         ({"min_p": 2.0}, "min_p"),
         ({"max_tokens": 0}, "max_tokens: expected 1 or more"),
@@ -102,3 +112,11 @@ def test_frequencies_are_the_probabilities(options):
 def test_values_out_of_range_are_refused(change, told):
     with pytest.raises(UserError, match=told):
         dataclasses.replace(SampleOptions(), **change).require_valid()
+
+
+@pytest.mark.parametrize("options", [SampleOptions(temperature=1e-30), SampleOptions(temperature=1e30, top_p=1e-30)])
+def test_what_is_drawn_at_the_bounds_is_finite(options):
+    options.require_valid()
+    logits = 30 * jax.random.normal(jax.random.key(0), (4, 40))
+    drawn = draw(logits, options, jax.random.split(jax.random.key(1), 4))
+    assert np.isfinite(drawn.logprob).all() and len(set(np.asarray(drawn.token).tolist())) > 1

@@ -299,3 +299,18 @@ def test_stops_without_a_tokenizer_are_refused():
         sampler_of(SampleOptions(top_p=0))
     with pytest.raises(UserError, match="slots is too small: 0"):
         sampler_of(slots=0)
+
+
+def test_a_distribution_that_is_no_number_is_told():
+    sampler, params = sampler_of(SampleOptions(max_tokens=3), slots=1)
+    sampler._programs._options = SampleOptions(max_tokens=3, temperature=1e-50)  # past the checks
+    with pytest.raises(RunFailed, match="temperature, top_k, top_p and min_p leave is not finite for prompt 0"):
+        sampler(params, prompts(1), seed=0)
+
+
+def test_what_is_asked_for_may_be_far_more_than_there_is_room_for():
+    sampler, params = sampler_of(SampleOptions(max_tokens=2**31 - 1), room=16, slots=2, segment=10**11, ends=())
+    found = sampler(params, [Prompt([1, 2, 3], example=0)], seed=0)
+    assert found.tokens.shape == (1, 15) and found.lengths.tolist() == [13]
+    with pytest.raises(UserError, match="slots is too large"):
+        sampler_of(slots=10**11)

@@ -28,6 +28,7 @@ class ByteTokenizer:
 
     Args:
       added: further special tokens, from id 260 on.
+      template: the chat template.
     """
 
     kind: str = "bytes"
@@ -35,9 +36,9 @@ class ByteTokenizer:
     eos: int | None = 257
     pad: int | None = 258
     stops: tuple[int, ...] = (257,)
-    template: str | None = TEMPLATE
 
-    def __init__(self, added: Sequence[str] = ()) -> None:
+    def __init__(self, added: Sequence[str] = (), template: str = TEMPLATE) -> None:
+        self.template: str | None = template
         self._marks = (*MARKS, *added)
         self.vocab = 256 + len(self._marks)
         self.special = frozenset(range(256, self.vocab))
@@ -45,7 +46,7 @@ class ByteTokenizer:
         self._ids = {mark: 256 + at for at, mark in enumerate(self._marks)}
         longest_first = sorted(self._marks, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        self.files: Mapping[str, bytes] = _files(self._marks, added)
+        self.files: Mapping[str, bytes] = _files(self._marks, added, template)
         self.digest = digest_of({"tokenizer.json": self.files["tokenizer.json"]})
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -107,7 +108,12 @@ class ByteTokenizer:
         """
         if any(not token for token in tokens):
             raise UserError("an added token is empty; each needs a character or more")
-        return ByteTokenizer(tuple(dict.fromkeys([*self._marks, *tokens]))[len(MARKS) :])
+        assert self.template is not None
+        return ByteTokenizer(tuple(dict.fromkeys([*self._marks, *tokens]))[len(MARKS) :], self.template)
+
+    def with_template(self, template: str) -> "ByteTokenizer":
+        """Returns a tokenizer with another chat template."""
+        return ByteTokenizer(self._marks[len(MARKS) :], template)
 
 
 def _bytes(text: str) -> bytes:
@@ -117,7 +123,7 @@ def _bytes(text: str) -> bytes:
         raise UserError(f"a text holds {text[error.start]!a}, half of a character, which is no Unicode text") from None
 
 
-def _files(marks: Sequence[str], added: Sequence[str]) -> dict[str, bytes]:
+def _files(marks: Sequence[str], added: Sequence[str], template: str) -> dict[str, bytes]:
     """Writes the vocabulary as a byte-level BPE without merges, which gives the same ids."""
     vocabulary = {letter: byte for byte, letter in enumerate(_letters())}
     level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -150,7 +156,7 @@ def _files(marks: Sequence[str], added: Sequence[str]) -> dict[str, bytes]:
         "eos_token": MARKS[1],
         "pad_token": MARKS[2],
         "clean_up_tokenization_spaces": False,
-        "chat_template": TEMPLATE,
+        "chat_template": template,
         "jaxops": {"kind": "bytes", "added": list(added)},
     }
     return {

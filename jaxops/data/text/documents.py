@@ -18,6 +18,8 @@ from jaxops.data.text.spec import ChatData, OneTextData, Templated, TextData
 from jaxops.data.text.template import ChatTemplate, Rendered
 from jaxops.data.text.tokenizer import EncodedText, Tokenizer
 
+MODEL = "model"
+"""The name of the chat template that the tokenizer has."""
 AT_ONCE = 1024
 """Texts that are given to the tokenizer at once."""
 
@@ -231,7 +233,7 @@ def open_template(config: Templated, tokenizer: Tokenizer) -> ChatTemplate:
         raise UserError(f"data.date: {config.date!r} is no date; expected one such as 2026-01-31") from None
     if config.template is None:
         raise UserError("data.template: messages need a template: `model`, or the path of a file")
-    if config.template == "model":
+    if config.template == MODEL:
         if tokenizer.template is None:
             raise UserError(
                 f"data.template: the tokenizer ({tokenizer.kind}) came without a chat template; write one into a file "
@@ -239,9 +241,29 @@ def open_template(config: Templated, tokenizer: Tokenizer) -> ChatTemplate:
             )
         text, name = tokenizer.template, "the chat template"
     else:
-        name = config.template
-        try:
-            text = Path(name).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.template: cannot read {name} ({error}); expected `model` or a file") from None
+        text, name = _template_file(config.template), config.template
     return ChatTemplate(text, tokenizer.words, name=name, arguments=config.arguments, now=now)
+
+
+def with_learnt_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    """Returns the tokenizer with the chat template that a run learns with in place of its own.
+
+    A run keeps it so: whoever serves, exports or goes on from the run has the template without its file.
+
+    Args:
+      tokenizer: the tokenizer.
+      template: the template of a data section: `model`, a file, or None.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    if template is None or template == MODEL:
+        return tokenizer
+    return tokenizer.with_template(_template_file(template))
+
+
+def _template_file(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.template: cannot read {name} ({error}); expected `model` or a file") from None

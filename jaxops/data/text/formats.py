@@ -305,6 +305,8 @@ def _message(value: Any, what: str) -> Message:
     # Parquet gives every message every key: those that it does not have are null
     message = {key: entry for key, entry in value.items() if entry is not None}
     content = message.get("content")
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"], what)
     calls = role == "assistant" and bool(message.get("tool_calls"))
     if content is None and not calls:
         raise WrongRow(f"{what}: the {role} turn has no content")
@@ -315,6 +317,23 @@ def _message(value: Any, what: str) -> Message:
         raise WrongRow(f"{what}: the assistant turn is empty")
     message["content"] = checked_text(content or "", f"{what}: the content")
     return message
+
+
+def _calls(value: Any, what: str) -> list[Any]:
+    """Returns the calls of functions in a message: a list, or a list written as JSON text (blank text is none)."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except (ValueError, RecursionError):
+            raise WrongRow(f"{what}: tool_calls is no JSON: {shown(value)}") from None
+    if not isinstance(value, list):
+        raise WrongRow(f"{what}: tool_calls is {sort_of(value)} ({shown(value)}), expected a list of calls")
+    for call in value:
+        named = call.get("function") or call if isinstance(call, dict) else None
+        # A template writes a call without a name as an empty answer, which would be learnt.
+        if not (isinstance(named, dict) and isinstance(named.get("name"), str) and named["name"]):
+            raise WrongRow(f"{what}: tool_calls holds {shown(call)}, expected a call with the name of its function")
+    return value
 
 
 def _tools(row: Mapping[str, Any], name: str | None) -> tuple[Any, ...] | None:

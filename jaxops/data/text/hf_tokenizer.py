@@ -134,6 +134,15 @@ class HFTokenizer:
         larger.add_special_tokens(list(dict.fromkeys(tokens)))
         return HFTokenizer(self._given | {"tokenizer.json": larger.to_str().encode()}, self._name, self.kind)
 
+    def with_template(self, template: str) -> "HFTokenizer":
+        """Returns a tokenizer with another chat template, in the files of both older and newer readers."""
+        config = self._json("tokenizer_config.json") | {"chat_template": template}
+        changed = {
+            "chat_template.jinja": template.encode(),
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode(),
+        }
+        return HFTokenizer(self._given | changed, self._name, self.kind)
+
 
 def imported_tokenizers() -> Any:
     """Imports the package `tokenizers`.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxops.core.failures import UserError, nearest
-from jaxops.data.text.byte_tokenizer import ByteTokenizer
+from jaxops.data.text.byte_tokenizer import TEMPLATE, ByteTokenizer
 from jaxops.data.text.gguf_tokenizer import read_gguf_tokenizer
 from jaxops.data.text.hf_tokenizer import HFTokenizer
 from jaxops.data.text.tokenizer import FILES, Tokenizer, json_object
@@ -39,5 +39,7 @@ def tokenizer_of(files: Mapping[str, bytes], name: str) -> Tokenizer:
     """
     config = json_object(files.get("tokenizer_config.json", b"{}"), f"{name}/tokenizer_config.json")
     if isinstance(config.get("jaxops"), dict) and config["jaxops"].get("kind") == "bytes":
-        return ByteTokenizer(tuple(config["jaxops"].get("added", ())))
+        template = config.get("chat_template")
+        kept = template if isinstance(template, str) else TEMPLATE
+        return ByteTokenizer(tuple(config["jaxops"].get("added", ())), kept)
     return HFTokenizer(files, name)

@@ -153,3 +153,18 @@ class MixtureData(Part):
 
 
 TextDataConfig = TextData | ChatData | CompletionData | MixtureData
+
+
+def sources_of(data: TextDataConfig) -> tuple[OneTextData, ...]:
+    """Returns the sources of a data section: those of a mixture, or itself."""
+    return data.sources if isinstance(data, MixtureData) else (data,)
+
+
+def conversations_of(data: TextDataConfig) -> Templated:
+    """Returns the source that says how conversations become text: the first of conversations, else of completions.
+
+    Texts alone say nothing, so that their model's own template is meant.
+    """
+    templated = [one for one in sources_of(data) if isinstance(one, Templated)]
+    chats = [one for one in templated if isinstance(one, ChatData)]
+    return next(iter([*chats, *templated]), ChatData(path=""))

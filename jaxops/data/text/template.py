@@ -14,12 +14,15 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 
 from jaxops.core.failures import UserError
 
 BEGIN, END = "\ufdd0", "\ufdd1"
 """Noncharacters of Unicode, which no text may hold: they mark the spans while a template is rendered."""
+LARGEST = 10_000_000
+"""The largest repetition or power that a template may compute: characters, entries, or bits."""
 Message = Mapping[str, Any]
 
 
@@ -71,16 +74,18 @@ class ChatTemplate:
     ) -> None:
         self.name, self._now = name, now
         self._variables = {**words, **(arguments or {})}
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         environment.filters["tojson"] = _tojson
+        # The text of an example must be the same in each run.
+        del environment.filters["random"], environment.globals["lipsum"]
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": self._strftime}
         try:
             self.marked = _is_marked(environment.parse(text))
             self._compiled = environment.from_string(text)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{name}, line {error.lineno}: {error.message}") from None
+        except Exception as error:  # such as RecursionError, or Python's own SyntaxError for what Jinja lets pass
+            raise UserError(f"{name} does not compile: {type(error).__name__}: {_line(error)}") from None
 
     def render(
         self,
@@ -108,8 +113,8 @@ class ChatTemplate:
             raise
         except _Refused as refused:
             raise UserError(f"{self.name} refuses the conversation: {refused}") from None
-        except (jinja2.TemplateError, RecursionError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{self.name} fails: {type(error).__name__}: {error}") from None
+        except Exception as error:  # a program of somebody else may raise anything
+            raise UserError(f"{self.name} fails: {type(error).__name__}: {_line(error)}") from None
         return _unmarked(marked, self.name)
 
     def _strftime(self, format: str) -> str:
@@ -119,6 +124,31 @@ class ChatTemplate:
                 "fix the date: `date: 2026-01-31`"
             )
         return self._now.strftime(format)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """A sandbox in which products and powers stay small: `'a' * 10**11` would take the machine's memory."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """Computes a product or a power.
+
+        Raises:
+          OverflowError: it is too large.
+        """
+        if operator == "*":
+            times = [one for one in (left, right) if isinstance(one, int)]
+            parts = [one for one in (left, right) if isinstance(one, str | bytes | list | tuple)]
+            if times and parts and len(parts[0]) * times[0] > LARGEST:
+                raise OverflowError(f"a repetition has more than {LARGEST:,} characters or entries")
+        elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > LARGEST:
+            raise OverflowError("a power is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or "no reason given"
 
 
 class _Refused(Exception):

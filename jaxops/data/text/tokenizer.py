@@ -98,6 +98,10 @@ class Tokenizer(Protocol):
         """Returns a tokenizer that has these as special tokens too; new ones get the ids from `vocab` on."""
         ...
 
+    def with_template(self, template: str) -> "Tokenizer":
+        """Returns a tokenizer with another chat template, which its `files` hold too."""
+        ...
+
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int, model: str = "the model") -> None:
     """Refuses a tokenizer with ids that a model's embedding of `rows` rows does not have.

@@ -7,7 +7,9 @@ from typing import Any
 from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError
 from jaxops.core.sums import Sums
+from jaxops.data.text.documents import with_learnt_template
 from jaxops.data.text.open import TextParts, open_text
+from jaxops.data.text.spec import conversations_of
 from jaxops.families.language.config import LanguageConfig
 from jaxops.families.language.data_commands import inspect_data, preview_data
 from jaxops.families.language.opened import OpenedModel, open_model
@@ -34,6 +36,7 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
     opened = open_model(config)
     text = open_text(config.data, opened.tokenizer)
     held_out = text.held_out(1)
+    learnt = conversations_of(config.data).template
     return Task(
         **of_config(config, loaded.resolved, opened.model),
         objective=opened.on(objective_from(config.objective, given.objective, opened.decoder)),
@@ -43,7 +46,7 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
         frozen=getattr(opened.model, "frozen", ()),
         dtypes=getattr(opened.model, "dtypes", ()),
         inspection={**text.inspection, "split": {"sha256": text.inspection["digest"]}},
-        transform=stored(opened.decoder.config, opened.tokenizer),
+        transform=stored(opened.decoder.config, with_learnt_template(opened.tokenizer, learnt)),
         about=_about(config, opened, text),
     )
 

@@ -12,7 +12,7 @@ from jaxops.core.state import Params
 from jaxops.data.text.template import Message
 from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.families.language.options import Generate
-from jaxops.families.language.prompts import PromptWriter, prompt_rows, with_columns
+from jaxops.families.language.prompts import PromptWriter, given_columns, prompt_rows, with_columns
 from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.rl.options import SampleOptions
@@ -56,6 +56,7 @@ class Generation:
         """
         options.require_valid()
         rows = prompt_rows(source)
+        given_columns([row for _, row in rows])  # what cannot be written is told before anything is sampled
         writer = PromptWriter(self._saved.config.data, self.tokenizer, options.template, say)
         prompts = [Prompt(self._fitting(writer.ids(row), row[0]), at) for at, row in enumerate(rows)]
         longest = max(len(prompt.ids) for prompt in prompts)

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from jaxops.core.failures import UserError, nearest
-from jaxops.data.text.documents import open_template
+from jaxops.data.text.documents import MODEL, open_template
 from jaxops.data.text.formats import checked_messages, read_rows
-from jaxops.data.text.spec import ChatData, MixtureData, Templated
+from jaxops.data.text.spec import ChatData, conversations_of, sources_of
 from jaxops.data.text.template import ChatTemplate, Message
 from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.run.given_table import as_file
@@ -42,10 +42,12 @@ def prompt_rows(source: Any) -> list[Row]:
 
 def _lines(path: Path) -> list[Row]:
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = path.expanduser().read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}); expected a text file with a prompt a line") from None
-    return [(f"{path}:{at}", {"prompt": line}) for at, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not `splitlines`, which cuts a prompt at U+2028 and at a form feed too.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return [(f"{path}:{at}", {"prompt": line}) for at, line in enumerate(lines, 1) if line.strip()]
 
 
 class PromptWriter:
@@ -53,15 +55,14 @@ class PromptWriter:
 
     Args:
       data: the data section of the run's config.
-      tokenizer: the tokenizer.
+      tokenizer: the tokenizer that the run keeps, with the template that was learnt with.
       template: what is done with prompts that are text, as `Generate.template`.
       say: it is called with each line that a person should read.
     """
 
     def __init__(self, data: Any, tokenizer: Tokenizer, template: str, say: Callable[[str], None]) -> None:
-        sources = data.sources if isinstance(data, MixtureData) else (data,)
-        self._data = next((one for one in sources if isinstance(one, Templated)), ChatData(path=""))
-        learnt = any(isinstance(one, ChatData) for one in sources)
+        self._data = conversations_of(data)
+        learnt = any(isinstance(one, ChatData) for one in sources_of(data))
         self._tokenizer, self._say, self._said = tokenizer, say, False
         self.chats = template == "chat" or (template == "auto" and learnt)
         """Whether a text is put to the model as a user's turn."""
@@ -74,7 +75,8 @@ class PromptWriter:
           UserError: there is none.
         """
         date = self._data.date or datetime.date.today().isoformat()
-        given = dataclasses.replace(self._data, date=date, template=self._data.template or "model")
+        # The run's tokenizer has the template that was learnt with: its file may be another one by now.
+        given = dataclasses.replace(self._data, date=date, template=MODEL)
         return open_template(given, self._tokenizer)
 
     def ids(self, row: Row) -> list[int]:
@@ -85,6 +87,8 @@ class PromptWriter:
         """
         where, values = row
         name = next((one for one in COLUMNS if values.get(one) is not None), None)
+        if name is None and (null := next((one for one in COLUMNS if one in values), None)):
+            raise UserError(f"{where}: the column {null!r} is null; expected a text or a list of messages")
         if name is None:
             there = ", ".join(map(str, values)) or "none"
             hint = next((found for one in values if (found := nearest(str(one), COLUMNS))), "")
@@ -134,18 +138,36 @@ class PromptWriter:
 def with_columns(rows: Sequence[Mapping[str, Any]], made: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Joins the columns of prompts and of completions; a prompt's column that has the same name becomes `given_NAME`.
 
+    Where there is a `given_NAME` already, it becomes `given_given_NAME`: no column is lost.
+
     Raises:
-      UserError: the values of a column are of several types.
+      UserError: a column of the prompts cannot be written.
     """
-    taken = list(made[0]) if made else []
-    renamed = lambda row: {f"given_{name}" if name in taken else name: value for name, value in row.items()}
-    joined = [{**renamed(row), **new} for row, new in zip(rows, made, strict=True)]
-    # Of all rows: pyarrow takes the names of the first row alone, and a column that it lacks would be lost.
-    names = dict.fromkeys(name for row in joined for name in row if name not in taken) | dict.fromkeys(taken)
+    made_names = list(made[0]) if made else []
+    given = given_columns(rows)
+    taken, columns = {*given, *made_names}, {}
+    for name, values in given.items():
+        called = name
+        while called in taken and name in made_names:
+            called = f"given_{called}"
+        taken.add(called)
+        columns[called] = values
+    return pa.table(columns | {name: pa.array([row[name] for row in made]) for name in made_names})
+
+
+def given_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
+    """Returns the columns of rows; it is called before what takes long, so that no result is lost for them.
+
+    Raises:
+      UserError: the values of a column are of several types, or no table can hold them.
+    """
     columns = {}
-    for name in names:
+    # Of all rows: pyarrow takes the names of the first row alone, and a column that it lacks would be lost.
+    for name in dict.fromkeys(name for row in rows for name in row):
         try:
-            columns[name] = pa.array([row.get(name) for row in joined])
-        except pa.ArrowException as error:
-            raise UserError(f"the prompts' column {name!r} has values of several types ({error})") from None
-    return pa.table(columns)
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowException, OverflowError, UnicodeError) as error:
+            raise UserError(
+                f"the prompts' column {name!r} has values of several types, or one that no table holds ({error})"
+            ) from None
+    return columns

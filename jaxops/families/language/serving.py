@@ -14,14 +14,22 @@ from jaxtyping import Array, Float
 from jaxops.core.failures import UserError
 from jaxops.core.state import Params
 from jaxops.data import notes
-from jaxops.data.text.documents import tokenise
+from jaxops.data.text.documents import MODEL, tokenise
 from jaxops.data.text.formats import read_examples, read_rows, wanted_columns
 from jaxops.data.text.source import TextBatches, TextRows, whole
-from jaxops.data.text.spec import ChatData, CompletionData, MixtureData, OneTextData, TextData
+from jaxops.data.text.spec import (
+    ChatData,
+    CompletionData,
+    MixtureData,
+    OneTextData,
+    Templated,
+    TextData,
+    conversations_of,
+)
 from jaxops.families.language.generation import Chat, Generation
 from jaxops.families.language.opened import on, with_adapters
 from jaxops.families.language.options import Export, Generate, Predict
-from jaxops.families.language.prompts import with_columns
+from jaxops.families.language.prompts import given_columns, with_columns
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.decoder.pretrained import save_pretrained
 from jaxops.models.lora import Lora
@@ -78,6 +86,7 @@ class ServedLanguage:
         given = options or Predict(**keywords)
         with as_file(source) as path, notes.collected() as remarks:
             along = [row for _, row in read_rows(str(path))]
+            given_columns(along)  # what cannot be written is told before anything is scored
             config = _of_source(self.saved.config.data, str(path), dict.fromkeys(name for row in along for name in row))
             documents = tokenise(config, read_examples(config, str(path)), self.tokenizer)
         for remark in remarks:
@@ -169,9 +178,13 @@ def _of_source(data: Any, path: str, there: Collection[str]) -> OneTextData:
       UserError: no form's columns are there.
     """
     changed: dict[str, Any] = {"path": path, "valid": None, "pack": False, "copies": "keep", "format": "auto"}
-    kept = {"path": path, "length": data.length, "pack": False}
+    kept: dict[str, Any] = {"path": path, "length": data.length, "pack": False}
     forms: list[OneTextData] = [] if isinstance(data, MixtureData) else [dataclasses.replace(data, **changed)]
-    forms += [ChatData(**kept), CompletionData(**kept), TextData(**kept)]
+    # The run's tokenizer has the template that was learnt with: its file may be another one by now.
+    forms = [dataclasses.replace(one, template=MODEL) if isinstance(one, Templated) else one for one in forms]
+    learnt = conversations_of(data)
+    written = kept | {"arguments": learnt.arguments, "date": learnt.date}
+    forms += [ChatData(**written), CompletionData(**written), TextData(**kept)]
     for form in forms:
         if {name for name, needed in wanted_columns(form).items() if needed} <= {*there}:
             return form

@@ -12,6 +12,8 @@ from jaxops.core.failures import UserError
 from jaxops.data.preferences.agreement import Agreement
 from jaxops.data.preferences.open import Opened, read_judgements
 from jaxops.data.preferences.pairs import Pairs
+from jaxops.data.preferences.spec import PreferenceData
+from jaxops.data.text.documents import with_learnt_template
 from jaxops.evaluate.preferences import measure
 from jaxops.families.reward.config import PretrainedReward, RewardConfig
 from jaxops.families.reward.data_commands import inspect_data, preview_data
@@ -45,6 +47,7 @@ def build(loaded: Loaded[RewardConfig], given: Given) -> Task:
     data = read.opened(opened.tokenizer)
     sources, valid = opened.sources, data.valid
     scores = on(opened.model, scores_of_pairs(opened.reward))
+    template = config.data.template if isinstance(config.data, PreferenceData) else None
     return Task(
         **of_config(config, loaded.resolved, opened.model),
         objective=_objective(config, given, opened),
@@ -56,7 +59,7 @@ def build(loaded: Loaded[RewardConfig], given: Given) -> Task:
         baselines=None if valid is None or not config.evaluate.baselines else _baselines(valid, data.agreement),
         inspection={**data.inspection, "split": {"sha256": data.inspection["digest"]}},
         transform={
-            **stored(opened.reward.decoder.config, opened.tokenizer),
+            **stored(opened.reward.decoder.config, with_learnt_template(opened.tokenizer, template)),
             **stored_reference(data.texts, config.reference),
         },
         about=_about(config, opened, data),

@@ -1,5 +1,6 @@
 """A trained reward model, read from its run folder: it scores texts."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from jaxops.core.state import Params
 from jaxops.data import notes
 from jaxops.data.preferences.open import tokenised
 from jaxops.data.preferences.pairs import TextBatches, Texts
-from jaxops.data.preferences.spec import TooLong
-from jaxops.data.text.documents import Documents
+from jaxops.data.preferences.spec import PreferenceData, TooLong
+from jaxops.data.text.documents import MODEL, Documents
 from jaxops.data.text.formats import Example
 from jaxops.families.reward.given_texts import read_given
 from jaxops.families.reward.opened import build_reward, on, with_adapters
@@ -66,7 +67,7 @@ class ServedReward:
         given = options or Predict(**keywords)
         with as_file(source) as path, notes.collected() as remarks:
             texts = read_given(self.saved.config.data, str(path))
-            documents = tokenised(self.saved.config.data, texts.examples, self.tokenizer)
+            documents = self._tokenised(texts.examples)
         for remark in remarks:
             say(remark)
         scores = self.scores(documents, given.batch)
@@ -79,7 +80,7 @@ class ServedReward:
 
     def score(self, examples: Sequence[Example], batch: int = 64) -> Float[np.ndarray, "texts heads"]:
         """Returns each head's normalised score of each text; see `predict`."""
-        return self.scores(tokenised(self.saved.config.data, examples, self.tokenizer), batch)
+        return self.scores(self._tokenised(examples), batch)
 
     def scores(self, documents: Documents, batch: int = 64) -> Float[np.ndarray, "texts heads"]:
         """Returns each head's normalised score of each tokenised text, cut as in training."""
@@ -94,6 +95,13 @@ class ServedReward:
         """
         tokens, offsets = reference_of(self.saved)
         return Normaliser.of(self._raw(Documents(tokens, np.zeros(len(tokens), bool), offsets), 64))
+
+    def _tokenised(self, examples: Sequence[Example]) -> Documents:
+        """Tokenises with the template that was learnt with: the run keeps it, its file may be another one by now."""
+        data = self.saved.config.data
+        if isinstance(data, PreferenceData) and data.template is not None:
+            data = dataclasses.replace(data, template=MODEL)
+        return tokenised(data, examples, self.tokenizer)
 
     def _raw(self, documents: Documents, batch: int) -> Float[np.ndarray, "texts heads"]:
         data = self.saved.config.data

@@ -179,3 +179,21 @@ def test_a_held_out_file_that_training_knows_is_told(tmp_path):
     with notes.collected() as told:
         train, valid, _ = read_parts(TextData(path=path, valid=held))
     assert len(train) == len(valid) == 2 and "1 of 2 examples of data.valid are in data.path too" in told[0]
+
+
+def test_calls_of_functions_written_as_json_text_are_read(tmp_path):
+    calls = [{"function": {"name": "f", "arguments": "{}"}}]
+    given = lambda value: [chat(USER, {"role": "assistant", "tool_calls": value})]
+    (found,) = read(ChatData(path="x"), given(json.dumps(calls)), tmp_path)
+    assert found.messages[1]["tool_calls"] == calls
+    for wrong, said in [
+        (5, "is a number"),
+        (calls[0], "is an object"),
+        ("{", "is no JSON"),
+        ([5], "holds 5, expected a call"),
+        ([{"function": {}}], "the name of its function"),
+    ]:
+        with pytest.raises(UserError, match=rf"a.jsonl:1: messages\[1\]: tool_calls .*{said}"):
+            read(ChatData(path="x"), given(wrong), tmp_path)
+    with pytest.raises(UserError, match="no content"):
+        read(ChatData(path="x"), given("[]"), tmp_path)

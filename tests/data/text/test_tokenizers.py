@@ -102,6 +102,16 @@ def test_templates_of_a_folder():
 
 
 @pytest.mark.parametrize("address", ["bytes", str(TINY)])
+def test_another_template_is_in_the_files_too(address):
+    tokenizer = open_tokenizer(address)
+    changed = tokenizer.with_template("{{ 'é' }}").with_tokens(["<x>"])
+    again = tokenizer_of(changed.files, "run")
+    assert changed.template == again.template == "{{ 'é' }}" != tokenizer.template
+    assert json.loads(again.files["tokenizer_config.json"])["chat_template"] == "{{ 'é' }}"
+    assert (again.encode("a<x>b"), again.stops) == (changed.encode("a<x>b"), tokenizer.stops)
+
+
+@pytest.mark.parametrize("address", ["bytes", str(TINY)])
 def test_added_tokens_get_the_next_ids_and_are_kept(address):
     tokenizer = open_tokenizer(address)
     larger = tokenizer.with_tokens(["<call>", "<|im_end|>", "<call>", "<ok>"])

@@ -16,6 +16,7 @@ from jaxops.cli.main import main
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
 from jaxops.core.writers import read_metrics
+from jaxops.families.language.prompts import PromptWriter, prompt_rows, with_columns
 from jaxops.run.fit import fit
 from jaxops.run.validation import short_epochs
 
@@ -281,3 +282,61 @@ def test_a_part_of_a_run_folder_that_is_damaged_is_told(whole, tmp_path):
     (tmp_path / "copy/transform/architecture.parquet").unlink()
     with pytest.raises(UserError, match="architecture"):
         jx.load(tmp_path / "copy")
+
+
+def test_the_template_that_was_learnt_with_is_kept_in_the_run(whole, tmp_path, monkeypatch):
+    """In a mixture it is that of the conversations; its file may be gone, or be another one, when the run is used."""
+    Path("my.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}[assistant]")
+    Path("pairs.jsonl").write_text('{"prompt": "2+2=", "completion": "4"}\n' * 8)
+    mixed = "data: {kind: mixture, sources: [{kind: completion, path: pairs.jsonl, length: 96}, {kind: chat, path: "
+    mixed += "chat.jsonl, length: 96, template: my.jinja, turns: apart, valid: {share: 0.2}}]}"
+    (tmp_path / "mixed.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[4], mixed))
+    overrides = ["run.name=mixed", "run.steps=1", f"run.dir={tmp_path}"]
+    fit(jx.build_task(jx.load_config(tmp_path / "mixed.yaml", overrides)), quiet=True)
+    before = jx.load(tmp_path / "mixed").predict("chat.jsonl")["nll"].to_numpy()
+    text = Path("my.jinja").read_text()
+    Path("my.jinja").write_text("another")
+    monkeypatch.chdir(tmp_path)
+    model = jx.load(tmp_path / "mixed")
+    writer = PromptWriter(model.saved.config.data, model.tokenizer, "auto", print)
+    assert model.tokenizer.decode(writer.ids(("a", {"prompt": "hello"}))) == "[user]hello<|im_end|>[assistant]"
+    again = model.predict(whole / "chat.jsonl")
+    np.testing.assert_array_equal(again["nll"].to_numpy(), before)
+    (first,) = model.predict(pa.table({"messages": [conversation(0)["messages"]]}))["tokens"].to_pylist()
+    assert first == len(model.tokenizer.encode("red!<|im_end|>"))
+    model.export(tmp_path / "out")
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"] == text
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "said"),
+    [
+        (["hi"], {"n": 0}, "n: expected 1 or more"),
+        (["hi"], {"n": 10**11}, "n: .* at most"),
+        (["hi"], {"seed": -1}, "seed: expected 0 or more"),
+        (["hi"], {"template": "chta"}, "template: expected auto, chat, none, got 'chta'; did you mean 'chat'"),
+        (["hi"], {"slots": 10**11}, "slots: .* 65,536 at most"),
+        (["hi"], {"room": 1}, "room: expected 2 or more"),
+        (["hi"], {"temperature": 1e-50}, "temperature: expected 0"),
+        ([None], {}, "prompt 0: the column 'prompt' is null"),
+        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "x"}], {}, "column 'id' has values of several types"),
+        ([{"prompt": "a", "id": 2**70}], {}, "column 'id'"),
+    ],
+)
+def test_what_cannot_be_sampled_is_told_before_anything_is(whole, monkeypatch, prompts, options, said):
+    model = jx.load("runs/whole")
+    monkeypatch.setattr(model._generation, "sampler", lambda *given: pytest.fail("sampled"))
+    with pytest.raises(UserError, match=said):
+        model.generate(prompts, **options)
+
+
+def test_lines_of_prompts_end_at_newlines_alone(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\u2028still\x0cone\r\n\ntwo\n".encode())
+    found = prompt_rows(tmp_path / "a.txt")
+    assert [(where[-1], row["prompt"]) for where, row in found] == [("1", "one\u2028still\x0cone"), ("3", "two")]
+
+
+def test_no_column_of_the_prompts_is_lost_to_another():
+    rows = [{"prompt": "a", "tokens": 1, "given_tokens": 2}]
+    found = with_columns(rows, [{"tokens": 3}]).to_pylist()
+    assert found == [{"prompt": "a", "given_given_tokens": 1, "given_tokens": 2, "tokens": 3}]
