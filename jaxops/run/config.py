@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
@@ -257,6 +258,8 @@ class RunConfig:
                 _ = stores.parse_url(place) if stores.is_url(place) else expand_home(place)
             except UserError as error:
                 found.append((name, str(error)))
+        if rescue is not None and _same_place(rescue, self.run.dir):
+            found.append(("checkpoint.rescue", f"is run.dir ({self.run.dir}) itself: name a folder on another disk"))
         if (self.run.epochs is None) == (self.run.steps is None):
             found.append(("run", "say how long: exactly one of run.epochs and run.steps"))
         if isinstance(batch.microbatch, int) and batch.global_ % batch.microbatch:
@@ -295,6 +298,14 @@ class RunConfig:
             if isinstance(value, int) and value % shards:
                 found.append((path, f"{value} is no multiple of the mesh's batch shards (at least {shards})"))
         return found
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Returns whether two paths name one folder; a home folder that does not exist is reported elsewhere."""
+    try:
+        return not stores.is_url(other) and os.path.abspath(expand_home(one)) == os.path.abspath(expand_home(other))
+    except UserError:
+        return False
 
 
 def common_sections() -> tuple[str, ...]:

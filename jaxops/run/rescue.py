@@ -6,6 +6,7 @@ makes a run folder with one checkpoint there. Tested in tests/run/test_rescue.py
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,11 @@ from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.saving import Position, Saving
 from jaxops.run.summary import about_of
 from jaxops.run.task import Task
+
+PATIENCE = 2.0
+"""Seconds without a change after which a folder that lost some of its files is taken to keep the rest."""
+LONGEST = 300.0
+"""Seconds after which nobody waits any longer for a folder to be gone."""
 
 
 class Rescue:
@@ -55,7 +61,7 @@ class Rescue:
         try:
             yield
         except RunFailed:
-            if self._place is None or (gone := self._gone()) is None:
+            if self._place is None or (gone := self._gone_soon()) is None:
                 raise
             if not self._told:
                 self._warn(f"{gone}: the run goes on to its next save, which goes to {self._place.where}")
@@ -86,7 +92,7 @@ class Rescue:
                     " (checkpoint.rescue names a place for a last save)"
                 )
             return
-        gone = distributed.run_on_primary("look for the run folder", self._gone)
+        gone = distributed.run_on_primary("look for the run folder", self._gone_or_going)
         if gone is None:
             return
         place = self._place
@@ -107,6 +113,26 @@ class Rescue:
         assert self._place is not None
         self._place.create(self._task.resolved, self._task.transform, self._task.inspection)
         self._place.write_about(about_of(self._task))
+
+    def _gone_or_going(self) -> str | None:
+        """Says that the folder is gone, or is being deleted: a checkpoint saved there would go with the rest."""
+        return self._gone() if self._folder.metrics.exists() else self._gone_soon()
+
+    def _gone_soon(self) -> str | None:
+        """Says that the folder is gone, after waiting for a deletion under way, which takes files one by one."""
+        began = changed = time.monotonic()
+        left = self._left()
+        while (gone := self._gone()) is None and time.monotonic() - changed < PATIENCE:
+            if time.monotonic() - began > LONGEST:
+                break
+            time.sleep(PATIENCE / 40)
+            if (now := self._left()) < left:
+                left, changed = now, time.monotonic()
+        return gone
+
+    def _left(self) -> int:
+        """Returns the number of files in the folder."""
+        return sum(len(files) for _, _, files in os.walk(self._folder.path))
 
     def _gone(self) -> str | None:
         if self._folder.is_there():

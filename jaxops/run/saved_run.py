@@ -16,6 +16,7 @@ from jaxops.config.load import Loaded
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.checkpoint_folder import some
 from jaxops.core.failures import UserError
+from jaxops.core.manifest import SavedArray
 from jaxops.core.mesh import make_mesh
 from jaxops.core.secret_text import printable
 from jaxops.core.sharding import named_leaves
@@ -65,54 +66,73 @@ class SavedRun:
           UserError: a file of the checkpoint is missing or truncated.
         """
         with open_checkpoints(self.config, self.folder.checkpoints) as checkpoints:
-            self._require_fit(checkpoints)
+            self._require_memory(checkpoints)
             return read_weights(checkpoints, self.step)
 
+    def entries(self) -> int:
+        """Returns how many numbers the checkpoint holds, by its manifest.
+
+        Raises:
+          UserError: the manifest is damaged.
+        """
+        with open_checkpoints(self.config, self.folder.checkpoints) as checkpoints:
+            return sum(math.prod(leaf.shape) for leaf in checkpoints.describe(self.step))
+
     def expect(self, shapes: Any, tables: Mapping[str, TableSpec]) -> None:
-        """Says, before the weights are read, what the model has: a checkpoint that differs is refused then.
+        """Refuses a checkpoint that is not of this model, by its manifest alone.
 
         Args:
           shapes: the parameters as a tree of abstract arrays.
           tables: the specs of its tables.
-        """
-        rows = sum(spec.rows * spec.dim for spec in tables.values())
-        object.__setattr__(self, "_expected", ({path: leaf.shape for path, leaf in named_leaves(shapes)}, rows))
 
-    def _require_fit(self, checkpoints: Checkpoints) -> None:
-        """Refuses a checkpoint that is not of the model, or larger than this machine's memory, by its manifest alone.
+        Raises:
+          UserError: a parameter is missing, unknown or of another shape.
+        """
+        with open_checkpoints(self.config, self.folder.checkpoints) as checkpoints:
+            arrays, rows = self._served(checkpoints)
+        expected = {path: tuple(leaf.shape) for path, leaf in named_leaves(shapes)}
+        wrong = [
+            f"{path}: {list(arrays[path].shape) if path in arrays else 'nothing'} there, {list(shape)} expected"
+            for path, shape in expected.items()
+            if path not in arrays or tuple(arrays[path].shape) != shape
+        ]
+        wrong += [f"{path}: the model has no such parameter" for path in arrays if path not in expected]
+        # rows are padded for a mesh, and so is the width of small tables
+        most = 2 * sum(spec.rows * spec.dim for spec in tables.values()) + (1 << 16)
+        wrong += [
+            f"{leaf.path}: {list(leaf.shape)}, more than all tables of the model"
+            for leaf in rows
+            if math.prod(leaf.shape) > most
+        ]
+        if wrong:
+            raise UserError(f"{self._checkpoint} is not of the model that its config describes: {some(wrong, 4)}")
+
+    def _require_memory(self, checkpoints: Checkpoints) -> None:
+        """Refuses a checkpoint that is larger than this machine's memory, by its manifest alone.
 
         Raises:
           UserError: it is.
         """
-        served = served_part(checkpoints, self.step)
-        leaves = checkpoints.describe(self.step)
-        where = f"checkpoint {self.step} of {self.folder.where}"
-        below = lambda part: {
-            leaf.path.removeprefix(f"{part}/"): leaf for leaf in leaves if leaf.path.startswith(f"{part}/")
-        }
-        arrays = below(served) | below("frozen")
-        rows = [leaf for path, leaf in below("tables").items() if path.rpartition("/")[2] in SERVED_SLOTS]
-        if expected := getattr(self, "_expected", None):
-            shapes, entries = expected
-            wrong = [
-                f"{path}: {list(arrays[path].shape) if path in arrays else 'nothing'} there, {list(shape)} expected"
-                for path, shape in shapes.items()
-                if path not in arrays or tuple(arrays[path].shape) != tuple(shape)
-            ]
-            wrong += [f"{path}: the model has no such parameter" for path in arrays if path not in shapes]
-            most = 2 * entries + (1 << 16)  # rows are padded for a mesh, and so is the width of small tables
-            wrong += [
-                f"{leaf.path}: {list(leaf.shape)}, more than all tables of the model"
-                for leaf in rows
-                if math.prod(leaf.shape) > most
-            ]
-            if wrong:
-                raise UserError(f"{where} is not of the model that its config describes: {some(wrong, 4)}")
+        arrays, rows = self._served(checkpoints)
         wanted, here = sum(leaf.bytes for leaf in [*arrays.values(), *rows]), memory_here()
         if here and wanted > here:
             raise UserError(
-                f"{where} asks for {wanted / 2**30:,.1f} GiB of memory, and this machine has {here / 2**30:,.1f} GiB"
+                f"{self._checkpoint} asks for {wanted / 2**30:,.1f} GiB of memory, and this machine has"
+                f" {here / 2**30:,.1f} GiB"
             )
+
+    def _served(self, checkpoints: Checkpoints) -> tuple[dict[str, SavedArray], list[SavedArray]]:
+        """Returns what the manifest says of the parameters that are served, by path, and of the rows of tables."""
+        served, leaves = served_part(checkpoints, self.step), checkpoints.describe(self.step)
+        below = lambda part: {
+            leaf.path.removeprefix(f"{part}/"): leaf for leaf in leaves if leaf.path.startswith(f"{part}/")
+        }
+        rows = [leaf for path, leaf in below("tables").items() if path.rpartition("/")[2] in SERVED_SLOTS]
+        return below(served) | below("frozen"), rows
+
+    @property
+    def _checkpoint(self) -> str:
+        return f"checkpoint {self.step} of {self.folder.where}"
 
     @contextlib.contextmanager
     def source(self, match: str = "", rename: Sequence[Rename] = ()) -> Iterator[WeightSource]:
@@ -138,7 +158,7 @@ class SavedRun:
         """Returns one array of the frozen transform, by name.
 
         Raises:
-          UserError: the file is missing or broken.
+          UserError: the file is missing, broken, or not what the run wrote.
         """
         return self.folder.transform(name)
 

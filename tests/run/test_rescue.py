@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,30 @@ def test_the_state_is_saved_elsewhere(folder, no_report, capsys):
     assert not Path("runs/parts/config.yaml").exists()
 
 
+def test_a_folder_that_is_just_being_deleted_is_gone(folder, no_report):
+    """`rm -rf` takes files one by one: the records may be gone a while before config.yaml is."""
+    deleting = []
+
+    def strike(run: Path) -> None:
+        (run / "metrics.jsonl").unlink()
+
+        def rest() -> None:
+            for at, file in enumerate(sorted(run.rglob("*.parquet"))):
+                time.sleep(0.3 * (at < 3))
+                file.unlink()
+            shutil.rmtree(run)
+
+        deleting.append(threading.Thread(target=rest))
+        deleting[0].start()
+
+    with pytest.raises(RunFailed, match=TOLD):
+        struck(12, strike, *SAFE)
+    deleting[0].join()
+    assert not Path("runs/parts").exists()
+    with Checkpoints("safe/parts/checkpoints") as checkpoints:
+        assert checkpoints.steps() == [15]
+
+
 @pytest.mark.slow
 def test_the_run_that_goes_on_is_the_run_that_was_never_struck(folder, no_report, capsys):
     with pytest.raises(RunFailed, match=TOLD):
@@ -50,7 +76,8 @@ def test_the_run_that_goes_on_is_the_run_that_was_never_struck(folder, no_report
     assert ours == theirs and len(ours) >= 6
 
 
-def test_a_folder_that_is_there_but_cannot_be_written_stops_the_run_as_ever(folder, no_report):
+def test_a_folder_that_is_there_but_cannot_be_written_stops_the_run_as_ever(folder, no_report, monkeypatch):
+    monkeypatch.setattr("jaxops.run.rescue.PATIENCE", 0.2)
     with pytest.raises(RunFailed, match=r"metrics.jsonl was deleted"):
         struck(12, lambda run: (run / "metrics.jsonl").unlink(), *SAFE)
     assert not Path("safe").exists()
@@ -68,3 +95,10 @@ def test_a_rescue_that_fails_too_says_both(folder, no_report):
 def test_the_rescue_is_a_local_folder(folder, capsys):
     assert main(["config", "my.yaml", "checkpoint.rescue=s3://lake/runs"]) == 2
     assert "checkpoint.rescue [override" in (said := capsys.readouterr().err) and "expected a local folder" in said
+
+
+@pytest.mark.parametrize("place", ["runs", "./runs/", "safe/../runs"])
+def test_the_rescue_is_another_folder_than_the_runs_own(folder, capsys, place):
+    assert main(["train", "my.yaml", *QUICK, f"checkpoint.rescue={place}"]) == 2
+    assert "checkpoint.rescue [override" in (said := capsys.readouterr().err) and "is run.dir (runs) itself" in said
+    assert not Path("runs").exists()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxops.core.failures import UserError
-from jaxops.data.text.tokenizer import EncodedText, digest_of
+from jaxops.data.text.tokenizer import EncodedText, check_added, digest_of, encoded
 
 MARKS = ("<|bos|>", "<|im_end|>", "<|pad|>", "<|im_start|>")
 """The marks from id 256 on. What ends a turn ends a text too, so a model learns to stop from either."""
@@ -53,7 +53,7 @@ class ByteTokenizer:
         """Returns the ids of a text; with `special`, after <|bos|>."""
         ids: list[int] = [256] if special else []
         for at, part in enumerate(self._split.split(text)):
-            ids += [self._ids[part]] if at % 2 else _bytes(part)
+            ids += [self._ids[part]] if at % 2 else encoded(part)
         return ids
 
     def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[EncodedText]:
@@ -69,7 +69,7 @@ class ByteTokenizer:
                 starts.append(np.array([at]))
                 ends.append(np.array([at + len(part)]))
             else:
-                ids.append(np.frombuffer(_bytes(part), np.uint8))
+                ids.append(np.frombuffer(encoded(part), np.uint8))
                 leads = (ids[-1] & 0xC0) != 0x80  # every byte of a character but the first is 10xxxxxx
                 starts.append(at + np.cumsum(leads) - 1)
                 ends.append(starts[-1] + 1)
@@ -104,23 +104,15 @@ class ByteTokenizer:
         """Returns a tokenizer that has these special tokens too.
 
         Raises:
-          UserError: a token is empty.
+          UserError: a token is empty, or no Unicode text.
         """
-        if any(not token for token in tokens):
-            raise UserError("an added token is empty; each needs a character or more")
+        check_added(tokens)
         assert self.template is not None
         return ByteTokenizer(tuple(dict.fromkeys([*self._marks, *tokens]))[len(MARKS) :], self.template)
 
     def with_template(self, template: str) -> "ByteTokenizer":
         """Returns a tokenizer with another chat template."""
         return ByteTokenizer(self._marks[len(MARKS) :], template)
-
-
-def _bytes(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"a text holds {text[error.start]!a}, half of a character, which is no Unicode text") from None
 
 
 def _files(marks: Sequence[str], added: Sequence[str], template: str) -> dict[str, bytes]:

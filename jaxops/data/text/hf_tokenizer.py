@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxops.core.failures import UserError
-from jaxops.data.text.tokenizer import FILES, TURN_ENDS, EncodedText, digest_of, json_object
+from jaxops.data.text.tokenizer import FILES, TURN_ENDS, EncodedText, check_added, digest_of, encoded, json_object
 
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -90,7 +90,11 @@ class HFTokenizer:
                 raise UserError(f"{self._name}/chat_template.jinja: no UTF-8 text ({error})") from None
         found = self._json("tokenizer_config.json").get("chat_template")
         if isinstance(found, list):
-            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+            if not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in found):
+                raise UserError(
+                    f"{self._name}/tokenizer_config.json: chat_template is a list, of which each needs a name (text)"
+                )
+            named = {one["name"]: one.get("template") for one in found}
             if len(named) > 1 and "default" not in named:
                 raise UserError(
                     f"{self._name}: several chat templates ({', '.join(map(str, named))}) and none is called "
@@ -103,12 +107,12 @@ class HFTokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Returns the ids of a text; with `special`, with those that tokenizer.json puts around every text."""
-        return self._inner.encode(_unicode(text), add_special_tokens=special).ids
+        return self._inner.encode(_checked(text), add_special_tokens=special).ids
 
     def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[EncodedText]:
         """Returns the ids of each text and the characters that they stand for."""
         out = []
-        for found in self._inner.encode_batch([_unicode(text) for text in texts], add_special_tokens=special):
+        for found in self._inner.encode_batch([_checked(text) for text in texts], add_special_tokens=special):
             offsets = np.array(found.offsets, np.int32).reshape(-1, 2)
             out.append(EncodedText(np.array(found.ids, np.int32), offsets[:, 0], offsets[:, 1]))
         return out
@@ -126,10 +130,9 @@ class HFTokenizer:
         """Returns a tokenizer that has these special tokens too; those it has already keep their ids.
 
         Raises:
-          UserError: a token is empty.
+          UserError: a token is empty, or no Unicode text.
         """
-        if any(not token for token in tokens):
-            raise UserError("an added token is empty; each needs a character or more")
+        check_added(tokens)
         larger = imported_tokenizers().Tokenizer.from_buffer(self._given["tokenizer.json"])
         larger.add_special_tokens(list(dict.fromkeys(tokens)))
         return HFTokenizer(self._given | {"tokenizer.json": larger.to_str().encode()}, self._name, self.kind)
@@ -183,14 +186,12 @@ def _untrimmed(part: Any) -> bool:
         if part.get("trim_offsets"):
             part["trim_offsets"] = False
             changed = True
-        for below in part.get("processors") or ():
-            changed |= _untrimmed(below)
+        below = part.get("processors")
+        for one in below if isinstance(below, list) else ():
+            changed |= _untrimmed(one)
     return changed
 
 
-def _unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"a text holds {text[error.start]!a}, half of a character, which is no Unicode text") from None
+def _checked(text: str) -> str:
+    encoded(text)
     return text

@@ -20,17 +20,23 @@ class Interleaving:
     many blocks there are.
 
     Raises:
-      UserError: a weight is so small that its source would hardly ever be drawn.
+      UserError: a weight is no positive number, or so small that its source would hardly ever be drawn.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
-        total = math.fsum(weights)
-        shares = [weight / total for weight in weights]
-        self.block = 2 ** max(math.ceil(math.log2(4 / min(shares))), 6)
-        if self.block > 2**20:
+        if not all(weight > 0 and math.isfinite(weight) for weight in weights):
+            given = ", ".join(f"{weight:g}" for weight in weights)
+            raise UserError(f"data.sources: expected finite weights above zero, got {given}")
+        # weights near the largest float have no sum; they are scaled by a power of two, which rounds no share
+        scale = -math.frexp(max(weights))[1]
+        relative = [math.ldexp(weight, scale) for weight in weights]
+        total = math.fsum(relative)
+        shares = [weight / total for weight in relative]
+        if min(shares) < 4 / 2**20:
             raise UserError(
                 f"data.sources: a weight is {min(shares):.1e} of all, which is too little to draw from; leave it out"
             )
+        self.block = 2 ** max(math.ceil(math.log2(4 / min(shares))), 6)
         self._seed = seed
         # cumulative shares as whole numbers: the last one is exactly all
         self._upto = [round(math.fsum(shares[:at]) * EXACT) for at in range(len(shares))] + [EXACT]

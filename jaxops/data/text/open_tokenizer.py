@@ -7,7 +7,7 @@ from jaxops.core.failures import UserError, nearest
 from jaxops.data.text.byte_tokenizer import TEMPLATE, ByteTokenizer
 from jaxops.data.text.gguf_tokenizer import read_gguf_tokenizer
 from jaxops.data.text.hf_tokenizer import HFTokenizer
-from jaxops.data.text.tokenizer import FILES, Tokenizer, json_object
+from jaxops.data.text.tokenizer import FILES, Tokenizer, check_added, json_object
 
 
 def open_tokenizer(address: str) -> Tokenizer:
@@ -39,7 +39,15 @@ def tokenizer_of(files: Mapping[str, bytes], name: str) -> Tokenizer:
     """
     config = json_object(files.get("tokenizer_config.json", b"{}"), f"{name}/tokenizer_config.json")
     if isinstance(config.get("jaxops"), dict) and config["jaxops"].get("kind") == "bytes":
+        added = config["jaxops"].get("added", [])
+        if not isinstance(added, list) or not all(isinstance(token, str) for token in added):
+            raise UserError(
+                f"{name}/tokenizer_config.json: jaxops.added is {str(added)[:60]!r}, expected a list of strings"
+            )
+        try:
+            check_added(added)
+        except UserError as error:
+            raise UserError(f"{name}/tokenizer_config.json: jaxops.added: {error}") from None
         template = config.get("chat_template")
-        kept = template if isinstance(template, str) else TEMPLATE
-        return ByteTokenizer(tuple(config["jaxops"].get("added", ())), kept)
+        return ByteTokenizer(tuple(added), template if isinstance(template, str) else TEMPLATE)
     return HFTokenizer(files, name)

@@ -68,7 +68,10 @@ def fit(documents: Documents, length: int, too_long: TooLong, part: str = "") ->
             f"{name}{cut} of {len(documents)} examples are longer than data.length {length} and {side}: "
             f"{total - int(learnt.sum())} of {total} tokens to learn from are lost"
         )
-    empty = int((~kept & (width > 0)).sum())
+    pieces = count if too_long == "split" else np.ones(len(documents), np.int64)
+    among_pieces = lambda flags: np.bincount(np.repeat(np.arange(len(pieces)), pieces)[flags], minlength=len(pieces))
+    # a prompt may fill pieces of an example of which others are learnt from
+    empty = int(((among_pieces(width > 0) > 0) & (among_pieces(kept) == 0)).sum())
     if empty:
         notes.tell(f"{name}{empty} example(s) have nothing left to learn from and are left out")
     if not kept.any():

@@ -124,6 +124,30 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, model: str = "the model") 
         )
 
 
+def check_added(tokens: Sequence[str]) -> None:
+    """Refuses tokens that no text can hold.
+
+    Raises:
+      UserError: a token is empty, or no Unicode text.
+    """
+    for token in tokens:
+        if not token:
+            raise UserError("an added token is empty; each needs a character or more")
+        encoded(token, "an added token")
+
+
+def encoded(text: str, what: str = "a text") -> bytes:
+    """Returns the UTF-8 of a text.
+
+    Raises:
+      UserError: it holds half of a character, which has none.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} holds {text[error.start]!a}, half of a character, which is no Unicode text") from None
+
+
 def digest_of(files: Mapping[str, bytes]) -> str:
     """Returns a digest of files by name and content."""
     found = hashlib.sha256()
@@ -142,6 +166,8 @@ def json_object(content: bytes, name: str) -> dict:
         value = json.loads(content.decode("utf-8"))
     except ValueError as error:
         raise UserError(f"{name}: not JSON ({error}); is the file whole?") from None
+    except RecursionError:
+        raise UserError(f"{name}: brackets within brackets, too deep to be read; is the file damaged?") from None
     if not isinstance(value, dict):
         raise UserError(f"{name}: expected a JSON object, got {str(value)[:40]!r}")
     return value

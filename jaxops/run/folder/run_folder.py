@@ -12,11 +12,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jaxops.config.dump import diff, dump_yaml
 from jaxops.config.node import plain_node
@@ -29,6 +26,7 @@ from jaxops.core.secret_text import without_secrets
 from jaxops.core.writers import writing
 from jaxops.run.config import MAY_CHANGE_ON_RESUME
 from jaxops.run.folder.mirror import KEPT, Mirror
+from jaxops.run.folder.transform import read_transform, transform_file, write_transform
 
 SUMMARY_VERSION = 1
 ABOUT_VERSION = 1
@@ -199,10 +197,7 @@ class RunFolder:
         """Makes the folder with its config, the arrays for serving (`transform/`) and a description of the data."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            folder = self.path / "transform"
-            folder.mkdir(exist_ok=True)
-            for name, values in transform.items():
-                pq.write_table(pa.table({name: _arrow(values)}), folder / f"{quote(name, safe='')}.parquet")
+            write_transform(self.path / "transform", transform)
         self.write_json("data.json", inspection)
         self.write_text("config.yaml", dump_yaml(resolved))
 
@@ -210,17 +205,15 @@ class RunFolder:
         """Returns one array of the frozen transform.
 
         Raises:
-          UserError: the file is missing or broken.
+          UserError: the file is missing, broken, or not what the run wrote.
         """
         self._refresh()
-        file = self.path / "transform" / f"{quote(name, safe='')}.parquet"
-        try:
-            values = pq.read_table(file)[name].combine_chunks()
-            if pa.types.is_fixed_size_list(values.type):
-                return values.flatten().to_numpy().reshape(len(values), values.type.list_size)
-            return values.to_numpy(zero_copy_only=False)
-        except (OSError, pa.ArrowInvalid, KeyError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from None
+        return read_transform(self.path / "transform", name)
+
+    def has_transform(self, name: str) -> bool:
+        """Returns whether the frozen transform has an array of this name."""
+        self._refresh()
+        return transform_file(self.path / "transform", name).is_file()
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file whole or not at all.
@@ -360,10 +353,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return without_secrets(value)
     return value
-
-
-def _arrow(values: np.ndarray) -> pa.Array:
-    """Converts an array to Arrow: bytes become text, and a matrix becomes lists of one length."""
-    if values.ndim == 2:
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-    return pa.array(values if values.dtype.kind != "S" else np.char.decode(values, "utf-8"))

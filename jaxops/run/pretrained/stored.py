@@ -9,7 +9,7 @@ import numpy as np
 from jaxops.config.load import from_dict
 from jaxops.core.failures import UserError
 from jaxops.data.text.open_tokenizer import tokenizer_of
-from jaxops.data.text.tokenizer import Tokenizer
+from jaxops.data.text.tokenizer import Tokenizer, json_object
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.run.saved_run import SavedRun
 
@@ -25,26 +25,19 @@ def stored(architecture: Architecture, tokenizer: Tokenizer) -> Mapping[str, np.
 
 def keeps_decoder(saved: SavedRun) -> bool:
     """Returns whether a run folder keeps an architecture, and so the parameters of a decoder."""
-    try:
-        saved.transform(ARCHITECTURE)
-    except UserError:
-        return False
-    return True
+    return saved.folder.has_transform(ARCHITECTURE)
 
 
 def stored_architecture(saved: SavedRun) -> Architecture:
     """Returns the architecture of a run's model.
 
     Raises:
-      UserError: the run folder lacks it, or it is damaged.
+      UserError: the run folder lacks it, it is damaged, or it is of a far larger model than the checkpoint holds.
     """
-    text = saved.transform(ARCHITECTURE).astype(np.uint8).tobytes()
     where = f"{saved.folder.where}/transform/{ARCHITECTURE}"
-    try:
-        values = json.loads(text)
-    except ValueError:
-        raise UserError(f"{where}: not JSON; the run folder is damaged") from None
+    values = json_object(_content(saved, ARCHITECTURE), where)
     found: Architecture = from_dict(Architecture, values, [], source=where).config
+    _require_possible(found, saved, where)
     return found
 
 
@@ -56,13 +49,40 @@ def stored_tokenizer(saved: SavedRun) -> Tokenizer:
     """
     where = f"{saved.folder.where}/transform"
     try:
-        names = json.loads(saved.transform(FILES).astype(np.uint8).tobytes())
-    except ValueError:
+        names = json.loads(_content(saved, FILES))
+    except (ValueError, RecursionError):
         raise UserError(f"{where}/{FILES}: not JSON; the run folder is damaged") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}/{FILES}: expected names of files; the run folder is damaged")
-    content = lambda name: saved.transform(f"tokenizer.{name}").astype(np.uint8).tobytes()
-    return tokenizer_of({name: content(name) for name in names}, where)
+    return tokenizer_of({name: _content(saved, f"tokenizer.{name}") for name in names}, where)
+
+
+def _require_possible(found: Architecture, saved: SavedRun, where: str) -> None:
+    """Refuses sizes that the checkpoint cannot hold, before as much as the shapes of such a model are computed.
+
+    What is left of smaller differences is refused by `SavedRun.expect`.
+    """
+    entries = saved.entries()
+    sizes = {"dim": 1, "layers": found.dim, "vocab": found.dim, "hidden": found.dim, "heads": 1, "head_dim": 1}
+    sizes |= {"length": found.dim} if found.positions == "learned" else {}
+    for name, each in sizes.items():
+        value = getattr(found, name)
+        if value is not None and value * each > entries:
+            raise UserError(
+                f"{where}: {name} is {value:,}, and the whole checkpoint of step {saved.step} has {entries:,} numbers;"
+                " the run folder is damaged"
+            )
+
+
+def _content(saved: SavedRun, name: str) -> bytes:
+    """Returns the bytes that an array of the transform holds."""
+    found = saved.transform(name)
+    if found.dtype != np.uint8 or found.ndim != 1:
+        raise UserError(
+            f"{saved.folder.where}/transform/{name}: expected bytes, got {found.dtype} {list(found.shape)}; the run"
+            " folder is damaged"
+        )
+    return found.tobytes()
 
 
 def _bytes(content: bytes) -> np.ndarray:

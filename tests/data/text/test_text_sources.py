@@ -209,9 +209,37 @@ def test_shares_are_exact_at_any_cursor(weights, cursor, seed):
     assert (np.abs(mixing.drawn(whole) - whole * share) <= 2 + whole * 1e-11).all()
 
 
-def test_a_weight_that_would_never_be_drawn_is_refused():
+@pytest.mark.parametrize("weights", [[1.0, 1e-9], [1e-310, 1e10], [1e308, 5e-324]])
+def test_a_weight_that_would_never_be_drawn_is_refused(weights):
     with pytest.raises(UserError, match="too little to draw from"):
-        Interleaving([1.0, 1e-9], 0)
+        Interleaving(weights, 0)
+
+
+@pytest.mark.parametrize("scale", [1e308, 1e-310, 2.0**-1074])
+def test_weights_of_any_size_are_shares(scale):
+    drawn = lambda *weights: Interleaving(weights, 0).drawn(10**6 + 7).tolist()
+    assert drawn(scale, scale) == drawn(1.0, 1.0)
+    if scale > 1e-300:
+        assert drawn(scale, scale / 2) == drawn(2.0, 1.0)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_what_is_no_weight_is_refused(weight):
+    for weights in ([weight, 1.0], [1.0, weight]):
+        with pytest.raises(UserError, match="expected finite weights above zero"):
+            Interleaving(weights, 0)
+
+
+def test_a_prompt_that_fills_pieces_of_its_example_leaves_nothing_out():
+    """Of three examples, one learns from its last piece alone, one from nothing, and one is too short for a piece."""
+    found = Documents(np.arange(61, dtype=np.int32), np.arange(61) == 39, np.array([0, 40, 60, 61]))
+    with notes.collected() as told:
+        kept = fit(found, 10, "split")
+    assert kept.begin.tolist() == [30] and told == ["1 example(s) have nothing left to learn from and are left out"]
+    whole = Documents(found.tokens[:40], found.trained[:40], np.array([0, 40]))
+    with notes.collected() as told:
+        fit(whole, 10, "split")
+    assert not told
 
 
 def test_widths_are_packed_tightly_at_real_lengths():

@@ -151,11 +151,30 @@ def test_a_vocabulary_that_is_larger_than_the_model_is_refused_and_a_small_one_t
         (tiny_files(eos_token=3), "eos_token is 3, expected a string"),
         (tiny_files(chat_template={"a": 1}), "chat_template is no text"),
         (tiny_files() | {"chat_template.jinja": b"\xff"}, "chat_template.jinja: no UTF-8"),
+        (tiny_files(chat_template=[{"name": [1], "template": "x"}]), "chat_template is a list, of which each needs a"),
+        (tiny_files(chat_template=["x"]), "chat_template is a list, of which each needs a"),
+        ({"tokenizer.json": b'{"post_processor": {"processors": 5}}'}, "not a tokenizer"),
+        ({"tokenizer.json": b"[" * 100_000}, "tokenizer.json: brackets within brackets"),
+        ({"tokenizer_config.json": b"[" * 100_000}, "tokenizer_config.json: brackets within brackets"),
     ],
 )
 def test_files_that_make_no_tokenizer(files, message):
     with pytest.raises(UserError, match=message):
-        HFTokenizer(files, "folder")
+        tokenizer_of(files, "folder")
+
+
+@pytest.mark.parametrize("added", [5, [1], None, "abc", {"a": 1}, [""], ["\ud800"]])
+def test_files_of_bytes_with_no_list_of_tokens(added):
+    config = {"jaxops": {"kind": "bytes", "added": added}}
+    with pytest.raises(UserError, match=r"folder/tokenizer_config.json: jaxops.added"):
+        tokenizer_of({"tokenizer_config.json": json.dumps(config).encode()}, "folder")
+
+
+@pytest.mark.parametrize("address", ["bytes", str(TINY)])
+@pytest.mark.parametrize(("token", "said"), [("", "is empty"), ("\ud800", "half of a character")])
+def test_added_tokens_that_no_text_can_hold(address, token, said):
+    with pytest.raises(UserError, match=f"an added token .*{said}"):
+        open_tokenizer(address).with_tokens(["<x>", token])
 
 
 def test_an_address_that_is_nothing(tmp_path):

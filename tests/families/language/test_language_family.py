@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 
 import jaxops as jx
@@ -276,8 +278,6 @@ def test_weights_that_cannot_be_opened_are_told(whole, capsys, weights, said):
 
 
 def test_a_part_of_a_run_folder_that_is_damaged_is_told(whole, tmp_path):
-    import shutil
-
     shutil.copytree("runs/whole", tmp_path / "copy")
     (tmp_path / "copy/transform/architecture.parquet").unlink()
     with pytest.raises(UserError, match="architecture"):
@@ -340,3 +340,40 @@ def test_no_column_of_the_prompts_is_lost_to_another():
     rows = [{"prompt": "a", "tokens": 1, "given_tokens": 2}]
     found = with_columns(rows, [{"tokens": 3}]).to_pylist()
     assert found == [{"prompt": "a", "given_given_tokens": 1, "given_tokens": 2, "tokens": 3}]
+
+
+def alter(folder, **values):
+    """Writes other values into the architecture that a run keeps, and leaves the digests as they are."""
+    file = folder / "transform/architecture.parquet"
+    kept = json.loads(pq.read_table(file)["architecture"].to_numpy().astype(np.uint8).tobytes())
+    text = json.dumps(kept | values).encode() if values else b"[1]"
+    pq.write_table(pa.table({"architecture": np.frombuffer(text, np.uint8)}), file)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"layers": 10**9}, "layers is 1,000,000,000, and the whole checkpoint"),
+        ({"vocab": 10**12}, "vocab is 1,000,000,000,000"),
+        ({"dim": 32}, "is not of the model that its config describes"),
+        ({"layers": 3}, "is not of the model that its config describes"),
+        ({}, "architecture: expected a JSON object"),
+    ],
+)
+def test_an_altered_architecture_is_refused_before_anything_is_computed(whole, tmp_path, values, said):
+    shutil.copytree("runs/whole", tmp_path / "copy")
+    alter(tmp_path / "copy", **values)
+    with pytest.raises(UserError, match="is not what the run wrote"):
+        jx.load(tmp_path / "copy")
+    (tmp_path / "copy/transform/digests.json").unlink()
+    with pytest.raises(UserError, match=said):
+        jx.load(tmp_path / "copy")
+
+
+def test_a_transform_of_other_types_is_told(whole, tmp_path):
+    shutil.copytree("runs/whole", tmp_path / "copy")
+    there = tmp_path / "copy/transform"
+    pq.write_table(pa.table({"architecture": ["a", "b"]}), there / "architecture.parquet")
+    (there / "digests.json").unlink()
+    with pytest.raises(UserError, match="expected bytes, got object"):
+        jx.load(tmp_path / "copy")

@@ -1,5 +1,6 @@
 """Whether a config may go on in a folder, and who holds it."""
 
+import json
 import os
 from pathlib import Path
 
@@ -113,9 +114,6 @@ def test_a_lock_takes_back_what_it_made_when_no_run_began(folder):
 
 
 def test_what_json_has_no_word_for_is_null(folder):
-    import json
-
-    import numpy as np
 
     place = RunFolder(".")
     place.write_json("x.json", {"a": np.float32("nan"), "b": np.arange(2), "c": (np.inf, {1: np.int64(3)})})
@@ -132,3 +130,21 @@ def test_all_of_a_run_in_the_home_folder_lies_there(folder, monkeypatch):
     assert not Path("~").exists()
     assert {path.name for path in run.path.iterdir()} == {"config.yaml", "data.json", "transform"}
     assert run.transform("item_ids").tolist() == [0, 1, 2] and run.checkpoints == run.path / "checkpoints"
+
+
+def test_an_array_that_the_run_did_not_write_is_refused(folder):
+    run, there = RunFolder("runs/tiny"), Path("runs/tiny/transform")
+    run.create({}, {"a": np.arange(3), "b/c": np.ones((2, 4))}, {})
+    assert run.transform("b/c").shape == (2, 4) and run.has_transform("b/c") and not run.has_transform("d")
+    (there / "a.parquet").write_bytes((there / "b%2Fc.parquet").read_bytes())
+    with pytest.raises(UserError, match=r"a.parquet is not what the run wrote"):
+        run.transform("a")
+    digests = json.loads((there / "digests.json").read_text())
+    (there / "digests.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"digests.json: expected a JSON object"):
+        run.transform("b/c")
+    (there / "digests.json").write_text(json.dumps({"a": digests["a"]}))
+    with pytest.raises(UserError, match=r"b%2Fc.parquet is not what the run wrote"):
+        run.transform("b/c")
+    (there / "digests.json").unlink()  # a folder from before there were digests
+    assert run.transform("b/c").shape == (2, 4)
