@@ -73,6 +73,7 @@ def rewards(run: str) -> list[float]:
     return [line["train/reward"] for line in read_metrics(f"runs/{run}/metrics.jsonl") if "train/reward" in line]
 
 
+@pytest.mark.slow
 def test_devices_and_processes_train_alike_and_each_sample_is_judged_once(folder):
     train("one")
     train("eight", devices=8)
