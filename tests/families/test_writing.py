@@ -128,7 +128,7 @@ def test_chat_streams_whole_characters_keeps_history_and_goes_on_after_a_mistake
             ["--prompt", "x", "--temperature", "-1"],
             "temperature [override 'temperature=-1']: must be at least 0, got -1",
         ),
-        (None, ["--prompt", "x", "--top-p", "0"], "must be greater than 0, got 0"),
+        (None, ["--prompt", "x", "--top-p", "0"], "top_p=0']: must be at least 1e-30, got 0"),
         (None, ["--prompt", "x", "--top-p", "1.1"], "must be at most 1, got 1.1"),
         (None, ["--prompt", "x", "--max-token", "3"], "did you mean"),
         (None, ["--prompt", "x", "--room", "5"], "room: 5 tokens, but the longest prompt has"),
