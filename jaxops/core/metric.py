@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Literal
+
+from jaxops.core.failures import UserError, nearest
 
 Better = Literal["higher", "lower", "neither"]
 
@@ -52,6 +55,17 @@ class Metric:
         if not found or not self.chooses:
             return None
         return max(found) if self.better == "higher" else min(found)
+
+
+def metric_of(metrics: Mapping[str, Metric], name: str) -> Metric:
+    """Returns the metric of this name out of those that a family has.
+
+    Raises:
+      UserError: there is none; the message names the nearest right one.
+    """
+    if name not in metrics:
+        raise UserError(f"no metric {name!r}{nearest(name, metrics)} (known: {', '.join(metrics)})")
+    return metrics[name]
 
 
 def label_of(name: str) -> str:

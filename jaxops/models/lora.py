@@ -156,6 +156,11 @@ class Lora:
         return lambda params, *args, **options: function(self.adapted(params), *args, **options)
 
 
+def on_model(model: Any, function: Callable[..., Result]) -> Callable[..., Result]:
+    """Returns a function of a model's parameters as one of what is trained: by `Lora.on` where it has adapters."""
+    return model.on(function) if isinstance(model, Lora) else function
+
+
 def _matched(shapes: PyTree, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Returns the kernels that get adapters, with their shapes."""
     try:

@@ -84,5 +84,13 @@ class RewardModel:
         position: Int[Array, "batch length"],
         keys: Key[Array, " batch"] | None = None,
     ) -> Float[Array, " batch"]:
-        """Returns the mean score of the heads for each row; see `scores`."""
+        """Returns the mean score of the heads for each row.
+
+        Args:
+          params: the parameters.
+          tokens: token ids.
+          segment: 1 at tokens and 0 at padding.
+          position: the position of each token in its text.
+          keys: a key for each row, for dropout; None turns it off.
+        """
         return jnp.mean(self.scores(params, tokens, segment, position, keys), axis=1)

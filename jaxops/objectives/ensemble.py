@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxops.core.sums import Sums, merge
-from jaxops.objectives.preference import Batch, Objective, RewardModel, side_by_side
+from jaxops.objectives.preference import Batch, Objective, TextScorer, side_by_side
 
 BOOTSTRAP = 20_140_601
 """The seed of the weights: an example keeps its weights in all epochs and all runs."""
 
 
 @runtime_checkable
-class Heads(Protocol):
+class ScoreHeads(Protocol):
     """A reward model with several heads over one trunk."""
 
     @property
@@ -47,7 +47,7 @@ class _Scored:
         return self.scores
 
 
-def each_head(model: Heads, build: Callable[[RewardModel], Objective]) -> Objective:
+def each_head(model: ScoreHeads, build: Callable[[TextScorer], Objective]) -> Objective:
     """Returns the mean of the objective over all heads, each with the pairs weighted by `bootstrap_weights`.
 
     Totals and counts of the heads are added, so a mean over heads is one over heads and pairs. A single head has the

@@ -45,7 +45,15 @@ class LanguageModel(Protocol):
         position: Int[Array, "batch length"],
         keys: Key[Array, " batch"] | None = None,
     ) -> Float[Array, "batch length dim"]:
-        """Returns the last hidden states; `keys` has one for each row, for dropout, or is None in evaluation."""
+        """Returns the last hidden states.
+
+        Args:
+          params: the parameters.
+          tokens: token ids.
+          segment: the text of each token, from 1; 0 is padding.
+          position: the position of each token in its text.
+          keys: a key for each example; None in evaluation.
+        """
         ...
 
     def head(self, params: PyTree) -> Float[Array, "dim rows"]:

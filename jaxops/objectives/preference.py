@@ -25,7 +25,7 @@ Objective = Callable[[PyTree, Batch, Key[Array, ""] | None], Sums]
 
 
 @runtime_checkable
-class RewardModel(Protocol):
+class TextScorer(Protocol):
     """The part of a model that the losses need: one score for each row, read at the row's last token."""
 
     def score(
@@ -53,7 +53,7 @@ class BradleyTerry(Part):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     center: Annotated[float, Field(ge=0)] = 0.0
 
-    def build(self, model: RewardModel) -> Objective:
+    def build(self, model: TextScorer) -> Objective:
         """Builds the objective for this model."""
         return reward_of_pairs(model, tie=self.tie, label_smoothing=self.label_smoothing, center=self.center)
 
@@ -69,7 +69,7 @@ class BestOfK(Part):
     kind: Literal["best_of_k"] = "best_of_k"
     center: Annotated[float, Field(ge=0)] = 0.0
 
-    def build(self, model: RewardModel) -> Objective:
+    def build(self, model: TextScorer) -> Objective:
         """Builds the objective for this model."""
         return reward_of_best(model, center=self.center)
 
@@ -194,7 +194,7 @@ def side_by_side(batch: Batch, key: Key[Array, ""] | None) -> tuple[dict[str, An
     return rows, keys
 
 
-def scores_of(model: RewardModel, params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Float[Array, "batch k"]:
+def scores_of(model: TextScorer, params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Float[Array, "batch k"]:
     """Returns the scores of the k texts of each example."""
     rows, keys = side_by_side(batch, key)
     scores = model.score(params, rows["tokens"], rows["segment"], rows["position"], keys)
@@ -202,7 +202,7 @@ def scores_of(model: RewardModel, params: PyTree, batch: Batch, key: Key[Array, 
 
 
 def reward_of_pairs(
-    model: RewardModel, *, tie: float | None = None, label_smoothing: float = 0.0, center: float = 0.0
+    model: TextScorer, *, tie: float | None = None, label_smoothing: float = 0.0, center: float = 0.0
 ) -> Objective:
     """Builds the Bradley-Terry loss, with metrics `accuracy` (without ties), `score_margin` and `score`.
 
@@ -231,7 +231,7 @@ def reward_of_pairs(
     return objective
 
 
-def reward_of_best(model: RewardModel, *, center: float = 0.0) -> Objective:
+def reward_of_best(model: TextScorer, *, center: float = 0.0) -> Objective:
     """Builds the softmax over k candidates, with metrics `accuracy` and `score`.
 
     A batch is one of [batch, k, length] with "best" [batch], the index of the best candidate. It may hold "valid"

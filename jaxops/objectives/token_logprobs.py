@@ -32,7 +32,7 @@ _NEVER = -1e30
 
 
 class TokenScores(NamedTuple):
-    """What the model says about given tokens, for each position, float32.
+    """The scores of given tokens under a model, for each position, float32.
 
     Attributes:
       logprobs: log-probability of the target; NaN for a target outside the vocabulary.

@@ -34,7 +34,7 @@ class Prompt:
 
     @property
     def name(self) -> tuple[int, int, int, int]:
-        """What the noise depends on, beside seed, step and position."""
+        """The numbers that the noise depends on, beside seed, step and position."""
         return self.example, self.copy, self.redraw, self.turn
 
 
@@ -85,7 +85,14 @@ class Growing:
         self.stopped: list[Stopped] = ["length"] * rows
 
     def add(self, row: int, tokens: np.ndarray, logprobs: np.ndarray, plain: np.ndarray) -> None:
-        """Appends tokens to a completion."""
+        """Appends tokens to a completion.
+
+        Args:
+          row: the number of the completion.
+          tokens: the tokens.
+          logprobs: log-probabilities under the distribution that they were drawn from.
+          plain: log-probabilities under the model itself.
+        """
         begin, end = self.lengths[row], self.lengths[row] + len(tokens)
         self.tokens[row, begin:end], self.logprobs[row, begin:end] = tokens, logprobs
         self.plain[row, begin:end], self.lengths[row] = plain, end

@@ -44,13 +44,27 @@ class Generating(Protocol):
     def prefill(
         self, params: Any, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"], room: int
     ) -> tuple[Cache, Float[Array, "batch vocab"]]:
-        """Reads texts, padded at their ends, into a new cache, and returns the logits after each text's last token."""
+        """Reads texts into a new cache, and returns it with the logits after each text's last token.
+
+        Args:
+          params: the parameters.
+          tokens: token ids, each text from the left, padding after it.
+          lengths: the number of tokens of each text.
+          room: the number of tokens that the cache has room for.
+        """
         ...
 
     def decode(
         self, params: Any, cache: Cache, token: Int[Array, " batch"], place: Int[Array, " batch"]
     ) -> tuple[Cache, Float[Array, "batch vocab"]]:
-        """Reads one more token of each text, at its position `place`, and returns the logits after it."""
+        """Reads one more token of each text, and returns the cache with it and the logits after it.
+
+        Args:
+          params: the parameters.
+          cache: keys and values of the tokens before.
+          token: the next token of each text.
+          place: its position in the text.
+        """
         ...
 
 
@@ -77,7 +91,7 @@ class Slots(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """What a call sampled.
+    """The outcome of one call of the sampling program.
 
     Attributes:
       drawn: tokens and log-probabilities of each slot in order, [slots, segment].

@@ -1,9 +1,9 @@
-"""The source that a user gives to `predict`: a path, an Arrow table, or a data frame that exports an Arrow stream."""
+"""The source that a user gives to `predict` or `sample` (a path, an Arrow table, a data frame), and its columns."""
 
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -44,3 +44,41 @@ def _table(source: Any) -> pa.Table:
         f"predict: expected a path, a pyarrow table or a data frame (something with __arrow_c_stream__), got"
         f" {type(source).__name__}"
     )
+
+
+def joined_columns(rows: Sequence[Mapping[str, Any]], made: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Joins the columns of rows that were given with those of what was made of them, and keeps them all.
+
+    A given column of the same name becomes `given_NAME`; where there is one already, `given_given_NAME`.
+
+    Raises:
+      UserError: a given column cannot be written.
+    """
+    made_names = list(made[0]) if made else []
+    given = columns_of_rows(rows)
+    taken, columns = {*given, *made_names}, {}
+    for name, values in given.items():
+        called = name
+        while called in taken and name in made_names:
+            called = f"given_{called}"
+        taken.add(called)
+        columns[called] = values
+    return pa.table(columns | {name: pa.array([row[name] for row in made]) for name in made_names})
+
+
+def columns_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
+    """Returns the columns of rows; it is called before what takes long, so that no result is lost for them.
+
+    Raises:
+      UserError: the values of a column are of several types, or no table can hold them.
+    """
+    columns = {}
+    # Of all rows: pyarrow takes the names of the first row alone, and a column that it lacks would be lost.
+    for name in dict.fromkeys(name for row in rows for name in row):
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowException, OverflowError, UnicodeError) as error:
+            raise UserError(
+                f"column {name!r} has values of several types, or one that no table holds ({error})"
+            ) from None
+    return columns

@@ -13,7 +13,7 @@ from jaxops.core.sums import finalize
 from jaxops.objectives.preference import (
     BestOfK,
     BradleyTerry,
-    RewardModel,
+    TextScorer,
     agreement,
     best_of_k,
     bradley_terry,
@@ -106,7 +106,7 @@ def test_small_parts():
 
 def given(k=2, **changes):
     model = ToyReward()
-    assert isinstance(model, RewardModel)
+    assert isinstance(model, TextScorer)
     batch = jax.tree.map(jnp.asarray, Pairs(k=k).batch(0, 16)) | changes
     params = model.init(jax.random.key(0))
     return model, params, batch, np.asarray(scores_of(model, params, batch, None), np.float64)

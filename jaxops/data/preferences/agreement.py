@@ -11,7 +11,7 @@ from jaxops.data.preferences.ratings import Draws, Ratings
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
+class AnnotatorAgreement:
     """Agreement of people; each figure is None where the data does not tell it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Agreement:
         return (1 + math.sqrt(2 * self.agreement - 1)) / 2
 
 
-def of_preferences(pairs: Sequence[Pair]) -> Agreement:
+def of_preferences(pairs: Sequence[Pair]) -> AnnotatorAgreement:
     """Returns the agreement of all judgements of the same two answers to the same prompt."""
     ties = float(np.mean([pair.label == 0.5 for pair in pairs]))
     votes: dict[bytes, list[int]] = {}
@@ -55,10 +55,10 @@ def of_preferences(pairs: Sequence[Pair]) -> Agreement:
         one, other = sum(cast), len(cast) - sum(cast)
         alike += math.comb(one, 2) + math.comb(other, 2)
         both += math.comb(len(cast), 2)
-    return Agreement(alike / both if both else None, both, ties)
+    return AnnotatorAgreement(alike / both if both else None, both, ties)
 
 
-def of_ratings(ratings: Ratings, seed: int, epochs: int) -> Agreement:
+def of_ratings(ratings: Ratings, seed: int, epochs: int) -> AnnotatorAgreement:
     """Returns the agreement on the judgements that are drawn with this seed in the first epochs."""
     labels, again, others = [], [], []
     for epoch in range(epochs):
@@ -72,7 +72,7 @@ def of_ratings(ratings: Ratings, seed: int, epochs: int) -> Agreement:
     known = decided & np.isfinite(mean).all(axis=1)
     right = 0.5 + 0.5 * np.sign(mean[known, 0] - mean[known, 1]) * np.sign(label[known] - 0.5)
     several = bool((np.diff(ratings.offsets) > 1).all())
-    return Agreement(
+    return AnnotatorAgreement(
         float((label == second)[both].mean()) if several and both.any() else None,
         int(both.sum()) if several else 0,
         float((~decided).mean()),

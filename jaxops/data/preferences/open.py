@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxops.core.failures import UserError
 from jaxops.data import notes
-from jaxops.data.preferences.agreement import Agreement, of_preferences, of_ratings
+from jaxops.data.preferences.agreement import AnnotatorAgreement, of_preferences, of_ratings
 from jaxops.data.preferences.formats import Pair, read_pairs
 from jaxops.data.preferences.pairs import Pairs, PairSource, RatedSource, Texts
 from jaxops.data.preferences.ratings import Rated, Ratings, read_rated, with_partners
@@ -37,7 +37,7 @@ class Judgements(Protocol):
         """All that is said in the texts of training."""
         ...
 
-    def opened(self, tokenizer: Tokenizer) -> "Opened":
+    def opened(self, tokenizer: Tokenizer) -> "OpenedJudgements":
         """Tokenises the texts.
 
         Raises:
@@ -47,7 +47,7 @@ class Judgements(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Opened:
+class OpenedJudgements:
     """Judgements that are ready to be trained on.
 
     Attributes:
@@ -61,7 +61,7 @@ class Opened:
     source: Callable[[int], Source]
     texts: Texts
     valid: Pairs | None
-    agreement: Agreement
+    agreement: AnnotatorAgreement
     inspection: dict[str, Any]
 
 
@@ -118,7 +118,7 @@ class Preferences:
         """All that is said in the texts of training."""
         return [said for pair in self.train for text in pair.texts for said in _said(text)]
 
-    def opened(self, tokenizer: Tokenizer) -> Opened:
+    def opened(self, tokenizer: Tokenizer) -> OpenedJudgements:
         """Tokenises the texts and cuts them to the length of a row."""
         with notes.collected() as remarks:
             against = sum(pair.label < 0.5 for pair in (*self.train, *self.valid))
@@ -128,7 +128,7 @@ class Preferences:
             valid = self._pairs(self.valid, tokenizer, "valid") if self.valid else None
         inspection = _inspection(self.config, tokenizer, {"train": train, "valid": valid}, self.remarks + remarks)
         everybody = of_preferences([*self.train, *self.valid])
-        return Opened(lambda seed: PairSource(train, seed), train.texts, valid, everybody, inspection)
+        return OpenedJudgements(lambda seed: PairSource(train, seed), train.texts, valid, everybody, inspection)
 
     def _pairs(self, pairs: list[Pair], tokenizer: Tokenizer, part: str) -> Pairs:
         config = self.config
@@ -199,13 +199,13 @@ class RatedTexts:
         """All that is said in the texts of training."""
         return [said for one in self.train for said in _said(one.text)]
 
-    def opened(self, tokenizer: Tokenizer) -> Opened:
+    def opened(self, tokenizer: Tokenizer) -> OpenedJudgements:
         """Tokenises the texts, cuts them to the length of a row, and draws the judgements of evaluation."""
         with notes.collected() as remarks:
             train = self._texts(self.train, tokenizer, "train")
             valid = self._texts(self.valid, tokenizer, "valid") if self.valid else None
         ratings = Ratings(self.train)
-        judged, agreement = None, Agreement()
+        judged, agreement = None, AnnotatorAgreement()
         if valid is not None:
             held = Ratings(self.valid)
             judged, agreement = self._judged(valid, held), of_ratings(held, DRAWN, self.config.judgements)
@@ -214,7 +214,7 @@ class RatedTexts:
         inspection["train"]["ratings"] = len(ratings.values)
         judges = f"{inspection['digest']} {_digest_of_ratings(ratings)}"
         inspection["digest"] = hashlib.sha256(judges.encode()).hexdigest()
-        return Opened(source, train, judged, agreement, inspection)
+        return OpenedJudgements(source, train, judged, agreement, inspection)
 
     def _texts(self, rated: Sequence[Rated], tokenizer: Tokenizer, part: str) -> Texts:
         config = self.config

@@ -187,7 +187,7 @@ class PairBatches:
         return own | out | {PART_ROW: np.where(real, at, -1).astype(np.int32)}
 
 
-class TextBatches:
+class SingleTextBatches:
     """Batches of all texts, in order, without pairs; the last one is padded with rows of segment 0."""
 
     def __init__(self, texts: Texts, size: int) -> None:

@@ -52,7 +52,7 @@ class RatingColumns:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgedPart(Part):
-    """What both kinds of judgements share.
+    """The fields that both kinds of judgements share.
 
     `length` is the number of tokens of a text that are read, its end token included. `valid` is the held-out part: a
     share of the prompts (of the texts, for ratings), or files of its own.

@@ -27,6 +27,12 @@ class Ends:
 
         The last stop ends them: some templates write the words that ask for the next turn behind it. Where there is
         none, or the messages hold one themselves, blanks after a last control token are left out.
+
+        Args:
+          text: the rendered conversation.
+          start: the place where the turns begin.
+          stop: the place where they end at the latest.
+          said: the messages of the turns.
         """
         found = [match.end() for match in self._pattern().finditer(text, start, stop)]
         if found and not any(word in str(message.get("content")) for message in said for word in self.stops):
@@ -104,6 +110,14 @@ def completion_part(
     arguments: Mapping[str, Any] | None = None,
 ) -> Rendered:
     """Renders a prompt and its completion; the one span is everything after the words that ask for the completion.
+
+    Args:
+      template: the chat template.
+      prompt: the messages before the completion.
+      completion: the messages of the completion.
+      ends: the words that may end a turn.
+      tools: descriptions of functions.
+      arguments: variables of the template.
 
     Raises:
       UserError: the template renders the prompt in another way once the completion is there.

@@ -56,7 +56,7 @@ class Example:
 
 
 class WrongRow(Exception):
-    """What is wrong with a row."""
+    """A row cannot be learnt from; the message says why."""
 
 
 def read_examples(config: OneTextData, path: str | Sequence[str]) -> list[Example]:

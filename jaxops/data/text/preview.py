@@ -15,7 +15,12 @@ OPEN, CLOSE = "⟦", "⟧"
 def preview(source: Source, tokenizer: Tokenizer, rows: int, cursor: int = 0, coloured: bool = False) -> Text:
     """Returns the first `rows` rows after a cursor as text, segment by segment; `.plain` has no colour.
 
-    What is learnt from is green where `coloured`, else in ⟦ ⟧.
+    Args:
+      source: the rows.
+      tokenizer: the tokenizer that they were made with.
+      rows: the number of rows to show.
+      cursor: the number of rows to leave out before them.
+      coloured: True shows in green what is learnt from; else it stands in ⟦ ⟧.
 
     Example:
       rich.print(preview(data.source(0), tokenizer, rows=2, coloured=True))

@@ -49,7 +49,7 @@ class CompletionColumns:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextPart(Part):
-    """What all kinds of text data share.
+    """The fields that all kinds of text data share.
 
     `length` is the number of tokens in a row. With `pack`, several examples share a row and do not see each other.
     `valid` is the held-out part: a share of the examples, or files of its own. Exact copies are counted and said, and
@@ -74,8 +74,9 @@ class TextPart(Part):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Templated(TextPart):
-    """What kinds of messages share: `template` is that of the model or a file of one's own.
+    """The fields that kinds of messages share.
 
+    `template` is that of the model or a file of one's own.
     `arguments` are variables of the template, such as `enable_thinking: false`. `date` is the day that a template may
     write into a conversation (2026-01-31).
     """

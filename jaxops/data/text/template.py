@@ -152,7 +152,7 @@ def _line(error: Exception) -> str:
 
 
 class _Refused(Exception):
-    """What a template says by `raise_exception`."""
+    """A template refuses a conversation by `raise_exception`, whose message this is."""
 
 
 def _raise_exception(message: str) -> None:

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from jaxops.config.types import ByPath, Factory
-from jaxops.core.failures import UserError, nearest
-from jaxops.core.metric import Metric
+from jaxops.core.metric import Metric, metric_of
 from jaxops.data.text.spec import ChatData, CompletionData, MixtureData, TextData
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.objectives.language import NextTokenConfig
@@ -56,9 +55,7 @@ class LanguageConfig(RunConfig):
         Raises:
           UserError: there is no such metric; the message names the nearest right one.
         """
-        if name not in METRICS:
-            raise UserError(f"no metric {name!r}{nearest(name, METRICS)} (known: {', '.join(METRICS)})")
-        return METRICS[name]
+        return metric_of(METRICS, name)
 
     def problems(self) -> list[tuple[str, str]]:
         """Returns (dotted path, message) of everything that cannot work on any machine."""

@@ -13,8 +13,9 @@ from jaxops.data.text.spec import conversations_of
 from jaxops.families.language.config import LanguageConfig
 from jaxops.families.language.data_commands import inspect_data, preview_data
 from jaxops.families.language.opened import OpenedModel, open_model
-from jaxops.families.language.options import Export, Generate, Predict
+from jaxops.families.language.options import Generate, LanguageExport, LanguagePredict
 from jaxops.families.language.serving import ServedLanguage
+from jaxops.models.lora import on_model
 from jaxops.objectives.language import next_token
 from jaxops.run.batched import BatchedEvaluation
 from jaxops.run.callables import objective_from
@@ -39,7 +40,7 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
     learnt = conversations_of(config.data).template
     return Task(
         **of_config(config, loaded.resolved, opened.model),
-        objective=opened.on(objective_from(config.objective, given.objective, opened.decoder)),
+        objective=on_model(opened.model, objective_from(config.objective, given.objective, opened.decoder)),
         source=text.source(config.run.seed),
         evaluation=_evaluation(opened, text) if held_out else NoEvaluation(),
         start=(lambda: opened.sources) if opened.sources else None,
@@ -53,7 +54,7 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
 
 def _evaluation(opened: OpenedModel, text: TextParts) -> BatchedEvaluation:
     """Returns the evaluation on the held-out rows of all sources, each token counted alike."""
-    objective = opened.on(next_token(opened.decoder))
+    objective = on_model(opened.model, next_token(opened.decoder))
 
     def batches(size: int) -> EvalBatches:
         return list(itertools.chain.from_iterable(text.held_out(size).values()))
@@ -94,7 +95,7 @@ FAMILY = Family(
     build=build,
     load=restore,
     data={"inspect": inspect_data, "preview": preview_data},
-    predict=Predict,
-    export=Export,
+    predict=LanguagePredict,
+    export=LanguageExport,
     generate=Generate,
 )

@@ -12,12 +12,13 @@ from jaxops.core.state import Params
 from jaxops.data.text.template import Message
 from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.families.language.options import Generate
-from jaxops.families.language.prompts import PromptWriter, given_columns, prompt_rows, with_columns
+from jaxops.families.language.prompts import PromptWriter, prompt_rows
 from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.rl.options import SampleOptions
 from jaxops.rl.sample import Sampler
 from jaxops.rl.sampled import Prompt, copies
+from jaxops.run.given_table import columns_of_rows, joined_columns
 from jaxops.run.saved_run import SavedRun
 
 _DISTRIBUTION = [field.name for field in dataclasses.fields(SampleOptions)]
@@ -56,7 +57,7 @@ class Generation:
         """
         options.require_valid()
         rows = prompt_rows(source)
-        given_columns([row for _, row in rows])  # what cannot be written is told before anything is sampled
+        columns_of_rows([row for _, row in rows])  # what cannot be written is told before anything is sampled
         writer = PromptWriter(self._saved.config.data, self.tokenizer, options.template, say)
         prompts = [Prompt(self._fitting(writer.ids(row), row[0]), at) for at, row in enumerate(rows)]
         longest = max(len(prompt.ids) for prompt in prompts)
@@ -80,7 +81,7 @@ class Generation:
             }
             for at, prompt in enumerate(asked)
         ]
-        return with_columns([rows[prompt.example][1] for prompt in asked], made)
+        return joined_columns([rows[prompt.example][1] for prompt in asked], made)
 
     def room(self, longest: int, options: Generate) -> int:
         """Returns the room for prompt and completion: few different values, so that few programs are compiled."""

@@ -1,8 +1,7 @@
 """Opens the model that a config of the language family names: the decoder, and the adapters beside it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
 
 from jaxops.core.weights import WeightSource
 from jaxops.data.text.tokenizer import Tokenizer
@@ -11,8 +10,6 @@ from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.lora import Lora
 from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.pretrained.opened import open_decoder
-
-Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +29,6 @@ class OpenedModel:
     tokenizer: Tokenizer
     sources: tuple[WeightSource, ...]
     special: Mapping[str, int | list[int]]
-
-    def on(self, function: Callable[..., Result]) -> Callable[..., Result]:
-        """Returns a function of the decoder's parameters as one of what is trained."""
-        return on(self.model, function)
-
-
-def on(model: Decoder | Lora, function: Callable[..., Result]) -> Callable[..., Result]:
-    """Returns a function of the decoder's parameters as one of the model's, where that has adapters."""
-    return model.on(function) if isinstance(model, Lora) else function
 
 
 def with_adapters(decoder: Decoder, config: LanguageConfig) -> Decoder | Lora:

@@ -14,14 +14,14 @@ TEMPLATES = ("auto", "chat", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Predict:
+class LanguagePredict:
     """The options of `predict`, which scores texts; `batch` is the number of texts that are read at a time."""
 
     batch: Annotated[int, Field(ge=1)] = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Export:
+class LanguageExport:
     """The options of `export`: a folder that `transformers` and vLLM open; `dtype` is that of its files."""
 
     to: Literal["hf"] = "hf"

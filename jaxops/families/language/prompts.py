@@ -3,11 +3,9 @@
 import dataclasses
 import datetime
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from jaxops.core.failures import UserError, nearest
 from jaxops.data.text.documents import MODEL, open_template
@@ -133,41 +131,3 @@ class PromptWriter:
             self._say("conversations that end with the assistant are asked without that last turn")
             self._said = True
         return messages[:-1]
-
-
-def with_columns(rows: Sequence[Mapping[str, Any]], made: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Joins the columns of prompts and of completions; a prompt's column that has the same name becomes `given_NAME`.
-
-    Where there is a `given_NAME` already, it becomes `given_given_NAME`: no column is lost.
-
-    Raises:
-      UserError: a column of the prompts cannot be written.
-    """
-    made_names = list(made[0]) if made else []
-    given = given_columns(rows)
-    taken, columns = {*given, *made_names}, {}
-    for name, values in given.items():
-        called = name
-        while called in taken and name in made_names:
-            called = f"given_{called}"
-        taken.add(called)
-        columns[called] = values
-    return pa.table(columns | {name: pa.array([row[name] for row in made]) for name in made_names})
-
-
-def given_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
-    """Returns the columns of rows; it is called before what takes long, so that no result is lost for them.
-
-    Raises:
-      UserError: the values of a column are of several types, or no table can hold them.
-    """
-    columns = {}
-    # Of all rows: pyarrow takes the names of the first row alone, and a column that it lacks would be lost.
-    for name in dict.fromkeys(name for row in rows for name in row):
-        try:
-            columns[name] = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowException, OverflowError, UnicodeError) as error:
-            raise UserError(
-                f"the prompts' column {name!r} has values of several types, or one that no table holds ({error})"
-            ) from None
-    return columns

@@ -27,14 +27,13 @@ from jaxops.data.text.spec import (
     conversations_of,
 )
 from jaxops.families.language.generation import Chat, Generation
-from jaxops.families.language.opened import on, with_adapters
-from jaxops.families.language.options import Export, Generate, Predict
-from jaxops.families.language.prompts import given_columns, with_columns
+from jaxops.families.language.opened import with_adapters
+from jaxops.families.language.options import Generate, LanguageExport, LanguagePredict
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.decoder.pretrained import save_pretrained
-from jaxops.models.lora import Lora
+from jaxops.models.lora import Lora, on_model
 from jaxops.objectives.language import scores_of_batch
-from jaxops.run.given_table import as_file
+from jaxops.run.given_table import as_file, columns_of_rows, joined_columns
 from jaxops.run.load import evaluate_saved
 from jaxops.run.outputs import whole_folder
 from jaxops.run.pretrained.opened import special_ids
@@ -62,7 +61,7 @@ class ServedLanguage:
     def predict(
         self,
         source: Any,
-        options: Predict | None = None,
+        options: LanguagePredict | None = None,
         *,
         say: Callable[[str], None] = lambda text: None,
         **keywords: Any,
@@ -78,15 +77,15 @@ class ServedLanguage:
             columns tell: `messages`, `prompt` and `completion`, or `text`.
           options: the options of `jaxops predict`.
           say: it is called with each line that a person should read.
-          keywords: the fields of `Predict`, in place of `options`.
+          keywords: the fields of `LanguagePredict`, in place of `options`.
 
         Raises:
           UserError: the source does not fit.
         """
-        given = options or Predict(**keywords)
+        given = options or LanguagePredict(**keywords)
         with as_file(source) as path, notes.collected() as remarks:
             along = [row for _, row in read_rows(str(path))]
-            given_columns(along)  # what cannot be written is told before anything is scored
+            columns_of_rows(along)  # what cannot be written is told before anything is scored
             config = _of_source(self.saved.config.data, str(path), dict.fromkeys(name for row in along for name in row))
             documents = tokenise(config, read_examples(config, str(path)), self.tokenizer)
         for remark in remarks:
@@ -96,14 +95,14 @@ class ServedLanguage:
         passes = self.saved.passes({}, given.batch)
         with jax.set_mesh(self.saved.mesh):
             weights = self.saved.placed(passes)
-            sums = passes.over("texts", on(self.model, self._scores), weights, TextBatches(rows, passes.size))
+            sums = passes.over("texts", on_model(self.model, self._scores), weights, TextBatches(rows, passes.size))
             nll, count = (np.concatenate(part)[: len(rows)] for part in zip(*map(jax.device_get, sums), strict=True))
         none = count == 0
         mean = np.divide(nll, count, out=np.zeros_like(nll), where=~none)
         cut = np.diff(documents.offsets) - 1 > config.length
         found = {"tokens": count.astype(np.int64), "nll": mean, "perplexity": np.exp(mean), "cut": cut}
         scores = pa.table({name: pa.array(x, mask=none & (x.dtype.kind == "f")) for name, x in found.items()})
-        return with_columns(along, scores.to_pylist()) if len(along) == len(scores) else scores
+        return joined_columns(along, scores.to_pylist()) if len(along) == len(scores) else scores
 
     def generate(
         self,
@@ -150,13 +149,13 @@ class ServedLanguage:
         """
         return evaluate_saved(self.saved, parts)
 
-    def export(self, path: Path, options: Export | None = None, **keywords: Any) -> str:
+    def export(self, path: Path, options: LanguageExport | None = None, **keywords: Any) -> str:
         """Writes a folder of config.json, safetensors and the tokenizer, which `transformers` and vLLM open as it is.
 
         Raises:
           UserError: the folder exists and is not empty, or no published model type has this architecture.
         """
-        given = options or Export(**keywords)
+        given = options or LanguageExport(**keywords)
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists and is not empty: name a new folder")

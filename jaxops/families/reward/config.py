@@ -7,8 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from jaxops.config.types import ByPath, Factory
-from jaxops.core.failures import UserError, nearest
-from jaxops.core.metric import Metric
+from jaxops.core.metric import Metric, metric_of
 from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.trained_tokenizer import TrainedTokenizer
 from jaxops.evaluate.preferences import METRICS
@@ -73,9 +72,7 @@ class RewardConfig(RunConfig):
         Raises:
           UserError: there is no such metric; the message names the nearest right one.
         """
-        if name not in METRICS:
-            raise UserError(f"no metric {name!r}{nearest(name, METRICS)} (known: {', '.join(METRICS)})")
-        return METRICS[name]
+        return metric_of(METRICS, name)
 
     def problems(self) -> list[tuple[str, str]]:
         """Returns (dotted path, message) of everything that cannot work on any machine."""

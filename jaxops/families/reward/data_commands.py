@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxops.data.preferences.open import Opened, read_judgements
+from jaxops.data.preferences.open import OpenedJudgements, read_judgements
 from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.families.reward.config import RewardConfig
 from jaxops.families.reward.opened import open_reward
@@ -58,7 +58,7 @@ def preview_data(config: RewardConfig) -> Shown:
     return Shown({"rows": lines, "notes": notes}, [(line,) for line in [*lines, *notes]])
 
 
-def _opened(config: RewardConfig) -> tuple[Opened, Tokenizer]:
+def _opened(config: RewardConfig) -> tuple[OpenedJudgements, Tokenizer]:
     read = read_judgements(config.data)
     tokenizer = open_reward(config, lambda: read.words).tokenizer
     return read.opened(tokenizer), tokenizer

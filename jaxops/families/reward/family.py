@@ -9,8 +9,8 @@ import numpy as np
 from jaxops.config.bypath import ByPath
 from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError
-from jaxops.data.preferences.agreement import Agreement
-from jaxops.data.preferences.open import Opened, read_judgements
+from jaxops.data.preferences.agreement import AnnotatorAgreement
+from jaxops.data.preferences.open import OpenedJudgements, read_judgements
 from jaxops.data.preferences.pairs import Pairs
 from jaxops.data.preferences.spec import PreferenceData
 from jaxops.data.text.documents import with_learnt_template
@@ -18,11 +18,11 @@ from jaxops.evaluate.preferences import measure
 from jaxops.families.reward.config import PretrainedReward, RewardConfig
 from jaxops.families.reward.data_commands import inspect_data, preview_data
 from jaxops.families.reward.evaluation import RewardEvaluation, judged_of, scores_of_pairs
-from jaxops.families.reward.opened import OpenedReward, on, open_reward
-from jaxops.families.reward.options import Predict
+from jaxops.families.reward.opened import OpenedReward, open_reward
+from jaxops.families.reward.options import RewardPredict
 from jaxops.families.reward.reference import stored_reference
 from jaxops.families.reward.serving import ServedReward
-from jaxops.models.lora import Lora
+from jaxops.models.lora import Lora, on_model
 from jaxops.objectives.ensemble import each_head
 from jaxops.run.callables import objective_from
 from jaxops.run.family import Family, Given
@@ -46,7 +46,7 @@ def build(loaded: Loaded[RewardConfig], given: Given) -> Task:
     opened = open_reward(config, lambda: read.words)
     data = read.opened(opened.tokenizer)
     sources, valid = opened.sources, data.valid
-    scores = on(opened.model, scores_of_pairs(opened.reward))
+    scores = on_model(opened.model, scores_of_pairs(opened.reward))
     template = config.data.template if isinstance(config.data, PreferenceData) else None
     return Task(
         **of_config(config, loaded.resolved, opened.model),
@@ -69,11 +69,11 @@ def build(loaded: Loaded[RewardConfig], given: Given) -> Task:
 def _objective(config: RewardConfig, given: Given, opened: OpenedReward) -> Any:
     """Returns the objective: ours for each head, a user's own on the mean of all heads."""
     if given.objective is None and not isinstance(config.objective, ByPath):
-        return on(opened.model, each_head(opened.reward, config.objective.build))
-    return on(opened.model, objective_from(config.objective, given.objective, opened.reward))
+        return on_model(opened.model, each_head(opened.reward, config.objective.build))
+    return on_model(opened.model, objective_from(config.objective, given.objective, opened.reward))
 
 
-def _baselines(valid: Pairs, agreement: Agreement) -> Callable[[], dict[str, dict[str, float]]]:
+def _baselines(valid: Pairs, agreement: AnnotatorAgreement) -> Callable[[], dict[str, dict[str, float]]]:
     """Returns what the report sets the model beside: a coin, the longer answer, and what people themselves reach."""
 
     def found() -> dict[str, dict[str, float]]:
@@ -99,7 +99,7 @@ LABELS = {
 }
 
 
-def _about(config: RewardConfig, opened: OpenedReward, data: Opened) -> About:
+def _about(config: RewardConfig, opened: OpenedReward, data: OpenedJudgements) -> About:
     model = config.model.weights if isinstance(config.model, PretrainedReward) else "decoder"
     rows = [("tokenizer", f"{opened.tokenizer.kind}, {opened.tokenizer.vocab:,} ids")]
     for part in ("train", "valid"):
@@ -118,7 +118,7 @@ def _about(config: RewardConfig, opened: OpenedReward, data: Opened) -> About:
     return About(model=model, labels=LABELS, headline="accuracy", data=rows, notes=[*notes, *_told(data.agreement)])
 
 
-def _people(agreement: Agreement) -> list[tuple[str, str]]:
+def _people(agreement: AnnotatorAgreement) -> list[tuple[str, str]]:
     rows = []
     if agreement.ties is not None:
         rows.append(("ties", f"{agreement.ties:.1%} of the judgements"))
@@ -130,7 +130,7 @@ def _people(agreement: Agreement) -> list[tuple[str, str]]:
     return rows
 
 
-def _told(agreement: Agreement) -> list[str]:
+def _told(agreement: AnnotatorAgreement) -> list[str]:
     if agreement.others is not None:
         return ["The ceiling is the accuracy of the mean rating by everybody but the person who judged."]
     if agreement.ceiling is not None:
@@ -155,5 +155,5 @@ FAMILY = Family(
     build=build,
     load=restore,
     data={"inspect": inspect_data, "preview": preview_data},
-    predict=Predict,
+    predict=RewardPredict,
 )

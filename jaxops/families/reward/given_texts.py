@@ -9,6 +9,7 @@ from jaxops.core.failures import UserError
 from jaxops.data.preferences.formats import TURN, turns_of
 from jaxops.data.preferences.spec import PreferenceData, PreferenceDataConfig
 from jaxops.data.text.formats import Example, WrongRow, messages_in, parsed, sort_of, text_in, value_in
+from jaxops.run.given_table import columns_of_rows
 
 COMPLETION, MESSAGES = "completion", "messages"
 WRITTEN = ("score", "disagreement", "tokens", "cut")
@@ -34,11 +35,10 @@ def read_given(config: PreferenceDataConfig, path: str) -> GivenTexts:
         return row, _example(config, where, row)
 
     found = parsed(path, "auto", None, parse)
-    names = dict.fromkeys(name for row, _ in found for name in row)  # a row of JSON lines may lack some
     try:
-        table = pa.table({name: [row.get(name) for row, _ in found] for name in names})
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"{path}: the rows are of different forms, so they make no table ({error})") from None
+        table = pa.table(columns_of_rows([row for row, _ in found]))
+    except UserError as error:
+        raise UserError(f"{path}: the rows are of different forms, so they make no table: {error}") from None
     taken = [name for name in WRITTEN if name in table.column_names]
     if taken:
         raise UserError(f"{path}: {', '.join(taken)} is what predict writes; rename the column")

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 from jaxops.core.weights import WeightSource
 from jaxops.data.text.tokenizer import Tokenizer
@@ -13,7 +12,6 @@ from jaxops.models.lora import Lora
 from jaxops.models.reward import RewardModel
 from jaxops.run.pretrained.opened import open_decoder
 
-Result = TypeVar("Result")
 BESIDE = (r"^(?!lora/|reward/)",)
 """The parameters that are frozen under adapters: all but these and the heads."""
 
@@ -74,8 +72,3 @@ def with_adapters(reward: RewardModel, config: RewardConfig) -> RewardModel | Lo
     """
     lora = config.model.lora if isinstance(config.model, PretrainedReward) else None
     return reward if lora is None else Lora(reward, lora)
-
-
-def on(model: RewardModel | Lora, function: Callable[..., Result]) -> Callable[..., Result]:
-    """Returns a function of the reward model's parameters as one of what is trained."""
-    return model.on(function) if isinstance(model, Lora) else function

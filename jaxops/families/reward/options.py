@@ -7,7 +7,7 @@ from pydantic import Field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Predict:
+class RewardPredict:
     """The options of `predict`, which scores texts; `batch` is the number of texts that are read at a time."""
 
     batch: Annotated[int, Field(ge=1)] = 64

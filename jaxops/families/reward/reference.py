@@ -38,7 +38,7 @@ def reference_of(saved: SavedRun) -> tuple[np.ndarray, Int64[np.ndarray, " texts
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Normaliser:
-    """What gives scores a mean of 0 and a deviation of 1 on the reference texts.
+    """The shift and scale that give scores a mean of 0 and a deviation of 1 on the reference texts.
 
     Each head's own mean is taken off, since preferences determine no head's level. All are divided by the deviation of
     their mean, so that the mean of the heads has deviation 1 and their spread keeps its meaning.
@@ -53,7 +53,7 @@ class Normaliser:
 
     @staticmethod
     def of(scores: Float[np.ndarray, "texts heads"]) -> "Normaliser":
-        """Returns what normalises these scores of the reference texts."""
+        """Returns the shift and scale for these scores of the reference texts."""
         scores = np.asarray(scores, np.float64)
         deviation = float(scores.mean(axis=1).std())
         return Normaliser(scores.mean(axis=0), deviation if deviation > 0 else 1.0)

@@ -15,15 +15,16 @@ from jaxops.core.failures import UserError
 from jaxops.core.state import Params
 from jaxops.data import notes
 from jaxops.data.preferences.open import tokenised
-from jaxops.data.preferences.pairs import TextBatches, Texts
+from jaxops.data.preferences.pairs import SingleTextBatches, Texts
 from jaxops.data.preferences.spec import PreferenceData, TooLong
 from jaxops.data.text.documents import MODEL, Documents
 from jaxops.data.text.formats import Example
 from jaxops.families.reward.given_texts import read_given
-from jaxops.families.reward.opened import build_reward, on, with_adapters
-from jaxops.families.reward.options import Predict
+from jaxops.families.reward.opened import build_reward, with_adapters
+from jaxops.families.reward.options import RewardPredict
 from jaxops.families.reward.reference import Normaliser, reference_of
 from jaxops.models.decoder.decoder import build_decoder
+from jaxops.models.lora import on_model
 from jaxops.run.given_table import as_file
 from jaxops.run.load import evaluate_saved
 from jaxops.run.pretrained.stored import stored_architecture, stored_tokenizer
@@ -44,7 +45,7 @@ class ServedReward:
     def predict(
         self,
         source: Any,
-        options: Predict | None = None,
+        options: RewardPredict | None = None,
         *,
         say: Callable[[str], None] = lambda text: None,
         **keywords: Any,
@@ -59,12 +60,12 @@ class ServedReward:
           source: a file of {"prompt", "completion"}, {"messages"} or {"text"}, a pyarrow table or a data frame.
           options: the options of `jaxops predict`.
           say: it is called with each line that a person should read.
-          keywords: the fields of `Predict`, in place of `options`.
+          keywords: the fields of `RewardPredict`, in place of `options`.
 
         Raises:
           UserError: the source does not fit.
         """
-        given = options or Predict(**keywords)
+        given = options or RewardPredict(**keywords)
         with as_file(source) as path, notes.collected() as remarks:
             texts = read_given(self.saved.config.data, str(path))
             documents = self._tokenised(texts.examples)
@@ -88,7 +89,7 @@ class ServedReward:
 
     @functools.cached_property
     def normaliser(self) -> Normaliser:
-        """What gives the scores of the reference texts a mean of 0 and a deviation of 1.
+        """The shift and scale that give the scores of the reference texts a mean of 0 and a deviation of 1.
 
         Raises:
           UserError: the run folder lacks its reference texts.
@@ -110,7 +111,9 @@ class ServedReward:
         passes = self.saved.passes({}, batch)
         with jax.set_mesh(self.saved.mesh):
             weights = self.saved.placed(passes)
-            found = passes.over("texts", on(self.model, self._scores), weights, TextBatches(texts, passes.size))
+            found = passes.over(
+                "texts", on_model(self.model, self._scores), weights, SingleTextBatches(texts, passes.size)
+            )
             return np.concatenate([np.asarray(jax.device_get(one)) for one in found])[: len(texts)]
 
     def _scores(self, params: Params, batch: Any) -> Float[Array, "batch heads"]:

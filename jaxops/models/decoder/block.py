@@ -59,7 +59,7 @@ class Norm(nnx.Module):
         return wide.astype(x.dtype)
 
 
-class Attention(nnx.Module):
+class DecoderAttention(nnx.Module):
     """The projections of attention; `attend` stands between them."""
 
     def __init__(self, a: Architecture, *, rngs: nnx.Rngs):
@@ -99,7 +99,7 @@ class Attention(nnx.Module):
         return self.out(attended.reshape(*attended.shape[:2], -1))
 
 
-class FeedForward(nnx.Module):
+class DecoderFeedForward(nnx.Module):
     """Two linear layers with a nonlinearity between them, which a third layer may multiply (Shazeer 2020)."""
 
     def __init__(self, a: Architecture, *, rngs: nnx.Rngs):
@@ -116,12 +116,12 @@ class FeedForward(nnx.Module):
         return self.down(constrain(inner, ("batch", "length", "mlp")))
 
 
-class Block(nnx.Module):
+class DecoderBlock(nnx.Module):
     """One layer. `project` and `finish` are its two halves; a cache of keys and values stands between them."""
 
     def __init__(self, a: Architecture, rngs: nnx.Rngs):
         self.config = a
-        self.attention, self.mlp = Attention(a, rngs=rngs), FeedForward(a, rngs=rngs)
+        self.attention, self.mlp = DecoderAttention(a, rngs=rngs), DecoderFeedForward(a, rngs=rngs)
         self.norm_attention, self.norm_mlp = Norm(a, a.dim, rngs=rngs), Norm(a, a.dim, rngs=rngs)
         if a.post_norms:
             self.norm_attention_out, self.norm_mlp_out = Norm(a, a.dim, rngs=rngs), Norm(a, a.dim, rngs=rngs)
@@ -144,7 +144,14 @@ class Block(nnx.Module):
         return self.attention.project(self.norm_attention(x), turned)
 
     def attend(self, q: Array, k: Array, v: Array, mask: Bool[Array, "batch length seen"]) -> Array:
-        """Returns what every head sees."""
+        """Returns what every head sees.
+
+        Args:
+          q: queries.
+          k: keys.
+          v: values.
+          mask: True where a position may be seen.
+        """
         return attend(q, k, v, mask, self.config.scale, self.config.attention_cap)
 
     def finish(

@@ -17,7 +17,7 @@ from jaxops.core.failures import UserError
 from jaxops.core.random import dropout
 from jaxops.core.sharding import Rule, constrain
 from jaxops.models.decoder.architecture import Architecture
-from jaxops.models.decoder.block import LAYER_RULES, Block, Norm
+from jaxops.models.decoder.block import LAYER_RULES, DecoderBlock, Norm
 from jaxops.models.decoder.rope import turns
 from jaxops.models.functional import Functional, Params
 
@@ -89,7 +89,7 @@ class Decoder:
         self.config, self.real_vocab, self.soft_cap = config, config.vocab, config.final_cap
         self.rows = -(-config.vocab // PAD_ROWS) * PAD_ROWS
         self._ends = Functional(lambda rngs: _Ends(config, self.rows, rngs))
-        self._block = Functional(lambda rngs: Block(config, rngs))
+        self._block = Functional(lambda rngs: DecoderBlock(config, rngs))
         self._norm = Functional(lambda rngs: Norm(config, config.dim, rngs=rngs))
         self.rules: list[Rule] = [
             (r"^embed/embedding$", ("tensor", "fsdp")),

@@ -17,7 +17,7 @@ from jaxops.core.named_arrays import HostArrays
 from jaxops.core.weights import WeightSource
 from jaxops.models.decoder.architecture import Architecture, Rope
 from jaxops.models.decoder.huggingface import canonical
-from jaxops.models.decoder.pretrained import Pretrained, matched
+from jaxops.models.decoder.pretrained import PretrainedDecoder, matched
 from jaxops.models.decoder.tensors import stacked
 
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -71,7 +71,7 @@ class Quantised:
         return self._package.quants.dequantize(data, self._tensor.tensor_type)
 
 
-def open_gguf(path: str | os.PathLike[str]) -> Pretrained:
+def open_gguf(path: str | os.PathLike[str]) -> PretrainedDecoder:
     """Opens a GGUF file; only its metadata is read.
 
     Raises:
@@ -101,7 +101,9 @@ def open_gguf(path: str | os.PathLike[str]) -> Pretrained:
         tensors[_hf_name(name, path)] = Quantised(package, tensor, order)
     source = WeightSource(path, HostArrays(stacked(architecture, matched(architecture, tensors, path), path)))
     special = {key: fields.get(f"tokenizer.ggml.{name}_token_id") for key, name in _SPECIAL.items()}
-    return Pretrained(architecture, source, {key: int(value) for key, value in special.items() if value is not None})
+    return PretrainedDecoder(
+        architecture, source, {key: int(value) for key, value in special.items() if value is not None}
+    )
 
 
 def _is_long(name: str) -> bool:

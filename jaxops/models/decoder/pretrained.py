@@ -34,7 +34,7 @@ _SHOWN = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrained:
+class PretrainedDecoder:
     """A model of others, opened: nothing but headers has been read.
 
     Attributes:
@@ -48,7 +48,7 @@ class Pretrained:
     special: Mapping[str, int | list[int]]
 
 
-def open_pretrained(folder: str | os.PathLike[str]) -> Pretrained:
+def open_pretrained(folder: str | os.PathLike[str]) -> PretrainedDecoder:
     """Opens a folder with `config.json` and safetensors files; each device will read its own slices of them.
 
     Raises:
@@ -75,7 +75,7 @@ def open_pretrained(folder: str | os.PathLike[str]) -> Pretrained:
         ids = value if isinstance(value, list) else [value]
         if not ids or not all(type(each) is int and each >= 0 for each in ids):
             raise UserError(f"{folder}: {key} is {str(value)[:80]!r}, expected a token id or a list of them")
-    return Pretrained(architecture, source, special)
+    return PretrainedDecoder(architecture, source, special)
 
 
 def matched(architecture: Architecture, tensors: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from jaxops.cli.main import main
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
 from jaxops.core.writers import read_metrics
-from jaxops.families.language.prompts import PromptWriter, prompt_rows, with_columns
+from jaxops.families.language.prompts import PromptWriter, prompt_rows
 from jaxops.run.fit import fit
+from jaxops.run.given_table import joined_columns
 from jaxops.run.validation import short_epochs
 
 CONFIG = """
@@ -338,7 +339,7 @@ def test_lines_of_prompts_end_at_newlines_alone(tmp_path):
 
 def test_no_column_of_the_prompts_is_lost_to_another():
     rows = [{"prompt": "a", "tokens": 1, "given_tokens": 2}]
-    found = with_columns(rows, [{"tokens": 3}]).to_pylist()
+    found = joined_columns(rows, [{"tokens": 3}]).to_pylist()
     assert found == [{"prompt": "a", "given_given_tokens": 1, "given_tokens": 2, "tokens": 3}]
 
 

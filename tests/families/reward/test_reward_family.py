@@ -321,6 +321,12 @@ def test_texts_that_cannot_be_scored_are_told(whole, columns, said):
         jx.load("runs/whole").predict(pa.table(columns))
 
 
+def test_a_number_that_no_table_holds_is_told(whole, tmp_path):
+    (tmp_path / "large.jsonl").write_text(json.dumps({"text": "a", "id": 2**70}) + "\n")
+    with pytest.raises(UserError, match="column 'id' has values of several types, or one that no table holds"):
+        jx.load("runs/whole").predict(tmp_path / "large.jsonl")
+
+
 def test_an_export_is_refused_in_words(whole, tmp_path, capsys):
     assert main(["export", "runs/whole", str(tmp_path / "out")]) == 2
     assert "a reward model has no export" in capsys.readouterr().err
