@@ -119,6 +119,11 @@ class Sampler:
         # One leaf after another: a second copy of the whole model never exists.
         return jax.tree.map(lambda x, where: jax.device_put(_cast(x, self._dtype), where), params, lies)
 
+    def abstract(self, params: Params) -> Params:
+        """Returns shapes and dtypes of what `handoff` makes of parameters, which may be abstract."""
+        dtype = lambda x: self._dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype(x)), jax.eval_shape(self._prepare, params))
+
     def programs(self, params: Params, prompts: int, length: int) -> list[Program]:
         """Returns the compiled programs of a call, for FLOPs and warm-up: as if no completion ended early.
 

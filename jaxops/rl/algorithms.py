@@ -1,0 +1,338 @@
+"""The algorithms of policy optimisation, each a choice of advantages, of a loss and of what its mean is over.
+
+All of them run in the same step (rl/step.py) and share one objective: PPO's clipped surrogate, with terms for values,
+for the KL and for the entropy where the algorithm has them. Checked in tests/rl/test_algorithms.py; that each finds
+the optimum that it promises is shown in tests/rl/test_exact_optimum.py.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from pydantic import Field
+
+from jaxops.config.part import Part
+from jaxops.core.accumulate import Objective
+from jaxops.core.sums import Max, Sum, Sums
+from jaxops.models.policy import PolicyModel
+from jaxops.objectives.policy import Aggregation, aggregated, clipped_surrogate, clipped_value_loss, kl_estimate
+from jaxops.rl.advantages import (
+    Baseline,
+    Variance,
+    generalised_advantages,
+    group_advantages,
+    rewards_of_tokens,
+    whitened,
+)
+from jaxops.rl.kl import Kl
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What advantages are computed from; [batch, longest] but for the last ones, which are [batch].
+
+    Attributes:
+      mask: 1 at tokens of completions that are learnt from.
+      old: log-probabilities under the policy, as training computes them.
+      reference: log-probabilities under the reference; None without one.
+      values: the value of the state before each token, with one more column for the state after; None without values.
+      scores: the score of each completion.
+      kept: 1 for completions that have a score, 0 for those that were dropped.
+      ended: whether the policy ended the completion itself.
+      lengths: the number of tokens of each completion.
+      coefficient: the coefficient of the KL, a scalar.
+    """
+
+    mask: Float[Array, "batch longest"]
+    old: Float[Array, "batch longest"]
+    reference: Float[Array, "batch longest"] | None
+    values: Float[Array, "batch longest_and_one"] | None
+    scores: Float[Array, " batch"]
+    kept: Float[Array, " batch"]
+    ended: Array
+    lengths: Array
+    coefficient: Float[Array, ""]
+
+
+class Learnt(NamedTuple):
+    """What the update reads of the advantages, and figures for people.
+
+    Attributes:
+      batch: arrays by name, a row for each completion.
+      sums: metrics.
+    """
+
+    batch: dict[str, Array]
+    sums: Sums
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Algorithm(Part):
+    """The fields that all algorithms have.
+
+    Attributes:
+      epochs: how often an update step goes through the completions.
+      minibatches: the number of updates of an epoch.
+      clip: how far below 1 a ratio of probabilities counts, and above it unless `clip_high` says otherwise.
+      clip_high: how far above 1 a ratio counts.
+      dual_clip: bound of the loss at negative advantages; null has none.
+      entropy: weight of the entropy that is added to what is maximised.
+      kl: the penalty on leaving the reference.
+      target_kl: updates of a step end once the policy has moved this far from the one that sampled, in nats a token;
+        null never ends them.
+      score_clip: scores are bounded by this on both sides; null leaves them.
+      score_scale: `running` divides scores by the deviation of all scores so far, after their mean is taken off.
+      correction: the weight of each token for the difference between sampling and training, probability over
+        probability: `truncated` at `correction_cap`, `masked` to 0 beyond it, or `none`.
+      correction_cap: bound of that weight; `masked` has its inverse as a lower bound too.
+    """
+
+    sort: ClassVar[str] = "prompts"
+    has_values: ClassVar[bool] = False
+    over: ClassVar[Aggregation] = "tokens"
+
+    epochs: Positive = 1
+    minibatches: Positive = 1
+    clip: Share = 0.2
+    clip_high: Annotated[float, Field(gt=0)] | None = None
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    entropy: Annotated[float, Field(ge=0)] = 0.0
+    kl: Kl = Kl()
+    target_kl: Annotated[float, Field(gt=0)] | None = None
+    score_clip: Annotated[float, Field(gt=0)] | None = None
+    score_scale: Literal["none", "running"] = "none"
+    correction: Literal["none", "truncated", "masked"] = "none"
+    correction_cap: Annotated[float, Field(gt=1)] = 2.0
+
+    @property
+    def completions(self) -> int:
+        """The number of completions of a prompt."""
+        raise NotImplementedError
+
+    @property
+    def penalises(self) -> bool:
+        """Whether there is a penalty on the KL, and so a reference."""
+        return self.kl.coef > 0 or self.kl.target is not None
+
+    def learnt(self, rollout: Rollout) -> Learnt:
+        """Returns advantages, with values' targets where there are any."""
+        raise NotImplementedError
+
+    def objective(self, model: PolicyModel, temperature: float, longest: int) -> Objective:
+        """Returns the objective of an update on a minibatch of completions.
+
+        Args:
+          model: the models.
+          temperature: the temperature that completions are sampled at.
+          longest: the number of tokens of the longest completion that is possible.
+        """
+        high = self.clip if self.clip_high is None else self.clip_high
+
+        def objective(params: Any, batch: Mapping[str, Array], key: Array | None) -> Sums:
+            del key  # no dropout: ratios would be of two different models
+            hidden = model.hidden(params, batch)
+            found = model.scores(params, batch, temperature, hidden)
+            mask, mean = batch["mask"], lambda x: aggregated(x, batch["mask"], self.over, longest)
+            surrogate = clipped_surrogate(
+                found.logprobs, batch["old"], batch["advantages"], mask, low=self.clip, high=high, dual=self.dual_clip
+            )
+            sums: Sums = {"loss/policy": mean(surrogate.loss * batch["policy_on"][:, None])}
+            if self.penalises and self.kl.in_ == "loss":
+                kl = kl_estimate(found.logprobs, batch["reference"], self.kl.estimator)
+                sums["loss/kl"] = mean(batch["coefficient"][:, None] * kl)
+            if self.entropy:
+                sums["loss/entropy"] = mean(-self.entropy * found.entropy)
+            sums |= self._value_terms(model, params, batch, hidden)
+            moved = kl_estimate(batch["old"], found.logprobs, "k3")
+            sums["entropy"] = Sum.of(found.entropy, mask)
+            sums["moved_kl"] = Sum.of(moved, mask)
+            sums["clip_fraction"] = Sum.of(surrogate.clipped, mask)
+            sums["ratio_max"] = Max(jnp.max(jnp.where(mask > 0, surrogate.ratio, 0.0)))
+            return sums
+
+        return objective
+
+    def _value_terms(
+        self, model: PolicyModel, params: Any, batch: Mapping[str, Array], hidden: Float[Array, "batch longest dim"]
+    ) -> Sums:
+        return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gae:
+    """Generalised advantages: the discount of a token, and how far they look ahead."""
+
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    lambda_: Annotated[float, Field(ge=0, le=1)] = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ppo(Algorithm):
+    """Proximal policy optimisation with learnt values (Schulman et al. 2017; for text, Ziegler et al. 2019).
+
+    Attributes:
+      group: number of completions of a prompt.
+      gae: how advantages are made of rewards and values.
+      value_clip: how far a value's move counts; null compares values as they are.
+      value_weight: weight of the values' loss.
+      whiten: the variance by which advantages are whitened, `biased` or `unbiased`; `none` leaves them.
+      whiten_rewards: the same for rewards of tokens, whose mean is kept.
+      cut: what the end of a completion is that max_tokens cut: `terminal`, or `bootstrap` from the value there.
+      critic_warmup: number of first steps that train the values alone.
+    """
+
+    has_values: ClassVar[bool] = True
+
+    kind: Literal["ppo"] = "ppo"
+    epochs: Positive = 4
+    minibatches: Positive = 4
+    group: Positive = 1
+    gae: Gae = Gae()
+    value_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    value_weight: Annotated[float, Field(ge=0)] = 0.1
+    whiten: Variance | Literal["none"] = "biased"
+    whiten_rewards: Variance | Literal["none"] = "none"
+    cut: Literal["terminal", "bootstrap"] = "terminal"
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def completions(self) -> int:
+        """The number of completions of a prompt."""
+        return self.group
+
+    def learnt(self, rollout: Rollout) -> Learnt:
+        """Returns generalised advantages over rewards of tokens, with the KL in them where it is in the reward."""
+        assert rollout.values is not None
+        mask, values = rollout.mask, rollout.values[:, :-1]
+        kl = None
+        if self.penalises and self.kl.in_ == "reward":
+            assert rollout.reference is not None
+            kl = kl_estimate(rollout.old, rollout.reference, self.kl.estimator)
+        rewards = rewards_of_tokens(rollout.scores * rollout.kept, mask, kl, rollout.coefficient)
+        if self.whiten_rewards != "none":
+            rewards = whitened(rewards, mask, shift=False, variance=self.whiten_rewards)
+        after = None
+        if self.cut == "bootstrap":
+            at_end = jnp.take_along_axis(rollout.values, rollout.lengths[:, None], axis=1)[:, 0]
+            after = jnp.where(rollout.ended, 0.0, at_end)
+        found = generalised_advantages(
+            rewards, values, mask, gamma=self.gae.gamma, lam=self.gae.lambda_, bootstrap=after
+        )
+        advantages = found.advantages
+        if self.whiten != "none":
+            advantages = whitened(advantages, mask, variance=self.whiten)
+        left = found.returns - values
+        moments = [jnp.sum(jnp.where(mask > 0, x, 0.0)) for x in (found.returns, found.returns**2, left, left**2)]
+        count = jnp.broadcast_to(jnp.sum(mask), (4,))
+        sums: Sums = {
+            "explained_variance": Sum(jnp.stack(moments), count, _explained),
+            "value": Sum.of(values, mask),
+            "return": Sum.of(found.returns, mask),
+        }
+        return Learnt({"advantages": advantages, "returns": found.returns, "values": values}, sums)
+
+    def _value_terms(
+        self, model: PolicyModel, params: Any, batch: Mapping[str, Array], hidden: Float[Array, "batch longest dim"]
+    ) -> Sums:
+        values = model.values(params, batch, hidden)
+        loss = clipped_value_loss(values, batch["values"], batch["returns"], self.value_clip)
+        return {"loss/value": Sum.of(self.value_weight * loss, batch["mask"])}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Grouped(Algorithm):
+    """Algorithms that compare the completions of a prompt with each other."""
+
+    baseline: ClassVar[Baseline] = "mean"
+    scaled: ClassVar[bool] = True
+
+    group: Annotated[int, Field(ge=2)] = 8
+    kl: Kl = Kl(in_="loss", estimator="k3", coef=0.0)
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+
+    @property
+    def completions(self) -> int:
+        """The number of completions of a prompt."""
+        return self.group
+
+    def learnt(self, rollout: Rollout) -> Learnt:
+        """Returns each completion's advantage over its group, the same at all of its tokens."""
+        scores = rollout.scores
+        if self.penalises and self.kl.in_ == "reward":
+            assert rollout.reference is not None
+            kl = kl_estimate(rollout.old, rollout.reference, self.kl.estimator)
+            scores = scores - rollout.coefficient * jnp.sum(jnp.where(rollout.mask > 0, kl, 0.0), axis=1)
+        found = group_advantages(
+            scores, self.group, weight=rollout.kept, baseline=self.baseline, scaled=self.scaled, eps=self.eps
+        )
+        advantages = found.advantages[:, None] * rollout.mask
+        return Learnt({"advantages": advantages}, {"flat_groups": Sum.of(found.flat)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grpo(_Grouped):
+    """Group relative policy optimisation (Shao et al. 2024): scores less the group's mean, over its deviation."""
+
+    over: ClassVar[Aggregation] = "completions"
+    kind: Literal["grpo"] = "grpo"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrGrpo(_Grouped):
+    """GRPO without the two biases that Liu et al. 2025 found: no deviation divides, and no length."""
+
+    scaled: ClassVar[bool] = False
+    over: ClassVar[Aggregation] = "constant"
+    kind: Literal["dr_grpo"] = "dr_grpo"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dapo(_Grouped):
+    """DAPO (Yu et al. 2025): GRPO with a higher upper clip, means over tokens, and prompts drawn until groups differ.
+
+    Attributes:
+      redraws: how often prompts are drawn again at most, in the place of those whose completions have one score.
+    """
+
+    kind: Literal["dapo"] = "dapo"
+    clip_high: Annotated[float, Field(gt=0)] | None = 0.28
+    redraws: Annotated[int, Field(ge=0)] = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rloo(_Grouped):
+    """REINFORCE with the mean of the other completions as the baseline (Ahmadian et al. 2024)."""
+
+    baseline: ClassVar[Baseline] = "others"
+    scaled: ClassVar[bool] = False
+    over: ClassVar[Aggregation] = "constant"
+
+    kind: Literal["rloo"] = "rloo"
+    kl: Kl = Kl()
+
+
+AnyAlgorithm = Ppo | Grpo | DrGrpo | Dapo | Rloo
+
+
+def importance(algorithm: Algorithm, old: Float[Array, "b t"], sampled: Float[Array, "b t"]) -> Float[Array, "b t"]:
+    """Returns the weight of each token for the difference between training's probabilities and those of sampling."""
+    if algorithm.correction == "none":
+        return jnp.ones_like(old)
+    ratio, cap = jnp.exp(jnp.clip(old - sampled, -20.0, 20.0)), algorithm.correction_cap
+    if algorithm.correction == "truncated":
+        return jnp.minimum(ratio, cap)
+    return jnp.where((ratio <= cap) & (ratio >= 1 / cap), ratio, 0.0)
+
+
+def _explained(moments: Any) -> float:
+    """Returns 1 - Var(returns - values) / Var(returns), from the means of both and of their squares."""
+    returns, squares, left, left_squares = (float(x) for x in moments)
+    spread = squares - returns**2
+    return 1 - (left_squares - left**2) / spread if spread > 0 else float("nan")

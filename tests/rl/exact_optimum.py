@@ -1,0 +1,197 @@
+"""A task small enough to know its optimum: 2 prompts, 3 words and an end, 3 tokens; every completion is enumerated.
+
+The policy that maximises E[r] - beta KL(pi || reference) is pi* = reference * exp(r / beta) / Z, and its value is
+J* = beta log Z. What a run reached is its KL(pi || pi*), and its gain over the reference as a share of J*'s.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxops.core.mesh import make_mesh
+from jaxops.core.state import join
+from jaxops.core.step import build_step, init_state
+from jaxops.core.turn import Turn
+from jaxops.models.decoder.architecture import Architecture
+from jaxops.models.decoder.decoder import Decoder
+from jaxops.models.decoder.unrolled import Unrolled
+from jaxops.models.policy import PolicyModel
+from jaxops.rl.collect import Collector, Scored
+from jaxops.rl.options import SampleOptions
+from jaxops.rl.sample import Sampler
+from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras
+
+END, WORDS, TOKENS, PROMPTS = 0, 4, 3, ((1, 2), (3,))
+WIDTH = 8
+
+
+def completions() -> list[tuple[int, ...]]:
+    """Returns every completion: those that end, and those that are cut at `TOKENS`."""
+    words = range(1, WORDS)
+    ended = [(*body, END) for size in range(TOKENS) for body in itertools.product(words, repeat=size)]
+    return ended + list(itertools.product(words, repeat=TOKENS))
+
+
+ALL = completions()
+
+
+def rewards(seed: int = 0) -> np.ndarray:
+    """Returns the reward of each prompt and completion."""
+    return np.random.default_rng(seed).normal(size=(len(PROMPTS), len(ALL)))
+
+
+@dataclasses.dataclass
+class Reached:
+    """What a run reached: KL(pi || pi*), the share of the possible gain, and the largest ratio0 of its steps."""
+
+    kl: float
+    gain: float
+    ratio0: float
+    metrics: dict[str, float]
+
+
+class Problem:
+    """The task with a policy, ready to run.
+
+    Args:
+      algorithm: the algorithm.
+      seed: of parameters, sampling and order.
+      value: the kind of values.
+      batch: number of completions of a step.
+      temperature: of sampling.
+      lr: learning rate.
+      mesh: the mesh; one device by default.
+    """
+
+    def __init__(
+        self,
+        algorithm,
+        *,
+        seed=0,
+        value=None,
+        batch=256,
+        temperature=1.0,
+        lr=3e-3,
+        mesh=None,
+        rewards_seed=0,
+        steps=120,
+    ):
+        self.algorithm, self.temperature, self.table = algorithm, temperature, rewards(rewards_seed)
+        self.mesh = make_mesh(data=1) if mesh is None else mesh
+        self.steps = steps
+        decoder = Decoder(Architecture(vocab=WORDS, dim=32, layers=2, heads=2, hidden=64, length=16, tied=False))
+        kind = value if algorithm.has_values else None
+        self.model = PolicyModel(decoder, value=kind, reference=True)
+        group = batch // len(PROMPTS)
+        self.algorithm = dataclasses.replace(algorithm, group=group) if hasattr(algorithm, "group") else algorithm
+        tx = optax.adam(optax.linear_schedule(lr, 0.0, steps * algorithm.epochs * algorithm.minibatches), eps=1e-5)
+        extras = policy_extras(algorithm)
+        update = build_step(
+            algorithm.objective(self.model, temperature, TOKENS),
+            tx,
+            self.mesh,
+            seed=seed,
+            rules=self.model.rules,
+            extras=extras,
+            advance_step=False,
+            reads=(),
+            clip=1.0,
+        )
+        sampler = Sampler(
+            Unrolled(decoder),
+            self.mesh,
+            slots=batch,
+            room=WIDTH + TOKENS,
+            segment=TOKENS,
+            options=SampleOptions(max_tokens=TOKENS, temperature=temperature),
+            ends=(END,),
+        )
+        collector = Collector(
+            self.model, sampler, self.score, width=WIDTH, completions=batch, seed=seed, mesh=self.mesh
+        )
+        self.step = PolicyStep(UpdateParts(update, self.mesh, lambda: None), self.model, self.algorithm, collector)
+
+        def init(key):
+            params = self.model.init(key)
+            # A reference that is far from uniform, so that the KL matters.
+            for part in ("policy", "reference"):
+                params[part] = {**params[part], "head": {"kernel": params[part]["head"]["kernel"] * 8}}
+            return params
+
+        self.state = init_state(
+            init,
+            jax.random.key(seed),
+            tx,
+            self.mesh,
+            self.model.rules,
+            frozen=self.model.frozen,
+            extras=extras,
+            dtypes=self.model.dtypes,
+        )
+
+    def score(self, completed, journal, poll) -> Scored:
+        """Looks each completion up in the table of rewards."""
+        del journal, poll
+        found = [
+            self.table[prompt.example, ALL.index(tuple(completed.sampled.completion(row).tolist()))]
+            for row, prompt in enumerate(completed.prompts)
+        ]
+        return Scored(np.array(found, np.float32), np.ones(len(found), bool), {})
+
+    def batch(self, cursor: int, size: int) -> dict[str, np.ndarray]:
+        """Returns all prompts."""
+        del cursor, size
+        tokens = np.zeros((len(PROMPTS), WIDTH), np.int32)
+        for row, prompt in enumerate(PROMPTS):
+            tokens[row, : len(prompt)] = prompt
+        length = np.array([len(prompt) for prompt in PROMPTS], np.int32)
+        return {"id": np.arange(len(PROMPTS), dtype=np.int32), "tokens": tokens, "length": length}
+
+    def run(self, steps: int | None = None) -> Reached:
+        """Runs the steps and measures what they reached."""
+        reference = self.probabilities(join(self.state.params, self.state.frozen), "reference")
+        ratio0, metrics = 0.0, {}
+        with jax.set_mesh(self.mesh):
+            for _ in range(steps or self.steps):
+                turn = Turn(self.batch, lambda: False, 0, len(PROMPTS))
+                self.state, sums = self.step(self.state, self.batch(0, 2), None, turn)
+                ratio0 = max(ratio0, float(sums["ratio0"].value()))
+                metrics = {name: entry.value() for name, entry in sums.items()}
+        policy = self.probabilities(join(self.state.params, self.state.frozen), "policy")
+        return Reached(*self.measured(policy, reference), ratio0, metrics)
+
+    def measured(self, policy: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+        """Returns the mean KL(pi || pi*) over prompts, and the gain."""
+        beta = self.algorithm.kl.coef
+        weights = reference * np.exp(self.table / beta)
+        best = beta * np.log(weights.sum(axis=1))
+        optimum = weights / weights.sum(axis=1, keepdims=True)
+        value = lambda pi: (pi * self.table).sum(axis=1) - beta * (pi * np.log(pi / reference)).sum(axis=1)
+        kl = (policy * np.log(policy / optimum)).sum(axis=1).mean()
+        start = value(reference)
+        return float(kl), float((value(policy) - start).sum() / (best - start).sum())
+
+    def probabilities(self, params: Any, part: str) -> np.ndarray:
+        """Returns the exact probability of every completion after every prompt, [prompts, completions], float64."""
+        rows = [(prompt, whole) for prompt in PROMPTS for whole in ALL]
+        tokens = np.zeros((len(rows), WIDTH + TOKENS), np.int32)
+        completion, mask = np.zeros((len(rows), TOKENS), np.int32), np.zeros((len(rows), TOKENS), np.float64)
+        length = np.array([len(prompt) for prompt, _ in rows], np.int32)
+        for row, (prompt, whole) in enumerate(rows):
+            tokens[row, : len(prompt)] = prompt
+            tokens[row, len(prompt) : len(prompt) + len(whole)] = whole
+            completion[row, : len(whole)], mask[row, : len(whole)] = whole, 1
+        batch = {"tokens": tokens, "length": length, "end": length + mask.sum(axis=1).astype(np.int32)}
+        batch = {**{name: jnp.asarray(x) for name, x in batch.items()}, "completion": jnp.asarray(completion)}
+        held = jax.device_get(params)
+        if part == "reference":
+            found = self.model.reference_logprobs(held, batch, self.temperature)
+        else:
+            found = self.model.scores(held, batch, self.temperature, self.model.hidden(held, batch)).logprobs
+        logprobs = (np.asarray(found, np.float64) * mask).sum(axis=1)
+        return np.exp(logprobs).reshape(len(PROMPTS), len(ALL))
