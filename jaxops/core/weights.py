@@ -54,12 +54,14 @@ class WeightSource:
       arrays: the named arrays.
       rename: rules from names to target paths.
       match: only names in which this pattern is found are taken.
+      below: the targets' paths begin with this, before what the rules lead to (`policy/`).
     """
 
     name: str
     arrays: Arrays
     rename: Sequence[Rename] = ()
     match: str = ""
+    below: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,12 +259,12 @@ def _found(source: WeightSource, pattern: str, name: str) -> bool:
 def _renamed(source: WeightSource, name: str, targets: Collection[str]) -> tuple[str, bool] | None:
     """Returns the target of a name, by the first rule that leads to one, and whether the array is transposed."""
     if not source.rename:
-        return (name, False) if name in targets else None
+        return (source.below + name, False) if source.below + name in targets else None
     for rule in source.rename:
         if not _found(source, rule.pattern, name):
             continue
         try:
-            path = re.sub(rule.pattern, rule.replacement, name, count=1)
+            path = source.below + re.sub(rule.pattern, rule.replacement, name, count=1)
         except (re.error, IndexError) as error:
             raise UserError(
                 f"weights: {rule.replacement!r} of {source.name} is no replacement for {rule.pattern!r}: {error}"
@@ -295,7 +297,7 @@ def _nothing_fits(source: WeightSource, names: list[str], targets: list[str], fo
 def _first_name(source: WeightSource, name: str) -> str:
     """Returns a name that led to no target as the first rule that matches renames it."""
     rule = next((rule for rule in source.rename if re.search(rule.pattern, name)), None)
-    return name if rule is None else re.sub(rule.pattern, rule.replacement, name, count=1)
+    return source.below + (name if rule is None else re.sub(rule.pattern, rule.replacement, name, count=1))
 
 
 def _some(names: Sequence[str], count: int | None = None) -> str:
