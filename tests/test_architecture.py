@@ -118,7 +118,7 @@ def test_imports_never_run_upwards():
 def test_the_floor_of_data_knows_no_sort_of_data():
     """`data/` is neutral; a folder beside it holds what one sort of data needs, and knows no other."""
     allowed = {"jaxops.data.criteo"}  # stands in for a module that moved
-    made_of = {"preferences": "text"}  # judgements are of texts
+    made_of = {"preferences": "text", "prompts": "text"}  # judgements are of texts, and so are prompts
     sorts = {name.split(".")[2] for name in modules() if room(name) == "data" and name.count(".") > 2}
     sort = lambda name: next((part for part in name.split(".")[2:3] if part in sorts), "")
     wrong = [

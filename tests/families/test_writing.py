@@ -9,7 +9,7 @@ import pytest
 import jaxops as jx
 from jaxops.cli.main import main
 from jaxops.core.failures import UserError
-from jaxops.families.language.options import Generate
+from jaxops.run.pretrained.options import Generate
 
 CONFIG = """\
 task: language

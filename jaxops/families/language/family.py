@@ -13,7 +13,7 @@ from jaxops.data.text.spec import conversations_of
 from jaxops.families.language.config import LanguageConfig
 from jaxops.families.language.data_commands import inspect_data, preview_data
 from jaxops.families.language.opened import OpenedModel, open_model
-from jaxops.families.language.options import Generate, LanguageExport, LanguagePredict
+from jaxops.families.language.options import LanguageExport, LanguagePredict
 from jaxops.families.language.serving import ServedLanguage
 from jaxops.models.lora import on_model
 from jaxops.objectives.language import next_token
@@ -21,6 +21,7 @@ from jaxops.run.batched import BatchedEvaluation
 from jaxops.run.callables import objective_from
 from jaxops.run.family import Family, Given
 from jaxops.run.pretrained.config import Pretrained
+from jaxops.run.pretrained.options import Generate
 from jaxops.run.pretrained.stored import stored
 from jaxops.run.task import About, EvalBatches, NoEvaluation, Task, of_config
 

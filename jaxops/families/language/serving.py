@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxops.core.failures import UserError
 from jaxops.core.state import Params
 from jaxops.data import notes
+from jaxops.data.prompts.writer import PromptForm
 from jaxops.data.text.documents import MODEL, tokenise
 from jaxops.data.text.formats import read_examples, read_rows, wanted_columns
 from jaxops.data.text.source import TextBatches, TextRows, whole
@@ -24,11 +25,12 @@ from jaxops.data.text.spec import (
     OneTextData,
     Templated,
     TextData,
+    TextDataConfig,
     conversations_of,
+    sources_of,
 )
-from jaxops.families.language.generation import Chat, Generation
 from jaxops.families.language.opened import with_adapters
-from jaxops.families.language.options import Generate, LanguageExport, LanguagePredict
+from jaxops.families.language.options import LanguageExport, LanguagePredict
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.decoder.pretrained import save_pretrained
 from jaxops.models.lora import Lora, on_model
@@ -36,7 +38,9 @@ from jaxops.objectives.language import scores_of_batch
 from jaxops.run.given_table import as_file, columns_of_rows, joined_columns
 from jaxops.run.load import evaluate_saved
 from jaxops.run.outputs import whole_folder
+from jaxops.run.pretrained.generation import Chat, Generation
 from jaxops.run.pretrained.opened import special_ids
+from jaxops.run.pretrained.options import Generate
 from jaxops.run.pretrained.stored import stored_architecture, stored_tokenizer
 from jaxops.run.saved_run import SavedRun
 
@@ -50,7 +54,9 @@ class ServedLanguage:
         self.decoder = build_decoder(stored_architecture(saved), self.tokenizer.vocab)
         self.model = with_adapters(self.decoder, saved.config)
         saved.expect(self.model.shapes, {})
-        self._generation = Generation(saved, self.decoder, self.tokenizer, lambda: self.params)
+        self._generation = Generation(
+            saved, self.decoder, self.tokenizer, lambda: self.params, prompt_form(saved.config.data)
+        )
 
     @property
     def params(self) -> Params:
@@ -166,6 +172,13 @@ class ServedLanguage:
                 if not (folder / name).exists():
                     (folder / name).write_bytes(content)
         return f"{sum(1 for _ in path.iterdir())} files -> {path}"
+
+
+def prompt_form(data: TextDataConfig) -> PromptForm:
+    """Returns how a run that learnt from such data turns prompts into tokens."""
+    learnt = conversations_of(data)
+    chats = any(isinstance(one, ChatData) for one in sources_of(data))
+    return PromptForm(chats=chats, arguments=learnt.arguments, date=learnt.date)
 
 
 def _of_source(data: Any, path: str, there: Collection[str]) -> OneTextData:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxops.core.failures import UserError, nearest
-from jaxops.core.weights import WeightSource
+from jaxops.core.weights import Rename, WeightSource
 from jaxops.data.sources import local
 from jaxops.data.text.open_tokenizer import open_tokenizer
 from jaxops.data.text.tokenizer import Tokenizer, check_vocabulary
@@ -17,7 +17,13 @@ from jaxops.models.decoder.pretrained import open_pretrained
 from jaxops.models.lora import LORA, LoraConfig
 from jaxops.run.load import open_saved_run
 from jaxops.run.pretrained.config import Pretrained
-from jaxops.run.pretrained.stored import keeps_decoder, stored_architecture, stored_tokenizer
+from jaxops.run.pretrained.stored import (
+    POLICY,
+    decoder_subtree,
+    keeps_decoder,
+    stored_architecture,
+    stored_tokenizer,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +103,9 @@ def _from_run(path: Path) -> tuple[Architecture, Tokenizer, tuple[WeightSource, 
     saved = open_saved_run(path)
     if not keeps_decoder(saved):
         raise UserError(f"model.weights: {path} is a run of task {saved.config.task}, which keeps no language model")
-    with saved.source() as source:
+    below = decoder_subtree(saved)
+    rename = [Rename(f"^{below}", "")] if below else []
+    with saved.source(match=f"^{below}" if below else "", rename=rename) as source:
         return stored_architecture(saved), stored_tokenizer(saved), (source,)
 
 
@@ -106,7 +114,8 @@ def _require_same_adapters(address: str, sources: Sequence[WeightSource], lora: 
 
     Without them, or under another scale, rank or choice of kernels, the weights are another model.
     """
-    if not any(name.startswith(f"{LORA}/") for source in sources for name in source.arrays.shapes()):
+    adapters = (f"{LORA}/", f"{POLICY}{LORA}/")
+    if not any(name.startswith(adapters) for source in sources for name in source.arrays.shapes()):
         return
     there = getattr(open_saved_run(local(address)).config.model, "lora", None)
     if lora is None or lora != there:

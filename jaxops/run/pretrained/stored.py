@@ -1,4 +1,4 @@
-"""What a run folder keeps of a decoder beside its parameters: the architecture and the tokenizer's files."""
+"""What a run folder keeps of a decoder: the architecture, the tokenizer's files, and where its parameters lie."""
 
 import dataclasses
 import json
@@ -8,12 +8,15 @@ import numpy as np
 
 from jaxops.config.load import from_dict
 from jaxops.core.failures import UserError
+from jaxops.core.state import Params
 from jaxops.data.text.open_tokenizer import tokenizer_of
 from jaxops.data.text.tokenizer import Tokenizer, json_object
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.run.saved_run import SavedRun
 
 ARCHITECTURE, FILES = "architecture", "tokenizer.files"
+POLICY = "policy/"
+"""The beginning of the decoder's paths in a run that keeps other models beside it: value, reference, rewards."""
 
 
 def stored(architecture: Architecture, tokenizer: Tokenizer) -> Mapping[str, np.ndarray]:
@@ -26,6 +29,30 @@ def stored(architecture: Architecture, tokenizer: Tokenizer) -> Mapping[str, np.
 def keeps_decoder(saved: SavedRun) -> bool:
     """Returns whether a run folder keeps an architecture, and so the parameters of a decoder."""
     return saved.folder.has_transform(ARCHITECTURE)
+
+
+def decoder_subtree(saved: SavedRun) -> str:
+    """Returns what the paths of the decoder's parameters begin with in a run's checkpoint: `POLICY`, or nothing.
+
+    Raises:
+      UserError: the manifest of the checkpoint is damaged.
+    """
+    with saved.source() as source:
+        return POLICY if any(name.startswith(POLICY) for name in source.arrays.shapes()) else ""
+
+
+def subtree(params: Params, prefix: str) -> Params:
+    """Returns the parameters whose paths begin with a prefix (`policy/`), by the rest of their paths.
+
+    Raises:
+      UserError: there are none.
+    """
+    found = params
+    for name in filter(None, prefix.split("/")):
+        if not isinstance(found, Mapping) or name not in found:
+            raise UserError(f"the checkpoint has no parameters below {prefix} (there are: {', '.join(params)})")
+        found = found[name]
+    return found
 
 
 def stored_architecture(saved: SavedRun) -> Architecture:

@@ -18,7 +18,8 @@ from jaxops.cli.main import main
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
 from jaxops.core.writers import read_metrics
-from jaxops.families.language.prompts import PromptWriter, prompt_rows
+from jaxops.data.prompts.writer import PromptWriter
+from jaxops.families.language.serving import prompt_form
 from jaxops.run.fit import fit
 from jaxops.run.given_table import joined_columns
 from jaxops.run.validation import short_epochs
@@ -299,7 +300,7 @@ def test_the_template_that_was_learnt_with_is_kept_in_the_run(whole, tmp_path, m
     Path("my.jinja").write_text("another")
     monkeypatch.chdir(tmp_path)
     model = jx.load(tmp_path / "mixed")
-    writer = PromptWriter(model.saved.config.data, model.tokenizer, "auto", print)
+    writer = PromptWriter(prompt_form(model.saved.config.data), model.tokenizer, print)
     assert model.tokenizer.decode(writer.ids(("a", {"prompt": "hello"}))) == "[user]hello<|im_end|>[assistant]"
     again = model.predict(whole / "chat.jsonl")
     np.testing.assert_array_equal(again["nll"].to_numpy(), before)
@@ -329,12 +330,6 @@ def test_what_cannot_be_sampled_is_told_before_anything_is(whole, monkeypatch, p
     monkeypatch.setattr(model._generation, "sampler", lambda *given: pytest.fail("sampled"))
     with pytest.raises(UserError, match=said):
         model.generate(prompts, **options)
-
-
-def test_lines_of_prompts_end_at_newlines_alone(tmp_path):
-    (tmp_path / "a.txt").write_bytes("one\u2028still\x0cone\r\n\ntwo\n".encode())
-    found = prompt_rows(tmp_path / "a.txt")
-    assert [(where[-1], row["prompt"]) for where, row in found] == [("1", "one\u2028still\x0cone"), ("3", "two")]
 
 
 def test_no_column_of_the_prompts_is_lost_to_another():

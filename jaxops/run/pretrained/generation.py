@@ -1,6 +1,7 @@
 """Texts that a trained language model writes: completions of a file of prompts, and the answers of a chat."""
 
 import dataclasses
+import datetime
 from collections.abc import Callable
 from typing import Any
 
@@ -9,16 +10,17 @@ import pyarrow as pa
 
 from jaxops.core.failures import UserError
 from jaxops.core.state import Params
+from jaxops.data.prompts.writer import PromptForm, PromptWriter
 from jaxops.data.text.template import Message
 from jaxops.data.text.tokenizer import Tokenizer
-from jaxops.families.language.options import Generate
-from jaxops.families.language.prompts import PromptWriter, prompt_rows
 from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.rl.options import SampleOptions
 from jaxops.rl.sample import Sampler
 from jaxops.rl.sampled import Prompt, copies
 from jaxops.run.given_table import columns_of_rows, joined_columns
+from jaxops.run.pretrained.given_prompts import prompt_rows
+from jaxops.run.pretrained.options import Generate
 from jaxops.run.saved_run import SavedRun
 
 _DISTRIBUTION = [field.name for field in dataclasses.fields(SampleOptions)]
@@ -32,10 +34,20 @@ class Generation:
       decoder: its model.
       tokenizer: its tokenizer.
       weights: returns the decoder's parameters; it is called once, before the first sample.
+      form: how the run turns prompts into tokens; `Generate.template` other than `auto` comes before its `chats`, and
+        without a date it is today.
     """
 
-    def __init__(self, saved: SavedRun, decoder: Decoder, tokenizer: Tokenizer, weights: Callable[[], Params]) -> None:
-        self._saved, self._decoder, self.tokenizer, self._weights = saved, decoder, tokenizer, weights
+    def __init__(
+        self,
+        saved: SavedRun,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        weights: Callable[[], Params],
+        form: PromptForm,
+    ) -> None:
+        self._saved, self._decoder, self.tokenizer = saved, decoder, tokenizer
+        self._weights, self._form = weights, form
         self._samplers: dict[Any, Sampler] = {}
         self._params: Any = None
 
@@ -58,7 +70,7 @@ class Generation:
         options.require_valid()
         rows = prompt_rows(source)
         columns_of_rows([row for _, row in rows])  # what cannot be written is told before anything is sampled
-        writer = PromptWriter(self._saved.config.data, self.tokenizer, options.template, say)
+        writer = self.writer(options, say)
         prompts = [Prompt(self._fitting(writer.ids(row), row[0]), at) for at, row in enumerate(rows)]
         longest = max(len(prompt.ids) for prompt in prompts)
         room = self.room(longest, options)
@@ -121,7 +133,13 @@ class Generation:
           UserError: an option does not fit, or the run's chat template is broken.
         """
         options.require_valid()
-        return Chat(self, options, PromptWriter(self._saved.config.data, self.tokenizer, options.template, print))
+        return Chat(self, options, self.writer(options, print))
+
+    def writer(self, options: Generate, say: Callable[[str], None]) -> PromptWriter:
+        """Returns what turns prompts into tokens; `say` is called with each line that a person should read."""
+        chats = options.template == "chat" or (options.template == "auto" and self._form.chats)
+        date = self._form.date or datetime.date.today().isoformat()
+        return PromptWriter(dataclasses.replace(self._form, chats=chats, date=date), self.tokenizer, say)
 
 
 class Chat:

@@ -1,68 +1,49 @@
-"""Prompts for a trained language model: rows of a file, texts or conversations become the tokens that it continues."""
+"""Turns prompts, which are texts or conversations, into the tokens that a language model continues."""
 
 import dataclasses
-import datetime
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxops.core.failures import UserError, nearest
 from jaxops.data.text.documents import MODEL, open_template
-from jaxops.data.text.formats import checked_messages, read_rows
-from jaxops.data.text.spec import ChatData, conversations_of, sources_of
+from jaxops.data.text.formats import checked_messages
+from jaxops.data.text.spec import ChatData
 from jaxops.data.text.template import ChatTemplate, Message
 from jaxops.data.text.tokenizer import Tokenizer
-from jaxops.run.given_table import as_file
 
 COLUMNS = ("prompt", "messages")
 Row = tuple[str, dict[str, Any]]
 """A row with its place, for messages."""
 
 
-def prompt_rows(source: Any) -> list[Row]:
-    """Reads prompts: a file (JSON lines, Parquet, CSV; of `.txt` each line), a table, or a list of texts or messages.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptForm:
+    """How a run turns prompts into tokens, beside its tokenizer, which has the chat template.
 
-    Raises:
-      UserError: there is no such file, it is not of its format, or it has no prompt.
+    Attributes:
+      chats: whether a text is put to the model as a user's turn.
+      arguments: further variables of the template.
+      date: the day that the template may write into a conversation; None refuses templates that ask.
     """
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        rows = [(f"prompt {at}", one if isinstance(one, dict) else {"prompt": one}) for at, one in enumerate(source)]
-    elif str(source).endswith(".txt"):
-        rows = _lines(Path(source))
-    else:
-        with as_file(source) as path:
-            rows = read_rows(str(path))
-    if not rows:
-        raise UserError(f"no prompt in {source}" if isinstance(source, str | Path) else "there is no prompt")
-    return rows
 
-
-def _lines(path: Path) -> list[Row]:
-    try:
-        text = path.expanduser().read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}); expected a text file with a prompt a line") from None
-    # Not `splitlines`, which cuts a prompt at U+2028 and at a form feed too.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return [(f"{path}:{at}", {"prompt": line}) for at, line in enumerate(lines, 1) if line.strip()]
+    chats: bool
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    date: str | None = None
 
 
 class PromptWriter:
-    """Turns prompts into tokens as the run's data were turned into tokens.
+    """Turns prompts into tokens as a run does.
 
     Args:
-      data: the data section of the run's config.
+      form: how the run does it.
       tokenizer: the tokenizer that the run keeps, with the template that was learnt with.
-      template: what is done with prompts that are text, as `Generate.template`.
       say: it is called with each line that a person should read.
     """
 
-    def __init__(self, data: Any, tokenizer: Tokenizer, template: str, say: Callable[[str], None]) -> None:
-        self._data = conversations_of(data)
-        learnt = any(isinstance(one, ChatData) for one in sources_of(data))
-        self._tokenizer, self._say, self._said = tokenizer, say, False
-        self.chats = template == "chat" or (template == "auto" and learnt)
+    def __init__(self, form: PromptForm, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+        self._form, self._tokenizer, self._say, self._said = form, tokenizer, say, False
+        self.chats = form.chats
         """Whether a text is put to the model as a user's turn."""
 
     @functools.cached_property
@@ -72,9 +53,8 @@ class PromptWriter:
         Raises:
           UserError: there is none.
         """
-        date = self._data.date or datetime.date.today().isoformat()
         # The run's tokenizer has the template that was learnt with: its file may be another one by now.
-        given = dataclasses.replace(self._data, date=date, template=MODEL)
+        given = ChatData(path="", template=MODEL, arguments=self._form.arguments, date=self._form.date)
         return open_template(given, self._tokenizer)
 
     def ids(self, row: Row) -> list[int]:
