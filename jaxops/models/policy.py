@@ -41,9 +41,11 @@ class PolicyModel:
         None is for algorithms without values.
       reference: whether the policy is held against the decoder that it began as.
       judges: reward models by name.
+      reference_dtype: the dtype that the reference is stored in. In that of the computation nothing is lost by it.
 
     Attributes:
       decoder: the decoder under the policy.
+      copies_reference: whether the reference has parameters of its own.
       frozen: path patterns of what is not trained.
       dtypes: (path pattern, dtype) of parameters that keep float32 whatever the others have.
 
@@ -59,6 +61,7 @@ class PolicyModel:
         value: ValueKind | None = None,
         reference: bool = True,
         judges: Mapping[str, Any] | None = None,
+        reference_dtype: str = "float32",
     ) -> None:
         self.policy, self.value_kind, self.judges = policy, value, dict(judges or {})
         self.decoder: Decoder = policy.model if isinstance(policy, Lora) else policy
@@ -77,6 +80,8 @@ class PolicyModel:
         }
         self.frozen: tuple[str, ...] = tuple(f"^{name}/" for name in parts if name not in (POLICY, VALUE))
         self.dtypes: list[tuple[str, str]] = [(rf"^{VALUE}/{SCORE}/", "float32")] if value else []
+        if self.copies_reference:
+            self.dtypes.append((rf"^{REFERENCE}/", reference_dtype))
         if isinstance(policy, Lora):
             self.frozen += tuple(_below(POLICY, pattern) for pattern in policy.frozen)
             self.dtypes += [(_below(POLICY, pattern), dtype) for pattern, dtype in policy.dtypes]
@@ -103,6 +108,10 @@ class PolicyModel:
     def written(self, params: Params) -> Params:
         """Returns the parameters of the decoder that writes, with adapters merged: for sampling and export."""
         return self.policy.merge(params[POLICY]) if isinstance(self.policy, Lora) else params[POLICY]
+
+    def reference(self, params: Params) -> Params:
+        """Returns the parameters of the reference, as a decoder's."""
+        return self.policy.base(params[POLICY]) if isinstance(self.policy, Lora) else params[REFERENCE]
 
     def hidden(self, params: Params, batch: Batch) -> Float[Array, "batch longest dim"]:
         """Returns the policy's hidden state before each token of the completions."""
@@ -133,7 +142,7 @@ class PolicyModel:
           batch: rows of prompt and completion.
           temperature: divides the logits; it is the policy's.
         """
-        held = self.policy.base(params[POLICY]) if isinstance(self.policy, Lora) else params[REFERENCE]
+        held = self.reference(params)
         return self._scores(held, batch, temperature, self._hidden(held, batch)).logprobs
 
     def values(

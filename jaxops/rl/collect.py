@@ -14,7 +14,7 @@ from jaxops.core.journal import Journal
 from jaxops.core.mesh import serialise_dispatch
 from jaxops.core.sharding import parameter_shardings
 from jaxops.core.state import Params
-from jaxops.core.sums import Sums
+from jaxops.core.sums import Sums, merge
 from jaxops.core.turn import Program, Turn
 from jaxops.models.lora import Lora
 from jaxops.models.policy import PolicyModel
@@ -31,11 +31,13 @@ class Scored(NamedTuple):
       total: the score that is learnt from; 0 where there is none.
       kept: whether a completion has a score.
       each: what each reward said, by name, before weights; 0 where it said nothing.
+      sums: metrics of the scoring itself, always of the same names.
     """
 
     total: np.ndarray
     kept: np.ndarray
     each: Mapping[str, np.ndarray]
+    sums: Sums = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Collector:
         kept = scored.kept.astype(np.float32)
         arrays = {"score": np.where(kept > 0, scored.total, 0.0).astype(np.float32), "kept": kept}
         arrays |= {f"each/{name}": np.asarray(scored.each[name], np.float32) for name in self.names}
-        return Collected(rollout, arrays, {})
+        return Collected(rollout, arrays, dict(scored.sums))
 
     def programs(self, params: Params, completions: int) -> list[Program]:
         """Returns the compiled programs of sampling so many completions."""
@@ -203,4 +205,4 @@ def _joined(whole: Collected, more: Collected, group: int, wanted: int) -> Colle
     chosen = np.argsort(flat, kind="stable")[:wanted]
     rows = (chosen[:, None] * group + np.arange(group)[None]).reshape(-1)
     both = lambda one, other: {name: np.concatenate([x, other[name]])[rows] for name, x in one.items()}
-    return Collected(both(whole.rollout, more.rollout), both(whole.arrays, more.arrays), {})
+    return Collected(both(whole.rollout, more.rollout), both(whole.arrays, more.arrays), merge(whole.sums, more.sums))

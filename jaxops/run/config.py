@@ -232,6 +232,8 @@ class RunConfig:
     run: RunSection = RunSection()
 
     may_change_on_resume: ClassVar[tuple[str, ...]] = MAY_CHANGE_ON_RESUME
+    size_of_batch: ClassVar[str] = "batch.global"
+    """The path of the field that says how many examples a step has, for messages."""
 
     def metric(self, name: str) -> Metric:
         """Returns the metric of this name.
@@ -248,7 +250,6 @@ class RunConfig:
     def problems(self) -> list[tuple[str, str]]:
         """Returns (dotted path, message) of everything that cannot work on any machine."""
         found = []
-        batch = self.batch
         if (rescue := self.checkpoint.rescue) is not None and stores.is_url(rescue):
             found.append(("checkpoint.rescue", f"expected a local folder, got {rescue}"))
         places = {"run.dir": self.run.dir, **({"init_from.run": self.init_from.run} if self.init_from else {})}
@@ -262,10 +263,16 @@ class RunConfig:
             found.append(("checkpoint.rescue", f"is run.dir ({self.run.dir}) itself: name a folder on another disk"))
         if (self.run.epochs is None) == (self.run.steps is None):
             found.append(("run", "say how long: exactly one of run.epochs and run.steps"))
-        if isinstance(batch.microbatch, int) and batch.global_ % batch.microbatch:
-            found.append(("batch.microbatch", f"{batch.microbatch} does not divide batch.global {batch.global_}"))
+        found += self.microbatch_problems()
         found += self.mesh_problems(dataclasses.asdict(self.mesh))
         return found + self._metric_problems()
+
+    def microbatch_problems(self) -> list[tuple[str, str]]:
+        """Returns (dotted path, message) where the size of a microbatch does not divide what an update reads."""
+        batch = self.batch
+        if isinstance(batch.microbatch, int) and batch.global_ % batch.microbatch:
+            return [("batch.microbatch", f"{batch.microbatch} does not divide batch.global {batch.global_}")]
+        return []
 
     def _metric_problems(self) -> list[tuple[str, str]]:
         found = []
@@ -294,7 +301,7 @@ class RunConfig:
         """
         found = []
         shards = math.prod(max(sizes[axis], 1) for axis in BATCH_AXES)
-        for path, value in (("batch.global", self.batch.global_), ("batch.microbatch", self.batch.microbatch)):
+        for path, value in ((self.size_of_batch, self.batch.global_), ("batch.microbatch", self.batch.microbatch)):
             if isinstance(value, int) and value % shards:
                 found.append((path, f"{value} is no multiple of the mesh's batch shards (at least {shards})"))
         return found

@@ -25,6 +25,7 @@ from jaxops.families.reward.options import RewardPredict
 from jaxops.families.reward.reference import Normaliser, reference_of
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.lora import on_model
+from jaxops.rl.rewards.judge import Judge
 from jaxops.run.given_table import as_file
 from jaxops.run.load import evaluate_saved
 from jaxops.run.pretrained.stored import stored_architecture, stored_tokenizer
@@ -97,6 +98,45 @@ class ServedReward:
         tokens, offsets = reference_of(self.saved)
         return Normaliser.of(self._raw(Documents(tokens, np.zeros(len(tokens), bool), offsets), 64))
 
+    def judge(self) -> Judge:
+        """Returns the model for policy optimisation, where its parameters join those of the policy.
+
+        Raises:
+          UserError: the run folder lacks its reference texts.
+        """
+        with self.saved.source() as source:
+            return Judge(
+                self.model, on_model(self.model, self._scores), self._answer_rows, self.normaliser.__call__, source
+            )
+
+    def _answer_rows(self, prompts: Sequence[Any], completions: Sequence[str]) -> dict[str, np.ndarray]:
+        examples = [self._answered(prompt, said) for prompt, said in zip(prompts, completions, strict=True)]
+        rows = self._cut(self._tokenised(examples)).rows(np.arange(len(examples)))
+        return {name: rows[name] for name in ("tokens", "segment", "position")}
+
+    def _answered(self, prompt: Any, completion: str) -> Example:
+        """Returns an answer in the form that the run learnt from: a conversation, or a text.
+
+        Raises:
+          UserError: the prompt is a conversation, and the run learnt from texts.
+        """
+        data, where = self.saved.config.data, "a completion"
+        if isinstance(data, PreferenceData) and data.template is not None:
+            asked = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
+            messages = (*asked, {"role": "assistant", "content": completion})
+            return Example(where, messages=messages, asked=len(asked))
+        if not isinstance(prompt, str):
+            raise UserError(
+                f"{self.saved.folder.where} learnt to judge texts, and a prompt is a conversation; train it with"
+                " data.template, or ask with prompts that are texts"
+            )
+        return Example(where, text=prompt + completion, prompt=len(prompt))
+
+    def _cut(self, documents: Documents) -> Texts:
+        data = self.saved.config.data
+        side: TooLong = "cut_end" if data.too_long == "cut_end" else "cut_start"
+        return Texts.cut(documents, data.length, side, self.tokenizer.pad or 0)
+
     def _tokenised(self, examples: Sequence[Example]) -> Documents:
         """Tokenises with the template that was learnt with: the run keeps it, its file may be another one by now."""
         data = self.saved.config.data
@@ -105,9 +145,7 @@ class ServedReward:
         return tokenised(data, examples, self.tokenizer)
 
     def _raw(self, documents: Documents, batch: int) -> Float[np.ndarray, "texts heads"]:
-        data = self.saved.config.data
-        side: TooLong = "cut_end" if data.too_long == "cut_end" else "cut_start"
-        texts = Texts.cut(documents, data.length, side, self.tokenizer.pad or 0)
+        texts = self._cut(documents)
         passes = self.saved.passes({}, batch)
         with jax.set_mesh(self.saved.mesh):
             weights = self.saved.placed(passes)

@@ -1,0 +1,198 @@
+"""The policy family: RLHF from a config to a task, and from a run folder to a served policy."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxops.config.load import Loaded
+from jaxops.core.failures import UserError
+from jaxops.core.step import Step
+from jaxops.data.prompts.open import OpenedPrompts, open_prompts
+from jaxops.data.prompts.source import Prompts
+from jaxops.families.policy.config import PolicyConfig
+from jaxops.families.policy.data_commands import inspect_data, preview_data
+from jaxops.families.policy.evaluation import PolicyEvaluation
+from jaxops.families.policy.opened import OpenedPolicy, open_policy
+from jaxops.families.policy.options import PolicyExport, PolicyPredict
+from jaxops.families.policy.serving import ServedPolicy
+from jaxops.models.decoder.unrolled import Unrolled
+from jaxops.models.policy import POLICY
+from jaxops.rl.collect import Collector
+from jaxops.rl.options import SampleOptions
+from jaxops.rl.rewards.scoring import Scoring
+from jaxops.rl.sample import Sampler
+from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras, ready_shapes
+from jaxops.run.family import Family, Given
+from jaxops.run.pretrained.config import Pretrained
+from jaxops.run.pretrained.options import Generate
+from jaxops.run.pretrained.stored import stored
+from jaxops.run.task import About, NoEvaluation, StepParts, Task, of_config
+
+
+def build(loaded: Loaded[PolicyConfig], given: Given) -> Task:
+    """Opens models, prompts and rewards of a config and puts its task together.
+
+    Raises:
+      UserError: something cannot be opened, or does not go together.
+    """
+    config = loaded.config
+    if given.data is not None or given.model is not None:
+        raise UserError("a policy's prompts and models come from its config; an objective may be given")
+    opened = open_policy(config)
+    prompts = open_prompts(config.data, opened.tokenizer, config.run.seed)
+    parts = _Parts(config, opened, prompts)
+    algorithm, model = config.algorithm, opened.model
+    longest = config.sample.max_tokens
+    objective = algorithm.objective(model, config.sample.temperature, longest)
+    return Task(
+        **of_config(config, loaded.resolved, model),
+        objective=objective if given.objective is None else given.objective(model),
+        source=prompts.train,
+        evaluation=NoEvaluation() if prompts.valid is None else parts.evaluation(prompts.valid),
+        extras=policy_extras(algorithm),
+        frozen=model.frozen,
+        reads=(f"^{POLICY}/",) if model.frozen and not model.copies_reference else (),
+        dtypes=model.dtypes,
+        start=(lambda: opened.sources) if opened.sources else None,
+        copies=opened.copies,
+        step=parts.step,
+        update_batch=parts.update_batch,
+        inspection={**prompts.inspection, "split": {"sha256": prompts.inspection["digest"]}},
+        transform=stored(model.decoder.config, opened.tokenizer),
+        about=_about(config, opened, prompts),
+        undefined={} if model.has_reference else {"valid": dict.fromkeys(("kl", "kl_token"), _NO_REFERENCE)},
+        notices=parts.notices(),
+    )
+
+
+_NO_REFERENCE = "algorithm.kl.coef is 0, so that no reference is kept"
+
+
+class _Parts:
+    """What a task needs to build on a mesh."""
+
+    def __init__(self, config: PolicyConfig, opened: OpenedPolicy, prompts: OpenedPrompts) -> None:
+        self._config, self._opened, self._prompts = config, opened, prompts
+
+    def step(self, parts: StepParts) -> Step:
+        """Returns the step of the algorithm."""
+        config, model = self._config, self._opened.model
+        scoring = self._scoring(parts.mesh, self._prompts.train)
+        collector = self._collector(config.sample, parts.mesh, self._prompts.train.width, scoring)
+        return PolicyStep(
+            UpdateParts(parts.update, parts.mesh, lambda: parts.journal),
+            model,
+            config.algorithm,
+            collector,
+            compute_dtype=np.dtype(config.precision.compute),
+            logical=config.sharding.logical,
+        )
+
+    def update_batch(self, size: int) -> Mapping[str, Any]:
+        """Returns a batch as the update reads it, of which shapes and dtypes count."""
+        algorithm = self._config.algorithm
+        completions = size * algorithm.completions
+        width, longest = self._prompts.train.width, self._config.sample.max_tokens
+        shapes = ready_shapes(algorithm, completions, width, longest)
+        found = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+        return found | {"length": found["length"] + 1, "end": found["end"] + 2}
+
+    def evaluation(self, held_out: Prompts) -> PolicyEvaluation:
+        """Returns the evaluation on the held-out prompts."""
+        config = self._config
+        options = SampleOptions(
+            max_tokens=config.sample.max_tokens, temperature=config.evaluate.temperature, stop=config.sample.stop
+        )
+        judge = config.evaluate.judge
+        return PolicyEvaluation(
+            held_out,
+            self._scoring,
+            functools.partial(self._collector, options),
+            None if judge is None else judge.bound(),
+        )
+
+    def notices(self) -> list[str]:
+        """Returns what a person should know before training begins."""
+        config, found = self._config, list(self._prompts.inspection.get("notes", ()))
+        kl = config.algorithm.kl
+        if config.algorithm.penalises and kl.in_ == "reward" and kl.estimator != "k1":
+            found.append(
+                f"algorithm.kl.estimator: {kl.estimator} in the reward has not the gradient of the KL; k1 has"
+                " (docs/rlhf.md)"
+            )
+        return found
+
+    def _scoring(self, mesh: Mesh, prompts: Prompts) -> Scoring:
+        config = self._config
+        return Scoring(
+            config.rewards,
+            prompts,
+            self._prompts.columns,
+            self._opened.judges,
+            mesh,
+            dtype=np.dtype(config.precision.compute),
+            logical=config.sharding.logical,
+        )
+
+    def _collector(self, options: SampleOptions, mesh: Mesh, width: int, scoring: Scoring) -> Collector:
+        config, opened = self._config, self._opened
+        sampler = Sampler(
+            Unrolled(opened.model.decoder),
+            mesh,
+            slots=config.sample.slots,
+            room=width + options.max_tokens,
+            segment=config.sample.segment,
+            options=options,
+            tokenizer=opened.tokenizer,
+            dtype=config.precision.compute,
+            logical=config.sharding.logical,
+        )
+        return Collector(
+            opened.model,
+            sampler,
+            scoring,
+            names=scoring.names,
+            width=width,
+            completions=config.completions,
+            seed=config.run.seed,
+            mesh=mesh,
+        )
+
+
+def _about(config: PolicyConfig, opened: OpenedPolicy, prompts: OpenedPrompts) -> About:
+    model = config.model.weights if isinstance(config.model, Pretrained) else "decoder"
+    rows = [
+        ("tokenizer", f"{opened.tokenizer.kind}, {opened.tokenizer.vocab:,} ids"),
+        ("prompts", f"{prompts.train.examples:,}"),
+        *([("held-out prompts", f"{prompts.valid.examples:,}")] if prompts.valid is not None else []),
+        ("completions of a step", f"{config.completions:,} of up to {config.sample.max_tokens:,} tokens"),
+        ("rewards", ", ".join(reward.label for reward in config.rewards)),
+        ("algorithm", config.algorithm.kind),
+    ]
+    note = "The reward is what the policy is trained for; people or another judge say whether answers are better."
+    return About(model=model, headline="reward", data=rows, notes=[note])
+
+
+def restore(saved: Any) -> ServedPolicy:
+    """Restores the trained policy of a run.
+
+    Raises:
+      UserError: the run folder lacks a part of it.
+    """
+    return ServedPolicy(saved)
+
+
+FAMILY = Family(
+    config=PolicyConfig,
+    build=build,
+    load=restore,
+    data={"inspect": inspect_data, "preview": preview_data},
+    predict=PolicyPredict,
+    export=PolicyExport,
+    generate=Generate,
+)
+
+Build = Callable[..., Any]

@@ -1,0 +1,121 @@
+"""Opens what a config of policy optimisation names: the policy, its value and reference, and its reward models."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from jaxops.core.failures import UserError
+from jaxops.core.weights import Rename, WeightSource
+from jaxops.data.text.tokenizer import Tokenizer
+from jaxops.families.policy.config import PolicyConfig, ValueTrunk
+from jaxops.models.decoder.architecture import Architecture
+from jaxops.models.decoder.decoder import Decoder
+from jaxops.models.lora import Lora
+from jaxops.models.policy import POLICY, REFERENCE, REWARDS, SCORE, VALUE, PolicyModel, ValueKind
+from jaxops.rl.rewards.config import RunReward
+from jaxops.rl.rewards.judge import Judge
+from jaxops.run.load import open_saved_run, serve
+from jaxops.run.pretrained.config import Pretrained
+from jaxops.run.pretrained.opened import open_decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedPolicy:
+    """The models of a run before their parameters are read.
+
+    Attributes:
+      model: policy, value, reference and reward models.
+      tokenizer: the policy's.
+      judges: the reward models, by the names of their rewards.
+      sources: the weights that training begins with.
+      copies: what begins as a copy of something else (`Task.copies`).
+    """
+
+    model: PolicyModel
+    tokenizer: Tokenizer
+    judges: Mapping[str, Judge]
+    sources: tuple[WeightSource, ...]
+    copies: Mapping[str, str]
+
+
+def open_policy(config: PolicyConfig, *, judging: bool = True) -> OpenedPolicy:
+    """Opens the models of a config; of their weights nothing but headers is read.
+
+    Args:
+      config: the config.
+      judging: whether the reward models are opened too; without them the parameters lack theirs.
+
+    Raises:
+      UserError: a model cannot be opened, or they do not go together.
+    """
+    longest = config.data.max_tokens + config.sample.max_tokens
+    opened = open_decoder(config.model, config.tokenizer, longest)
+    policy = with_adapters(opened.decoder, config)
+    judges = open_judges(config) if judging else {}
+    kind: ValueKind | None = config.value.kind if config.algorithm.has_values else None
+    model = PolicyModel(
+        policy,
+        value=kind,
+        reference=config.keeps_reference,
+        judges={name: judge.model for name, judge in judges.items()},
+        reference_dtype=config.precision.compute,
+    )
+    sources = [dataclasses.replace(one, below=f"{POLICY}/") for one in opened.sources]
+    sources += [dataclasses.replace(judge.source, below=f"{REWARDS}/{name}/") for name, judge in judges.items()]
+    copies = {f"{REFERENCE}/": f"{POLICY}/"} if model.copies_reference else {}
+    if kind == "trunk":
+        weights = config.value.weights if isinstance(config.value, ValueTrunk) else None
+        if weights is None:
+            parts = [name for name in model.shapes[VALUE] if name != SCORE]
+            copies |= {f"{VALUE}/{name}/": f"{POLICY}/{name}/" for name in parts}
+        else:
+            sources.append(_value_source(weights, opened.decoder))
+    return OpenedPolicy(model, opened.tokenizer, judges, tuple(sources), copies)
+
+
+def with_adapters(decoder: Decoder, config: PolicyConfig) -> Decoder | Lora:
+    """Returns the decoder, with the adapters of the config where it has any.
+
+    Raises:
+      UserError: the adapters do not fit the decoder.
+    """
+    lora = config.model.lora if isinstance(config.model, Pretrained) else None
+    return decoder if lora is None else Lora(decoder, lora)
+
+
+def open_judges(config: PolicyConfig) -> dict[str, Judge]:
+    """Opens the reward models of a config, by the names of their rewards.
+
+    Raises:
+      UserError: a run folder cannot be opened, or holds no reward model.
+    """
+    found = {}
+    for at, reward in enumerate(config.rewards):
+        if not isinstance(reward, RunReward):
+            continue
+        served = serve(open_saved_run(reward.run, reward.step))
+        if not hasattr(served, "judge"):
+            task = served.saved.config.task
+            raise UserError(f"rewards.{at}.run: {reward.run} is a run of task {task}, which keeps no reward model")
+        found[reward.label] = served.judge()
+    return found
+
+
+def _value_source(weights: str, decoder: Decoder) -> WeightSource:
+    """Returns a language or reward model's run as weights of the value: its trunk, and its head where it has one."""
+    served = serve(open_saved_run(weights))
+    held = getattr(served, "decoder", None) or getattr(getattr(served, "reward", None), "decoder", None)
+    if not isinstance(held, Decoder):
+        raise UserError(f"value.weights: {weights} is a run of task {served.saved.config.task}, which has no decoder")
+    mine, theirs = _shape(decoder.config), _shape(held.config)
+    if mine != theirs:
+        raise UserError(
+            f"value.weights: the decoder of {weights} is {theirs}, and the policy's {mine}; they must be alike, since the"
+            " value reads the policy's tokens"
+        )
+    rename = [Rename("^reward/", f"{SCORE}/"), Rename("^", "")]
+    with served.saved.source(rename=rename) as source:
+        return dataclasses.replace(source, below=f"{VALUE}/")
+
+
+def _shape(architecture: Architecture) -> tuple[int | None, ...]:
+    return architecture.vocab, architecture.dim, architecture.layers, architecture.heads, architecture.hidden

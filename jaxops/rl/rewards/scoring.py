@@ -1,0 +1,170 @@
+"""Scores completions by all rewards of a run: functions on the host, reward models on the mesh, and penalties."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+from typing import cast as cast_type
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxops.core.journal import MISSING, Journal, Key
+from jaxops.core.mesh import batch_axes, batch_shards, serialise_dispatch
+from jaxops.core.rows import gather_rows, owned, owned_rows
+from jaxops.core.sharding import Axes, logical_axes
+from jaxops.core.state import Params
+from jaxops.core.step import cast
+from jaxops.core.sums import Sum, Sums
+from jaxops.models.policy import REWARDS
+from jaxops.rl.collect import Completed, Scored
+from jaxops.rl.rewards.combine import combined, host_scores, reduced, shaped
+from jaxops.rl.rewards.config import FunctionReward, Reward, RunReward
+from jaxops.rl.rewards.function import Asked
+from jaxops.rl.rewards.host import HostRewards
+from jaxops.rl.rewards.judge import Judge
+from jaxops.rl.rollout import placed
+
+AT_ONCE = 64
+"""Texts that a device of the mesh scores at a time."""
+
+
+class PromptTexts(Protocol):
+    """Prompts as they were written, by their number."""
+
+    def text(self, example: int) -> Any:
+        """Returns a prompt: a text, or messages."""
+        ...
+
+    def columns(self, example: int) -> Mapping[str, Any]:
+        """Returns the other columns of the prompt's row."""
+        ...
+
+
+class Scoring:
+    """Scores completions, as `Collector` asks for it.
+
+    Args:
+      rewards: the rewards.
+      prompts: the prompts that completions answer.
+      columns: names of the columns beside the prompt.
+      judges: the reward models, by the names of their rewards.
+      mesh: the mesh of the parameters.
+      dtype: the dtype that reward models compute in.
+      logical: mesh axes of logical names, over the defaults.
+
+    Attributes:
+      names: the names of all rewards.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        prompts: PromptTexts,
+        columns: Sequence[str],
+        judges: Mapping[str, Judge],
+        mesh: Mesh,
+        *,
+        dtype: Any = jnp.float32,
+        logical: Mapping[str, Axes] | None = None,
+    ) -> None:
+        self._rewards, self._prompts, self._columns = tuple(rewards), prompts, tuple(columns)
+        self._judges, self._mesh, self._logical = dict(judges), mesh, logical or {}
+        self.names = tuple(reward.label for reward in rewards)
+        self._functions = tuple(one.label for one in self._rewards if isinstance(one, FunctionReward))
+        self._host: HostRewards | None = None
+        self._journal: Journal | None = None
+        self._programs = {name: self._program(judge, dtype) for name, judge in self._judges.items()}
+
+    def __call__(self, completed: Completed, journal: Journal | None, poll: Callable[[], bool]) -> Scored:
+        """Returns the scores of completions; functions are asked by the process that owns a row, and all learn of it.
+
+        Raises:
+          Interrupted: `poll` returned true.
+          RunFailed: a function with `on_error: stop` gave no answer.
+        """
+        size = len(completed.prompts)
+        found: dict[str, Any] = {}
+        weight, sums = np.ones(size, np.float32), Sums()
+        if self._functions:
+            host = self._asked(completed, journal, poll)
+            found |= host.scores
+            weight, sums = host.weight, host.sums
+        lengths = np.asarray(completed.sampled.lengths)
+        found |= shaped(self._rewards, jnp.asarray(lengths), jnp.asarray(~completed.rollout["ended"]))
+        for reward in self._rewards:
+            if isinstance(reward, RunReward):
+                heads = self._heads(reward.label, completed)
+                score, apart = reduced(jnp.asarray(heads, jnp.float32), reward)
+                found[reward.label] = score
+                sums[f"disagreement/{reward.label}"] = Sum.of(apart)
+        total = combined(found, self._rewards, jnp.asarray(weight)).score
+        return Scored(np.asarray(total), weight > 0, {name: np.asarray(found[name]) for name in self.names}, sums)
+
+    def _asked(self, completed: Completed, journal: Journal | None, poll: Callable[[], bool]) -> Any:
+        """Asks the functions about the rows that this process owns, and exchanges the answers."""
+        if self._host is None or journal is not self._journal:
+            kept = cast_type(Journal, _Unkept()) if journal is None else journal
+            self._host, self._journal = HostRewards(self._rewards, kept, self._columns), journal
+        size = len(completed.prompts)
+        mine = [row for start, stop in owned_rows(self._mesh, size) for row in range(start, stop)]
+        assert completed.sampled.texts is not None
+        asked = []
+        for row in mine:
+            prompt = completed.prompts[row]
+            asked.append(
+                Asked(
+                    Key(completed.step, *prompt.name),
+                    self._prompts.text(prompt.example),
+                    completed.sampled.texts[row],
+                    self._prompts.columns(prompt.example),
+                )
+            )
+        return host_scores(self._host.all(self._mesh, size, self._host.score(asked, poll)), self._functions)
+
+    def _heads(self, name: str, completed: Completed) -> np.ndarray:
+        """Returns the normalised score of each head of a reward model, [rows, heads], on every process."""
+        judge = self._judges[name]
+        assert completed.sampled.texts is not None
+        prompts = [self._prompts.text(prompt.example) for prompt in completed.prompts]
+        rows = judge.rows(prompts, completed.sampled.texts)
+        size, params = len(prompts), completed.params[REWARDS][name]
+        at_once = _part(size, batch_shards(self._mesh))
+        parts = []
+        for start in range(0, size, at_once):
+            part = placed({key: x[start : start + at_once] for key, x in rows.items()}, self._mesh)
+            scores = self._programs[name](params, part)
+            if serialise_dispatch(self._mesh):
+                jax.block_until_ready(scores)
+            mine = np.asarray(scores) if jax.process_count() == 1 else None
+            if mine is None:
+                mine = gather_rows(self._mesh, at_once, owned(self._mesh, scores), "gathering scores")
+            parts.append(mine)
+        return judge.normalised(np.concatenate(parts))
+
+    def _program(self, judge: Judge, dtype: Any) -> Any:
+        def scores(params: Params, batch: Mapping[str, Any]) -> Any:
+            with logical_axes(self._logical):
+                return judge.scores(cast(params, dtype), batch)
+
+        return jax.jit(jax.sharding.auto_axes(scores, out_sharding=P(batch_axes(self._mesh))))
+
+
+class _Unkept:
+    """A journal that keeps nothing: answers about an evaluation are asked for again by the next one."""
+
+    def lookup(self, key: Key, digest: str) -> Any:
+        return MISSING
+
+    def record(self, key: Key, digest: str, answer: Any) -> Any:
+        return answer
+
+    def flush(self) -> None:
+        pass
+
+
+def _part(size: int, shards: int) -> int:
+    """Returns the largest number of rows that divides `size`, that the shards divide, and that is not too many."""
+    wanted = [part for part in range(shards, size + 1, shards) if size % part == 0]
+    return max((part for part in wanted if part <= AT_ONCE * shards), default=size)
