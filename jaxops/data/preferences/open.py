@@ -20,7 +20,7 @@ from jaxops.data.preferences.spec import PreferenceData, PreferenceDataConfig, R
 from jaxops.data.protocol import Source
 from jaxops.data.text.documents import Documents, tokenise
 from jaxops.data.text.formats import Example
-from jaxops.data.text.heldout import held_out
+from jaxops.data.text.heldout import split
 from jaxops.data.text.spec import CompletionData, OneTextData, Share, TextData
 from jaxops.data.text.tokenizer import Tokenizer
 
@@ -94,14 +94,7 @@ def _split(
             what = "prompts" if isinstance(config, PreferenceData) else "texts"
             notes.tell(f"{both} {what} of data.valid are in data.path too: validation knows them")
         return everything, held
-    chosen = held_out(keys, config.valid.share)
-    train = [one for one, out in zip(everything, chosen, strict=True) if not out]
-    if not train:
-        raise UserError(
-            f"data.valid.share {config.valid.share} leaves nothing to train on: {len({*keys})} different prompt(s) or "
-            "text(s); use a smaller share, more data, or `valid: PATH`"
-        )
-    return train, [one for one, out in zip(everything, chosen, strict=True) if out]
+    return split(everything, keys, config.valid.share, "prompt(s) or text(s)")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

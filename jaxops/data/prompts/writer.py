@@ -32,6 +32,11 @@ class PromptForm:
     date: str | None = None
 
 
+def users_turn(text: str) -> tuple[Message, ...]:
+    """Returns a text as a conversation that begins with it."""
+    return ({"role": "user", "content": text},)
+
+
 class PromptWriter:
     """Turns prompts into tokens as a run does.
 
@@ -76,7 +81,7 @@ class PromptWriter:
             return self.conversation(self._asked(checked_messages(value, name, where)), where)
         if not value.strip():
             raise UserError(f"{where}: the prompt is empty")
-        return self.conversation(({"role": "user", "content": value},), where) if self.chats else self.text(value)
+        return self.conversation(users_turn(value), where) if self.chats else self.text(value)
 
     def text(self, text: str) -> list[int]:
         """Returns the tokens of a text that is continued."""
@@ -93,8 +98,39 @@ class PromptWriter:
         Raises:
           UserError: there is no template, or it refuses the conversation.
         """
+        return self.encoded(self.rendered(messages, where), where)
+
+    def rendered(
+        self,
+        messages: Sequence[Message],
+        where: str = "the conversation",
+        tools: Sequence[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Returns the text of a conversation, up to where the model's answer begins.
+
+        Args:
+          messages: the conversation.
+          where: its place, for messages.
+          tools: descriptions of functions.
+          arguments: variables of the template for this conversation alone.
+
+        Raises:
+          UserError: there is no template, or it refuses the conversation.
+        """
         try:
-            return self._once(self._tokenizer.encode(self.template.render(messages, prompt=True).text))
+            return self.template.render(messages, prompt=True, tools=tools, arguments=arguments).text
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+    def encoded(self, rendered: str, where: str = "the conversation") -> list[int]:
+        """Returns the tokens of a text that the template wrote, control tokens and all.
+
+        Raises:
+          UserError: it is no Unicode text.
+        """
+        try:
+            return self._once(self._tokenizer.encode(rendered))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 

@@ -142,13 +142,13 @@ class _Writer:
           UserError: a call of a function is not in the text, so that an empty answer would be learnt.
         """
         for at, message in enumerate(messages):
-            for name in filter(None, map(_function, message.get("tool_calls") or ())):
+            for name in filter(None, map(function_name, message.get("tool_calls") or ())):
                 if name not in text:
                     raise UserError(f"turn {at + 1} calls {name!r}, and the chat template does not write it")
         everything = " ".join(message["content"] for message in messages)
         self._quoted += any(word in everything for word in self._ends.special)
         turns = [message["content"].strip() for message in messages if message["role"] in ("system", "user")]
-        tools = [name for name in map(_function, example.tools or ()) if name]
+        tools = [name for name in map(function_name, example.tools or ()) if name]
         self._unwritten += not all(said in text for said in (*turns, *tools))
 
     def encoded(self, texts: Sequence[tuple[Example, Rendered]]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -214,7 +214,7 @@ class _Writer:
             notes.tell(f"{self._twice} of {count} examples began with two begin tokens; one was left out of each")
 
 
-def _function(described: Any) -> str | None:
+def function_name(described: Any) -> str | None:
     """Returns the name of the function that a call or a description is about."""
     inner = described.get("function", described) if isinstance(described, dict) else None
     name = inner.get("name") if isinstance(inner, dict) else None

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxops.core.failures import UserError, nearest
@@ -87,17 +87,32 @@ def parsed(
       UserError: no file, a file that is not of its format, rows that are wrong (the first ones, with their lines), or
         no row at all.
     """
+    files = expand_paths([local(one) for one in ([path] if isinstance(path, str) else path)], format)
+    return parsed_rows((row for file in files for row in rows_of(file, wanted)), path, parse)
+
+
+def parsed_rows(
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    path: str | Sequence[str],
+    parse: Callable[[str, dict[str, Any]], Parsed],
+) -> list[Parsed]:
+    """Makes something of each row by `parse(where, row)`, which raises `WrongRow` for a row that is wrong.
+
+    `path` names the files in messages.
+
+    Raises:
+      UserError: rows that are wrong (the first ones, with their lines), or no row at all.
+    """
     found: list[Parsed] = []
     wrong: list[str] = []
     count = 0
-    for file in expand_paths([local(one) for one in ([path] if isinstance(path, str) else path)], format):
-        for where, row in rows_of(file, wanted):
-            try:
-                found.append(parse(where, row))
-            except WrongRow as error:
-                count += 1
-                if count <= SHOWN:
-                    wrong.append(f"{where}: {error}")
+    for where, row in rows:
+        try:
+            found.append(parse(where, row))
+        except WrongRow as error:
+            count += 1
+            if count <= SHOWN:
+                wrong.append(f"{where}: {error}")
     if wrong:
         more = [f"... and {count - SHOWN} more"] if count > SHOWN else []
         raise UserError(
@@ -220,7 +235,7 @@ def _chat(config: ChatData, where: str, row: dict[str, Any]) -> Example:
     messages = messages_in(value_in(row, config.columns.messages), config.columns.messages)
     if config.loss_on == "assistant" and not any(message["role"] == "assistant" for message in messages):
         raise WrongRow("the conversation has no assistant turn, so there is nothing to learn from")
-    return Example(where, messages=messages, tools=_tools(row, config.columns.tools), arguments=_arguments(row))
+    return Example(where, messages=messages, tools=tools_in(row, config.columns.tools), arguments=arguments_in(row))
 
 
 def _completion(config: CompletionData, where: str, row: dict[str, Any]) -> Example:
@@ -237,8 +252,8 @@ def _completion(config: CompletionData, where: str, row: dict[str, Any]) -> Exam
     before, after = messages_in(prompt, names.prompt), messages_in(completion, names.completion)
     if not any(message["role"] == "assistant" for message in after):
         raise WrongRow(f"{names.completion!r} has no assistant turn, so there is nothing to learn from")
-    tools = _tools(row, names.tools)
-    return Example(where, messages=before + after, asked=len(before), tools=tools, arguments=_arguments(row))
+    tools = tools_in(row, names.tools)
+    return Example(where, messages=before + after, asked=len(before), tools=tools, arguments=arguments_in(row))
 
 
 def value_in(row: Mapping[str, Any], name: str) -> Any:
@@ -336,8 +351,11 @@ def _calls(value: Any, what: str) -> list[Any]:
     return value
 
 
-def _tools(row: Mapping[str, Any], name: str | None) -> tuple[Any, ...] | None:
-    """Returns the descriptions of functions: a list, or a list written as JSON text."""
+def tools_in(row: Mapping[str, Any], name: str | None) -> tuple[Any, ...] | None:
+    """Returns the descriptions of functions in a row: a list, or a list written as JSON text.
+
+    `name` is that of the column; None looks whether there is a column `tools`. Raises `WrongRow` where it is no list.
+    """
     value = row.get("tools") if name is None else value_in(row, name)
     if isinstance(value, str):
         try:
@@ -349,7 +367,8 @@ def _tools(row: Mapping[str, Any], name: str | None) -> tuple[Any, ...] | None:
     return tuple(value) if value else None
 
 
-def _arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_in(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row's own variables of the template (column `chat_template_kwargs`)."""
     value = row.get("chat_template_kwargs") or {}
     if not isinstance(value, dict):
         raise WrongRow(f"column 'chat_template_kwargs' is {sort_of(value)}, expected an object")

@@ -1,6 +1,7 @@
 """The held-out part of text data: chosen by what an example says, so that copies never straddle the split."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -8,6 +9,8 @@ from jaxops.core.failures import UserError
 from jaxops.data import notes
 from jaxops.data.text.formats import Example, read_examples
 from jaxops.data.text.spec import OneTextData, Share
+
+Split = TypeVar("Split")
 
 
 def read_parts(config: OneTextData) -> tuple[list[Example], list[Example], int]:
@@ -28,15 +31,31 @@ def read_parts(config: OneTextData) -> tuple[list[Example], list[Example], int]:
         if both:
             notes.tell(f"{both} of {len(held)} examples of data.valid are in data.path too: validation knows them")
         return examples, held, copies
-    chosen = held_out(digests, config.valid.share)
+    return *split(examples, digests, config.valid.share), copies
+
+
+def split(
+    examples: Sequence[Split], digests: Sequence[bytes], share: float, what: str = "example(s)"
+) -> tuple[list[Split], list[Split]]:
+    """Returns the examples of training and those that are held out (`held_out`).
+
+    Args:
+      examples: the examples.
+      digests: by example, a digest of what decides its side.
+      share: the share that is held out (`data.valid.share`).
+      what: names what the digests are of in messages.
+
+    Raises:
+      UserError: nothing is left to train on.
+    """
+    chosen = held_out(digests, share)
     train = [example for example, out in zip(examples, chosen, strict=True) if not out]
-    valid = [example for example, out in zip(examples, chosen, strict=True) if out]
     if not train:
         raise UserError(
-            f"data.valid.share {config.valid.share} leaves nothing to train on: {len(set(digests))} different "
-            "example(s); use a smaller share, more data, or `valid: PATH`"
+            f"data.valid.share {share} leaves nothing to train on: {len(set(digests))} different {what}; use a smaller "
+            "share, more data, or `valid: PATH`"
         )
-    return train, valid, copies
+    return train, [example for example, out in zip(examples, chosen, strict=True) if out]
 
 
 def _without_copies(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxops.core.failures import UserError
+from jaxops.data.prompts.formats import prompt_lines
 from jaxops.data.prompts.writer import Row
 from jaxops.data.text.formats import read_rows
 from jaxops.run.given_table import as_file
@@ -30,9 +31,7 @@ def prompt_rows(source: Any) -> list[Row]:
 
 def _lines(path: Path) -> list[Row]:
     try:
-        text = path.expanduser().read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.expanduser().read_bytes()
+    except OSError as error:
         raise UserError(f"cannot read {path} ({error}); expected a text file with a prompt a line") from None
-    # Not `splitlines`, which cuts a prompt at U+2028 and at a form feed too.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return [(f"{path}:{at}", {"prompt": line}) for at, line in enumerate(lines, 1) if line.strip()]
+    return [(where, {"prompt": line}) for where, line in prompt_lines(content, str(path))]
