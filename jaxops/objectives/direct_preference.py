@@ -201,7 +201,7 @@ def direct_preference(
 
 
 def against_reference(
-    objective: Objective,
+    objective: Callable[[PyTree, dict[str, Any], Key[Array, ""] | None], Sums],
     model: LanguageModel,
     policy: Callable[[PyTree], PyTree],
     reference: Callable[[PyTree], PyTree],

@@ -58,7 +58,7 @@ class Generation:
         options.require_valid()
         rows = prompt_rows(source)
         columns_of_rows([row for _, row in rows])  # what cannot be written is told before anything is sampled
-        writer = PromptWriter(self._saved.config.data, self.tokenizer, options.template, say)
+        writer = self._writer(options, say)
         prompts = [Prompt(self._fitting(writer.ids(row), row[0]), at) for at, row in enumerate(rows)]
         longest = max(len(prompt.ids) for prompt in prompts)
         room = self.room(longest, options)
@@ -121,7 +121,11 @@ class Generation:
           UserError: an option does not fit, or the run's chat template is broken.
         """
         options.require_valid()
-        return Chat(self, options, PromptWriter(self._saved.config.data, self.tokenizer, options.template, print))
+        return Chat(self, options, self._writer(options, print))
+
+    def _writer(self, options: Generate, say: Callable[[str], None]) -> PromptWriter:
+        told = self._saved.folder.read_json("data.json").get("conversations") if self._saved.config.pairs else None
+        return PromptWriter(self._saved.config.data, self.tokenizer, options.template, say, bool(told))
 
 
 class Chat:

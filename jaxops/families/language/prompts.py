@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxops.core.failures import UserError, nearest
+from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.documents import MODEL, open_template
 from jaxops.data.text.formats import checked_messages, read_rows
-from jaxops.data.text.spec import ChatData, conversations_of, sources_of
+from jaxops.data.text.spec import ChatData, Templated, conversations_of, sources_of
 from jaxops.data.text.template import ChatTemplate, Message
 from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.run.given_table import as_file
@@ -48,6 +49,13 @@ def _lines(path: Path) -> list[Row]:
     return [(f"{path}:{at}", {"prompt": line}) for at, line in enumerate(lines, 1) if line.strip()]
 
 
+def written_as(data: Any) -> Templated:
+    """Returns how the conversations of a data section become text."""
+    if isinstance(data, PreferenceData):
+        return ChatData(path="", template=data.template, arguments=data.arguments, date=data.date)
+    return ChatData(path="") if isinstance(data, RatingData) else conversations_of(data)
+
+
 class PromptWriter:
     """Turns prompts into tokens as the run's data were turned into tokens.
 
@@ -56,11 +64,20 @@ class PromptWriter:
       tokenizer: the tokenizer that the run keeps, with the template that was learnt with.
       template: what is done with prompts that are text, as `Generate.template`.
       say: it is called with each line that a person should read.
+      conversations: true where the run learnt from pairs of conversations, which their data section does not tell.
     """
 
-    def __init__(self, data: Any, tokenizer: Tokenizer, template: str, say: Callable[[str], None]) -> None:
-        self._data = conversations_of(data)
-        learnt = any(isinstance(one, ChatData) for one in sources_of(data))
+    def __init__(
+        self,
+        data: Any,
+        tokenizer: Tokenizer,
+        template: str,
+        say: Callable[[str], None],
+        conversations: bool = False,
+    ) -> None:
+        self._data = written_as(data)
+        judged = isinstance(data, PreferenceData | RatingData)
+        learnt = conversations if judged else any(isinstance(one, ChatData) for one in sources_of(data))
         self._tokenizer, self._say, self._said = tokenizer, say, False
         self.chats = template == "chat" or (template == "auto" and learnt)
         """Whether a text is put to the model as a user's turn."""
