@@ -82,7 +82,8 @@ def compare_layouts(
 ) -> list[Agreement]:
     """Compares gradients and parameters of every layout with one device and one microbatch; dropout and draws are on.
 
-    Parameters that `optimizer.frozen` names are frozen. It runs on CPU devices, even if there is an accelerator.
+    Parameters that the task or `optimizer.frozen` names are frozen. It runs on CPU devices, even where there is an
+    accelerator.
 
     Args:
       task: the task.
@@ -202,7 +203,7 @@ def _run(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, old, params=None: (grads, grads)
     )
     tx = optax.chain(remember, optax.sgd(0.1))
-    frozen = () if task.config is None else task.config.optimizer.frozen
+    frozen = (*task.frozen, *(() if task.config is None else task.config.optimizer.frozen))
     with jax.set_mesh(mesh):
         tables = tables_on(task, mesh, batch_size)
         extras = dict(task.extras)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +131,10 @@ class Lora:
         """Returns the parameters of the base alone, which are those of the reference."""
         return {name: value for name, value in params.items() if name != LORA}
 
+    def policy(self, params: Params) -> Params:
+        """Returns the parameters of the adapted model, for its own methods."""
+        return self.adapted(params)
+
     def adapted(self, params: Params) -> Params:
         """Returns the parameters for the model's own methods: stacked kernels as `Adapted`, all others merged."""
 
@@ -156,9 +160,21 @@ class Lora:
         return lambda params, *args, **options: function(self.adapted(params), *args, **options)
 
 
+@runtime_checkable
+class Beside(Protocol):
+    """What holds further parameters beside those of a model: adapters, or a reference."""
+
+    frozen: tuple[str, ...]
+    dtypes: tuple[tuple[str, str], ...]
+
+    def on(self, function: Callable[..., Result]) -> Callable[..., Result]:
+        """Returns a function of the model's parameters as one of all parameters."""
+        ...
+
+
 def on_model(model: Any, function: Callable[..., Result]) -> Callable[..., Result]:
-    """Returns a function of a model's parameters as one of what is trained: by `Lora.on` where it has adapters."""
-    return model.on(function) if isinstance(model, Lora) else function
+    """Returns a function of a model's parameters as one of what is trained, which may hold more (`Beside`)."""
+    return model.on(function) if isinstance(model, Beside) else function
 
 
 def _matched(shapes: PyTree, config: LoraConfig) -> dict[str, tuple[int, ...]]:

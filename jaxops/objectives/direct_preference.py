@@ -1,13 +1,13 @@
 """Preference optimisation without a reward model: DPO, cDPO and IPO, on logprobs of a policy and a reference.
 
 The losses are pure functions of log ratios. Their objectives read the reference's logprobs from the batch, "reference"
-[batch, 2] (sums over trained tokens, from `logprobs_of_pairs`), computed once or in the step from frozen parameters.
+[batch, 2] (sums over trained tokens, from `logprobs_of_pairs`); `against_reference` computes them in the step.
 The batch is that of `objectives/preference.py`, without margins. Tested in tests/objectives/test_direct_preference.py.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class Dpo(Part):
       chunk: number of tokens of a device whose logits exist at a time; null chooses by the size of the vocabulary.
     """
 
+    sort: ClassVar[str] = "pairs"
+
     kind: Literal["dpo"] = "dpo"
     beta: Annotated[float, Field(gt=0)] = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -51,8 +53,14 @@ class Dpo(Part):
 
     def build(self, model: LanguageModel) -> Objective:
         """Builds the objective for this model."""
-        loss: Loss = lambda ratios, label, tokens: dpo(ratios, smoothed(label, self.label_smoothing), self.beta)
-        return direct_preference(model, "dpo", loss, beta=self.beta, chunk=self.chunk)
+        return direct_preference(model, "dpo", self.loss, beta=self.beta, chunk=self.chunk)
+
+    def loss(
+        self, ratios: Float[Array, "batch 2"], label: Float[Array, " batch"], tokens: Float[Array, "batch 2"]
+    ) -> Float[Array, " batch"]:
+        """Returns the loss of each pair; it is a `Loss`."""
+        del tokens
+        return dpo(ratios, smoothed(label, self.label_smoothing), self.beta)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,8 @@ class Ipo(Part):
       chunk: number of tokens of a device whose logits exist at a time; null chooses by the size of the vocabulary.
     """
 
+    sort: ClassVar[str] = "pairs"
+
     kind: Literal["ipo"] = "ipo"
     beta: Annotated[float, Field(gt=0)] = 0.1
     normalisation: Normalisation = "token_mean"
@@ -75,13 +85,13 @@ class Ipo(Part):
 
     def build(self, model: LanguageModel) -> Objective:
         """Builds the objective for this model."""
+        return direct_preference(model, "ipo", self.loss, beta=self.beta, chunk=self.chunk)
 
-        def loss(
-            ratios: Float[Array, "batch 2"], label: Float[Array, " batch"], tokens: Float[Array, "batch 2"]
-        ) -> Float[Array, " batch"]:
-            return ipo(ratios, smoothed(label, self.label_smoothing), self.beta, tokens, self.normalisation)
-
-        return direct_preference(model, "ipo", loss, beta=self.beta, chunk=self.chunk)
+    def loss(
+        self, ratios: Float[Array, "batch 2"], label: Float[Array, " batch"], tokens: Float[Array, "batch 2"]
+    ) -> Float[Array, " batch"]:
+        """Returns the loss of each pair; it is a `Loss`."""
+        return ipo(ratios, smoothed(label, self.label_smoothing), self.beta, tokens, self.normalisation)
 
 
 def dpo(ratios: Float[Array, "*batch 2"], label: Float[Array, "*batch"], beta: float) -> Float[Array, "*batch"]:
@@ -159,9 +169,9 @@ def direct_preference(
 ) -> Objective:
     """Builds a loss on log ratios, `loss/NAME`, with metrics of the implicit rewards beta * log ratio.
 
-    `accuracy` is the share of pairs whose better text has the higher implicit reward, ties left out. `reward_margin` is
-    the difference of the rewards of better and worse. `reward_chosen` and `reward_rejected` belong to the first and the
-    second text, and `logprob_chosen`, `logprob_rejected` are their log-probabilities under the policy.
+    `accuracy` is the share of pairs whose better text has the higher implicit reward. `reward_margin` is the difference
+    of the rewards of better and worse, which are `reward_chosen` and `reward_rejected`; `logprob_chosen` and
+    `logprob_rejected` are their log-probabilities under the policy. All of these leave ties out.
 
     Args:
       model: the policy.
@@ -175,16 +185,44 @@ def direct_preference(
         policy = logprobs_of_pairs(model, params, batch, key, chunk=chunk)
         ratios = policy - jax.lax.stop_gradient(batch["reference"].astype(jnp.float32))
         tokens = jnp.sum((batch["mask"] != 0).astype(jnp.float32), axis=-1)
-        label, weight, rewards = label_of(batch), batch["weight"], beta * ratios
-        difference = rewards[:, 0] - rewards[:, 1]
-        return {
-            f"loss/{name}": Sum.of(loss(ratios, label, tokens), weight),
-            "accuracy": Sum.of(agreement(difference, label), decided(batch)),
-            "reward_margin": Sum.of(difference * jnp.sign(label - 0.5), decided(batch)),
-            "reward_chosen": Sum.of(rewards[:, 0], weight),
-            "reward_rejected": Sum.of(rewards[:, 1], weight),
-            "logprob_chosen": Sum.of(policy[:, 0], weight),
-            "logprob_rejected": Sum.of(policy[:, 1], weight),
+        label, rewards, counted = label_of(batch), beta * ratios, decided(batch)
+        difference, first = rewards[:, 0] - rewards[:, 1], label > 0.5
+        sums: Sums = {
+            f"loss/{name}": Sum.of(loss(ratios, label, tokens), batch["weight"]),
+            "accuracy": Sum.of(agreement(difference, label), counted),
+            "reward_margin": Sum.of(difference * jnp.sign(label - 0.5), counted),
         }
+        for what, values in (("reward", rewards), ("logprob", policy)):
+            sums[f"{what}_chosen"] = Sum.of(jnp.where(first, values[:, 0], values[:, 1]), counted)
+            sums[f"{what}_rejected"] = Sum.of(jnp.where(first, values[:, 1], values[:, 0]), counted)
+        return sums
 
     return objective
+
+
+def against_reference(
+    objective: Callable[[PyTree, dict[str, Any], Key[Array, ""] | None], Sums],
+    model: LanguageModel,
+    policy: Callable[[PyTree], PyTree],
+    reference: Callable[[PyTree], PyTree],
+    *,
+    chunk: int | None = None,
+) -> Objective:
+    """Returns an objective on pairs as one of parameters that hold policy and reference.
+
+    The reference's logprobs are computed in the step, without dropout. No gradient reaches them.
+
+    Args:
+      objective: reads the policy's parameters, and "reference" in the batch.
+      model: policy and reference are two sets of its parameters.
+      policy: picks the policy's out of all parameters.
+      reference: picks the reference's.
+      chunk: see `token_logprobs`.
+    """
+
+    def both(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
+        held = jax.lax.stop_gradient(reference(params))
+        known: dict[str, Any] = {**batch, "reference": logprobs_of_pairs(model, held, batch, chunk=chunk)}
+        return objective(policy(params), known, key)
+
+    return both

@@ -165,6 +165,8 @@ class Task:
         others as arguments.
       dtypes: (pattern, dtype) of parameters that are stored in another dtype than `precision.params`.
       start: returns the sources that a fresh state takes its weights from, renamed to its parameters (core/weights.py).
+      copies: by the beginning of a path, the beginning of the path whose parameter it equals before the first step
+        ({"reference/": ""}: a reference that begins as the policy does, whatever weights that takes).
       carry_rows: takes rows of tables over from another run, for `init_from`.
       row_ids: by path of a parameter that has a row for each id, the array of `transform` that holds those ids, of rows
         1, 2, ...; `init_from` gives such rows to the same ids.
@@ -196,6 +198,7 @@ class Task:
     reads: tuple[str, ...] | None = None
     dtypes: Sequence[tuple[str, str]] = ()
     start: Callable[[], Sequence[WeightSource]] | None = None
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     carry_rows: CarryRows | None = None
     row_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
     step: Callable[[StepParts], Step] | None = None

@@ -46,7 +46,7 @@ from jaxops.run.summary import FinishedRun, about_of, write_failure, write_summa
 from jaxops.run.task import StepParts, Task
 from jaxops.run.training import Training, abstract, abstract_batch
 from jaxops.run.validation import Validation, short_epochs, undefined_notices
-from jaxops.run.warm_start import begin_with, init_from
+from jaxops.run.warm_start import begin_with, copied_paths, init_from, with_copies
 from jaxops.run.weights import served_weights
 
 
@@ -146,15 +146,19 @@ class TrainingRun:
         if at is not None:
             self.progress.say(f"resumed from step {at.step} of {self.folder.checkpoints}")
             return at
+        return self._beginning()
+
+    def _beginning(self) -> Position:
+        """Returns the position before the first step: a fresh state with all weights that it takes from elsewhere."""
         state = self.fresh()
         if self.task.start is not None:
-            state, report = begin_with(state, self.task.start())
+            state, report = begin_with(state, self.task.start(), copied_paths(state, self.task.copies))
             self.progress.say(f"begins with: {report}")
         if self.config.init_from:
             specs = self.tables.specs if self.tables else {}
             state, report = init_from(state, self.task, specs, self.config.init_from)
             self.progress.say(f"init_from {self.config.init_from.run}: {report}")
-        return Position(state, 0, 0)
+        return Position(with_copies(state, self.task.copies), 0, 0)
 
     def _restored(self) -> Position | None:
         found = self.saving.restore(self.progress.warn)
@@ -257,7 +261,7 @@ class TrainingRun:
         rollbacks = [*self.rollbacks, {"step": bad.first, "cursor": past, "why": bad.why}]
         self.writers.close()
         self.watch.at("roll back")
-        to = self._restored() or Position(self.fresh(), 0, 0)
+        to = self._restored() or self._beginning()
         self.rollbacks = rollbacks
         self._open_writers(to.step)
         text = (

@@ -62,6 +62,31 @@ def begin_with(state: State, sources: Sequence[WeightSource], done: Collection[s
     return _averaged(_with(state, arrays)), WarmStart(tuple(plan.loaded), skipped, plan.left)
 
 
+def copied_paths(state: State, copies: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns the paths of the parameters that begin as copies of others (`Task.copies`)."""
+    return tuple(path for path, _ in _leaves(state) if path.startswith(tuple(copies)))
+
+
+def with_copies(state: State, copies: Mapping[str, str]) -> State:
+    """Returns the state in which each parameter below a key of `copies` equals the one below the key's value.
+
+    A copy keeps its own dtype and sharding, and arrays of its own: what it is copied from may be donated.
+    """
+    leaves = dict(_leaves(state))
+    wanted = {path: leaves[path] for path in copied_paths(state, copies)}
+    if not wanted:
+        return state
+    begins = {path: next(prefix for prefix in copies if path.startswith(prefix)) for path in wanted}
+    given = {path: leaves[copies[begin] + path.removeprefix(begin)] for path, begin in begins.items()}
+    like = {path: (leaf.dtype, jax.typeof(leaf).sharding.spec) for path, leaf in wanted.items()}
+
+    def copied(given: Mapping[str, Array]) -> dict[str, Array]:
+        cast = {path: jnp.copy(given[path]).astype(dtype) for path, (dtype, _) in like.items()}
+        return {path: jax.sharding.reshard(cast[path], spec) for path, (_, spec) in like.items()}
+
+    return _with(state, jax.jit(copied)(given))
+
+
 def init_from(state: State, task: Task, specs: Mapping[str, TableSpec], config: InitFrom) -> tuple[State, WarmStart]:
     """Returns the fresh state with what another run has for it: parameters by path, and table rows by their ids.
 
@@ -85,7 +110,7 @@ def init_from(state: State, task: Task, specs: Mapping[str, TableSpec], config: 
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(saved.source(config.match))
         try:
-            state, report = begin_with(state, [source], by_id)
+            state, report = begin_with(state, [source], {*by_id, *copied_paths(state, task.copies)})
         except UserError as error:
             if not rows:
                 raise UserError(f"init_from: {error}") from None

@@ -83,7 +83,7 @@ def test_the_objective_is_numpys(config):
     found = jax.jit(config.build(model))(params, batch, None)
     policy = numpy_logprobs(model, params, batch)
     weight, label, reference = (np.asarray(batch[name], np.float64) for name in ("weight", "label", "reference"))
-    rewards = config.beta * (policy - reference)
+    rewards, better = config.beta * (policy - reference), lambda x: np.where(label > 0.5, x[:, 0], x[:, 1])
     difference, not_tied = rewards[:, 0] - rewards[:, 1], weight * (label != 0.5)
     if config.kind == "dpo":
         noisy = label * 0.8 + 0.1
@@ -96,10 +96,10 @@ def test_the_objective_is_numpys(config):
         f"loss/{config.kind}": (loss, weight),
         "accuracy": ((difference > 0) == (label > 0.5), not_tied),
         "reward_margin": (difference * np.sign(label - 0.5), not_tied),
-        "reward_chosen": (rewards[:, 0], weight),
-        "reward_rejected": (rewards[:, 1], weight),
-        "logprob_chosen": (policy[:, 0], weight),
-        "logprob_rejected": (policy[:, 1], weight),
+        "reward_chosen": (better(rewards), not_tied),
+        "reward_rejected": (better(rewards[:, ::-1]), not_tied),
+        "logprob_chosen": (better(policy), not_tied),
+        "logprob_rejected": (better(policy[:, ::-1]), not_tied),
     }
     assert set(found) == set(expected)
     for name, (each, w) in expected.items():

@@ -95,6 +95,17 @@ def test_before_the_first_checkpoint_it_goes_back_to_the_beginning(folder):
     assert "back to step 0, without the examples before 32" in events("first")[0][1]
 
 
+def test_the_beginning_that_it_goes_back_to_has_the_weights_that_the_run_began_with(folder):
+    train("other", "run.steps=4")
+    still = ["init_from.run=runs/other", "optimizer.lr=1e-12", "run.steps=3"]
+    train("warm", "nonfinite=rollback", *still, bad=only_in(2))
+    assert "back to step 0" in events("warm")[0][1]
+    with Checkpoints("runs/other/checkpoints") as other, Checkpoints("runs/warm/checkpoints") as warm:
+        before, after = (dict(named_leaves(one.load_params(step))) for one, step in ((other, 4), (warm, 3)))
+    for path, value in before.items():
+        np.testing.assert_allclose(after[path], value, atol=1e-9, err_msg=path)
+
+
 def test_there_is_an_end_to_going_back(folder):
     with pytest.raises(RunFailed, match=r"not finite at step \d+ .*went back 2 times already \(rollback.most\)"):
         train("often", "nonfinite=rollback", "rollback.most=2", bad=None)

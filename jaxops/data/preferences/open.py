@@ -37,8 +37,12 @@ class Judgements(Protocol):
         """All that is said in the texts of training."""
         ...
 
-    def opened(self, tokenizer: Tokenizer) -> "OpenedJudgements":
+    def opened(self, tokenizer: Tokenizer, *, answers: bool = False) -> "OpenedJudgements":
         """Tokenises the texts.
+
+        Args:
+          tokenizer: that of the model.
+          answers: leave out what has no token of an answer to learn from, which a score of whole texts does not need.
 
         Raises:
           UserError: a template fails, or nothing is left to learn from.
@@ -111,23 +115,24 @@ class Preferences:
         """All that is said in the texts of training."""
         return [said for pair in self.train for text in pair.texts for said in _said(text)]
 
-    def opened(self, tokenizer: Tokenizer) -> OpenedJudgements:
+    def opened(self, tokenizer: Tokenizer, *, answers: bool = False) -> OpenedJudgements:
         """Tokenises the texts and cuts them to the length of a row."""
         with notes.collected() as remarks:
             against = sum(pair.label < 0.5 for pair in (*self.train, *self.valid))
             if against:
                 notes.tell(f"{against} labels are below 0.5: there the rejected text counts as the better one")
-            train = self._pairs(self.train, tokenizer, "train")
-            valid = self._pairs(self.valid, tokenizer, "valid") if self.valid else None
+            train = self._pairs(self.train, tokenizer, "train", answers)
+            valid = self._pairs(self.valid, tokenizer, "valid", answers) if self.valid else None
         inspection = _inspection(self.config, tokenizer, {"train": train, "valid": valid}, self.remarks + remarks)
+        inspection["conversations"] = sum(pair.texts[0].text is None for pair in self.train)
         everybody = of_preferences([*self.train, *self.valid])
         return OpenedJudgements(lambda seed: PairSource(train, seed), train.texts, valid, everybody, inspection)
 
-    def _pairs(self, pairs: list[Pair], tokenizer: Tokenizer, part: str) -> Pairs:
+    def _pairs(self, pairs: list[Pair], tokenizer: Tokenizer, part: str, answers: bool) -> Pairs:
         config = self.config
         documents = tokenised(config, [text for pair in pairs for text in pair.texts], tokenizer)
         texts = Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
-        kept = self._kept(pairs, texts, np.diff(documents.offsets) > config.length, part)
+        kept = self._kept(pairs, texts, np.diff(documents.offsets) > config.length, part, answers)
         told = [pair for pair, keep in zip(pairs, kept, strict=True) if keep]
         prompts = {prompt: at for at, prompt in enumerate(dict.fromkeys(pair.prompt for pair in told))}
         prompt = np.array([prompts[pair.prompt] for pair in told])
@@ -142,8 +147,15 @@ class Preferences:
             tuple(pair.annotator for pair in told),
         )
 
-    def _kept(self, pairs: list[Pair], texts: Texts, over: np.ndarray, part: str) -> np.ndarray:
+    def _kept(self, pairs: list[Pair], texts: Texts, over: np.ndarray, part: str, answers: bool) -> np.ndarray:
         """Returns which pairs are learnt from, and tells what was cut or left out.
+
+        Args:
+          pairs: the pairs.
+          texts: their texts, two for each.
+          over: the texts that are longer than a row.
+          part: names the pairs.
+          answers: leave out pairs of which a side has nothing to learn from.
 
         Raises:
           UserError: none is left, or none of them counts.
@@ -156,6 +168,13 @@ class Preferences:
                 f"{part}: {len(alike)} of {len(pairs)} pairs have the same tokens on both sides within data.length "
                 f"{self.config.length} and are left out, the first {pairs[alike[0]].where}"
             )
+        silent = kept & (texts.targets.reshape(-1, 2) == 0).any(axis=1)
+        if answers and silent.any():
+            notes.tell(
+                f"{part}: of {silent.sum()} of {len(pairs)} pairs an answer is empty, or nothing of it is within "
+                f"data.length {self.config.length}; they are left out, the first {pairs[np.argmax(silent)].where}"
+            )
+            kept &= ~silent
         if longer.any():
             chosen, rejected = longer.sum(axis=0)
             what = {
@@ -192,15 +211,15 @@ class RatedTexts:
         """All that is said in the texts of training."""
         return [said for one in self.train for said in _said(one.text)]
 
-    def opened(self, tokenizer: Tokenizer) -> OpenedJudgements:
+    def opened(self, tokenizer: Tokenizer, *, answers: bool = False) -> OpenedJudgements:
         """Tokenises the texts, cuts them to the length of a row, and draws the judgements of evaluation."""
         with notes.collected() as remarks:
-            train = self._texts(self.train, tokenizer, "train")
-            valid = self._texts(self.valid, tokenizer, "valid") if self.valid else None
-        ratings = Ratings(self.train)
+            rated, train = self._texts(self.train, tokenizer, "train", answers)
+            held_out, valid = self._texts(self.valid, tokenizer, "valid", answers) if self.valid else ([], None)
+        ratings = Ratings(rated)
         judged, agreement = None, AnnotatorAgreement()
         if valid is not None:
-            held = Ratings(self.valid)
+            held = Ratings(held_out)
             judged, agreement = self._judged(valid, held), of_ratings(held, DRAWN, self.config.judgements)
         source = lambda seed: RatedSource(train, ratings, self.config.labels, seed)
         inspection = _inspection(self.config, tokenizer, {"train": train, "valid": judged}, self.remarks + remarks)
@@ -209,16 +228,23 @@ class RatedTexts:
         inspection["digest"] = hashlib.sha256(judges.encode()).hexdigest()
         return OpenedJudgements(source, train, judged, agreement, inspection)
 
-    def _texts(self, rated: Sequence[Rated], tokenizer: Tokenizer, part: str) -> Texts:
+    def _texts(self, rated: list[Rated], tokenizer: Tokenizer, part: str, answers: bool) -> tuple[list[Rated], Texts]:
+        """Returns the texts that are kept, with their tokens. With `answers` one needs a token after its first."""
         config = self.config
         documents = tokenised(config, [one.text for one in rated], tokenizer)
+        silent = np.diff(documents.offsets) < 2
+        if answers and silent.any():
+            where = rated[int(np.argmax(silent))].text.where
+            notes.tell(f"{part}: {silent.sum()} texts of one token have nothing to learn, left out, the first {where}")
+            left = [one for one, drop in zip(rated, silent, strict=True) if not drop]
+            return self._texts(with_partners(left, part), tokenizer, part, answers)
         over = int((np.diff(documents.offsets) > config.length).sum())
         if over:
             side = "beginning" if config.too_long == "cut_start" else "end"
             notes.tell(
                 f"{part}: {over} of {len(rated)} texts are longer than data.length {config.length}, lose their {side}"
             )
-        return Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
+        return rated, Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
 
     def _judged(self, texts: Texts, ratings: Ratings) -> Pairs:
         drawn = [ratings.drawn(DRAWN, epoch) for epoch in range(self.config.judgements)]

@@ -46,6 +46,12 @@ class Texts:
         before = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.documents.trained, dtype=np.int64)])
         return before[self.begin + self.width] - before[self.begin]
 
+    @property
+    def targets(self) -> Int64[np.ndarray, " texts"]:
+        """The number of tokens of each text that are learnt from, which the mask of its row has."""
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.documents.trained, dtype=np.int64)])
+        return before[self.begin + self.width] - before[self.begin + np.minimum(self.width, 1)]
+
     def of(self, text: int) -> np.ndarray:
         """Returns the ids of one text."""
         return self.documents.tokens[self.begin[text] : self.begin[text] + self.width[text]]

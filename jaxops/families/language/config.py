@@ -8,8 +8,11 @@ from pydantic import Field
 
 from jaxops.config.types import ByPath, Factory
 from jaxops.core.metric import Metric, metric_of
+from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.spec import ChatData, CompletionData, MixtureData, TextData
+from jaxops.evaluate import implicit_rewards
 from jaxops.models.decoder.architecture import Architecture
+from jaxops.objectives.direct_preference import Dpo, Ipo
 from jaxops.objectives.language import NextTokenConfig
 from jaxops.run.config import EarlyStop, Evaluate, RunConfig
 from jaxops.run.pretrained.config import Pretrained
@@ -20,7 +23,7 @@ METRICS: Mapping[str, Metric] = {
     "accuracy": Metric("accuracy", "higher", "Next-token accuracy"),
     "entropy": Metric("entropy", "neither", "Entropy"),
 }
-"""The metrics of a language model, each a mean over the tokens that are learnt from."""
+"""The metrics of a language model on text, each a mean over the tokens that are learnt from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,20 +37,28 @@ class LanguageEvaluate(Evaluate):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageConfig(RunConfig):
-    """A run of a language model.
+    """A run of a language model: on text, or on pairs of texts of which people prefer one.
 
     `model` is an architecture with fresh parameters, or `{weights: ...}` of a pretrained model. `tokenizer` is `bytes`,
     a folder with tokenizer.json, or a GGUF file; by default it is that of the weights. `add_tokens` are further control
     tokens, whose rows of the embedding are fresh.
+
+    On pairs the objective is `dpo` or `ipo`. The reference begins as a copy of the policy; with `lora` it is the base,
+    and there is no copy.
     """
 
     task: str = "language"
-    data: TextData | ChatData | CompletionData | MixtureData
+    data: TextData | ChatData | CompletionData | MixtureData | PreferenceData | RatingData
     model: Architecture | Pretrained = Architecture()
     tokenizer: str | None = None
     add_tokens: tuple[str, ...] = ()
-    objective: NextTokenConfig | Annotated[ByPath, Factory(leading=1)] = NextTokenConfig()
+    objective: NextTokenConfig | Dpo | Ipo | Annotated[ByPath, Factory(leading=1)] = NextTokenConfig()
     evaluate: LanguageEvaluate = LanguageEvaluate()
+
+    @property
+    def pairs(self) -> bool:
+        """True where the data are judgements of pairs of texts."""
+        return isinstance(self.data, PreferenceData | RatingData)
 
     def metric(self, name: str) -> Metric:
         """Returns the metric of this name.
@@ -55,7 +66,7 @@ class LanguageConfig(RunConfig):
         Raises:
           UserError: there is no such metric; the message names the nearest right one.
         """
-        return metric_of(METRICS, name)
+        return metric_of(implicit_rewards.METRICS if self.pairs else METRICS, name)
 
     def problems(self) -> list[tuple[str, str]]:
         """Returns (dotted path, message) of everything that cannot work on any machine."""
@@ -71,7 +82,26 @@ class LanguageConfig(RunConfig):
         judged = self.evaluate.stop is not None or self.checkpoint.best is not None
         if judged and _held_out(self.data) is None:
             found.append(("data.valid", "nothing is held out, but evaluate.stop or checkpoint.best judge by it"))
+        found += self._pair_problems()
         return found + self.model.problems_in(self) + self.objective.problems_in(self)
+
+    def _pair_problems(self) -> list[tuple[str, str]]:
+        """Returns what does not go together of data, objective and model, where one of them is for pairs of texts."""
+        objective, kind = self.objective, self.data.kind
+        own = isinstance(objective, ByPath)
+        if not own and (objective.sort == "pairs") != self.pairs:
+            if self.pairs:
+                instead = "take `dpo` or `ipo`; a model of scores is `task: reward`"
+                return [("objective.kind", f"`{objective.kind}` learns from single texts, not from {kind}: {instead}")]
+            instead = "take data.kind preferences or ratings, or objective.kind next_token"
+            return [("objective.kind", f"`{objective.kind}` compares two answers, not so `{kind}`: {instead}")]
+        found = []
+        if self.pairs and own and "loss" in self.evaluate.metrics:
+            found.append(("evaluate.metrics", "`loss` is measured of `dpo` and `ipo`, not of one's own objective"))
+        if self.pairs and self.init_from is not None and getattr(self.model, "lora", None) is not None:
+            text = "under adapters the base is the reference: begin with model.weights, whose adapters are told"
+            found.append(("init_from", text))
+        return found
 
     def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
         """Returns (dotted path, message) of everything that cannot work on a mesh of these sizes."""

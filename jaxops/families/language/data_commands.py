@@ -1,5 +1,8 @@
-"""`jaxops data inspect` and `jaxops data preview` for text."""
+"""`jaxops data inspect` and `jaxops data preview` for text, and for pairs of texts."""
 
+from jaxops.data.preferences.open import OpenedJudgements, read_judgements
+from jaxops.data.preferences.preview import counted, previewed
+from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.open import TextParts, open_text
 from jaxops.data.text.preview import preview
 from jaxops.data.text.tokenizer import Tokenizer
@@ -12,11 +15,13 @@ PREVIEWED = 2
 
 
 def inspect_data(config: LanguageConfig) -> Shown:
-    """Counts a config's texts and tokens, and says what is odd about them.
+    """Counts a config's texts and tokens, and says what is odd about them; of judgements also how far people agree.
 
     Raises:
-      UserError: the text or its tokenizer cannot be opened.
+      UserError: the data or their tokenizer cannot be opened.
     """
+    if config.pairs:
+        return Shown(*counted(_opened_pairs(config)[0]))
     text, _ = _opened(config)
     rows = []
     for name, value in text.inspection.items():
@@ -26,11 +31,16 @@ def inspect_data(config: LanguageConfig) -> Shown:
 
 
 def preview_data(config: LanguageConfig) -> Shown:
-    """Shows the first rows of training as text, with what the loss sees of them in brackets.
+    """Shows the first rows or pairs of training as text, with what the loss sees of them in brackets.
 
     Raises:
-      UserError: the text or its tokenizer cannot be opened.
+      UserError: the data or their tokenizer cannot be opened.
     """
+    if config.pairs:
+        pairs, tokenizer = _opened_pairs(config)
+        lines = previewed(pairs, tokenizer, config.run.seed, PREVIEWED, marked=True)
+        notes = list(pairs.inspection.get("notes", ()))
+        return Shown({"rows": lines, "notes": notes}, [(line,) for line in [*lines, *notes]])
     text, tokenizer = _opened(config)
     source = text.source(config.run.seed)
     plain = preview(source, tokenizer, min(PREVIEWED, source.examples)).plain
@@ -39,5 +49,12 @@ def preview_data(config: LanguageConfig) -> Shown:
 
 
 def _opened(config: LanguageConfig) -> tuple[TextParts, Tokenizer]:
+    assert not isinstance(config.data, PreferenceData | RatingData)
     tokenizer = open_model(config).tokenizer
     return open_text(config.data, tokenizer), tokenizer
+
+
+def _opened_pairs(config: LanguageConfig) -> tuple[OpenedJudgements, Tokenizer]:
+    assert isinstance(config.data, PreferenceData | RatingData)
+    tokenizer = open_model(config).tokenizer
+    return read_judgements(config.data).opened(tokenizer, answers=True), tokenizer

@@ -1,4 +1,4 @@
-"""The language family: a decoder on text, from a config to a task, and from a run folder to a served model."""
+"""The language family: a decoder on text or on pairs of texts, from a config to a task, and from a run to a model."""
 
 import itertools
 from collections.abc import Mapping
@@ -7,13 +7,15 @@ from typing import Any
 from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError
 from jaxops.core.sums import Sums
+from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.documents import with_learnt_template
 from jaxops.data.text.open import TextParts, open_text
-from jaxops.data.text.spec import conversations_of
 from jaxops.families.language.config import LanguageConfig
 from jaxops.families.language.data_commands import inspect_data, preview_data
 from jaxops.families.language.opened import OpenedModel, open_model
 from jaxops.families.language.options import LanguageExport, LanguagePredict
+from jaxops.families.language.pairs import pair_fields
+from jaxops.families.language.prompt_form import written_as
 from jaxops.families.language.serving import ServedLanguage
 from jaxops.models.lora import on_model
 from jaxops.objectives.language import next_token
@@ -27,7 +29,7 @@ from jaxops.run.task import About, EvalBatches, NoEvaluation, Task, of_config
 
 
 def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
-    """Opens model, tokenizer and text of a config and puts its task together.
+    """Opens model, tokenizer and data of a config and puts its task together.
 
     Raises:
       UserError: something cannot be opened, or does not go together.
@@ -36,21 +38,29 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
     if given.data is not None or given.model is not None:
         raise UserError("a language model's data and model come from its config; an objective may be given")
     opened = open_model(config)
-    text = open_text(config.data, opened.tokenizer)
-    held_out = text.held_out(1)
-    learnt = conversations_of(config.data).template
+    fields = pair_fields(config, given, opened) if config.pairs else _text_fields(config, given, opened)
+    learnt = written_as(config.data).template
     return Task(
         **of_config(config, loaded.resolved, opened.model),
-        objective=on_model(opened.model, objective_from(config.objective, given.objective, opened.decoder)),
-        source=text.source(config.run.seed),
-        evaluation=_evaluation(opened, text) if held_out else NoEvaluation(),
+        **fields,
         start=(lambda: opened.sources) if opened.sources else None,
         frozen=getattr(opened.model, "frozen", ()),
         dtypes=getattr(opened.model, "dtypes", ()),
-        inspection={**text.inspection, "split": {"sha256": text.inspection["digest"]}},
         transform=stored(opened.decoder.config, with_learnt_template(opened.tokenizer, learnt)),
-        about=_about(config, opened, text),
     )
+
+
+def _text_fields(config: LanguageConfig, given: Given, opened: OpenedModel) -> dict[str, Any]:
+    """Returns the fields of a Task that depend on its text."""
+    assert not isinstance(config.data, PreferenceData | RatingData)
+    text = open_text(config.data, opened.tokenizer)
+    return {
+        "objective": on_model(opened.model, objective_from(config.objective, given.objective, opened.decoder)),
+        "source": text.source(config.run.seed),
+        "evaluation": _evaluation(opened, text) if text.held_out(1) else NoEvaluation(),
+        "inspection": {**text.inspection, "split": {"sha256": text.inspection["digest"]}},
+        "about": _about(config, opened, text),
+    }
 
 
 def _evaluation(opened: OpenedModel, text: TextParts) -> BatchedEvaluation:

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 
+from jaxops.core.failures import UserError
 from jaxops.core.weights import WeightSource
 from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.families.language.config import LanguageConfig
 from jaxops.models.decoder.decoder import Decoder
-from jaxops.models.lora import Lora
+from jaxops.models.lora import LORA, Lora
+from jaxops.models.reference import WithReference
 from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.pretrained.opened import open_decoder
 
@@ -18,27 +20,29 @@ class OpenedModel:
 
     Attributes:
       decoder: the decoder.
-      model: what is trained: the decoder, or its adapters beside it.
+      model: what is trained: the decoder, its adapters beside it, or the decoder beside its reference.
       tokenizer: the tokenizer.
       sources: the weights that training begins with; none for fresh parameters.
       special: ids of special tokens as an exported model names them.
     """
 
     decoder: Decoder
-    model: Decoder | Lora
+    model: Decoder | Lora | WithReference
     tokenizer: Tokenizer
     sources: tuple[WeightSource, ...]
     special: Mapping[str, int | list[int]]
 
 
-def with_adapters(decoder: Decoder, config: LanguageConfig) -> Decoder | Lora:
-    """Returns the decoder, with the adapters of the config where it has any.
+def trained_model(decoder: Decoder, config: LanguageConfig) -> Decoder | Lora | WithReference:
+    """Returns the decoder with all that a run of this config keeps beside it: adapters, or a frozen reference.
 
     Raises:
       UserError: the adapters do not fit the decoder.
     """
     lora = config.model.lora if isinstance(config.model, Pretrained) else None
-    return decoder if lora is None else Lora(decoder, lora)
+    if lora is not None:
+        return Lora(decoder, lora)
+    return WithReference(decoder, config.precision.compute) if config.pairs else decoder
 
 
 def open_model(config: LanguageConfig) -> OpenedModel:
@@ -48,5 +52,15 @@ def open_model(config: LanguageConfig) -> OpenedModel:
       UserError: the weights or the tokenizer cannot be opened, or do not go together.
     """
     found = open_decoder(config.model, config.tokenizer, config.data.length, config.add_tokens)
-    model = with_adapters(found.decoder, config)
+    model = trained_model(found.decoder, config)
+    if config.pairs and isinstance(model, Lora) and any(map(_has_adapters, found.sources)):
+        raise UserError(
+            f"model.weights: {found.sources[0].name} has adapters beside its weights, and under model.lora the"
+            " reference would be the weights without them: `jaxops export` writes a folder with both merged, to begin"
+            " with"
+        )
     return OpenedModel(found.decoder, model, found.tokenizer, found.sources, found.special)
+
+
+def _has_adapters(source: WeightSource) -> bool:
+    return any(name.startswith(f"{LORA}/") for name in source.arrays.shapes())

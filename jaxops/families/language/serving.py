@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxops.core.failures import UserError
 from jaxops.core.state import Params
 from jaxops.data import notes
-from jaxops.data.prompts.writer import PromptForm
+from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.documents import MODEL, tokenise
 from jaxops.data.text.formats import read_examples, read_rows, wanted_columns
 from jaxops.data.text.source import TextBatches, TextRows, whole
@@ -25,15 +25,14 @@ from jaxops.data.text.spec import (
     OneTextData,
     Templated,
     TextData,
-    TextDataConfig,
-    conversations_of,
-    sources_of,
 )
-from jaxops.families.language.opened import with_adapters
+from jaxops.families.language.opened import trained_model
 from jaxops.families.language.options import LanguageExport, LanguagePredict
+from jaxops.families.language.prompt_form import prompt_form, written_as
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.decoder.pretrained import save_pretrained
 from jaxops.models.lora import Lora, on_model
+from jaxops.models.reference import WithReference
 from jaxops.objectives.language import scores_of_batch
 from jaxops.run.given_table import as_file, columns_of_rows, joined_columns
 from jaxops.run.load import evaluate_saved
@@ -52,16 +51,16 @@ class ServedLanguage:
         self.saved = saved
         self.tokenizer = stored_tokenizer(saved)
         self.decoder = build_decoder(stored_architecture(saved), self.tokenizer.vocab)
-        self.model = with_adapters(self.decoder, saved.config)
+        self.model = trained_model(self.decoder, saved.config)
         saved.expect(self.model.shapes, {})
-        self._generation = Generation(
-            saved, self.decoder, self.tokenizer, lambda: self.params, prompt_form(saved.config.data)
-        )
+        self._generation = Generation(saved, self.decoder, self.tokenizer, lambda: self.params, prompt_form(saved))
 
     @property
     def params(self) -> Params:
-        """The decoder's parameters, with the adapters merged into them where the run trained any."""
+        """The decoder's parameters: those of the policy alone, with the adapters merged where the run trained any."""
         held = self.saved.weights.params
+        if isinstance(self.model, WithReference):
+            return self.model.policy(held)
         return self.model.merge(jax.tree.map(jnp.asarray, held)) if isinstance(self.model, Lora) else held
 
     def predict(
@@ -174,13 +173,6 @@ class ServedLanguage:
         return f"{sum(1 for _ in path.iterdir())} files -> {path}"
 
 
-def prompt_form(data: TextDataConfig) -> PromptForm:
-    """Returns how a run that learnt from such data turns prompts into tokens."""
-    learnt = conversations_of(data)
-    chats = any(isinstance(one, ChatData) for one in sources_of(data))
-    return PromptForm(chats=chats, arguments=learnt.arguments, date=learnt.date)
-
-
 def _of_source(data: Any, path: str, there: Collection[str]) -> OneTextData:
     """Returns the data section for a file of texts to score: unpacked, nothing held out, cut at the end.
 
@@ -191,10 +183,11 @@ def _of_source(data: Any, path: str, there: Collection[str]) -> OneTextData:
     """
     changed: dict[str, Any] = {"path": path, "valid": None, "pack": False, "copies": "keep", "format": "auto"}
     kept: dict[str, Any] = {"path": path, "length": data.length, "pack": False}
-    forms: list[OneTextData] = [] if isinstance(data, MixtureData) else [dataclasses.replace(data, **changed)]
+    several = isinstance(data, MixtureData | PreferenceData | RatingData)
+    forms: list[OneTextData] = [] if several else [dataclasses.replace(data, **changed)]
     # The run's tokenizer has the template that was learnt with: its file may be another one by now.
     forms = [dataclasses.replace(one, template=MODEL) if isinstance(one, Templated) else one for one in forms]
-    learnt = conversations_of(data)
+    learnt = written_as(data)
     written = kept | {"arguments": learnt.arguments, "date": learnt.date}
     forms += [ChatData(**written), CompletionData(**written), TextData(**kept)]
     for form in forms:

@@ -1,4 +1,4 @@
-"""The evaluation of a policy: answers to the held-out prompts, what the rewards say of them, and how far it has moved."""
+"""The evaluation of a policy: answers to the held-out prompts, what rewards say of them, and how far it has moved."""
 
 import dataclasses
 import functools
@@ -171,7 +171,7 @@ class _Measurement:
         def resharded(params: Params, batch: Mapping[str, Any]) -> Sums:
             rows = P(batch_axes(self._mesh))
             placed_rows = jax.tree.map(lambda x: jax.sharding.reshard(x, rows), dict(batch))
-            return jax.sharding.auto_axes(compare, out_sharding=P())(params, placed_rows)  # type: ignore[no-any-return]
+            return jax.sharding.auto_axes(compare, out_sharding=P())(params, placed_rows)
 
         return jax.jit(resharded)
 
@@ -182,6 +182,7 @@ def _mean(values: Any, weight: Any) -> Sum:
 
 def _distinct(sampled: Sampled, count: int) -> tuple[int, int]:
     """Returns the number of distinct pairs of neighbouring tokens in all answers, and the number of all pairs."""
-    pairs = [pair for row in range(count) for pair in zip(*(sampled.completion(row)[at:] for at in (0, 1)), strict=False)]
+    pairs = [
+        pair for row in range(count) for pair in zip(*(sampled.completion(row)[at:] for at in (0, 1)), strict=False)
+    ]
     return len(set(pairs)), len(pairs)
-

@@ -1,7 +1,7 @@
 """The policy family: RLHF from a config to a task, and from a run folder to a served policy."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -194,5 +194,3 @@ FAMILY = Family(
     export=PolicyExport,
     generate=Generate,
 )
-
-Build = Callable[..., Any]

@@ -109,7 +109,7 @@ def _value_source(weights: str, decoder: Decoder) -> WeightSource:
     mine, theirs = _shape(decoder.config), _shape(held.config)
     if mine != theirs:
         raise UserError(
-            f"value.weights: the decoder of {weights} is {theirs}, and the policy's {mine}; they must be alike, since the"
+            f"value.weights: the decoder of {weights} is {theirs}, and the policy's {mine}; they must be alike, as the"
             " value reads the policy's tokens"
         )
     rename = [Rename("^reward/", f"{SCORE}/"), Rename("^", "")]

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 
 from jaxops.core.interrupt import Interrupted
 from jaxops.core.state import Params
-from jaxops.data.preferences.pairs import PairBatches, Pairs, swapped
-from jaxops.evaluate.preferences import Judged, measure, reliability
+from jaxops.data.preferences.pairs import PairBatches, Pairs
+from jaxops.evaluate.judged_pairs import judged_of
+from jaxops.evaluate.preferences import measure, reliability
 from jaxops.models.reward import RewardModel
 from jaxops.objectives.preference import side_by_side
 from jaxops.run.passes import Passes
@@ -59,18 +60,6 @@ class RewardEvaluation:
             )
 
         return evaluate
-
-
-def judged_of(pairs: Pairs) -> Judged:
-    """Returns the judgements of pairs in the order of the data, first side first."""
-    return Judged(
-        pairs.label.astype(np.float64),
-        pairs.weight.astype(np.float64),
-        pairs.clusters,
-        pairs.texts.answered[pairs.sides],
-        swapped(np.arange(len(pairs))),
-        pairs.annotators,
-    )
 
 
 def scores_of_pairs(reward: RewardModel) -> Scores:

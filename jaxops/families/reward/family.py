@@ -1,23 +1,17 @@
 """The reward family: scores learnt from human judgements, from a config to a task, and from a run to a served model."""
 
-import math
-from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from jaxops.config.bypath import ByPath
 from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError
-from jaxops.data.preferences.agreement import AnnotatorAgreement
 from jaxops.data.preferences.open import OpenedJudgements, read_judgements
-from jaxops.data.preferences.pairs import Pairs
 from jaxops.data.preferences.spec import PreferenceData
 from jaxops.data.text.documents import with_learnt_template
-from jaxops.evaluate.preferences import measure
+from jaxops.evaluate.judged_pairs import LABELS, agreement_notes, agreement_rows, baselines
 from jaxops.families.reward.config import PretrainedReward, RewardConfig
 from jaxops.families.reward.data_commands import inspect_data, preview_data
-from jaxops.families.reward.evaluation import RewardEvaluation, judged_of, scores_of_pairs
+from jaxops.families.reward.evaluation import RewardEvaluation, scores_of_pairs
 from jaxops.families.reward.opened import OpenedReward, open_reward
 from jaxops.families.reward.options import RewardPredict
 from jaxops.families.reward.reference import stored_reference
@@ -56,7 +50,7 @@ def build(loaded: Loaded[RewardConfig], given: Given) -> Task:
         start=(lambda: sources) if sources else None,
         frozen=opened.frozen,
         dtypes=(HEADS, *(opened.model.dtypes if isinstance(opened.model, Lora) else ())),
-        baselines=None if valid is None or not config.evaluate.baselines else _baselines(valid, data.agreement),
+        baselines=None if valid is None or not config.evaluate.baselines else lambda: baselines(valid, data.agreement),
         inspection={**data.inspection, "split": {"sha256": data.inspection["digest"]}},
         transform={
             **stored(opened.reward.decoder.config, with_learnt_template(opened.tokenizer, template)),
@@ -73,32 +67,6 @@ def _objective(config: RewardConfig, given: Given, opened: OpenedReward) -> Any:
     return on_model(opened.model, objective_from(config.objective, given.objective, opened.reward))
 
 
-def _baselines(valid: Pairs, agreement: AnnotatorAgreement) -> Callable[[], dict[str, dict[str, float]]]:
-    """Returns what the report sets the model beside: a coin, the longer answer, and what people themselves reach."""
-
-    def found() -> dict[str, dict[str, float]]:
-        judged = judged_of(valid)
-        longer = measure(judged, judged.lengths[:, :, None].astype(np.float64))
-        kept = ("accuracy", "accuracy_low", "accuracy_high", "longer_bias", "first_bias")
-        rows = {
-            "coin": {"accuracy": 0.5, "log_loss": math.log(2)},
-            "longer": {name: longer[name] for name in kept if math.isfinite(longer[name])},
-            "other_person": {} if agreement.agreement is None else {"accuracy": agreement.agreement},
-            "ceiling": {} if agreement.ceiling is None else {"accuracy": agreement.ceiling},
-        }
-        return {name: {f"valid/{metric}": value for metric, value in row.items()} for name, row in rows.items() if row}
-
-    return found
-
-
-LABELS = {
-    "coin": "a coin",
-    "longer": "the longer answer",
-    "other_person": "another person",
-    "ceiling": "ceiling of single judgements",
-}
-
-
 def _about(config: RewardConfig, opened: OpenedReward, data: OpenedJudgements) -> About:
     model = config.model.weights if isinstance(config.model, PretrainedReward) else "decoder"
     rows = [("tokenizer", f"{opened.tokenizer.kind}, {opened.tokenizer.vocab:,} ids")]
@@ -106,7 +74,7 @@ def _about(config: RewardConfig, opened: OpenedReward, data: OpenedJudgements) -
         if part in data.inspection:
             counts = {name: value for name, value in data.inspection[part].items() if isinstance(value, int)}
             rows.append((part, ", ".join(f"{value:,} {name}" for name, value in counts.items())))
-    rows += _people(data.agreement)
+    rows += agreement_rows(data.agreement)
     notes = [
         "Accuracy is on single judgements that are not ties, held out with all others of the same prompt or text; its "
         "95 % interval counts them for what a bootstrap over prompts or texts says they are worth.",
@@ -115,30 +83,9 @@ def _about(config: RewardConfig, opened: OpenedReward, data: OpenedJudgements) -
         "same for the text that was shown first, which is every other pair's second.",
         f"Scores are served with a mean of 0 and a deviation of 1 on {config.reference:,} texts of training.",
     ]
-    return About(model=model, labels=LABELS, headline="accuracy", data=rows, notes=[*notes, *_told(data.agreement)])
-
-
-def _people(agreement: AnnotatorAgreement) -> list[tuple[str, str]]:
-    rows = []
-    if agreement.ties is not None:
-        rows.append(("ties", f"{agreement.ties:.1%} of the judgements"))
-    if agreement.agreement is not None:
-        twice = f"of {agreement.judged_twice:,} times that two people judged one pair"
-        rows.append(("people agree", f"{agreement.agreement:.1%} {twice}"))
-    if agreement.ceiling is not None:
-        rows.append(("ceiling", f"{agreement.ceiling:.3f} accuracy"))
-    return rows
-
-
-def _told(agreement: AnnotatorAgreement) -> list[str]:
-    if agreement.others is not None:
-        return ["The ceiling is the accuracy of the mean rating by everybody but the person who judged."]
-    if agreement.ceiling is not None:
-        return [
-            "The ceiling is what the agreement of people implies, if each judgement is wrong with one probability, "
-            "independently of the others."
-        ]
-    return []
+    return About(
+        model=model, labels=LABELS, headline="accuracy", data=rows, notes=[*notes, *agreement_notes(data.agreement)]
+    )
 
 
 def restore(saved: Any) -> ServedReward:

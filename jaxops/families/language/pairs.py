@@ -1,0 +1,65 @@
+"""The parts of a task that trains a policy on pairs of texts: objective, source, evaluation, and what people read."""
+
+from typing import Any
+
+from jaxops.data.preferences.open import OpenedJudgements, read_judgements
+from jaxops.evaluate.judged_pairs import LABELS, agreement_notes, agreement_rows, baselines
+from jaxops.families.language.config import LanguageConfig
+from jaxops.families.language.opened import OpenedModel
+from jaxops.families.language.pair_evaluation import PairEvaluation, logprobs_of_both
+from jaxops.models.decoder.decoder import Decoder
+from jaxops.models.reference import WithReference
+from jaxops.objectives.direct_preference import Dpo, Ipo, against_reference
+from jaxops.run.callables import objective_from
+from jaxops.run.family import Given
+from jaxops.run.pretrained.config import Pretrained
+from jaxops.run.task import About, NoEvaluation
+
+
+def pair_fields(config: LanguageConfig, given: Given, opened: OpenedModel) -> dict[str, Any]:
+    """Returns the fields of a Task that depend on its judgements of pairs.
+
+    A user's own objective gets the decoder and the policy's parameters, and the reference's logprobs in its batch.
+
+    Raises:
+      UserError: the judgements cannot be opened, or nothing is left to learn from.
+    """
+    model, decoder = opened.model, opened.decoder
+    assert not isinstance(model, Decoder)  # pairs have a reference beside the policy, or under its adapters
+    data = read_judgements(config.data).opened(opened.tokenizer, answers=True)  # type: ignore[arg-type]
+    valid = data.valid
+    shipped = config.objective if isinstance(config.objective, Dpo | Ipo) else None
+    chunk = None if shipped is None else shipped.chunk
+    objective = objective_from(config.objective, given.objective, decoder)
+    return {
+        "objective": against_reference(objective, decoder, model.policy, model.base, chunk=chunk),
+        "source": data.source(config.run.seed),
+        "evaluation": NoEvaluation()
+        if valid is None
+        else PairEvaluation(valid, logprobs_of_both(decoder, model.policy, model.base, chunk=chunk), shipped),
+        "copies": model.copies if isinstance(model, WithReference) else {},
+        "baselines": None
+        if valid is None or not config.evaluate.baselines
+        else lambda: baselines(valid, data.agreement),
+        "inspection": {**data.inspection, "split": {"sha256": data.inspection["digest"]}},
+        "about": _about(config, opened, data),
+    }
+
+
+def _about(config: LanguageConfig, opened: OpenedModel, data: OpenedJudgements) -> About:
+    model = config.model.weights if isinstance(config.model, Pretrained) else "decoder"
+    rows = [("tokenizer", f"{opened.tokenizer.kind}, {opened.tokenizer.vocab:,} ids")]
+    for part in ("train", "valid"):
+        if part in data.inspection:
+            counts = {name: value for name, value in data.inspection[part].items() if isinstance(value, int)}
+            rows.append((part, ", ".join(f"{value:,} {name}" for name, value in counts.items())))
+    rows += agreement_rows(data.agreement)
+    notes = [
+        "A text's reward is beta times its log-probability under the policy less that under the reference. Accuracy is "
+        "how often the text that people prefer has the higher one, on held-out judgements that are not ties; its 95 % "
+        "interval counts them for what a bootstrap over prompts or texts says they are worth.",
+        "Rewards and logprobs of chosen and rejected are means over the better and the worse texts, each a sum over "
+        "its tokens. NLL and perplexity are of the tokens of the better texts.",
+    ]
+    notes += agreement_notes(data.agreement)
+    return About(model=model, labels=LABELS, headline="accuracy", data=rows, notes=notes)

@@ -1,0 +1,108 @@
+"""A trained policy, read from its run folder: it answers prompts, chats, and is exported like any language model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pyarrow as pa
+
+from jaxops.core.state import Params
+from jaxops.data.prompts.writer import PromptForm
+from jaxops.families.policy.opened import with_adapters
+from jaxops.families.policy.options import PolicyExport, PolicyPredict
+from jaxops.models.decoder.decoder import build_decoder
+from jaxops.models.lora import Lora
+from jaxops.run.load import evaluate_saved
+from jaxops.run.pretrained.export import export_decoder
+from jaxops.run.pretrained.generation import Chat, Generation
+from jaxops.run.pretrained.options import Generate
+from jaxops.run.pretrained.stored import POLICY, stored_architecture, stored_tokenizer, subtree
+from jaxops.run.saved_run import SavedRun
+
+
+class ServedPolicy:
+    """A trained policy."""
+
+    def __init__(self, saved: SavedRun):
+        self.saved = saved
+        self.tokenizer = stored_tokenizer(saved)
+        self.decoder = build_decoder(stored_architecture(saved), self.tokenizer.vocab)
+        self.model = with_adapters(self.decoder, saved.config)
+        data = saved.config.data
+        form = PromptForm(chats=data.template == "chat", arguments=data.arguments, date=data.date)
+        self._generation = Generation(saved, self.decoder, self.tokenizer, lambda: self.params, form)
+
+    @property
+    def params(self) -> Params:
+        """The policy's parameters, with the adapters merged into them where the run trained any."""
+        held = subtree(self.saved.weights.params, POLICY)
+        return self.model.merge(jax.tree.map(jnp.asarray, held)) if isinstance(self.model, Lora) else held
+
+    def predict(
+        self,
+        source: Any,
+        options: PolicyPredict | None = None,
+        *,
+        say: Callable[[str], None] = lambda text: None,
+        **keywords: Any,
+    ) -> pa.Table:
+        """Answers prompts, as `generate` does; by default with the most probable tokens.
+
+        Args:
+          source: a file, a table or a list, of texts (`prompt`) or conversations (`messages`).
+          options: the options of `jaxops predict`.
+          say: it is called with each line that a person should read.
+          keywords: the fields of `PolicyPredict`, in place of `options`.
+
+        Raises:
+          UserError: a prompt or an option does not fit.
+        """
+        return self._generation.table(source, options or PolicyPredict(**keywords), say)
+
+    def generate(
+        self,
+        prompts: Any,
+        options: Generate | None = None,
+        *,
+        say: Callable[[str], None] = lambda text: None,
+        **keywords: Any,
+    ) -> pa.Table:
+        """Samples completions: for each prompt and copy the text, its tokens, their logprob and what ended it.
+
+        Args:
+          prompts: a file, a table or a list, of texts (`prompt`) or conversations (`messages`).
+          options: the options of `jaxops sample`.
+          say: it is called with each line that a person should read.
+          keywords: the fields of `Generate`, in place of `options`.
+
+        Raises:
+          UserError: a prompt or an option does not fit.
+        """
+        return self._generation.table(prompts, options or Generate(**keywords), say)
+
+    def chat(self, options: Generate | None = None, **keywords: Any) -> Chat:
+        """Returns a conversation with the policy.
+
+        Raises:
+          UserError: an option does not fit, or the chat template is broken.
+        """
+        return self._generation.chat(options or Generate(**keywords))
+
+    def evaluate(self, parts: tuple[str, ...] = ("valid", "test")) -> dict[str, float]:
+        """Returns the metrics on the run's own held-out prompts, computed on the devices of this machine.
+
+        Raises:
+          UserError: the prompts or a model that the run began with cannot be opened, or the prompts have changed.
+        """
+        return evaluate_saved(self.saved, parts)
+
+    def export(self, path: Path, options: PolicyExport | None = None, **keywords: Any) -> str:
+        """Writes a folder of config.json, safetensors and the tokenizer, which `transformers` and vLLM open as it is.
+
+        Raises:
+          UserError: the folder exists and is not empty, or no published model type has this architecture.
+        """
+        given = options or PolicyExport(**keywords)
+        return export_decoder(path, self.decoder.config, self.params, self.tokenizer, given.dtype)
