@@ -1,5 +1,6 @@
 """Collecting: completions of a batch of prompts, sampled by the policy as it is, with the score of each."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from jaxops.models.policy import PolicyModel
 from jaxops.rl.algorithms import Algorithm, Dapo
 from jaxops.rl.rollout import Host, prompts_of, rollout_of
 from jaxops.rl.sample import Sampler
-from jaxops.rl.sampled import Prompt, Sampled, copies
+from jaxops.rl.sampled import Prompt, Sampled
 
 
 class Scored(NamedTuple):
@@ -171,7 +172,7 @@ class Collector:
         journal: Journal | None,
         poll: Callable[[], bool],
     ) -> Collected:
-        prompts = copies([dataclasses.replace(one, redraw=redraw) for one in prompts_of(batch, self.mesh)], group)
+        prompts = _named(prompts_of(batch, self.mesh), group, redraw)
         sampled = self.sampler(writing, prompts, seed=self.seed, step=step, poll=poll)
         rollout = rollout_of(prompts, sampled, self.width, self.longest)
         scored = self.score(Completed(prompts, sampled, rollout, params, step), journal, poll)
@@ -190,6 +191,16 @@ def abstract_scores(size: int, names: Sequence[str]) -> dict[str, jax.ShapeDtype
     """Returns shapes and dtypes of `Collected.arrays`."""
     row = jax.ShapeDtypeStruct((size,), jnp.float32)
     return {"score": row, "kept": row, **{f"each/{name}": row for name in names}}
+
+
+def _named(prompts: Sequence[Prompt], group: int, redraw: int) -> list[Prompt]:
+    """Returns `group` copies of each prompt, numbered on where a batch holds a prompt twice, as small data do."""
+    found, seen = [], collections.Counter[int]()
+    for one in prompts:
+        first = seen[one.example] * group
+        seen[one.example] += 1
+        found += [dataclasses.replace(one, copy=first + at, redraw=redraw) for at in range(group)]
+    return found
 
 
 def _flat(arrays: Host, group: int) -> np.ndarray:

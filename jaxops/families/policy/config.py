@@ -65,8 +65,8 @@ class PolicyBatch:
 class Rollouts(SampleOptions):
     """How completions are sampled to learn from; `slots` at a time, with a look for stops every `segment` tokens.
 
-    The distribution may have a temperature, and nothing else: `top_k`, `top_p` and `min_p` leave tokens out, and a token
-    that another policy would leave out has no ratio of probabilities.
+    The distribution may have a temperature, and nothing else: `top_k`, `top_p` and `min_p` leave tokens out, and a
+    token that another policy would leave out has no ratio of probabilities.
     """
 
     slots: Annotated[int, Field(ge=1, le=MOST_SLOTS)] = 32
