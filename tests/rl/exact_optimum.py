@@ -120,7 +120,7 @@ class Problem:
             params = self.model.init(key)
             # A reference that is far from uniform, so that the KL matters.
             for part in ("policy", "reference"):
-                params[part] = {**params[part], "head": {"kernel": params[part]["head"]["kernel"] * 8}}
+                params[part] = {**params[part], "head": {"kernel": params[part]["head"]["kernel"] * 4}}
             return params
 
         self.state = init_state(
