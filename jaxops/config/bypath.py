@@ -1,6 +1,7 @@
 """A user's own code is imported by path; its signature is checked when the configuration is loaded."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import keyword
@@ -28,10 +29,12 @@ class Factory:
     Attributes:
       leading: number of positional arguments before the user's keywords.
       note: what the callable must be, for the error message ("a factory, called once as fn(model, ...)").
+      open: whether keywords that the configuration does not hold may come with the call, such as columns of data.
     """
 
     leading: int = 1
     note: str = ""
+    open: bool = False
 
 
 class Guard(Protocol):
@@ -96,9 +99,18 @@ class ByPath(Part):
 
     def call(self, *leading: Any) -> Any:
         """Calls the callable with these positional arguments and the keywords of the configuration."""
+        return self.bound()(*leading)
+
+    def bound(self) -> Callable[..., Any]:
+        """Returns the callable with the keywords of the configuration bound to it, to be called many times.
+
+        Raises:
+          UserError: see `resolve`; the guard refuses a secret, or it is not set.
+        """
         if self.guard is not None and (names := list(secrets_in(self.kwargs))):
             self.guard.secrets(names)
-        return self.resolve()(*leading, **revealed(self.kwargs))
+        found = self.resolve()
+        return functools.partial(found, **revealed(self.kwargs))
 
     def check(self, leading: int = 1, note: str = "") -> None:
         """Checks the callable's signature against `leading` positional arguments and the keywords.
@@ -107,22 +119,22 @@ class ByPath(Part):
           UserError: it cannot be imported or called like that; one message holds all complaints.
         """
         complaints = [
-            message if key == "fn" else f"{key}: {message}" for key, message in self.complaints(leading, note)
+            message if key == "fn" else f"{key}: {message}" for key, message in self.complaints(Factory(leading, note))
         ]
         if complaints:
             raise UserError(f"{self.fn}: " + "; ".join(complaints))
 
-    def complaints(self, leading: int = 1, note: str = "") -> Iterator[tuple[str, str]]:
-        """Yields everything that `check` would report, as (key in the mapping, message)."""
+    def complaints(self, factory: Factory) -> Iterator[tuple[str, str]]:
+        """Yields all reasons why it cannot be called as `factory` says, as (key in the mapping, message)."""
         try:
             found = self.resolve()
         except UserError as error:
             yield "fn", str(error)
             return
         if not callable(found):
-            yield "fn", f"{self.fn!r} is not callable but {type(found).__name__}{_noted(note)}"
+            yield "fn", f"{self.fn!r} is not callable but {type(found).__name__}{_noted(factory.note)}"
             return
-        yield from _signature_complaints(found, self.kwargs, leading, note)
+        yield from _signature_complaints(found, self.kwargs, factory)
 
 
 def spelled(name: str) -> str:
@@ -149,8 +161,9 @@ def _noted(note: str) -> str:
 
 
 def _signature_complaints(
-    found: Callable[..., Any], kwargs: Mapping[str, Any], leading: int, note: str
+    found: Callable[..., Any], kwargs: Mapping[str, Any], factory: Factory
 ) -> Iterator[tuple[str, str]]:
+    leading, note = factory.leading, factory.note
     try:
         parameters = list(inspect.signature(found).parameters.values())
     except (ValueError, TypeError):  # some builtins have no signature
@@ -172,7 +185,7 @@ def _signature_complaints(
             if key not in free:
                 known = [spelled(known) for known in free]
                 yield spelled(key), unknown(f"{name} takes no such keyword", spelled(key), known)
-    required = [p.name for p in parameters if p.default is p.empty and p.name in free]
+    required = [p.name for p in parameters if p.default is p.empty and p.name in free and not factory.open]
     required += [p.name for p in positional[leading:] if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     missing = [repr(spelled(name_)) for name_ in required if name_ not in kwargs]
     if missing:

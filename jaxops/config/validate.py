@@ -249,7 +249,7 @@ class Validator:
             return self._wrong(fn_path, node.value["fn"], expected)
         found = ByPath(fn, {python_name(key): value for key, value in entries.items()}, self.guard)
         if self.check_imports:
-            for key, message in found.complaints(factory.leading, factory.note):
+            for key, message in found.complaints(factory):
                 written = next(entry for entry in node.value if spelled(entry) == key)  # `lambda_` stands for `lambda`
                 self._wrong(fn_path if key == "fn" else join_path(path, written), node.value[written], message)
         return found
