@@ -51,6 +51,7 @@ class Sampler:
       rules: sharding rules of the parameters; None takes those of the model, if it has any, without fsdp.
       reading: number of prompts that are read at a time; None is a quarter of the slots.
       logical: mesh axes of the logical names in the model, over the defaults.
+      name: begins the names of the compiled programs, as profiles and messages show them.
 
     Raises:
       UserError: an option is out of its range, or there are stops and no tokenizer.
@@ -75,6 +76,7 @@ class Sampler:
         rules: Sequence[Rule] | None = None,
         reading: int | None = None,
         logical: Mapping[str, Axes] | None = None,
+        name: str = "sample",
     ) -> None:
         options.require_valid()
         for name, value in (("slots", slots), ("room", room - 1), ("segment", segment), ("reading", reading or 1)):
@@ -104,6 +106,7 @@ class Sampler:
             tuple(dict.fromkeys([*self._eos, *more])),
             self._dtype,
             logical or {},
+            name,
         )
 
     def handoff(self, params: Params) -> Params:

@@ -141,6 +141,7 @@ class Programs:
       ends: ids that end a text.
       dtype: the dtype of the cache.
       logical: mesh axes of logical names, over the defaults.
+      name: begins the names of the programs.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Programs:
         ends: tuple[int, ...],
         dtype: Any,
         logical: Mapping[str, Axes],
+        name: str = "sample",
     ) -> None:
         self._model, self._mesh, self._room, self._segment = model, mesh, room, segment
         self._options, self._ends, self._logical = options, ends, logical
@@ -171,10 +173,10 @@ class Programs:
             cache = model.empty_cache(slots, room, dtype)
             return Slots(cache, zero(), zero(), zero(), zero(), jnp.ones(slots, bool), keys)
 
-        self._slots = slots
-        self._empty = jax.jit(self._named("sample_empty", empty, lies))
-        self._fill = jax.jit(self._named("sample_fill", self._filled, (lies, P())), donate_argnums=1)
-        self._decode = jax.jit(self._named("sample_decode", self._decoded, (lies, P())), donate_argnums=1)
+        self._slots, self._name = slots, name
+        self._empty = jax.jit(self._named(f"{name}_empty", empty, lies))
+        self._fill = jax.jit(self._named(f"{name}_fill", self._filled, (lies, P())), donate_argnums=1)
+        self._decode = jax.jit(self._named(f"{name}_decode", self._decoded, (lies, P())), donate_argnums=1)
 
     def empty(self) -> Slots:
         """Returns slots without texts."""
@@ -212,8 +214,8 @@ class Programs:
         filling = Filling(np.zeros((reading, length), np.int32), rows, row, row, names, np.uint32(0), np.int32(0))
         rounds = -(-prompts // self._slots) * self._options.max_tokens
         return [
-            Program("sample_fill", self._fill, (params, slots, filling), -(-prompts // reading)),
-            Program("sample_decode", self._decode, (params, slots, np.zeros(self._slots, bool)), rounds),
+            Program(f"{self._name}_fill", self._fill, (params, slots, filling), -(-prompts // reading)),
+            Program(f"{self._name}_decode", self._decode, (params, slots, np.zeros(self._slots, bool)), rounds),
         ]
 
     def _called(self, program: Callable[..., Any], *given: Any) -> Any:

@@ -80,9 +80,10 @@ class Problem:
         mesh=None,
         rewards_seed=0,
         steps=120,
+        clip=1.0,
     ):
         self.algorithm, self.temperature, self.table = algorithm, temperature, rewards(rewards_seed)
-        self.mesh = make_mesh(data=1) if mesh is None else mesh
+        self.mesh = make_mesh(data=1, devices=jax.devices()[:1]) if mesh is None else mesh
         self.steps = steps
         decoder = Decoder(Architecture(vocab=WORDS, dim=32, layers=2, heads=2, hidden=64, length=16, tied=False))
         kind = value if algorithm.has_values else None
@@ -100,7 +101,7 @@ class Problem:
             extras=extras,
             advance_step=False,
             reads=(),
-            clip=1.0,
+            clip=clip,
         )
         sampler = Sampler(
             Unrolled(decoder),

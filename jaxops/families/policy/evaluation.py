@@ -37,20 +37,20 @@ class PolicyEvaluation:
     Attributes:
       prompts: the held-out prompts.
       scoring: builds, on a mesh, what scores their answers.
-      collector: builds, on a mesh, what samples answers: from (mesh, width, scoring).
+      collector: builds, on a mesh, what samples answers and has them scored.
       judge: compares answers with those of the reference.
     """
 
     prompts: Prompts
     scoring: Callable[[Mesh, Prompts], Scoring]
-    collector: Callable[[Mesh, int, Scoring], Collector]
+    collector: Callable[[Mesh, Scoring], Collector]
     judge: WinRate | None = None
     parts: tuple[str, ...] = ("valid",)
 
     def on(self, task: Task, mesh: Mesh) -> Evaluate:
         """Returns the evaluation on this mesh. It is compiled once, at the first call."""
         scoring = self.scoring(mesh, self.prompts)
-        collector = self.collector(mesh, self.prompts.width, scoring)
+        collector = self.collector(mesh, scoring)
         measured = _Measurement(task, self, collector, scoring, mesh)
 
         def evaluate(weights: Weights, part: str, step: int, poll: Poll) -> Measured:

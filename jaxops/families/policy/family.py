@@ -1,5 +1,6 @@
 """The policy family: RLHF from a config to a task, and from a run folder to a served policy."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from jaxops.core.failures import UserError
 from jaxops.core.step import Step
 from jaxops.data.prompts.open import OpenedPrompts, open_prompts
 from jaxops.data.prompts.source import Prompts
-from jaxops.families.policy.config import PolicyConfig
+from jaxops.families.policy.config import PolicyConfig, Rollouts
 from jaxops.families.policy.data_commands import inspect_data, preview_data
 from jaxops.families.policy.evaluation import PolicyEvaluation
 from jaxops.families.policy.opened import OpenedPolicy, open_policy
@@ -21,7 +22,6 @@ from jaxops.families.policy.serving import ServedPolicy
 from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.models.policy import POLICY
 from jaxops.rl.collect import Collector
-from jaxops.rl.options import SampleOptions
 from jaxops.rl.rewards.scoring import Scoring
 from jaxops.rl.sample import Sampler
 from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras, ready_shapes
@@ -76,12 +76,15 @@ class _Parts:
 
     def __init__(self, config: PolicyConfig, opened: OpenedPolicy, prompts: OpenedPrompts) -> None:
         self._config, self._opened, self._prompts = config, opened, prompts
+        held_out = 0 if prompts.valid is None else prompts.valid.width
+        self.width = max(prompts.train.width, held_out)
+        self._samplers: dict[Any, Sampler] = {}
 
     def step(self, parts: StepParts) -> Step:
         """Returns the step of the algorithm."""
         config, model = self._config, self._opened.model
         scoring = self._scoring(parts.mesh, self._prompts.train)
-        collector = self._collector(config.sample, parts.mesh, self._prompts.train.width, scoring)
+        collector = self._collector(config.sample, parts.mesh, scoring)
         return PolicyStep(
             UpdateParts(parts.update, parts.mesh, lambda: parts.journal),
             model,
@@ -95,17 +98,14 @@ class _Parts:
         """Returns a batch as the update reads it, of which shapes and dtypes count."""
         algorithm = self._config.algorithm
         completions = size * algorithm.completions
-        width, longest = self._prompts.train.width, self._config.sample.max_tokens
-        shapes = ready_shapes(algorithm, completions, width, longest)
+        shapes = ready_shapes(algorithm, completions, self.width, self._config.sample.max_tokens)
         found = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
         return found | {"length": found["length"] + 1, "end": found["end"] + 2}
 
     def evaluation(self, held_out: Prompts) -> PolicyEvaluation:
         """Returns the evaluation on the held-out prompts."""
         config = self._config
-        options = SampleOptions(
-            max_tokens=config.sample.max_tokens, temperature=config.evaluate.temperature, stop=config.sample.stop
-        )
+        options = dataclasses.replace(config.sample, temperature=config.evaluate.temperature)
         judge = config.evaluate.judge
         return PolicyEvaluation(
             held_out,
@@ -137,29 +137,35 @@ class _Parts:
             logical=config.sharding.logical,
         )
 
-    def _collector(self, options: SampleOptions, mesh: Mesh, width: int, scoring: Scoring) -> Collector:
-        config, opened = self._config, self._opened
-        sampler = Sampler(
-            Unrolled(opened.model.decoder),
-            mesh,
-            slots=config.sample.slots,
-            room=width + options.max_tokens,
-            segment=config.sample.segment,
-            options=options,
-            tokenizer=opened.tokenizer,
-            dtype=config.precision.compute,
-            logical=config.sharding.logical,
-        )
+    def _collector(self, options: Rollouts, mesh: Mesh, scoring: Scoring) -> Collector:
         return Collector(
-            opened.model,
-            sampler,
+            self._opened.model,
+            self._sampler(options, mesh),
             scoring,
             names=scoring.names,
-            width=width,
-            completions=config.completions,
-            seed=config.run.seed,
+            width=self.width,
+            completions=self._config.completions,
+            seed=self._config.run.seed,
             mesh=mesh,
         )
+
+    def _sampler(self, options: Rollouts, mesh: Mesh) -> Sampler:
+        """Returns a sampler; where training and evaluation sample alike they share one, and its programs."""
+        config, opened = self._config, self._opened
+        if (options, mesh) not in self._samplers:
+            self._samplers[options, mesh] = Sampler(
+                Unrolled(opened.model.decoder),
+                mesh,
+                slots=options.slots,
+                room=self.width + options.max_tokens,
+                segment=options.segment,
+                options=options,
+                tokenizer=opened.tokenizer,
+                dtype=config.precision.compute,
+                logical=config.sharding.logical,
+                name="sample" if options == config.sample else "evaluate_sample",
+            )
+        return self._samplers[options, mesh]
 
 
 def _about(config: PolicyConfig, opened: OpenedPolicy, prompts: OpenedPrompts) -> About:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pyarrow as pa
 
 from jaxops.core.state import Params
-from jaxops.data.prompts.writer import PromptForm
+from jaxops.data.prompts.encode import form_of
 from jaxops.families.policy.opened import with_adapters
 from jaxops.families.policy.options import PolicyExport, PolicyPredict
 from jaxops.models.decoder.decoder import build_decoder
@@ -30,9 +30,9 @@ class ServedPolicy:
         self.tokenizer = stored_tokenizer(saved)
         self.decoder = build_decoder(stored_architecture(saved), self.tokenizer.vocab)
         self.model = with_adapters(self.decoder, saved.config)
-        data = saved.config.data
-        form = PromptForm(chats=data.template == "chat", arguments=data.arguments, date=data.date)
-        self._generation = Generation(saved, self.decoder, self.tokenizer, lambda: self.params, form)
+        self._generation = Generation(
+            saved, self.decoder, self.tokenizer, lambda: self.params, form_of(saved.config.data)
+        )
 
     @property
     def params(self) -> Params:

@@ -1,0 +1,190 @@
+"""The step of policy optimisation: what it learns from, that it can be interrupted, and that no mesh changes it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from exact_optimum import PROMPTS, WIDTH, Problem
+
+from jaxops.core.interrupt import Interrupted
+from jaxops.core.mesh import make_mesh
+from jaxops.core.sharding import named_leaves
+from jaxops.core.turn import Turn
+from jaxops.rl.algorithms import Dapo, DrGrpo, Grpo, Ppo, Rloo
+from jaxops.rl.collect import Scored
+from jaxops.rl.kl import Kl
+
+PPO = Ppo(epochs=2, minibatches=2, kl=Kl(coef=0.1), value_weight=0.5)
+
+
+def one_step(problem, poll=lambda: False, window=None):
+    turn = Turn(problem.batch, poll, 0, len(PROMPTS))
+    with jax.set_mesh(problem.mesh):
+        problem.state, sums = problem.step(problem.state, problem.batch(0, 2), window, turn)
+    return sums, turn
+
+
+@pytest.mark.parametrize("algorithm", [PPO, Grpo(), DrGrpo(), Rloo(), Dapo(redraws=0)], ids=lambda a: a.kind)
+def test_a_step_learns_reports_and_advances(algorithm):
+    problem = Problem(algorithm, value="head", batch=16)
+    before = {path: np.asarray(x) for path, x in named_leaves(problem.state.params)}
+    sums, turn = one_step(problem)
+    assert turn.updates == algorithm.epochs * algorithm.minibatches == int(problem.state.updates)
+    assert int(problem.state.step) == 1
+    assert float(sums["ratio0"].value()) < 1e-5
+    after = dict(named_leaves(problem.state.params))
+    moved = [path for path, x in before.items() if np.abs(np.asarray(after[path]) - x).max() > 0]
+    assert len(moved) > len(before) // 2
+    more, _ = one_step(problem, window=sums)
+    assert float(more["length"].count) == 2 * float(sums["length"].count)
+
+
+def test_before_the_first_update_the_policy_is_the_one_that_sampled():
+    problem = Problem(dataclasses.replace(PPO, epochs=1, minibatches=1), value="trunk", batch=16)
+    sums, _ = one_step(problem)
+    assert float(sums["ratio_max"].value()) == pytest.approx(1, abs=1e-6)
+    assert float(sums["moved_kl"].value()) == pytest.approx(0, abs=1e-7)
+    assert float(sums["clip_fraction"].value()) == 0
+    assert float(sums["kl"].value()) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_interrupted_before_its_first_update_a_step_has_not_been(at):
+    problem, calls = Problem(PPO, value="head", batch=16), iter(range(100))
+    state = problem.state
+    with pytest.raises(Interrupted):
+        one_step(problem, poll=lambda: next(calls) >= at)
+    assert problem.state is state and not any(x.is_deleted() for x in jax.tree.leaves(state))
+    undisturbed = Problem(PPO, value="head", batch=16)
+    one_step(undisturbed)
+    one_step(problem)
+    for (path, x), (_, y) in zip(
+        named_leaves(problem.state.params), named_leaves(undisturbed.state.params), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=path)
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_from_recorded_rollouts_every_mesh_makes_the_same_updates(axes):
+    alone = Problem(PPO, value="trunk", batch=16)
+    recorded = []
+    collect = alone.step.collector.collect
+
+    def record(*given):
+        recorded.append(collect(*given))
+        return recorded[-1]
+
+    alone.step.collector.collect = record
+    for _ in range(2):
+        one_step(alone)
+    spread = Problem(PPO, value="trunk", batch=16, mesh=make_mesh(**axes))
+    replayed = iter(recorded)
+    spread.step.collector.collect = lambda *given: next(replayed)
+    for _ in range(2):
+        one_step(spread)
+    for (path, x), (_, y) in zip(named_leaves(alone.state.params), named_leaves(spread.state.params), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-5, err_msg=path)
+
+
+def test_a_prompt_that_comes_twice_in_a_batch_gets_completions_of_its_own():
+    problem = Problem(dataclasses.replace(PPO, minibatches=1), value="head", batch=16)
+    once = problem.batch(0, 2)
+    problem.batch = lambda cursor, size: {name: x[[0, 0]] for name, x in once.items()}
+    collected = []
+    collect = problem.step.collector.collect
+    problem.step.collector.collect = lambda *given: collected.append(collect(*given)) or collected[-1]
+    one_step(problem)
+    first, second = np.split(collected[0].rollout["completion"], 2)
+    assert not np.array_equal(first, second)
+
+
+def test_a_dropped_completion_changes_nothing():
+    """Its tokens are in no mean: the update is that of the others alone."""
+    states = []
+    for junk in (0.0, 100.0):
+        problem = Problem(dataclasses.replace(PPO, minibatches=1), value="head", batch=16)
+
+        def score(completed, journal, poll, problem=problem, junk=junk):
+            found = problem.score(completed, journal, poll)
+            kept = np.arange(len(found.total)) % 4 != 0
+            return Scored(np.where(kept, found.total, junk), kept, {})
+
+        problem.step.collector.score = score
+        sums, _ = one_step(problem)
+        assert float(sums["dropped"].value()) == 0.25
+        states.append(problem.state.params)
+    for (path, x), (_, y) in zip(*map(named_leaves, states), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=path)
+
+
+def test_updates_end_where_the_policy_has_moved_far_enough():
+    far = Problem(dataclasses.replace(PPO, target_kl=1e-9), value="head", batch=16, lr=1e-2)
+    _, turn = one_step(far)
+    assert 1 < turn.updates < 4 and int(far.state.updates) == turn.updates  # the first has not moved yet
+    near = Problem(dataclasses.replace(PPO, target_kl=10.0), value="head", batch=16)
+    assert one_step(near)[1].updates == 4
+
+
+def test_an_adapted_coefficient_follows_the_kl():
+    problem = Problem(dataclasses.replace(PPO, kl=Kl(coef=0.1, target=1e-3, horizon=100)), value="head", batch=16)
+    seen = []
+    for _ in range(3):
+        sums, _ = one_step(problem)
+        seen.append((float(sums["kl_coefficient"].value()), float(sums["kl"].value())))
+    expected = 0.1
+    for coefficient, kl in seen:
+        assert coefficient == pytest.approx(expected, rel=1e-5)
+        expected *= 1 + np.clip(kl / 1e-3 - 1, -0.2, 0.2) * 16 / 100
+
+
+def test_running_scores_have_the_deviation_of_all_scores_so_far():
+    problem = Problem(dataclasses.replace(PPO, score_scale="running"), value="head", batch=16)
+    scores = []
+    score = problem.score
+    problem.step.collector.score = lambda *given: scores.append(score(*given)) or scores[-1]
+    for _ in range(3):
+        one_step(problem)
+    every = np.concatenate([one.total for one in scores]).astype(np.float64)
+    held = jax.device_get(problem.state.extra["scores"])
+    assert held["count"] == len(every)
+    np.testing.assert_allclose(held["mean"], every.mean(), rtol=1e-5)
+    np.testing.assert_allclose(held["squares"] / (len(every) - 1), every.var(ddof=1), rtol=1e-5)
+
+
+def test_groups_with_one_score_give_their_place_to_other_prompts():
+    problem = Problem(Dapo(redraws=2), batch=16)
+    asked = []
+
+    def score(completed, journal, poll):
+        asked.append([prompt.name for prompt in completed.prompts])
+        redraw = completed.prompts[0].redraw
+        total = np.arange(16) % 2 if redraw == 1 else np.zeros(16)
+        return Scored(total.astype(np.float32), np.ones(16, bool), {})
+
+    problem.step.collector.score = score
+    sums, turn = one_step(problem)
+    assert [names[0][2] for names in asked] == [0, 1]
+    assert turn.examples == 2 * len(PROMPTS)
+    assert float(sums["flat_groups"].value()) == 0
+    assert len({name for names in asked for name in names}) == 32
+
+
+def test_all_pieces_of_a_step_are_named_for_flops_and_warm_up():
+    problem = Problem(PPO, value="trunk", batch=16)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), problem.state)
+    with jax.set_mesh(problem.mesh):
+        programs = problem.step.programs(abstract, problem.batch(0, 2))
+        names = [program.name for program in programs]
+        for program in programs:
+            program.fn.lower(*program.args)
+    assert names == [
+        "sample_fill",
+        "sample_decode",
+        "policy_prepare",
+        "policy_advantages",
+        "policy_cut",
+        "train_step",
+    ]
+    assert programs[-1].times == 4
+    assert WIDTH == problem.step.collector.width
