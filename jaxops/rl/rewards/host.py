@@ -65,8 +65,8 @@ class HostRewards:
     """The reward functions of a run, and the journal of their answers.
 
     A call with several samples that fails is made again sample by sample. So the fault is that of one sample, and the
-    answers for the others count. Where a function has answered none of more than two calls a worker, it has gone
-    silent: until it answers again, the samples of a late call are not asked about alone.
+    answers for the others count. A function counts as silent after more than 2 * workers late calls in a row, those of
+    several samples left out. The samples of its late calls are then not asked about alone, until it answers again.
 
     Args:
       rewards: all rewards of the run, of which the functions are used.
