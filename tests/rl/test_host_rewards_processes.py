@@ -19,8 +19,8 @@ from jaxops.rl.rewards.config import FunctionReward
 from jaxops.rl.rewards.function import Asked
 from jaxops.rl.rewards.host import HostRewards
 
-folder = sys.argv[1]
-rewards = [FunctionReward(fn=ByPath("judges:noted", {"folder": folder}), on_error="drop")]
+folder, on_error = sys.argv[1], sys.argv[3]
+rewards = [FunctionReward(fn=ByPath("judges:noted", {"folder": folder}), on_error=on_error)]
 size, mesh = 16, make_mesh(data=-1)
 host = HostRewards(rewards, Journal(folder), say=lambda text: None)
 rows = [row for start, stop in owned_rows(mesh, size) for row in range(start, stop)]
@@ -48,9 +48,9 @@ def noted(prompts, completions, folder):
 """
 
 
-def start(folder: Path) -> Together:
+def start(folder: Path, on_error: str = "drop") -> Together:
     (folder / "judges.py").write_text(JUDGES)
-    return Together(CODE, folder, folder)
+    return Together(CODE, folder, folder, on_error)
 
 
 @pytest.mark.slow
@@ -85,3 +85,12 @@ def test_after_a_kill_only_the_call_in_flight_is_made_again(tmp_path):
     times = collections.Counter((tmp_path / "asked.txt").read_text().split())
     again = {row for row, count in times.items() if count > 1}
     assert {"12", "13"} <= again and not {"8", "9", "10", "11", "14", "15"} & again
+
+
+@pytest.mark.slow
+def test_a_reward_that_stops_one_process_ends_all(tmp_path):
+    with start(tmp_path, "stop") as job:
+        said = [process.communicate(timeout=120)[1] for process in job.processes]
+        assert all(process.returncode == 1 for process in job.processes)
+    assert "example 3, copy 0: it raised ValueError: three (" in said[0] and "ValueError: three" in said[1]
+    assert "12" in (tmp_path / "asked.txt").read_text().split()

@@ -8,6 +8,8 @@ import reward_functions
 from jaxops.config.errors import ConfigError
 from jaxops.config.load import from_dict
 from jaxops.config.types import ByPath, Duration
+from jaxops.core.failures import UserError
+from jaxops.core.journal import Journal
 from jaxops.rl.rewards.config import (
     FunctionReward,
     LengthPenalty,
@@ -17,7 +19,9 @@ from jaxops.rl.rewards.config import (
     RunReward,
     reward_problems,
 )
-from jaxops.run.trust import named_code
+from jaxops.rl.rewards.function import check_columns
+from jaxops.rl.rewards.host import HostRewards
+from jaxops.run.trust import named_code, trust_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,23 @@ def test_a_config_that_is_written_out_reads_back_and_names_its_code():
     assert loaded.resolved["rewards"][0]["timeout"] == "5s"
     code = dict.fromkeys(["rewards.0.fn.fn", "rewards.1.fn.fn"], "reward_functions:exact")
     assert named_code(loaded.resolved) == code | {"rewards.2.fn.fn": "reward_functions:scalars"}
+
+
+def test_a_config_of_somebody_else_imports_and_reveals_nothing(tmp_path, monkeypatch):
+    theirs = from_dict(Config, {"rewards": WRITTEN}, check_imports=False).resolved
+    theirs["rewards"][0]["fn"] = {"fn": "stolen:judge", "key": "${secret:STOLEN}"}
+    hacked = f"import pathlib\npathlib.Path({str(tmp_path / 'hacked')!r}).touch()\n"
+    (tmp_path / "stolen.py").write_text(f"{hacked}def judge(prompts, completions, key): return []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("STOLEN", "sesame")
+    config = from_dict(Config, theirs, guard=trust_of(theirs, "runs/theirs")).config
+    for use in (lambda: HostRewards(config.rewards, Journal(tmp_path)), lambda: check_columns(config.rewards, [])):
+        with pytest.raises(UserError, match=r"runs/theirs names code .*\n.*rewards\.0\.fn\.fn: stolen:judge"):
+            use()
+    assert not (tmp_path / "hacked").exists()
+    trusted = trust_of(theirs, "runs/theirs", ["stolen", "reward_functions"])
+    with pytest.raises(UserError, match=r"asks for \$\{secret:STOLEN\}"):
+        HostRewards(from_dict(Config, theirs, guard=trusted).config.rewards, Journal(tmp_path), ["answer"])
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ class HostRewards:
     """The reward functions of a run, and the journal of their answers.
 
     A call with several samples that fails is made again sample by sample. So the fault is that of one sample, and the
-    answers for the others count. Where a function has answered none of more than two calls a worker, it has gone
-    silent: until it answers again, the samples of a late call are not asked about alone.
+    answers for the others count. A function counts as silent after more than 2 * workers late calls in a row, those of
+    several samples left out. The samples of its late calls are then not asked about alone, until it answers again.
 
     Args:
       rewards: all rewards of the run, of which the functions are used.
@@ -172,7 +172,7 @@ class HostRewards:
             found = self._answers(ended)
             if isinstance(found, Fault) and len(ended.tag) > 1 and not self._is_down(ended.group):
                 if stopped is None:
-                    self._note(ended.group, ended.tag[0], found, alone=False)
+                    self._note_call(ended.group, ended.tag, found)
                     for row in ended.tag:
                         self._add(calls, ended.group, [row])
                 continue
@@ -221,26 +221,36 @@ class HostRewards:
             if on_error == "stop":
                 advice = "on_error: drop (or zero) goes on without the answer; what others have answered is kept."
                 return f"{self._told(name, row, answer)}\n{advice}"
-            self._note(name, row, answer, alone=True)
+            self._note(name, row, answer)
             row.faults[name] = answer.sort
             answer = None if on_error == "drop" else 0.0
         row.scores[name] = answer
         self._journal.record(row.asked.key, row.digest, _answer_of(row.scores, row.faults))
         return None
 
-    def _note(self, name: str, row: _Row, fault: Fault, alone: bool) -> None:
+    def _note(self, name: str, row: _Row, fault: Fault) -> None:
         """Says the first fault of each sort; the metrics count all."""
-        if (kind := (name, f"{fault.sort}{alone}")) in self._said:
-            return
-        self._said.add(kind)
-        if alone:
+        if self._is_news(name, fault.sort):
             becomes = {"drop": "The sample is dropped", "zero": "It scores 0"}[self._functions[name].config.on_error]
             self._say(f"{self._told(name, row, fault)}\n{becomes}; further {fault.sort}s are counted and not shown.")
-        else:
-            self._say(f"{self._told(name, row, fault)}\nIts call had several samples: each is asked about alone.")
-        if fault.sort == "timeout" and (name, "thread") not in self._said:
-            self._said.add((name, "thread"))
+        if fault.sort == "timeout" and self._is_news(name, "thread"):
             self._say(f"reward {name}: a late call cannot be ended, unless it is async; its thread is left behind.")
+
+    def _note_call(self, name: str, rows: Sequence[_Row], fault: Fault) -> None:
+        """Says the first fault of each sort of a call with several samples."""
+        if self._is_news(name, f"{fault.sort} of a call"):
+            first, last = rows[0].asked.key, rows[-1].asked.key
+            said = without_secrets(f"reward {name}, step {first.step}, a call with {len(rows)} samples: {fault.what}")
+            self._say(
+                f"{said}\nThey are asked about one by one: example {first.id}, copy {first.copy}, to example {last.id},"
+                f" copy {last.copy}."
+            )
+
+    def _is_news(self, name: str, sort: str) -> bool:
+        if (name, sort) in self._said:
+            return False
+        self._said.add((name, sort))
+        return True
 
     def _told(self, name: str, row: _Row, fault: Fault) -> str:
         asked = row.asked
