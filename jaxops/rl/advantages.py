@@ -76,7 +76,7 @@ def generalised_advantages(
     end = nothing if bootstrap is None else bootstrap
     steps = (rewards.T, values.T, mask.T)
     _, advantages = jax.lax.scan(before, (nothing, end), steps, reverse=True)
-    return Advantages(advantages.T, (advantages.T + values) * (mask > 0))
+    return Advantages(advantages.T, jnp.where(mask > 0, advantages.T + values, 0.0))
 
 
 def whitened(

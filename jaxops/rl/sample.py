@@ -79,7 +79,7 @@ class Sampler:
         name: str = "sample",
     ) -> None:
         options.require_valid()
-        for name, value in (("slots", slots), ("room", room - 1), ("segment", segment), ("reading", reading or 1)):
+        for what, value in (("slots", slots), ("room", room - 1), ("segment", segment), ("reading", reading or 1)):
             if value < 1:
                 raise UserError(f"sampling: {name} is too small: {value + (name == 'room')}")
         if slots > MOST_SLOTS:

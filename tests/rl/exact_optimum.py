@@ -81,11 +81,12 @@ class Problem:
         rewards_seed=0,
         steps=120,
         clip=1.0,
+        layers=2,
     ):
         self.algorithm, self.temperature, self.table = algorithm, temperature, rewards(rewards_seed)
         self.mesh = make_mesh(data=1, devices=jax.devices()[:1]) if mesh is None else mesh
         self.steps = steps
-        decoder = Decoder(Architecture(vocab=WORDS, dim=32, layers=2, heads=2, hidden=64, length=16, tied=False))
+        decoder = Decoder(Architecture(vocab=WORDS, dim=32, layers=layers, heads=2, hidden=64, length=16, tied=False))
         kind = value if algorithm.has_values else None
         self.model = PolicyModel(decoder, value=kind, reference=True)
         group = batch // len(PROMPTS)
@@ -121,7 +122,7 @@ class Problem:
             params = self.model.init(key)
             # A reference that is far from uniform, so that the KL matters.
             for part in ("policy", "reference"):
-                params[part] = {**params[part], "head": {"kernel": params[part]["head"]["kernel"] * 4}}
+                params[part] = {**params[part], "head": {"kernel": params[part]["head"]["kernel"] * 2}}
             return params
 
         self.state = init_state(

@@ -1,6 +1,7 @@
 """The step of policy optimisation: what it learns from, that it can be interrupted, and that no mesh changes it."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -15,7 +16,26 @@ from jaxops.rl.algorithms import Dapo, DrGrpo, Grpo, Ppo, Rloo
 from jaxops.rl.collect import Scored
 from jaxops.rl.kl import Kl
 
+SLOW = pytest.mark.slow
 PPO = Ppo(epochs=2, minibatches=2, kl=Kl(coef=0.1), value_weight=0.5)
+
+
+@functools.cache
+def built(algorithm, value="head", axes=()):
+    """A problem whose programs are compiled once for this module; `fresh` gives it a state of its own."""
+    mesh = make_mesh(**dict(axes)) if axes else None
+    problem = Problem(algorithm, value=value, batch=16, layers=1, mesh=mesh)
+    problem.first = jax.device_get(problem.state), jax.tree.map(lambda x: x.sharding, problem.state)
+    return problem
+
+
+def fresh(algorithm, value="head", axes=()):
+    problem = built(algorithm, value, axes)
+    problem.state = jax.device_put(*problem.first)
+    problem.step.collector.score = problem.score
+    vars(problem.step.collector).pop("collect", None)
+    vars(problem).pop("batch", None)
+    return problem
 
 
 def one_step(problem, poll=lambda: False, window=None):
@@ -25,9 +45,13 @@ def one_step(problem, poll=lambda: False, window=None):
     return sums, turn
 
 
-@pytest.mark.parametrize("algorithm", [PPO, Grpo(), DrGrpo(), Rloo(), Dapo(redraws=0)], ids=lambda a: a.kind)
+@pytest.mark.parametrize(
+    "algorithm",
+    [PPO, Grpo(), pytest.param(DrGrpo(), marks=SLOW), pytest.param(Rloo(), marks=SLOW), Dapo(redraws=2)],
+    ids=lambda a: a.kind,
+)
 def test_a_step_learns_reports_and_advances(algorithm):
-    problem = Problem(algorithm, value="head", batch=16)
+    problem = fresh(algorithm)
     before = {path: np.asarray(x) for path, x in named_leaves(problem.state.params)}
     sums, turn = one_step(problem)
     assert turn.updates == algorithm.epochs * algorithm.minibatches == int(problem.state.updates)
@@ -41,7 +65,7 @@ def test_a_step_learns_reports_and_advances(algorithm):
 
 
 def test_before_the_first_update_the_policy_is_the_one_that_sampled():
-    problem = Problem(dataclasses.replace(PPO, epochs=1, minibatches=1), value="trunk", batch=16)
+    problem = fresh(dataclasses.replace(PPO, epochs=1, minibatches=1), "trunk")
     sums, _ = one_step(problem)
     assert float(sums["ratio_max"].value()) == pytest.approx(1, abs=1e-6)
     assert float(sums["moved_kl"].value()) == pytest.approx(0, abs=1e-7)
@@ -49,25 +73,24 @@ def test_before_the_first_update_the_policy_is_the_one_that_sampled():
     assert float(sums["kl"].value()) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("at", [0, 1, 2, 3])
+@pytest.mark.parametrize("at", [0, 1, 2])
 def test_interrupted_before_its_first_update_a_step_has_not_been(at):
-    problem, calls = Problem(PPO, value="head", batch=16), iter(range(100))
+    problem, calls = fresh(PPO), iter(range(100))
     state = problem.state
     with pytest.raises(Interrupted):
         one_step(problem, poll=lambda: next(calls) >= at)
     assert problem.state is state and not any(x.is_deleted() for x in jax.tree.leaves(state))
-    undisturbed = Problem(PPO, value="head", batch=16)
-    one_step(undisturbed)
     one_step(problem)
-    for (path, x), (_, y) in zip(
-        named_leaves(problem.state.params), named_leaves(undisturbed.state.params), strict=True
-    ):
+    disturbed = named_leaves(problem.state.params)
+    undisturbed = fresh(PPO)
+    one_step(undisturbed)
+    for (path, x), (_, y) in zip(disturbed, named_leaves(undisturbed.state.params), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=path)
 
 
 @pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_from_recorded_rollouts_every_mesh_makes_the_same_updates(axes):
-    alone = Problem(PPO, value="trunk", batch=16)
+    alone = fresh(PPO, "trunk")
     recorded = []
     collect = alone.step.collector.collect
 
@@ -78,7 +101,7 @@ def test_from_recorded_rollouts_every_mesh_makes_the_same_updates(axes):
     alone.step.collector.collect = record
     for _ in range(2):
         one_step(alone)
-    spread = Problem(PPO, value="trunk", batch=16, mesh=make_mesh(**axes))
+    spread = fresh(PPO, "trunk", tuple(axes.items()))
     replayed = iter(recorded)
     spread.step.collector.collect = lambda *given: next(replayed)
     for _ in range(2):
@@ -88,7 +111,7 @@ def test_from_recorded_rollouts_every_mesh_makes_the_same_updates(axes):
 
 
 def test_a_prompt_that_comes_twice_in_a_batch_gets_completions_of_its_own():
-    problem = Problem(dataclasses.replace(PPO, minibatches=1), value="head", batch=16)
+    problem = fresh(dataclasses.replace(PPO, minibatches=1))
     once = problem.batch(0, 2)
     problem.batch = lambda cursor, size: {name: x[[0, 0]] for name, x in once.items()}
     collected = []
@@ -103,7 +126,7 @@ def test_a_dropped_completion_changes_nothing():
     """Its tokens are in no mean: the update is that of the others alone."""
     states = []
     for junk in (0.0, 100.0):
-        problem = Problem(dataclasses.replace(PPO, minibatches=1), value="head", batch=16)
+        problem = fresh(dataclasses.replace(PPO, minibatches=1))
 
         def score(completed, journal, poll, problem=problem, junk=junk):
             found = problem.score(completed, journal, poll)
@@ -119,15 +142,15 @@ def test_a_dropped_completion_changes_nothing():
 
 
 def test_updates_end_where_the_policy_has_moved_far_enough():
-    far = Problem(dataclasses.replace(PPO, target_kl=1e-9), value="head", batch=16, lr=1e-2)
+    far = fresh(dataclasses.replace(PPO, target_kl=1e-9))
     _, turn = one_step(far)
     assert 1 < turn.updates < 4 and int(far.state.updates) == turn.updates  # the first has not moved yet
-    near = Problem(dataclasses.replace(PPO, target_kl=10.0), value="head", batch=16)
+    near = fresh(dataclasses.replace(PPO, target_kl=10.0))
     assert one_step(near)[1].updates == 4
 
 
 def test_an_adapted_coefficient_follows_the_kl():
-    problem = Problem(dataclasses.replace(PPO, kl=Kl(coef=0.1, target=1e-3, horizon=100)), value="head", batch=16)
+    problem = fresh(dataclasses.replace(PPO, kl=Kl(coef=0.1, target=1e-3, horizon=100)))
     seen = []
     for _ in range(3):
         sums, _ = one_step(problem)
@@ -139,7 +162,7 @@ def test_an_adapted_coefficient_follows_the_kl():
 
 
 def test_running_scores_have_the_deviation_of_all_scores_so_far():
-    problem = Problem(dataclasses.replace(PPO, score_scale="running"), value="head", batch=16)
+    problem = fresh(dataclasses.replace(PPO, score_scale="running"))
     scores = []
     score = problem.score
     problem.step.collector.score = lambda *given: scores.append(score(*given)) or scores[-1]
@@ -153,7 +176,7 @@ def test_running_scores_have_the_deviation_of_all_scores_so_far():
 
 
 def test_groups_with_one_score_give_their_place_to_other_prompts():
-    problem = Problem(Dapo(redraws=2), batch=16)
+    problem = fresh(Dapo(redraws=2))
     asked = []
 
     def score(completed, journal, poll):
@@ -171,7 +194,7 @@ def test_groups_with_one_score_give_their_place_to_other_prompts():
 
 
 def test_all_pieces_of_a_step_are_named_for_flops_and_warm_up():
-    problem = Problem(PPO, value="trunk", batch=16)
+    problem = fresh(PPO, "trunk")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), problem.state)
     with jax.set_mesh(problem.mesh):
         programs = problem.step.programs(abstract, problem.batch(0, 2))
@@ -187,4 +210,4 @@ def test_all_pieces_of_a_step_are_named_for_flops_and_warm_up():
         "train_step",
     ]
     assert programs[-1].times == 4
-    assert WIDTH == problem.step.collector.width
+    assert problem.step.collector.width == WIDTH
