@@ -80,7 +80,8 @@ def clipped_value_loss(
     """
     error = jnp.square(values - returns)
     if clip is not None:
-        near = old + jnp.clip(values - old, -clip, clip)
+        # So that the two errors are one number where nothing is clipped: old + clip(values - old) would round.
+        near = jnp.clip(values, old - clip, old + clip)
         error = jnp.maximum(error, jnp.square(near - returns))
     return 0.5 * error
 
