@@ -1,8 +1,9 @@
 """Advantages: what each token did better than expected, from rewards, values and groups of completions.
 
-All arrays are [batch, longest], float32, with a mask that is 1 at tokens of the completion. Whitening and group
-statistics are over the global batch, so they are the same on any number of devices.
-Checked against float64 and other trainers in tests/rl/test_advantages.py.
+All arrays are [batch, longest], with a mask that is 1 at tokens of the completion; what stands outside of it is not
+read, and need not be finite. Whitening and group statistics are over the global batch, so they are the same on any
+number of devices.
+Checked against float64 in tests/rl/test_advantages.py, and against other trainers in tests/rl/test_oracles.py.
 """
 
 from typing import Literal, NamedTuple
@@ -39,7 +40,8 @@ def rewards_of_tokens(
     after = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     last = (mask > 0) & (jnp.cumsum(after[:, ::-1], axis=1)[:, ::-1] == 0)
     rewards = jnp.where(last, scores[:, None], 0.0)
-    return rewards if kl is None else rewards - coefficient * kl * mask
+    # A choice and no product: outside the mask the estimate need not be finite.
+    return rewards if kl is None else rewards - jnp.where(mask > 0, coefficient * kl, 0.0)
 
 
 def generalised_advantages(
@@ -76,7 +78,7 @@ def generalised_advantages(
     end = nothing if bootstrap is None else bootstrap
     steps = (rewards.T, values.T, mask.T)
     _, advantages = jax.lax.scan(before, (nothing, end), steps, reverse=True)
-    return Advantages(advantages.T, (advantages.T + values) * (mask > 0))
+    return Advantages(advantages.T, jnp.where(mask.T > 0, advantages + values.T, 0.0).T)
 
 
 def whitened(
