@@ -101,8 +101,9 @@ def whitened(
       eps: is added to the variance.
     """
     count = jnp.maximum(jnp.sum(mask), 1.0)
-    mean = jnp.sum(jnp.where(mask > 0, values, 0.0) * mask) / count
-    spread = jnp.sum(jnp.where(mask > 0, jnp.square(values - mean), 0.0) * mask)
+    values = jnp.where(mask > 0, values, 0.0)
+    mean = jnp.sum(values * mask) / count
+    spread = jnp.sum(jnp.square(values - mean) * mask)
     spread = spread / (count if variance == "biased" else jnp.maximum(count - 1, 1.0))
     white = (values - mean) * jax.lax.rsqrt(spread + eps)
     return jnp.where(mask > 0, white if shift else white + mean, 0.0)
@@ -143,7 +144,7 @@ def group_advantages(
       eps: is added to the deviation.
     """
     rows = scores.reshape(-1, group)
-    there = jnp.ones_like(rows) if weight is None else (weight.reshape(-1, group) > 0).astype(jnp.float32)
+    there = jnp.ones_like(rows) if weight is None else (weight.reshape(-1, group) > 0).astype(rows.dtype)
     rows = jnp.where(there > 0, rows, 0.0)
     count = jnp.sum(there, axis=1, keepdims=True)
     mean = jnp.sum(rows, axis=1, keepdims=True) / jnp.maximum(count, 1.0)
