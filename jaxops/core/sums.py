@@ -29,7 +29,7 @@ def _identity(value: np.ndarray) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """A weighted sum and its weight, of one shape (any), float32 (float64 of float64); its value is total / count.
+    """A weighted sum and its weight, both float32 and of one shape (any); its value is total / count.
 
     Attributes:
       total: the sum of the weighted values.
@@ -54,11 +54,10 @@ class Sum:
         zero are left out even where their value is not finite, since padding may hold anything. The gradient of such an
         entry is zero where the derivative of its value is finite; where that is not finite, the gradient is NaN.
         """
-        values = jnp.asarray(values)
-        values = values.astype(wide_dtype(values.dtype))
+        values = jnp.asarray(values).astype(jnp.float32)
         if weight is None:
-            return cls(jnp.sum(values), jnp.asarray(values.size, values.dtype))
-        weight = jnp.asarray(weight).astype(values.dtype)
+            return cls(jnp.sum(values), jnp.asarray(values.size, jnp.float32))
+        weight = jnp.asarray(weight).astype(jnp.float32)
         weight = jnp.broadcast_to(weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim)), values.shape)
         return cls(jnp.sum(jnp.where(weight != 0, values, 0.0) * weight), jnp.sum(weight))
 

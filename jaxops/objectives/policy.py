@@ -137,9 +137,9 @@ def aggregated(
       over: what the mean is over.
       longest: the constant of `constant`; None takes the width of the batch.
     """
-    if over == "tokens":
-        return Sum.of(values, mask)
     each = jnp.sum(jnp.where(mask != 0, values, 0.0) * mask, axis=1)
+    if over == "tokens":
+        return Sum(jnp.sum(each), jnp.sum(mask))
     there = jnp.any(mask != 0, axis=1).astype(mask.dtype)
     size = jnp.sum(mask, axis=1) if over == "completions" else jnp.asarray(longest or mask.shape[1], mask.dtype)
     return Sum(jnp.sum(each / jnp.maximum(size, 1e-9) * there), jnp.sum(there))
