@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxops.core.failures import UserError
 from jaxops.core.mesh import batch_axes
-from jaxops.core.sums import LOSS, Max, Sum, Sums, merge
+from jaxops.core.sums import LOSS, Max, Sum, Sums, merge, wide_dtype
 
 Batch = dict[str, Any]
 Objective = Callable[[PyTree, Batch, Array | None], Sums]
@@ -123,11 +123,6 @@ def microbatches(batch: Batch, count: int, block: int) -> Batch:
         return jnp.moveaxis(x, 1, 0).reshape(count, size // count, *rest)
 
     return jax.tree.map(cut, batch)
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """Returns the dtype in which values of this floating dtype are summed: float64 for float64, otherwise float32."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def build_gradients(

@@ -17,6 +17,11 @@ LOSS = "loss/"
 """The prefix of loss terms: entries named `loss/...` are minimised, and every other entry is a metric."""
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """Returns the dtype in which values of this floating dtype are summed: float64 for float64, otherwise float32."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def _identity(value: np.ndarray) -> Any:
     return value
 

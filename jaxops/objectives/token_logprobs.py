@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxops.core.mesh import BATCH_AXES
 from jaxops.core.sharding import constrain
+from jaxops.core.sums import wide_dtype
 
 LOGITS_AT_ONCE = 2**26
 """The number of logits that a device holds at a time, unless the caller sets a chunk: 256 MiB in float32."""
@@ -32,7 +33,7 @@ _NEVER = -1e30
 
 
 class TokenScores(NamedTuple):
-    """The scores of given tokens under a model, for each position, float32.
+    """The scores of given tokens under a model, for each position, float32 (of float64: that).
 
     Attributes:
       logprobs: log-probability of the target; NaN for a target outside the vocabulary.
@@ -61,7 +62,8 @@ def token_logprobs(
 ) -> TokenScores:
     """Returns logprobs of `targets`, entropies and log-sums for each position, exact in value and gradient.
 
-    Logits are products of `hidden` and `head` in float32, then capped, then divided by the temperature.
+    Logits are products of `hidden` and `head` in float32 (float64 where both are that), then capped, then divided by
+    the temperature.
 
     Args:
       hidden: the last hidden states.
@@ -109,7 +111,7 @@ class _Form:
 
     def logits(self, x: Array, head: Array) -> tuple[Array, Array | float]:
         """Returns the logits [tokens, rows] of a chunk, and their derivative with respect to the products."""
-        raw = jnp.einsum("nd,dv->nv", x, head, preferred_element_type=jnp.float32)
+        raw = jnp.einsum("nd,dv->nv", x, head, preferred_element_type=wide_dtype(head.dtype))
         slope: Array | float = 1 / self.temperature
         if self.soft_cap is not None:
             bent = jnp.tanh(raw / self.soft_cap)
@@ -227,7 +229,7 @@ def _local_gradients(
     For logits z with probabilities p, mean m = sum(p z) and n tokens, d/dz_j is 1[j = target] - p_j of the logprob,
     p_j (m - z_j) of the entropy, p_j of the log-sum, and 1 / n - p_j of the mean logprob.
     """
-    column = jnp.arange(head.shape[1])[None]
+    column, wide = jnp.arange(head.shape[1])[None], wide_dtype(head.dtype)
     count, size = _chunks(form, targets.size, head.shape[1])
 
     def one(d_head: Array, part: Any) -> tuple[Array, Array]:
@@ -237,12 +239,12 @@ def _local_gradients(
         hit = jnp.where(column == target[:, None], of_target[:, None], 0.0)
         d_logits = jnp.exp(logits - lse[:, None]) * steady + hit + of_mean[:, None] / form.real_vocab
         d_raw = (form.real(d_logits, 0.0) * slope).astype(head.dtype)
-        d_x = jnp.einsum("nv,dv->nd", d_raw, head, preferred_element_type=jnp.float32).astype(x.dtype)
-        return d_head + jnp.einsum("nd,nv->dv", x, d_raw, preferred_element_type=jnp.float32), d_x
+        d_x = jnp.einsum("nv,dv->nd", d_raw, head, preferred_element_type=wide).astype(x.dtype)
+        return d_head + jnp.einsum("nd,nv->dv", x, d_raw, preferred_element_type=wide), d_x
 
     kept = (hidden, targets, scores.logsumexp, scores.logsumexp - scores.entropy, grads)
     parts = jax.tree.map(lambda x: _cut(x, count, size), kept)
-    d_head, d_hidden = jax.lax.scan(one, jnp.zeros(head.shape, jnp.float32), parts)
+    d_head, d_hidden = jax.lax.scan(one, jnp.zeros(head.shape, wide), parts)
     return _joined(d_hidden, targets.shape), jax.lax.psum(d_head, axes) if axes else d_head
 
 

@@ -1,8 +1,9 @@
 """Advantages: what each token did better than expected, from rewards, values and groups of completions.
 
-All arrays are [batch, longest], float32, with a mask that is 1 at tokens of the completion. Whitening and group
-statistics are over the global batch, so they are the same on any number of devices.
-Checked against float64 and other trainers in tests/rl/test_advantages.py.
+All arrays are [batch, longest], with a mask that is 1 at tokens of the completion; what stands outside of it is not
+read, and need not be finite. Whitening and group statistics are over the global batch, so they are the same on any
+number of devices.
+Checked against float64 in tests/rl/test_advantages.py, and against other trainers in tests/rl/test_oracles.py.
 """
 
 from typing import Literal, NamedTuple
@@ -39,7 +40,8 @@ def rewards_of_tokens(
     after = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     last = (mask > 0) & (jnp.cumsum(after[:, ::-1], axis=1)[:, ::-1] == 0)
     rewards = jnp.where(last, scores[:, None], 0.0)
-    return rewards if kl is None else rewards - coefficient * kl * mask
+    # A choice and no product: outside the mask the estimate need not be finite.
+    return rewards if kl is None else rewards - jnp.where(mask > 0, coefficient * kl, 0.0)
 
 
 def generalised_advantages(
@@ -76,7 +78,7 @@ def generalised_advantages(
     end = nothing if bootstrap is None else bootstrap
     steps = (rewards.T, values.T, mask.T)
     _, advantages = jax.lax.scan(before, (nothing, end), steps, reverse=True)
-    return Advantages(advantages.T, jnp.where(mask > 0, advantages.T + values, 0.0))
+    return Advantages(advantages.T, jnp.where(mask.T > 0, advantages + values.T, 0.0).T)
 
 
 def whitened(
@@ -99,8 +101,9 @@ def whitened(
       eps: is added to the variance.
     """
     count = jnp.maximum(jnp.sum(mask), 1.0)
-    mean = jnp.sum(jnp.where(mask > 0, values, 0.0) * mask) / count
-    spread = jnp.sum(jnp.where(mask > 0, jnp.square(values - mean), 0.0) * mask)
+    values = jnp.where(mask > 0, values, 0.0)
+    mean = jnp.sum(values * mask) / count
+    spread = jnp.sum(jnp.square(values - mean) * mask)
     spread = spread / (count if variance == "biased" else jnp.maximum(count - 1, 1.0))
     white = (values - mean) * jax.lax.rsqrt(spread + eps)
     return jnp.where(mask > 0, white if shift else white + mean, 0.0)
@@ -141,7 +144,7 @@ def group_advantages(
       eps: is added to the deviation.
     """
     rows = scores.reshape(-1, group)
-    there = jnp.ones_like(rows) if weight is None else (weight.reshape(-1, group) > 0).astype(jnp.float32)
+    there = jnp.ones_like(rows) if weight is None else (weight.reshape(-1, group) > 0).astype(rows.dtype)
     rows = jnp.where(there > 0, rows, 0.0)
     count = jnp.sum(there, axis=1, keepdims=True)
     mean = jnp.sum(rows, axis=1, keepdims=True) / jnp.maximum(count, 1.0)

@@ -16,10 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool
 
-from jaxops.core.accumulate import wide_dtype
 from jaxops.core.failures import UserError
 from jaxops.core.mesh import batch_axes, batch_shards
-from jaxops.core.sums import Max, Sums
+from jaxops.core.sums import Max, Sums, wide_dtype
 from jaxops.tables import exchange
 from jaxops.tables.average import AVERAGE, SINCE, caught_up, moved
 from jaxops.tables.optimizers import clip_rows

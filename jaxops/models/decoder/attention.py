@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxops.core.sums import wide_dtype
+
 MOST_FLASH_WIDTH = 128
 """The largest width of a head in cuDNN's kernel, forward and backward on all GPUs that have it."""
 
@@ -40,7 +42,7 @@ def attend(
 def _plain(query: Array, key: Array, value: Array, mask: Array, *, scale: float, cap: float | None) -> Array:
     batch, length, heads, width = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, width)
-    logits = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
+    logits = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=wide_dtype(query.dtype)) * scale
     if cap is not None:
         logits = cap * jnp.tanh(logits / cap)
     # The floor is finite because a row that may see nothing (padding) must stay finite.

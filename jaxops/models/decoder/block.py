@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxops.core.random import dropout
 from jaxops.core.sharding import Rule, constrain
+from jaxops.core.sums import wide_dtype
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.attention import attend
 from jaxops.models.decoder.rope import rotate
@@ -29,10 +30,10 @@ _STREAM = ("batch", "length", "embed")
 
 
 class Norm(nnx.Module):
-    """Normalisation of the last dimension with statistics in float32 for any dtype of the input.
+    """Normalisation of the last dimension with statistics in float32 (float64 for an input of that dtype).
 
     Root mean square (Zhang & Sennrich 2019), or layer normalisation (Ba et al. 2016). With `rms_one_plus` the scale is
-    stored around zero, and one is added in float32.
+    stored around zero, and one is added in that dtype.
 
     Args:
       architecture: names the kind of norm, and its epsilon.
@@ -48,8 +49,8 @@ class Norm(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((dim,)))
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        row = lambda vector: vector[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        wide = x.astype(jnp.float32)
+        wide = x.astype(wide_dtype(x.dtype))
+        row = lambda vector: vector[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxops.core.failures import UserError
 from jaxops.core.random import dropout
 from jaxops.core.sharding import Rule, constrain
+from jaxops.core.sums import wide_dtype
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.block import LAYER_RULES, DecoderBlock, Norm
 from jaxops.models.decoder.rope import turns
@@ -157,13 +158,17 @@ class Decoder:
         return constrain(params["head"]["kernel"], ("embed", "vocab"))
 
     def logits(self, params: Params, hidden: Float[Array, "*rows dim"]) -> Float[Array, "*rows vocab"]:
-        """Returns the logits over the vocabulary, float32 and soft-capped; its padding rows have `MASKED`."""
+        """Returns the logits over the vocabulary, soft-capped; its padding rows have `MASKED`.
+
+        They are float32, or float64 where the hidden states are.
+        """
         # The product itself gives float32: rounded logits would tie.
-        scores = jnp.einsum("...d,dv->...v", hidden, self.head(params), preferred_element_type=jnp.float32)
+        wide = wide_dtype(hidden.dtype)
+        scores = jnp.einsum("...d,dv->...v", hidden, self.head(params), preferred_element_type=wide)
         if self.soft_cap is not None:
             scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
         real = (jnp.arange(self.rows) < self.real_vocab).reshape((1,) * (scores.ndim - 1) + (-1,))
-        return jnp.where(real, scores, jnp.asarray(MASKED, jnp.float32))
+        return jnp.where(real, scores, jnp.asarray(MASKED, scores.dtype))
 
     def empty_cache(self, batch: int, room: int, dtype: Any = jnp.float32) -> Cache:
         """Returns a cache for `batch` texts of up to `room` tokens."""
