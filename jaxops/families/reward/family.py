@@ -26,6 +26,7 @@ from jaxops.models.lora import Lora, on_model
 from jaxops.objectives.ensemble import each_head
 from jaxops.run.callables import objective_from
 from jaxops.run.family import Family, Given
+from jaxops.run.pretrained.pinned import pinned
 from jaxops.run.pretrained.stored import stored
 from jaxops.run.task import About, NoEvaluation, Task, of_config
 
@@ -39,6 +40,7 @@ def build(loaded: Loaded[RewardConfig], given: Given) -> Task:
     Raises:
       UserError: something cannot be opened, or does not go together.
     """
+    loaded = pinned(loaded)
     config = loaded.config
     if given.data is not None or given.model is not None:
         raise UserError("a reward model's data and model come from its config; an objective may be given")

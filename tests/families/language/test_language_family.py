@@ -263,8 +263,8 @@ def test_what_does_not_go_together_is_told(whole, capsys, override, said):
     ("weights", "said"),
     [
         ("nowhere", "there is no such folder"),
-        ("hf://org/model", "hf download org/model"),
-        ("org/model-1b", "hf download org/model-1b"),
+        ("hf://org", "expected hf://ORG/MODEL"),
+        ("org/model-1b", "A model of the Hugging Face Hub is hf://org/model-1b"),
         ("runs/wole", "did you mean 'runs/whole'"),
         ("named://smollm3", "smollm2_135m_instruct"),
         ("plain", "config.json"),
