@@ -37,8 +37,8 @@ class LanguageConfig(RunConfig):
     """A run of a language model.
 
     `model` is an architecture with fresh parameters, or `{weights: ...}` of a pretrained model. `tokenizer` is `bytes`,
-    a folder with tokenizer.json, a GGUF file, or `hf://ORG/MODEL`; by default it is that of the weights. `add_tokens` are
-    further control tokens, whose rows of the embedding are fresh.
+    a folder with tokenizer.json, a GGUF file, or `hf://ORG/MODEL`; by default it is that of the weights. `add_tokens`
+    are further control tokens, whose rows of the embedding are fresh.
     """
 
     task: str = "language"

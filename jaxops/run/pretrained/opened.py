@@ -73,13 +73,10 @@ def open_decoder(
 
 def _from(address: str, wants_tokenizer: bool) -> tuple[Architecture, Tokenizer | None, tuple[WeightSource, ...]]:
     """Returns architecture, tokenizer (None where there is none) and weights at an address."""
-    asked, address = address, _place(address, hub.MODEL, "model.weights")
-    path = Path(address).expanduser()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", asked) and not path.exists():
-        near = nearest(address, [f"{path.parent}/{found.name}" for found in path.parent.glob("*")])
-        raise UserError(
-            f"model.weights: there is no folder {address}{near}. A model of the Hugging Face Hub is hf://{address}"
-        )
+    address = _place(address, hub.MODEL, "model.weights")
+    path = Path(address.removeprefix("gguf://")).expanduser()
+    if not path.exists():
+        raise UserError(_gone(address, path))
     if address.startswith("gguf://") or path.suffix == ".gguf":
         from jaxops.models.decoder.gguf import open_gguf
 
@@ -87,14 +84,20 @@ def _from(address: str, wants_tokenizer: bool) -> tuple[Architecture, Tokenizer 
         return found.architecture, open_tokenizer(address) if wants_tokenizer else None, (found.source,)
     if (path / "checkpoints").is_dir():
         return _from_run(path)
-    if not path.is_dir():
-        raise UserError(
-            f"model.weights: {address}: there is no such folder. A run that began with it needs it to be trained on and"
-            " to be evaluated (`predict`, `sample` and `export` read the run folder alone)"
-        )
     found = open_pretrained(path)
     has = (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file()
     return found.architecture, open_tokenizer(address) if wants_tokenizer and has else None, (found.source,)
+
+
+def _gone(address: str, path: Path) -> str:
+    """Returns the message for weights that are not where the config says."""
+    near = nearest(address, [f"{path.parent}/{found.name}" for found in path.parent.glob("*")])
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", address) and path.parts[0] != "runs"
+    hint = f" (a model of the Hugging Face Hub is hf://{address})" if on_hub else ""
+    return (
+        f"model.weights: there is no {address}{hint}{near or '.'} To go on or to be evaluated, a run opens the weights that"
+        " it began with: keep them where they are. `predict`, `sample` and `export` read the run folder alone"
+    )
 
 
 def _place(address: str, files: tuple[str, ...], option: str) -> str:
