@@ -95,8 +95,8 @@ def _gone(address: str, path: Path) -> str:
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", address) and path.parts[0] != "runs"
     hint = f" (a model of the Hugging Face Hub is hf://{address})" if on_hub else ""
     return (
-        f"model.weights: there is no {address}{hint}{near or '.'} To go on or to be evaluated, a run opens the weights that"
-        " it began with: keep them where they are. `predict`, `sample` and `export` read the run folder alone"
+        f"model.weights: there is no {address}{hint}{near or '.'} To go on or to be evaluated, a run opens the weights"
+        " that it began with: keep them where they are. `predict`, `sample` and `export` read the run folder alone"
     )
 
 
