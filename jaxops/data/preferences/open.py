@@ -25,6 +25,8 @@ from jaxops.data.text.spec import CompletionData, OneTextData, Share, TextData
 from jaxops.data.text.tokenizer import Tokenizer
 
 Judgement = TypeVar("Judgement")
+Featured = Callable[[Texts], Texts]
+"""A function that gives texts the features of a frozen model."""
 DRAWN = 0
 """The seed of the judgements of evaluation, which are the same in every run."""
 
@@ -37,8 +39,8 @@ class Judgements(Protocol):
         """All that is said in the texts of training."""
         ...
 
-    def opened(self, tokenizer: Tokenizer) -> "OpenedJudgements":
-        """Tokenises the texts.
+    def opened(self, tokenizer: Tokenizer, featured: Featured | None = None) -> "OpenedJudgements":
+        """Tokenises the texts; `featured` gives those of training and those that are held out their features.
 
         Raises:
           UserError: a template fails, or nothing is left to learn from.
@@ -118,19 +120,19 @@ class Preferences:
         """All that is said in the texts of training."""
         return [said for pair in self.train for text in pair.texts for said in _said(text)]
 
-    def opened(self, tokenizer: Tokenizer) -> OpenedJudgements:
+    def opened(self, tokenizer: Tokenizer, featured: Featured | None = None) -> OpenedJudgements:
         """Tokenises the texts and cuts them to the length of a row."""
         with notes.collected() as remarks:
             against = sum(pair.label < 0.5 for pair in (*self.train, *self.valid))
             if against:
                 notes.tell(f"{against} labels are below 0.5: there the rejected text counts as the better one")
-            train = self._pairs(self.train, tokenizer, "train")
-            valid = self._pairs(self.valid, tokenizer, "valid") if self.valid else None
+            train = self._pairs(self.train, tokenizer, "train", featured)
+            valid = self._pairs(self.valid, tokenizer, "valid", featured) if self.valid else None
         inspection = _inspection(self.config, tokenizer, {"train": train, "valid": valid}, self.remarks + remarks)
         everybody = of_preferences([*self.train, *self.valid])
         return OpenedJudgements(lambda seed: PairSource(train, seed), train.texts, valid, everybody, inspection)
 
-    def _pairs(self, pairs: list[Pair], tokenizer: Tokenizer, part: str) -> Pairs:
+    def _pairs(self, pairs: list[Pair], tokenizer: Tokenizer, part: str, featured: Featured | None) -> Pairs:
         config = self.config
         documents = tokenised(config, [text for pair in pairs for text in pair.texts], tokenizer)
         texts = Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
@@ -140,7 +142,7 @@ class Preferences:
         prompt = np.array([prompts[pair.prompt] for pair in told])
         margins = [pair.margin for pair in told]
         return Pairs(
-            texts,
+            featured(texts) if featured else texts,
             np.arange(2 * len(pairs)).reshape(-1, 2)[kept],
             np.array([pair.weight for pair in told], np.float32),
             np.array([pair.label for pair in told], np.float32),
@@ -199,11 +201,11 @@ class RatedTexts:
         """All that is said in the texts of training."""
         return [said for one in self.train for said in _said(one.text)]
 
-    def opened(self, tokenizer: Tokenizer) -> OpenedJudgements:
+    def opened(self, tokenizer: Tokenizer, featured: Featured | None = None) -> OpenedJudgements:
         """Tokenises the texts, cuts them to the length of a row, and draws the judgements of evaluation."""
         with notes.collected() as remarks:
-            train = self._texts(self.train, tokenizer, "train")
-            valid = self._texts(self.valid, tokenizer, "valid") if self.valid else None
+            train = self._texts(self.train, tokenizer, "train", featured)
+            valid = self._texts(self.valid, tokenizer, "valid", featured) if self.valid else None
         ratings = Ratings(self.train)
         judged, agreement = None, AnnotatorAgreement()
         if valid is not None:
@@ -216,7 +218,7 @@ class RatedTexts:
         inspection["digest"] = hashlib.sha256(judges.encode()).hexdigest()
         return OpenedJudgements(source, train, judged, agreement, inspection)
 
-    def _texts(self, rated: Sequence[Rated], tokenizer: Tokenizer, part: str) -> Texts:
+    def _texts(self, rated: Sequence[Rated], tokenizer: Tokenizer, part: str, featured: Featured | None) -> Texts:
         config = self.config
         documents = tokenised(config, [one.text for one in rated], tokenizer)
         over = int((np.diff(documents.offsets) > config.length).sum())
@@ -225,7 +227,8 @@ class RatedTexts:
             notes.tell(
                 f"{part}: {over} of {len(rated)} texts are longer than data.length {config.length}, lose their {side}"
             )
-        return Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
+        texts = Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
+        return featured(texts) if featured else texts
 
     def _judged(self, texts: Texts, ratings: Ratings) -> Pairs:
         drawn = [ratings.drawn(DRAWN, epoch) for epoch in range(self.config.judgements)]
