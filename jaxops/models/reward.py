@@ -68,12 +68,26 @@ class RewardModel:
           position: the position of each token in its text.
           keys: a key for each row, for dropout; None turns it off.
         """
+        return self.heads(params, self.last_hidden(params, tokens, segment, position, keys))
+
+    def last_hidden(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "batch length"],
+        segment: Int[Array, "batch length"],
+        position: Int[Array, "batch length"],
+        keys: Key[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch dim"]:
+        """Returns the decoder's hidden state at the last token of each row; the arguments are those of `scores`."""
         hidden = self.decoder.hidden(params, tokens, segment, position, keys)
         places = jnp.arange(tokens.shape[1])[None]
         last = jnp.max(jnp.where(segment > 0, places, 0), axis=1)
-        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+    def heads(self, params: PyTree, hidden: Float[Array, "batch dim"]) -> Float[Array, "batch heads"]:
+        """Returns each head's score of hidden states at last tokens, float32."""
         kernel = constrain(params[REWARD]["kernel"], ("embed", None))
-        product = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        product = jnp.matmul(hidden.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
         return product + params[REWARD]["bias"].astype(jnp.float32)[None]
 
     def score(

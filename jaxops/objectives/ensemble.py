@@ -47,7 +47,13 @@ class _Scored:
         return self.scores
 
 
-def each_head(model: ScoreHeads, build: Callable[[TextScorer], Objective]) -> Objective:
+BatchScores = Callable[[PyTree, Batch], Float[Array, "rows heads"]]
+"""Given parameters and a batch of pairs, each head's score of each text, the texts of a pair one after the other."""
+
+
+def each_head(
+    model: ScoreHeads, build: Callable[[TextScorer], Objective], scores_of_batch: BatchScores | None = None
+) -> Objective:
     """Returns the mean of the objective over all heads, each with the pairs weighted by `bootstrap_weights`.
 
     Totals and counts of the heads are added, so a mean over heads is one over heads and pairs. A single head has the
@@ -56,11 +62,15 @@ def each_head(model: ScoreHeads, build: Callable[[TextScorer], Objective]) -> Ob
     Args:
       model: the reward model.
       build: the objective of one head, such as `BradleyTerry().build`.
+      scores_of_batch: the scores, where the model need not read the texts for them; None has it read them.
     """
 
     def objective(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Sums:
-        rows, keys = side_by_side(batch, key)
-        scores = model.scores(params, rows["tokens"], rows["segment"], rows["position"], keys)
+        if scores_of_batch is None:
+            rows, keys = side_by_side(batch, key)
+            scores = model.scores(params, rows["tokens"], rows["segment"], rows["position"], keys)
+        else:
+            scores = scores_of_batch(params, batch)
         weights = bootstrap_weights(batch["id"], model.ensemble) if model.ensemble > 1 else None
         found: Sums | None = None
         for head in range(model.ensemble):

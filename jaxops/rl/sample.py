@@ -81,7 +81,7 @@ class Sampler:
         options.require_valid()
         for what, value in (("slots", slots), ("room", room - 1), ("segment", segment), ("reading", reading or 1)):
             if value < 1:
-                raise UserError(f"sampling: {name} is too small: {value + (name == 'room')}")
+                raise UserError(f"sampling: {what} is too small: {value + (what == 'room')}")
         if slots > MOST_SLOTS:
             raise UserError(f"sampling: slots is too large: {slots:,}; {MOST_SLOTS:,} at most")
         segment = min(segment, room)  # no text is longer, and buffers are as wide as a segment

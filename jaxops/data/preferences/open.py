@@ -25,6 +25,8 @@ from jaxops.data.text.spec import CompletionData, OneTextData, Share, TextData
 from jaxops.data.text.tokenizer import Tokenizer
 
 Judgement = TypeVar("Judgement")
+Featured = Callable[[Texts], Texts]
+"""A function that gives texts the features of a frozen model."""
 DRAWN = 0
 """The seed of the judgements of evaluation, which are the same in every run."""
 
@@ -37,11 +39,14 @@ class Judgements(Protocol):
         """All that is said in the texts of training."""
         ...
 
-    def opened(self, tokenizer: Tokenizer, *, answers: bool = False) -> "OpenedJudgements":
+    def opened(
+        self, tokenizer: Tokenizer, featured: Featured | None = None, *, answers: bool = False
+    ) -> "OpenedJudgements":
         """Tokenises the texts.
 
         Args:
           tokenizer: that of the model.
+          featured: gives the texts of training and those that are held out their features.
           answers: leave out what has no token of an answer to learn from, which a score of whole texts does not need.
 
         Raises:
@@ -115,20 +120,24 @@ class Preferences:
         """All that is said in the texts of training."""
         return [said for pair in self.train for text in pair.texts for said in _said(text)]
 
-    def opened(self, tokenizer: Tokenizer, *, answers: bool = False) -> OpenedJudgements:
+    def opened(
+        self, tokenizer: Tokenizer, featured: Featured | None = None, *, answers: bool = False
+    ) -> OpenedJudgements:
         """Tokenises the texts and cuts them to the length of a row."""
         with notes.collected() as remarks:
             against = sum(pair.label < 0.5 for pair in (*self.train, *self.valid))
             if against:
                 notes.tell(f"{against} labels are below 0.5: there the rejected text counts as the better one")
-            train = self._pairs(self.train, tokenizer, "train", answers)
-            valid = self._pairs(self.valid, tokenizer, "valid", answers) if self.valid else None
+            train = self._pairs(self.train, tokenizer, "train", featured, answers)
+            valid = self._pairs(self.valid, tokenizer, "valid", featured, answers) if self.valid else None
         inspection = _inspection(self.config, tokenizer, {"train": train, "valid": valid}, self.remarks + remarks)
         inspection["conversations"] = sum(pair.texts[0].text is None for pair in self.train)
         everybody = of_preferences([*self.train, *self.valid])
         return OpenedJudgements(lambda seed: PairSource(train, seed), train.texts, valid, everybody, inspection)
 
-    def _pairs(self, pairs: list[Pair], tokenizer: Tokenizer, part: str, answers: bool) -> Pairs:
+    def _pairs(
+        self, pairs: list[Pair], tokenizer: Tokenizer, part: str, featured: Featured | None, answers: bool
+    ) -> Pairs:
         config = self.config
         documents = tokenised(config, [text for pair in pairs for text in pair.texts], tokenizer)
         texts = Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
@@ -138,7 +147,7 @@ class Preferences:
         prompt = np.array([prompts[pair.prompt] for pair in told])
         margins = [pair.margin for pair in told]
         return Pairs(
-            texts,
+            featured(texts) if featured else texts,
             np.arange(2 * len(pairs)).reshape(-1, 2)[kept],
             np.array([pair.weight for pair in told], np.float32),
             np.array([pair.label for pair in told], np.float32),
@@ -211,11 +220,15 @@ class RatedTexts:
         """All that is said in the texts of training."""
         return [said for one in self.train for said in _said(one.text)]
 
-    def opened(self, tokenizer: Tokenizer, *, answers: bool = False) -> OpenedJudgements:
+    def opened(
+        self, tokenizer: Tokenizer, featured: Featured | None = None, *, answers: bool = False
+    ) -> OpenedJudgements:
         """Tokenises the texts, cuts them to the length of a row, and draws the judgements of evaluation."""
         with notes.collected() as remarks:
-            rated, train = self._texts(self.train, tokenizer, "train", answers)
-            held_out, valid = self._texts(self.valid, tokenizer, "valid", answers) if self.valid else ([], None)
+            rated, train = self._texts(self.train, tokenizer, "train", featured, answers)
+            held_out, valid = (
+                self._texts(self.valid, tokenizer, "valid", featured, answers) if self.valid else ([], None)
+            )
         ratings = Ratings(rated)
         judged, agreement = None, AnnotatorAgreement()
         if valid is not None:
@@ -228,7 +241,9 @@ class RatedTexts:
         inspection["digest"] = hashlib.sha256(judges.encode()).hexdigest()
         return OpenedJudgements(source, train, judged, agreement, inspection)
 
-    def _texts(self, rated: list[Rated], tokenizer: Tokenizer, part: str, answers: bool) -> tuple[list[Rated], Texts]:
+    def _texts(
+        self, rated: list[Rated], tokenizer: Tokenizer, part: str, featured: Featured | None, answers: bool
+    ) -> tuple[list[Rated], Texts]:
         """Returns the texts that are kept, with their tokens. With `answers` one needs a token after its first."""
         config = self.config
         documents = tokenised(config, [one.text for one in rated], tokenizer)
@@ -237,14 +252,15 @@ class RatedTexts:
             where = rated[int(np.argmax(silent))].text.where
             notes.tell(f"{part}: {silent.sum()} texts of one token have nothing to learn, left out, the first {where}")
             left = [one for one, drop in zip(rated, silent, strict=True) if not drop]
-            return self._texts(with_partners(left, part), tokenizer, part, answers)
+            return self._texts(with_partners(left, part), tokenizer, part, featured, answers)
         over = int((np.diff(documents.offsets) > config.length).sum())
         if over:
             side = "beginning" if config.too_long == "cut_start" else "end"
             notes.tell(
                 f"{part}: {over} of {len(rated)} texts are longer than data.length {config.length}, lose their {side}"
             )
-        return rated, Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
+        texts = Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
+        return rated, featured(texts) if featured else texts
 
     def _judged(self, texts: Texts, ratings: Ratings) -> Pairs:
         drawn = [ratings.drawn(DRAWN, epoch) for epoch in range(self.config.judgements)]

@@ -80,6 +80,17 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class FeaturedTexts(Texts):
+    """Texts beside the `features` that a frozen model has of each; rows hold them as "features" [*shape, dim]."""
+
+    features: Float32[np.ndarray, "texts dim"]
+
+    def rows(self, texts: Int[np.ndarray, "*shape"]) -> dict[str, np.ndarray]:
+        """Returns what `Texts.rows` does, and "features" float32 [*shape, dim]."""
+        return super().rows(texts) | {"features": np.asarray(self.features[texts])}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pairs:
     """Judgements of pairs of texts.
 

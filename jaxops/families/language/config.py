@@ -40,8 +40,8 @@ class LanguageConfig(RunConfig):
     """A run of a language model: on text, or on pairs of texts of which people prefer one.
 
     `model` is an architecture with fresh parameters, or `{weights: ...}` of a pretrained model. `tokenizer` is `bytes`,
-    a folder with tokenizer.json, or a GGUF file; by default it is that of the weights. `add_tokens` are further control
-    tokens, whose rows of the embedding are fresh.
+    a folder with tokenizer.json, a GGUF file, or `hf://ORG/MODEL`; by default it is that of the weights. `add_tokens`
+    are further control tokens, whose rows of the embedding are fresh.
 
     On pairs the objective is `dpo` or `ipo`. The reference begins as a copy of the policy; with `lora` it is the base,
     and there is no copy.

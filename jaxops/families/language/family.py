@@ -24,6 +24,7 @@ from jaxops.run.callables import objective_from
 from jaxops.run.family import Family, Given
 from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.pretrained.options import Generate
+from jaxops.run.pretrained.pinned import pinned
 from jaxops.run.pretrained.stored import stored
 from jaxops.run.task import About, EvalBatches, NoEvaluation, Task, of_config
 
@@ -34,6 +35,7 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
     Raises:
       UserError: something cannot be opened, or does not go together.
     """
+    loaded = pinned(loaded)
     config = loaded.config
     if given.data is not None or given.model is not None:
         raise UserError("a language model's data and model come from its config; an objective may be given")

@@ -28,6 +28,7 @@ from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras, ready_shapes
 from jaxops.run.family import Family, Given
 from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.pretrained.options import Generate
+from jaxops.run.pretrained.pinned import pinned
 from jaxops.run.pretrained.stored import stored
 from jaxops.run.task import About, NoEvaluation, StepParts, Task, of_config
 
@@ -38,6 +39,7 @@ def build(loaded: Loaded[PolicyConfig], given: Given) -> Task:
     Raises:
       UserError: something cannot be opened, or does not go together.
     """
+    loaded = pinned(loaded)
     config = loaded.config
     if given.data is not None or given.model is not None:
         raise UserError("a policy's prompts and models come from its config; an objective may be given")

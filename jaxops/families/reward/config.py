@@ -34,9 +34,13 @@ class FreshReward(Architecture):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainedReward(Pretrained):
-    """A language model whose weights are read from elsewhere, under `ensemble` fresh heads."""
+    """A language model whose weights are read from elsewhere, under `ensemble` fresh heads.
+
+    With `frozen` the heads alone are trained: what the weights make of each text is computed once and kept cached.
+    """
 
     ensemble: Ensemble = 1
+    frozen: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,8 @@ class RewardConfig(RunConfig):
                 found.append(("data.length", text))
         elif isinstance(self.tokenizer, TrainedTokenizer):
             found.append(("tokenizer", "the weights know their own vocabulary: leave it out, or name its folder"))
+        if isinstance(self.model, PretrainedReward) and self.model.frozen:
+            found += self._frozen_problems(self.model)
         if self.batch.pack:
             found.append(("batch.pack", "is for recommenders; each text has a row of its own"))
         if self.data.valid is None and (self.evaluate.stop is not None or self.checkpoint.best is not None):
@@ -95,6 +101,17 @@ class RewardConfig(RunConfig):
                 ("evaluate.metrics", "one head cannot disagree: `disagreement` needs model.ensemble 2 or more")
             )
         return found + self.model.problems_in(self) + self.objective.problems_in(self)
+
+    def _frozen_problems(self, model: PretrainedReward) -> list[tuple[str, str]]:
+        """Returns what does not go with frozen weights, which read each text once before training."""
+        found = []
+        if model.lora is not None:
+            found.append(("model.lora", "adapters change what model.frozen keeps as it is: leave one of them out"))
+        if model.dropout:
+            found.append(("model.dropout", "frozen weights read each text once, without dropout: leave it at 0"))
+        if self.init_from is not None:
+            found.append(("init_from", "would put other weights below model.frozen: name them in model.weights"))
+        return found
 
     def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
         """Returns (dotted path, message) of everything that cannot work on a mesh of these sizes."""

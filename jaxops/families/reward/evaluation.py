@@ -71,3 +71,14 @@ def scores_of_pairs(reward: RewardModel) -> Scores:
         return found.reshape(*batch["tokens"].shape[:2], reward.ensemble)
 
     return scores
+
+
+def scores_of_features(reward: RewardModel) -> Scores:
+    """Returns the same function for batches that hold the features of their texts."""
+
+    def scores(params: Params, batch: Any) -> Float[Array, "batch two heads"]:
+        features = batch["features"]
+        found = reward.heads(params, features.reshape(-1, features.shape[-1]))
+        return found.reshape(*features.shape[:2], reward.ensemble)
+
+    return scores

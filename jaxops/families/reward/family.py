@@ -11,15 +11,17 @@ from jaxops.data.text.documents import with_learnt_template
 from jaxops.evaluate.judged_pairs import LABELS, agreement_notes, agreement_rows, baselines
 from jaxops.families.reward.config import PretrainedReward, RewardConfig
 from jaxops.families.reward.data_commands import inspect_data, preview_data
-from jaxops.families.reward.evaluation import RewardEvaluation, scores_of_pairs
+from jaxops.families.reward.evaluation import RewardEvaluation, scores_of_features, scores_of_pairs
 from jaxops.families.reward.opened import OpenedReward, open_reward
 from jaxops.families.reward.options import RewardPredict
 from jaxops.families.reward.reference import stored_reference
 from jaxops.families.reward.serving import ServedReward
+from jaxops.families.reward.trunk import Trunk
 from jaxops.models.lora import Lora, on_model
 from jaxops.objectives.ensemble import each_head
 from jaxops.run.callables import objective_from
 from jaxops.run.family import Family, Given
+from jaxops.run.pretrained.pinned import pinned
 from jaxops.run.pretrained.stored import stored
 from jaxops.run.task import About, NoEvaluation, Task, of_config
 
@@ -33,25 +35,34 @@ def build(loaded: Loaded[RewardConfig], given: Given) -> Task:
     Raises:
       UserError: something cannot be opened, or does not go together.
     """
+    loaded = pinned(loaded)
     config = loaded.config
     if given.data is not None or given.model is not None:
         raise UserError("a reward model's data and model come from its config; an objective may be given")
     read = read_judgements(config.data)
     opened = open_reward(config, lambda: read.words)
-    data = read.opened(opened.tokenizer)
+    trunk = Trunk(config, opened) if opened.keeps_trunk else None
+    data = read.opened(opened.tokenizer, trunk)
     sources, valid = opened.sources, data.valid
     scores = on_model(opened.model, scores_of_pairs(opened.reward))
+    if trunk is not None:
+        scores = scores_of_features(opened.reward)
     template = config.data.template if isinstance(config.data, PreferenceData) else None
     return Task(
         **of_config(config, loaded.resolved, opened.model),
         objective=_objective(config, given, opened),
+        reads=() if trunk is not None and _is_ours(config, given) else None,
         source=data.source(config.run.seed),
         evaluation=NoEvaluation() if valid is None else RewardEvaluation(valid, scores),
         start=(lambda: sources) if sources else None,
         frozen=opened.frozen,
         dtypes=(HEADS, *(opened.model.dtypes if isinstance(opened.model, Lora) else ())),
         baselines=None if valid is None or not config.evaluate.baselines else lambda: baselines(valid, data.agreement),
-        inspection={**data.inspection, "split": {"sha256": data.inspection["digest"]}},
+        inspection={
+            **data.inspection,
+            "split": {"sha256": data.inspection["digest"]},
+            **({} if trunk is None else {"features": {"sha256": trunk.digest}}),
+        },
         transform={
             **stored(opened.reward.decoder.config, with_learnt_template(opened.tokenizer, template)),
             **stored_reference(data.texts, config.reference),
@@ -62,9 +73,19 @@ def build(loaded: Loaded[RewardConfig], given: Given) -> Task:
 
 def _objective(config: RewardConfig, given: Given, opened: OpenedReward) -> Any:
     """Returns the objective: ours for each head, a user's own on the mean of all heads."""
-    if given.objective is None and not isinstance(config.objective, ByPath):
+    if not _is_ours(config, given):
+        return on_model(opened.model, objective_from(config.objective, given.objective, opened.reward))
+    assert not isinstance(config.objective, ByPath)
+    if not opened.keeps_trunk:
         return on_model(opened.model, each_head(opened.reward, config.objective.build))
-    return on_model(opened.model, objective_from(config.objective, given.objective, opened.reward))
+    scores = scores_of_features(opened.reward)
+    flat = lambda params, batch: scores(params, batch).reshape(-1, opened.reward.ensemble)
+    return each_head(opened.reward, config.objective.build, flat)
+
+
+def _is_ours(config: RewardConfig, given: Given) -> bool:
+    """Returns whether the objective is one of the config's kinds; one of the user's own reads the texts themselves."""
+    return given.objective is None and not isinstance(config.objective, ByPath)
 
 
 def _about(config: RewardConfig, opened: OpenedReward, data: OpenedJudgements) -> About:

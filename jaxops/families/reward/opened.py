@@ -25,17 +25,19 @@ class OpenedReward:
       model: what is trained: the reward model, or its adapters and heads beside it.
       tokenizer: the tokenizer.
       sources: the weights that training begins with; none for fresh parameters.
+      keeps_trunk: whether the heads alone are trained.
     """
 
     reward: RewardModel
     model: RewardModel | Lora
     tokenizer: Tokenizer
     sources: tuple[WeightSource, ...]
+    keeps_trunk: bool = False
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Patterns of the parameters that are not trained."""
-        return BESIDE if isinstance(self.model, Lora) else ()
+        return BESIDE if isinstance(self.model, Lora) or self.keeps_trunk else ()
 
 
 def open_reward(config: RewardConfig, words: Callable[[], Sequence[str]]) -> OpenedReward:
@@ -56,7 +58,8 @@ def open_reward(config: RewardConfig, words: Callable[[], Sequence[str]]) -> Ope
     model = config.model.architecture if isinstance(config.model, FreshReward) else config.model
     opened = open_decoder(model, config.tokenizer, config.data.length)
     reward = build_reward(config, opened.decoder)
-    return OpenedReward(reward, with_adapters(reward, config), opened.tokenizer, opened.sources)
+    frozen = isinstance(config.model, PretrainedReward) and config.model.frozen
+    return OpenedReward(reward, with_adapters(reward, config), opened.tokenizer, opened.sources, frozen)
 
 
 def build_reward(config: RewardConfig, decoder: Decoder) -> RewardModel:

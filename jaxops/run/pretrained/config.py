@@ -14,8 +14,8 @@ class Pretrained(Part):
     """A model whose weights and architecture are read from elsewhere.
 
     Attributes:
-      weights: a folder with config.json and safetensors files, a GGUF file, `runs/NAME`, or `named://NAME` of one that
-        `jaxops data list` has.
+      weights: a folder with config.json and safetensors files, a GGUF file, `runs/NAME`, `hf://ORG/MODEL@REVISION` of
+        the Hugging Face Hub, or `named://NAME` of one that `jaxops data list` has.
       dropout: rate of dropout while it is trained on.
       remat: how much of a layer the backward pass recomputes: nothing, all but matmuls (`dots`) or all (`full`).
       lora: adapters that are trained in place of the weights, which are frozen then.

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxops.core.failures import UserError, nearest
 from jaxops.core.weights import Rename, WeightSource
+from jaxops.data import hub
 from jaxops.data.sources import local
 from jaxops.data.text.open_tokenizer import open_tokenizer
 from jaxops.data.text.tokenizer import Tokenizer, check_vocabulary
@@ -59,12 +60,12 @@ def open_decoder(
     """
     if not isinstance(model, Pretrained):
         assert tokenizer is not None  # the config's problems
-        words = _with_tokens(open_tokenizer(local(tokenizer)), add_tokens)
+        words = _with_tokens(open_tokenizer(_place(tokenizer, hub.TOKENIZER, "tokenizer")), add_tokens)
         return OpenedDecoder(build_decoder(model, words.vocab), words, (), special_ids(words))
     address = model.weights
     architecture, own, sources = _from(address, tokenizer is None)
     _require_same_adapters(address, sources, model.lora)
-    found = own if tokenizer is None else open_tokenizer(local(tokenizer))
+    found = own if tokenizer is None else open_tokenizer(_place(tokenizer, hub.TOKENIZER, "tokenizer"))
     if found is None:
         raise UserError(f"tokenizer: {address} comes without one; name it (`bytes`, a folder or a GGUF file)")
     words = _with_tokens(found, add_tokens)
@@ -78,15 +79,10 @@ def open_decoder(
 
 def _from(address: str, wants_tokenizer: bool) -> tuple[Architecture, Tokenizer | None, tuple[WeightSource, ...]]:
     """Returns architecture, tokenizer (None where there is none) and weights at an address."""
-    address = local(address)
-    path = Path(address).expanduser()
-    name = address.removeprefix("hf://").partition("@")[0]
-    if address.startswith("hf://") or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists()):
-        near = nearest(address, [f"{path.parent}/{found.name}" for found in path.parent.glob("*")])
-        raise UserError(
-            f"model.weights: there is no folder {address}{near}. Names of the Hugging Face Hub are not read yet: `hf"
-            f" download {name} --local-dir DIR` fetches it, then model.weights=DIR"
-        )
+    address = _place(address, hub.MODEL, "model.weights")
+    path = Path(address.removeprefix("gguf://")).expanduser()
+    if not path.exists():
+        raise UserError(_gone(address, path))
     if address.startswith("gguf://") or path.suffix == ".gguf":
         from jaxops.models.decoder.gguf import open_gguf
 
@@ -97,6 +93,31 @@ def _from(address: str, wants_tokenizer: bool) -> tuple[Architecture, Tokenizer 
     found = open_pretrained(path)
     has = (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file()
     return found.architecture, open_tokenizer(address) if wants_tokenizer and has else None, (found.source,)
+
+
+def _gone(address: str, path: Path) -> str:
+    """Returns the message for weights that are not where the config says."""
+    near = nearest(address, [f"{path.parent}/{found.name}" for found in path.parent.glob("*")])
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", address) and path.parts[0] != "runs"
+    hint = f" (a model of the Hugging Face Hub is hf://{address})" if on_hub else ""
+    return (
+        f"model.weights: there is no {address}{hint}{near or '.'} To go on or to be evaluated, a run opens the weights"
+        " that it began with: keep them where they are. `predict`, `sample` and `export` read the run folder alone"
+    )
+
+
+def _place(address: str, files: tuple[str, ...], option: str) -> str:
+    """Returns the path of what an address names, fetched if it is named or of the Hub; any other address as it is.
+
+    Raises:
+      UserError: it cannot be fetched.
+    """
+    if not address.startswith(hub.HUB):
+        return local(address)
+    try:
+        return str(hub.HubAddress.parse(address).fetched(files))
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
 
 
 def _from_run(path: Path) -> tuple[Architecture, Tokenizer, tuple[WeightSource, ...]]:

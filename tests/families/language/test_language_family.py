@@ -219,6 +219,11 @@ def test_adapters_are_trained_and_the_weights_are_not(whole, tmp_path):
     np.testing.assert_allclose(
         jx.load(tmp_path / "from-merged").predict("chat.jsonl")["nll"].to_numpy(), after, rtol=1e-4
     )
+    shutil.rmtree(tmp_path / "merged")
+    begun = jx.load(tmp_path / "from-merged")
+    np.testing.assert_allclose(begun.predict("chat.jsonl")["nll"].to_numpy(), after, rtol=1e-4)
+    with pytest.raises(UserError, match=r"there is no .*/merged.* To go on or to be evaluated, a run opens"):
+        begun.evaluate()
 
 
 def test_the_preview_shows_what_the_loss_sees(whole, capsys):
@@ -263,9 +268,9 @@ def test_what_does_not_go_together_is_told(whole, capsys, override, said):
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ("nowhere", "there is no such folder"),
-        ("hf://org/model", "hf download org/model"),
-        ("org/model-1b", "hf download org/model-1b"),
+        ("nowhere", "model.weights: there is no nowhere. To go on or to be evaluated"),
+        ("hf://org", "expected hf://ORG/MODEL"),
+        ("org/model-1b", "(a model of the Hugging Face Hub is hf://org/model-1b)"),
         ("runs/wole", "did you mean 'runs/whole'"),
         ("named://smollm3", "smollm2_135m_instruct"),
         ("plain", "config.json"),

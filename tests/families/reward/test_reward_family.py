@@ -296,7 +296,7 @@ def test_one_head_cannot_disagree(whole, capsys):
 
 @pytest.mark.parametrize(
     ("weights", "said"),
-    [("nowhere", "there is no such folder"), ("hf://org/model", "hf://"), ("runs/plain", "config.json")],
+    [("nowhere", "there is no nowhere"), ("hf://org", "expected hf://ORG/MODEL"), ("runs/plain", "config.json")],
 )
 def test_weights_that_cannot_be_opened_are_told(whole, tmp_path, capsys, weights, said):
     Path("runs/plain").mkdir(exist_ok=True)
