@@ -9,12 +9,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from children import COMMAND
 
 import jaxops as jx
 from jaxops.core.checkpoint import Checkpoints
@@ -48,8 +48,7 @@ def start(run: str, *overrides: str, processes: int = 1, devices: int = 1, sleep
         if processes > 1:
             env |= {"JAXOPS_COORDINATOR": f"127.0.0.1:{port}", "JAXOPS_NUM_PROCESSES": str(processes)}
             env |= {"JAXOPS_PROCESS_ID": str(rank)}
-        code = "import sys; from jaxops.cli.main import script; sys.argv[0] = 'jaxops'; script()"
-        argv = [sys.executable, "-c", code, "train", "toy.yaml", "--cpu-devices", str(devices), f"run.name={run}"]
+        argv = [*COMMAND, "train", "toy.yaml", "--cpu-devices", str(devices), f"run.name={run}"]
         with open(f"{run}-{rank}.log", "a") as log:
             started.append(subprocess.Popen([*argv, *overrides], env=env, stdout=log, stderr=subprocess.STDOUT))
     return started

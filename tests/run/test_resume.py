@@ -6,13 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from children import COMMAND
 from etils import epath
 from tiny_runs import Stopped, curve
 
@@ -141,8 +141,7 @@ def test_the_count_of_early_stopping_survives_an_interrupt(folder):
 
 def command(*overrides: str) -> subprocess.Popen:
     """`jaxops train my.yaml ...` as a process of its own, whose batches take a tenth of a second each."""
-    code = "import sys; from jaxops.cli.main import script; sys.argv[0] = 'jaxops'; script()"
-    argv = [sys.executable, "-c", code, "train", "my.yaml", "--cpu-devices", "8", *QUICK, *overrides]
+    argv = [*COMMAND, "train", "my.yaml", "--cpu-devices", "8", *QUICK, *overrides]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OWNPKG_SLEEP": "0.1"}
     return subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True)
 
