@@ -94,7 +94,7 @@ def test_devices_and_processes_train_alike_and_each_sample_is_judged_once(folder
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_cut_off_between_two_answers_it_goes_on_and_asks_nothing_twice(folder, number):
-    """Two processes, a tensor axis across them, slow answers; the end is bit for bit that of one process undisturbed."""
+    """Two processes, a tensor axis across them, slow answers; its end is bit for bit that of one whole process."""
     mesh = "mesh={data: 1, tensor: 2}"
     train("whole", mesh, devices=2)
     started = start("cut", mesh, processes=2, sleep=0.1)
