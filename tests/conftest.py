@@ -1,5 +1,6 @@
 """Eight CPU devices, strict promotion, rank promotion raises, annotations checked, warnings are errors (pyproject)."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -12,7 +13,10 @@ if "XLA_FLAGS" not in os.environ:
     # The suite compiles hundreds of tiny programs and runs each a few times: a quarter of the compile time.
     # Only where the flags are known to exist: XLA ends the process at one it does not know.
     if importlib.metadata.version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        # Neither optimised nor cut into parts for threads, of which two cores have no use: a third less again.
+        flags += " --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = flags
     elif importlib.metadata.version("jaxlib").startswith("0.12."):
         os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
@@ -31,6 +35,9 @@ install_import_hook(
 hypothesis.settings.register_profile("jaxops", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("jaxops")
 
+# Traced programs are millions of long-lived objects: collected at Python's own pace they cost a twentieth of the suite.
+gc.set_threshold(50_000, 20, 20)
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -44,11 +51,14 @@ def pytest_unconfigure():
     shutil.rmtree(os.environ["JAXOPS_STATE"], ignore_errors=True)
 
 
-@pytest.fixture(autouse=True)
-def _blank_pictures(request, monkeypatch):
-    if request.node.get_closest_marker("pictures") is None:
-        blank = lambda draw, title, alt: _BLANK.format(f"{title}: {alt}")
-        monkeypatch.setattr("jaxops.report.figures.picture", blank)
+@pytest.fixture(autouse=True, scope="module")
+def _blank_pictures(request):
+    """Of a module, so that the runs that its tests share have none either."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("pictures") is None:
+            blank = lambda draw, title, alt: _BLANK.format(f"{title}: {alt}")
+            patch.setattr("jaxops.report.figures.picture", blank)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,8 @@ class Evaluator:
         tables: Tables | None = None,
     ):
         self.mesh = mesh
-        sums_of = on_batches(metrics, mesh, P(), compute_dtype, logical, tables)
+        # Jitted, so that the shapes of the sums and the whole program share one trace of the metrics.
+        sums_of = jax.jit(on_batches(metrics, mesh, P(), compute_dtype, logical, tables), inline=True)
 
         def evaluate_step(params: Params, state: PyTree, batch: Batch, total: Sums) -> Sums:
             return merge(total, sums_of(params, state, batch))

@@ -105,12 +105,13 @@ class TrainStep:
     ):
         self.mesh, self.reads = mesh, reads
         self.reduction, self.reason = reduction
-        self.update = update
+        # Jitted, so that the shapes of its sums and the whole program share one trace of the objective.
+        self.update = jax.jit(update, inline=True)
         # Collectives of two updates must not overlap on such a mesh, and the loop waits only between steps.
         self._waits = serialise_dispatch(mesh) and not advance_step
 
         def train_step(state: State, batch: Batch, window: Sums) -> tuple[State, Sums]:
-            new, sums = update(state, batch)
+            new, sums = self.update(state, batch)
             if advance_step:
                 new = dataclasses.replace(new, step=state.step + 1)
             return new, merge(window, sums)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from toys import RULES, host, init, mesh_of, numpy_regression, predict, regression, rows, trainer
 
 from jaxops.core.failures import UserError
+from jaxops.core.flops import count_flops
 from jaxops.core.mesh import batch_sharding
 from jaxops.core.optimizer import ema
 from jaxops.core.sharding import named_leaves
@@ -57,6 +58,23 @@ def test_the_state_is_donated_and_the_window_is_not(layout):
     second = t.step(rows(1), first)
     assert not any(x.is_deleted() for x in jax.tree.leaves((t.state, first, second)))
     assert t.built._jitted._cache_size() == 1
+
+
+def test_the_objective_is_traced_once():
+    """By `programs`; the FLOPs, the empty window and the steps take that trace."""
+    traced = []
+
+    def objective(params, batch, key):
+        traced.append(len(traced))
+        return regression(params, batch, key)
+
+    t = trainer(layout=FSDP, objective=objective)
+    with jax.set_mesh(t.mesh):
+        program = t.built.programs(abstract_state(t.state), rows())[0]
+        once = len(traced)
+        assert count_flops(program.fn, *program.args).total > 0
+    t.step(rows(1), t.step(rows()))
+    assert once >= 1 and len(traced) == once
 
 
 @pytest.mark.latest

@@ -8,10 +8,10 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+from children import COMMAND
 from tiny_runs import curve
 
 from jaxops.cli.main import main
@@ -20,14 +20,6 @@ from jaxops.core.writers import read_metrics
 REPOSITORY = Path(__file__).resolve().parents[2]
 OWN = "data={fn: 'ownpkg.data:make', record: ids.txt}"
 QUICK = ["run.log_every=1", "evaluate.baselines=false", "checkpoint.best=null"]
-CODE = """
-import pathlib, sys, types
-# the report's plots take a third of a process's time here; tests/report looks at them
-sys.modules["jaxops.report.page"] = types.SimpleNamespace(write_report=lambda run: pathlib.Path(run) / "report.html")
-from jaxops.cli.main import script
-sys.argv[0] = "jaxops"
-script()
-"""
 
 
 class Job:
@@ -51,7 +43,7 @@ class Job:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        argv = [sys.executable, "-c", CODE, "train", "my.yaml", "--cpu-devices", str(devices)]
+        argv = [*COMMAND, "train", "my.yaml", "--cpu-devices", str(devices)]
         argv += [*QUICK, f"run.name={run}", *overrides]
         shared = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OWNPKG_SLEEP": str(sleep), **env}
         shared["JAXOPS_CACHE"] = os.environ["JAXOPS_CACHE"]

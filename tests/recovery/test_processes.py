@@ -3,13 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
-from jobs import CODE, OWN, QUICK, REPOSITORY, Job, events, examples, train
+from children import COMMAND
+from jobs import OWN, QUICK, REPOSITORY, Job, events, examples, train
 from tiny_runs import curve, furnish
 
 from jaxops.core.checkpoint import Checkpoints
@@ -117,7 +117,7 @@ def test_a_signal_in_an_evaluation_stops_all_too(folder):
 
 
 def test_the_launcher_starts_forwards_and_hands_on_a_signal(folder):
-    argv = [sys.executable, "-c", CODE, "train", "my.yaml", "--processes", "2", *QUICK, OWN, "run.steps=400"]
+    argv = [*COMMAND, "train", "my.yaml", "--processes", "2", *QUICK, OWN, "run.steps=400"]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OWNPKG_SLEEP": "0.1"}
     with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         lines = []

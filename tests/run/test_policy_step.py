@@ -9,12 +9,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from children import COMMAND
 
 import jaxops as jx
 from jaxops.core.checkpoint import Checkpoints
@@ -48,8 +48,7 @@ def start(run: str, *overrides: str, processes: int = 1, devices: int = 1, sleep
         if processes > 1:
             env |= {"JAXOPS_COORDINATOR": f"127.0.0.1:{port}", "JAXOPS_NUM_PROCESSES": str(processes)}
             env |= {"JAXOPS_PROCESS_ID": str(rank)}
-        code = "import sys; from jaxops.cli.main import script; sys.argv[0] = 'jaxops'; script()"
-        argv = [sys.executable, "-c", code, "train", "toy.yaml", "--cpu-devices", str(devices), f"run.name={run}"]
+        argv = [*COMMAND, "train", "toy.yaml", "--cpu-devices", str(devices), f"run.name={run}"]
         with open(f"{run}-{rank}.log", "a") as log:
             started.append(subprocess.Popen([*argv, *overrides], env=env, stdout=log, stderr=subprocess.STDOUT))
     return started
@@ -95,9 +94,9 @@ def test_devices_and_processes_train_alike_and_each_sample_is_judged_once(folder
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_cut_off_between_two_answers_it_goes_on_and_asks_nothing_twice(folder, number):
-    """Two processes, a tensor axis across them, slow answers; the end is bit for bit that of the undisturbed run."""
+    """Two processes, a tensor axis across them, slow answers; its end is bit for bit that of one whole process."""
     mesh = "mesh={data: 1, tensor: 2}"
-    train("whole", mesh, processes=2)
+    train("whole", mesh, devices=2)
     started = start("cut", mesh, processes=2, sleep=0.1)
     until = time.monotonic() + 200
     while time.monotonic() < until and (not Path("cut.asked").exists() or len(asked("cut")) < 3 * SIZE + 5):

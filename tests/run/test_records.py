@@ -25,7 +25,7 @@ def stopped(run: str, at: int, *overrides: str) -> FinishedRun:
     return train(run, *overrides, step=lambda parts: Stopped(parts.update, at))
 
 
-@pytest.mark.parametrize("stops", [(7,), pytest.param((8, 4), marks=pytest.mark.slow), (12, 1)])
+@pytest.mark.parametrize("stops", [*(pytest.param(x, marks=pytest.mark.slow) for x in ((7,), (8, 4))), (12, 1)])
 def test_an_interrupt_inside_a_window_leaves_no_line_of_its_own(folder, stops):
     """Windows of 5, evaluations of 6 (each ends a window): the lines are those of 5, 6, 10, 12, 15, 18, 20."""
     rule = ["evaluate.every=6", "checkpoint.every=1000"]

@@ -1,5 +1,6 @@
 """Weights of events are those of what is to be predicted; items that training never saw are not recommended."""
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,12 +8,14 @@ import pytest
 
 import jaxops as jx
 from jaxops.core.failures import UserError
+from jaxops.core.sharding import named_leaves
 from jaxops.data.interactions.events import EventSource
 from jaxops.data.interactions.interactions import from_arrays
 from jaxops.data.interactions.packing import PackedSource
 from jaxops.data.interactions.splits import leave_one_out
 from jaxops.data.interactions.windows import SequenceSource
 from jaxops.families.rec.repeats import target_weights
+from jaxops.run.training import build_training
 
 RUN = "run: {name: NAME, dir: runs, steps: 4, log_every: 2, loggers: []}\nbatch: {global: 16}\n"
 EVALUATE = "evaluate: {every: 4, metrics: [hr@5], batch: 16, baselines: false, slices: [cold_item, warm_item]}\n"
@@ -81,17 +84,43 @@ def test_the_weight_of_a_target_is_that_of_its_event():
     np.testing.assert_array_equal(batch["weight"], weights[batch["event"]])
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_is_weighted(name, plays):
-    """A step on weights of 0 and 2 is one on weights of 0 and 1, and none on weights of 1: by its parameters."""
-    table, after = pq.read_table("plays.parquet"), {}
-    for what, weights in (("half", (0.0, 1.0)), ("double", (0.0, 2.0)), ("ones", (1.0, 1.0))):
+WEIGHTS = {"half": (0.0, 1.0), "double": (0.0, 2.0), "ones": (1.0, 1.0)}
+
+
+def weighted_tasks(name, plays, *overrides):
+    """By name, the task on events that weigh these two in turn."""
+    table = pq.read_table("plays.parquet")
+    for what, weights in WEIGHTS.items():
         found = pa.array([weights[at % 2] for at in range(len(table))])
         pq.write_table(table.set_column(3, "w", found), "plays.parquet")
-        run = jx.fit(jx.build_task(config(OBJECTIVES[name], "run.steps=2", name=what)), quiet=True)
-        after[what] = jx.load(run.dir).item_vectors()["vector"].to_pylist()
+        yield what, jx.build_task(config(OBJECTIVES[name], "run.steps=2", *overrides, name=what))
+
+
+def test_a_run_is_weighted(plays):
+    """Steps on weights of 0 and 2 are those on weights of 0 and 1, and not those on weights of 1: by the vectors."""
+    after = {
+        what: jx.load(jx.fit(task, quiet=True).dir).item_vectors()["vector"].to_pylist()
+        for what, task in weighted_tasks("two_tower", plays)
+    }
     np.testing.assert_allclose(after["double"], after["half"], atol=1e-6)
     assert np.abs(np.subtract(after["ones"], after["half"])).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_weighted(name, plays):
+    """The same of every objective, by the parameters and rows after two updates that are compiled once."""
+    mesh, training, after = jx.make_mesh(data=-1), None, {}
+    for what, task in weighted_tasks(name, plays, "optimizer={kind: sgd, lr: 0.5}"):
+        with jax.set_mesh(mesh):
+            training = training or build_training(task, mesh)
+            state = training.fresh()
+            for cursor in (0, 16):
+                batch = task.source.batch(cursor, 16)
+                state, _ = training.update(state, training.tables.plan(batch) if training.tables else batch)
+            after[what] = dict(named_leaves((state.params, state.tables)))
+    for leaf, found in after["double"].items():
+        np.testing.assert_allclose(found, after["half"][leaf], atol=1e-6, err_msg=leaf)
+    assert max(np.abs(after["ones"][leaf] - found).max() for leaf, found in after["half"].items()) > 1e-4
 
 
 def test_weights_that_are_none_are_refused(plays):

@@ -5,12 +5,12 @@ import io
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from children import COMMAND
 from object_stores import bucket_of, free_port, gs, move_to_new_machine, needs_moto, objects, s3  # noqa: F401
 from tiny_runs import Stopped
 
@@ -231,8 +231,7 @@ def test_a_killed_run_is_resumed_at_once_on_its_machine(folder, s3):  # noqa: F8
     run = f"{s3}/tiny"
     own = "data={fn: 'ownpkg.data:make'}"
     train("run.name=whole", own)
-    code = "import sys; from jaxops.cli.main import script; sys.argv[0] = 'jaxops'; script()"
-    command = [sys.executable, "-c", code, "train", "my.yaml", f"run.dir={s3}", own, *QUICK, "checkpoint.every=3"]
+    command = [*COMMAND, "train", "my.yaml", f"run.dir={s3}", own, *QUICK, "checkpoint.every=3"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OWNPKG_SLEEP": "0.2"}
     child = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
