@@ -19,8 +19,13 @@ import jaxops as jx
 from jaxops.cli.main import main
 from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
+from jaxops.data.preferences.open import read_judgements
+from jaxops.data.preferences.spec import PreferenceData, RatingData
+from jaxops.data.text.byte_tokenizer import ByteTokenizer
+from jaxops.families.language.options import Generate
 from jaxops.families.language.prompts import PromptWriter
 from jaxops.run.fit import fit
+from jaxops.run.training import build_training
 from jaxops.run.warm_start import begin_with
 
 METRICS = "[loss, accuracy, accuracy_low, accuracy_high, reward_margin, logprob_chosen, logprob_rejected, nll]"
@@ -37,6 +42,7 @@ checkpoint: {{every: 4, best: loss}}
 run: {{name: dpo, steps: 8, log_every: 2, loggers: []}}
 """
 MODEL, OBJECTIVE = CONFIG.splitlines()[3], CONFIG.splitlines()[5]
+ADAPTERS = ["model.weights=runs/whole", "model.lora={rank: 2}"]
 WORDS = ("red", "blue", "old", "new", "sea", "sun")
 
 
@@ -107,9 +113,7 @@ def test_the_reference_is_what_the_policy_began_as(whole):
 
 
 def test_the_metrics_follow_from_the_scores_of_the_held_out_texts(whole):
-    """Loss, margin and logprobs again, from NLLs that `predict` gives, of the policy and of an export of the reference."""
-    from jaxops.data.preferences.open import read_judgements
-
+    """Loss, margin and logprobs again, from NLLs that `predict` gives, of policy and reference."""
     model = jx.load("runs/whole")
     valid = read_judgements(task_of().config.data).valid
     rows = [
@@ -148,7 +152,10 @@ def numpy_logprob(model, params, row):
     return sum(every[at, row["targets"][at]] for at in range(size) if row["mask"][at])
 
 
-@pytest.mark.parametrize("objective", ["{kind: dpo, beta: 0.2, label_smoothing: 0.1}", "{kind: ipo, beta: 0.2}"])
+SMOOTHED, SQUARED = "{kind: dpo, beta: 0.2, label_smoothing: 0.1}", "{kind: ipo, beta: 0.2}"
+
+
+@pytest.mark.parametrize("objective", [SMOOTHED, pytest.param(SQUARED, marks=pytest.mark.slow)])
 def test_an_update_goes_down_the_loss_of_numpy_in_float64(whole, objective):
     """The update's product with a direction is the slope of the loss along it, by differences of numpy's loss."""
     task = task_of(f"objective={objective}", "model.dim=8")
@@ -222,12 +229,9 @@ def test_the_policy_is_sampled_talked_to_and_exported_alone(whole, tmp_path, cap
     (tmp_path / "own.yaml").write_text(own)
     again = task_of(config=tmp_path / "own.yaml")
     assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    with jax.set_mesh(jx.make_mesh(data=1, devices=jax.devices()[:1])):
-        from jaxops.run.training import build_training
-
-        state, _ = begin_with(
-            build_training(again, jx.make_mesh(data=1, devices=jax.devices()[:1])).fresh(), again.start()
-        )
+    mesh = jx.make_mesh(data=1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state, _ = begin_with(build_training(again, mesh).fresh(), again.start())
     vocab, held = model.decoder.real_vocab, dict(named_leaves(jax.device_get(state.params)))
     for path, value in named_leaves(model.params):
         np.testing.assert_array_equal(held[path][:vocab], value[:vocab], err_msg=path)
@@ -252,6 +256,7 @@ def test_a_chosen_start_is_the_reference_too(whole):
     assert any(np.abs(trained[path] - old[path]).max() > 0 for path in old)
 
 
+@pytest.mark.slow
 def test_under_adapters_the_base_is_the_reference(whole):
     own = CONFIG.replace(MODEL, "model: {weights: runs/whole, lora: {rank: 2}}").replace("tokenizer: bytes\n", "")
     Path("lora.yaml").write_text(own)
@@ -272,25 +277,51 @@ def test_under_adapters_the_base_is_the_reference(whole):
 def test_pairs_that_teach_nothing_are_counted_and_told(whole, caplog):
     rows = [vote(at) for at in range(8)]
     rows += [{"prompt": "p" * 50, "chosen": "yes", "rejected": "no"}]  # alike within the length
-    rows += [{"prompt": "q" * 37, "chosen": "yes", "rejected": ""}]
     write_rows("odd.jsonl", rows)
-    data = "data={kind: preferences, path: odd.jsonl, length: 38, template: null, too_long: cut_end}"
+    data = "data={kind: preferences, path: odd.jsonl, length: 38, valid: null, too_long: cut_end}"
     quiet = ["evaluate.metrics=[accuracy]", "checkpoint.best=null"]
     notes = "\n".join(task_of(data, *quiet).inspection["notes"])
-    assert "1 of 10 pairs have the same tokens on both sides within data.length 38" in notes
-    assert "of 1 of 10 pairs an answer is empty, or nothing of it is within data.length 38" in notes
+    assert "1 of 9 pairs have the same tokens on both sides within data.length 38" in notes
     assert task_of(data, *quiet).source.examples == 8
-    whole_rows = "data={kind: preferences, path: odd.jsonl, length: 64, template: null}"
+    whole_rows = "data={kind: preferences, path: odd.jsonl, length: 64, valid: null}"
     task = task_of(whole_rows, *quiet, "model.length=64")
-    assert task.source.examples == 10 and "notes" not in task.inspection
+    assert task.source.examples == 9 and "notes" not in task.inspection
     write_rows("odd.jsonl", [{"prompt": "p" * 50, "chosen": "yes", "rejected": "no"}] * 3)
-    with pytest.raises(UserError, match="no pair is left to learn from within data.length 38"):
+    with pytest.raises(UserError, match=r"no pair is left to learn from within data\.length 38"):
         task_of(data, *quiet)
     write_rows("odd.jsonl", [vote(0), {"prompt": "p", "chosen": "same", "rejected": "same"}])
     with pytest.raises(UserError, match=r"odd.jsonl:2: .*nothing is preferred"):
         task_of(data, *quiet)
+    write_rows("odd.jsonl", [vote(0), {"prompt": "p", "chosen": "yes", "rejected": ""}])
+    with pytest.raises(UserError, match=r"odd.jsonl:2: column 'rejected' is empty"):
+        task_of(data, *quiet)
 
 
+class Bare(ByteTokenizer):
+    """Bytes without marks around a text, so that a text of one byte has no token that another one predicts."""
+
+    bos = eos = None
+
+    def encode_batch(self, texts, special=False):
+        return super().encode_batch(texts)
+
+
+def test_answers_without_a_token_to_learn_from_are_left_out(whole):
+    rows = [{"chosen": f"good {at}", "rejected": f"bad {at}"} for at in range(4)]
+    write_rows("bare.jsonl", [*rows, {"chosen": "a", "rejected": "bc"}])
+    read = read_judgements(PreferenceData(path="bare.jsonl", length=40, template=None))
+    found = read.opened(Bare(), answers=True)
+    assert found.source(0).examples == 4 and read.opened(Bare()).source(0).examples == 5
+    assert "1 of 5 pairs have an answer without a token to learn from" in "\n".join(found.inspection["notes"])
+    batch = found.source(0).batch(0, 4)
+    assert (batch["mask"].sum(-1) > 0).all()
+    write_rows("bare.jsonl", [{"text": text, "ratings": [len(text)]} for text in ("a", "bc", "def", "ghij")])
+    read = read_judgements(RatingData(path="bare.jsonl", length=40))
+    found = read.opened(Bare(), answers=True)
+    assert found.source(0).examples == 3 and "1 texts of one token" in "\n".join(found.inspection["notes"])
+
+
+@pytest.mark.slow
 def test_ratings_train_a_policy_on_whole_texts(whole, tmp_path):
     rated = [{"text": f"{WORDS[at % 6]} {WORDS[at // 6 % 6]}", "ratings": [at % 6, at % 4]} for at in range(60)]
     write_rows("ratings.jsonl", rated)
@@ -303,21 +334,15 @@ def test_ratings_train_a_policy_on_whole_texts(whole, tmp_path):
 def test_a_policy_of_conversations_answers_as_a_conversation(whole):
     said = lambda at, answer: [{"role": "user", "content": f"say {at}"}, {"role": "assistant", "content": answer}]
     write_rows("talks.jsonl", [{"chosen": said(at, "yes"), "rejected": said(at, "no!")} for at in range(20)])
-    data = "data={kind: preferences, path: talks.jsonl, length: 64}"
+    data = "data={kind: preferences, path: talks.jsonl, length: 64, template: model, valid: null}"
     short = ["model.length=64", "run.steps=1", "evaluate.metrics=[]", "checkpoint.best=null"]
     fit(task_of(data, "run.name=talks", *short), quiet=True)
     model = jx.load("runs/talks")
-    writer = model._generation._writer(model_options(), print)
+    writer = model._generation._writer(Generate(), print)
     assert isinstance(writer, PromptWriter) and writer.chats
     assert model.tokenizer.decode(writer.ids(("a", {"prompt": "hi"}))).endswith("<|im_start|>assistant\n")
-    plain = jx.load("runs/whole")._generation._writer(model_options(), print)
+    plain = jx.load("runs/whole")._generation._writer(Generate(), print)
     assert not plain.chats
-
-
-def model_options():
-    from jaxops.families.language.options import Generate
-
-    return Generate()
 
 
 def test_the_preview_and_the_inspection(whole, capsys):
