@@ -10,6 +10,7 @@ from jaxops.config.types import ByPath, Factory
 from jaxops.core.metric import Metric, metric_of
 from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.spec import ChatData, CompletionData, MixtureData, TextData
+from jaxops.data.text.trained_tokenizer import TrainedTokenizer
 from jaxops.evaluate import implicit_rewards
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.objectives.direct_preference import Dpo, Ipo
@@ -41,7 +42,8 @@ class LanguageConfig(RunConfig):
 
     `model` is an architecture with fresh parameters, or `{weights: ...}` of a pretrained model. `tokenizer` is `bytes`,
     a folder with tokenizer.json, or a GGUF file; by default it is that of the weights. `add_tokens` are further control
-    tokens, whose rows of the embedding are fresh.
+    tokens, whose rows of the embedding are fresh. On pairs a fresh model's `tokenizer` may be `{kind: trained}` too: a
+    vocabulary made out of the texts of training.
 
     On pairs the objective is `dpo` or `ipo`. The reference begins as a copy of the policy; with `lora` it is the base,
     and there is no copy.
@@ -50,7 +52,7 @@ class LanguageConfig(RunConfig):
     task: str = "language"
     data: TextData | ChatData | CompletionData | MixtureData | PreferenceData | RatingData
     model: Architecture | Pretrained = Architecture()
-    tokenizer: str | None = None
+    tokenizer: str | TrainedTokenizer | None = None
     add_tokens: tuple[str, ...] = ()
     objective: NextTokenConfig | Dpo | Ipo | Annotated[ByPath, Factory(leading=1)] = NextTokenConfig()
     evaluate: LanguageEvaluate = LanguageEvaluate()
@@ -82,8 +84,18 @@ class LanguageConfig(RunConfig):
         judged = self.evaluate.stop is not None or self.checkpoint.best is not None
         if judged and _held_out(self.data) is None:
             found.append(("data.valid", "nothing is held out, but evaluate.stop or checkpoint.best judge by it"))
+        if isinstance(self.tokenizer, TrainedTokenizer):
+            found += self._vocabulary_problems()
         found += self._pair_problems()
         return found + self.model.problems_in(self) + self.objective.problems_in(self)
+
+    def _vocabulary_problems(self) -> list[tuple[str, str]]:
+        """Returns what does not go with a vocabulary that is made out of the texts of training."""
+        if isinstance(self.model, Pretrained):
+            return [("tokenizer", "the weights know their own vocabulary: leave it out, or name its folder")]
+        if not self.pairs:
+            return [("tokenizer", f"`trained` is for pairs, not for data.kind {self.data.kind}: `bytes`, or a folder")]
+        return [("add_tokens", "a vocabulary that is trained has no further tokens")] if self.add_tokens else []
 
     def _pair_problems(self) -> list[tuple[str, str]]:
         """Returns what does not go together of data, objective and model, where one of them is for pairs of texts."""

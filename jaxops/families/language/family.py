@@ -7,6 +7,7 @@ from typing import Any
 from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError
 from jaxops.core.sums import Sums
+from jaxops.data.preferences.open import read_judgements
 from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.documents import with_learnt_template
 from jaxops.data.text.open import TextParts, open_text
@@ -36,8 +37,13 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
     config = loaded.config
     if given.data is not None or given.model is not None:
         raise UserError("a language model's data and model come from its config; an objective may be given")
-    opened = open_model(config)
-    fields = pair_fields(config, given, opened) if config.pairs else _text_fields(config, given, opened)
+    if isinstance(config.data, PreferenceData | RatingData):
+        read = read_judgements(config.data)
+        opened = open_model(config, lambda: read.words)
+        fields = pair_fields(config, given, opened, read.opened(opened.tokenizer, answers=True))
+    else:
+        opened = open_model(config)
+        fields = _text_fields(config, given, opened)
     learnt = written_as(config.data).template
     return Task(
         **of_config(config, loaded.resolved, opened.model),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxops.data.preferences.open import OpenedJudgements, read_judgements
+from jaxops.data.preferences.open import OpenedJudgements
 from jaxops.evaluate.judged_pairs import LABELS, agreement_notes, agreement_rows, baselines
 from jaxops.families.language.config import LanguageConfig
 from jaxops.families.language.opened import OpenedModel
@@ -16,17 +16,19 @@ from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.task import About, NoEvaluation
 
 
-def pair_fields(config: LanguageConfig, given: Given, opened: OpenedModel) -> dict[str, Any]:
+def pair_fields(config: LanguageConfig, given: Given, opened: OpenedModel, data: OpenedJudgements) -> dict[str, Any]:
     """Returns the fields of a Task that depend on its judgements of pairs.
 
     A user's own objective gets the decoder and the policy's parameters, and the reference's logprobs in its batch.
 
-    Raises:
-      UserError: the judgements cannot be opened, or nothing is left to learn from.
+    Args:
+      config: the config.
+      given: what Python hands in.
+      opened: the model, which holds a reference.
+      data: the judgements.
     """
     model, decoder = opened.model, opened.decoder
     assert not isinstance(model, Decoder)  # pairs have a reference beside the policy, or under its adapters
-    data = read_judgements(config.data).opened(opened.tokenizer, answers=True)  # type: ignore[arg-type]
     valid = data.valid
     shipped = config.objective if isinstance(config.objective, Dpo | Ipo) else None
     chunk = None if shipped is None else shipped.chunk
