@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -15,7 +15,7 @@ from jaxops.evaluate import implicit_rewards
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.objectives.direct_preference import Dpo, Ipo
 from jaxops.objectives.language import NextTokenConfig
-from jaxops.run.config import EarlyStop, Evaluate, RunConfig
+from jaxops.run.config import MAY_CHANGE_ON_RESUME, EarlyStop, Evaluate, RunConfig
 from jaxops.run.pretrained.config import Pretrained
 
 METRICS: Mapping[str, Metric] = {
@@ -29,10 +29,15 @@ METRICS: Mapping[str, Metric] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageEvaluate(Evaluate):
-    """Evaluates every `every` steps on the held-out part of the text, and at its end with the kept parameters."""
+    """Evaluates every `every` steps on the held-out part of the text, and at its end with the kept parameters.
+
+    `samples` held-out prompts are completed at each evaluation, greedily, and stand in `samples.jsonl` and the report
+    beside the answers that the data has for them.
+    """
 
     metrics: tuple[str, ...] = ("nll", "perplexity", "accuracy")
     batch: Annotated[int, Field(ge=1)] = 16
+    samples: Annotated[int, Field(ge=0, le=64)] = 0
     stop: EarlyStop | None = None
 
 
@@ -56,6 +61,8 @@ class LanguageConfig(RunConfig):
     add_tokens: tuple[str, ...] = ()
     objective: NextTokenConfig | Dpo | Ipo | Annotated[ByPath, Factory(leading=1)] = NextTokenConfig()
     evaluate: LanguageEvaluate = LanguageEvaluate()
+
+    may_change_on_resume: ClassVar[tuple[str, ...]] = (*MAY_CHANGE_ON_RESUME, "evaluate.samples")
 
     @property
     def pairs(self) -> bool:
@@ -81,6 +88,8 @@ class LanguageConfig(RunConfig):
                 found.append(("data.length", text))
         if self.batch.pack:
             found.append(("batch.pack", "is for recommenders; text is packed by data.pack"))
+        if self.evaluate.samples and _held_out(self.data) is None:
+            found.append(("evaluate.samples", "nothing is held out (data.valid), so there are no prompts to complete"))
         judged = self.evaluate.stop is not None or self.checkpoint.best is not None
         if judged and _held_out(self.data) is None:
             found.append(("data.valid", "nothing is held out, but evaluate.stop or checkpoint.best judge by it"))

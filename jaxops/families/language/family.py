@@ -18,6 +18,7 @@ from jaxops.families.language.options import Generate, LanguageExport, LanguageP
 from jaxops.families.language.pairs import pair_fields
 from jaxops.families.language.prompts import written_as
 from jaxops.families.language.serving import ServedLanguage
+from jaxops.families.language.written_samples import Asked, WithSamples, asked_of
 from jaxops.models.lora import on_model
 from jaxops.objectives.language import next_token
 from jaxops.run.batched import BatchedEvaluation
@@ -25,7 +26,7 @@ from jaxops.run.callables import objective_from
 from jaxops.run.family import Family, Given
 from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.pretrained.stored import stored
-from jaxops.run.task import About, EvalBatches, NoEvaluation, Task, of_config
+from jaxops.run.task import About, EvalBatches, Evaluation, NoEvaluation, Task, of_config
 
 
 def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
@@ -62,14 +63,14 @@ def _text_fields(config: LanguageConfig, given: Given, opened: OpenedModel) -> d
     return {
         "objective": on_model(opened.model, objective_from(config.objective, given.objective, opened.decoder)),
         "source": text.source(config.run.seed),
-        "evaluation": _evaluation(opened, text) if text.held_out(1) else NoEvaluation(),
+        "evaluation": _evaluation(config, opened, text) if text.held_out(1) else NoEvaluation(),
         "inspection": {**text.inspection, "split": {"sha256": text.inspection["digest"]}},
         "about": _about(config, opened, text),
     }
 
 
-def _evaluation(opened: OpenedModel, text: TextParts) -> BatchedEvaluation:
-    """Returns the evaluation on the held-out rows of all sources, each token counted alike."""
+def _evaluation(config: LanguageConfig, opened: OpenedModel, text: TextParts) -> Evaluation:
+    """Returns the evaluation on the held-out rows of all sources, each token counted alike, with samples if asked."""
     objective = on_model(opened.model, next_token(opened.decoder))
 
     def batches(size: int) -> EvalBatches:
@@ -79,7 +80,13 @@ def _evaluation(opened: OpenedModel, text: TextParts) -> BatchedEvaluation:
         found = objective(params, batch, None)
         return {name.removeprefix("loss/"): value for name, value in found.items()}
 
-    return BatchedEvaluation({"valid": batches}, sums)
+    found, length, asked = BatchedEvaluation({"valid": batches}, sums), opened.decoder.config.length, list[Asked]()
+    for one in text.sources:
+        documents = one.valid.documents if one.valid is not None else None
+        if documents is not None:
+            left = config.evaluate.samples - len(asked)
+            asked += asked_of(documents, range(len(documents)), length, left)
+    return WithSamples(found, opened, asked) if asked else found
 
 
 def _about(config: LanguageConfig, opened: OpenedModel, text: TextParts) -> About:
