@@ -60,6 +60,7 @@ class RunRecord:
     config_text: str
     series: dict[str, Series]
     events: list[Event]
+    samples: list[dict[str, Any]]
     step: int | None
     first_time: dt.datetime | None
     last_time: dt.datetime | None
@@ -143,6 +144,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunRecord:
         config_text=config_text,
         series=_series(lines),
         events=[_event(line) for line in lines if "event" in line],
+        samples=[line for line in _metrics(path / "samples.jsonl", problems) if "event" not in line],
         step=max((line["step"] for line in lines), default=None),
         first_time=min(times, default=None),
         last_time=max(times, default=None),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
+from jaxops.core.metric import label_of
 from jaxops.report import figures, results
 from jaxops.report.figures import Mark, Plot
 from jaxops.report.folder import EVALUATED, RunRecord, Series, read_run, utc_time
@@ -19,6 +20,9 @@ from jaxops.report.html import fill_template, write_page
 
 MAX_EVENTS = 200
 MAX_SMALL_PLOTS = 24
+MAX_SAMPLES, MAX_SAMPLE = 32, 600
+"""The samples that are shown, and the characters of each text."""
+_NO_COLUMNS = ("v", "step", "time", "part")
 _MAIN = ("train/loss", "train/examples_per_s")
 
 
@@ -70,6 +74,7 @@ def render_report(run: RunRecord) -> str:
         tables=results.tables(run),
         kept=run.number("best_step"),
         notes=_notes(run),
+        samples=_samples(run),
         plots=list(_main_plots(run)),
         small_plots=list(_small_plots(run)),
         reliability_plots=list(_reliability_plots(run)),
@@ -86,6 +91,19 @@ def _notes(run: RunRecord) -> list[str]:
     """Returns the family's sentences on how the run's figures were made."""
     found = run.about.get("notes")
     return [str(note) for note in found] if isinstance(found, list) else []
+
+
+def _samples(run: RunRecord) -> dict[str, Any]:
+    """Returns the samples of the last evaluation that wrote any: its step, the columns, and rows of texts."""
+    last = run.samples[-1]["step"] if run.samples else None
+    found = [sample for sample in run.samples if sample["step"] == last]
+    columns = [name for name in (found[-1] if found else ()) if name not in _NO_COLUMNS]
+    rows = [[_short(str(sample.get(name, ""))) for name in columns] for sample in found[-MAX_SAMPLES:]]
+    return {"step": last, "columns": [label_of(name) for name in columns], "rows": rows}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_SAMPLE else f"{text[:MAX_SAMPLE]} ..."
 
 
 def _facts(run: RunRecord) -> Iterator[str]:

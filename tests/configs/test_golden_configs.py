@@ -21,6 +21,11 @@ COMPLETED_BY = {
     "rec/clicks": ["data.kind=movielens_100k_clicks", "model.kind=linear", "run.epochs=1"],
     "rec/movielens_clicks": ["model.kind=dcnv2"],
     "reward/preferences": ["tokenizer=bytes", "data={kind: preferences, path: votes.jsonl}", "run.epochs=1"],
+    "language/dpo": [
+        "tokenizer=bytes",
+        "data={kind: preferences, path: votes.jsonl, valid: {share: 0.1}}",
+        "run.epochs=1",
+    ],
     "language/sft": ["tokenizer=bytes", "data={kind: text, path: text.jsonl, valid: {share: 0.1}}", "run.epochs=1"],
 }
 """What a config that others build upon lacks: it names no data and no length of its own."""

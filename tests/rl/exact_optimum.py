@@ -26,7 +26,9 @@ from jaxops.rl.options import SampleOptions
 from jaxops.rl.sample import Sampler
 from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras
 
-END, WORDS, TOKENS, PROMPTS = 0, 4, 3, ((1, 2), (3,))
+END, WORDS, TOKENS = 0, 4, 3
+PROMPTS = ((1, 2), (3, 1, 2))
+"""No prompt is one word over and over: attention sees how often a word comes only beside another one."""
 WIDTH = 8
 
 

@@ -180,8 +180,8 @@ class Preferences:
         silent = kept & (texts.targets.reshape(-1, 2) == 0).any(axis=1)
         if answers and silent.any():
             notes.tell(
-                f"{part}: of {silent.sum()} of {len(pairs)} pairs an answer is empty, or nothing of it is within "
-                f"data.length {self.config.length}; they are left out, the first {pairs[np.argmax(silent)].where}"
+                f"{part}: {silent.sum()} of {len(pairs)} pairs have an answer without a token to learn from within "
+                f"data.length {self.config.length} and are left out, the first {pairs[np.argmax(silent)].where}"
             )
             kept &= ~silent
         if longer.any():

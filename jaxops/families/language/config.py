@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -10,11 +10,12 @@ from jaxops.config.types import ByPath, Factory
 from jaxops.core.metric import Metric, metric_of
 from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.spec import ChatData, CompletionData, MixtureData, TextData
+from jaxops.data.text.trained_tokenizer import TrainedTokenizer
 from jaxops.evaluate import implicit_rewards
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.objectives.direct_preference import Dpo, Ipo
 from jaxops.objectives.language import NextTokenConfig
-from jaxops.run.config import EarlyStop, Evaluate, RunConfig
+from jaxops.run.config import MAY_CHANGE_ON_RESUME, EarlyStop, Evaluate, RunConfig
 from jaxops.run.pretrained.config import Pretrained
 
 METRICS: Mapping[str, Metric] = {
@@ -28,10 +29,15 @@ METRICS: Mapping[str, Metric] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageEvaluate(Evaluate):
-    """Evaluates every `every` steps on the held-out part of the text, and at its end with the kept parameters."""
+    """Evaluates every `every` steps on the held-out part of the text, and at its end with the kept parameters.
+
+    `samples` held-out prompts are completed at each evaluation, greedily, and stand in `samples.jsonl` and the report
+    beside the answers that the data has for them.
+    """
 
     metrics: tuple[str, ...] = ("nll", "perplexity", "accuracy")
     batch: Annotated[int, Field(ge=1)] = 16
+    samples: Annotated[int, Field(ge=0, le=64)] = 0
     stop: EarlyStop | None = None
 
 
@@ -41,7 +47,8 @@ class LanguageConfig(RunConfig):
 
     `model` is an architecture with fresh parameters, or `{weights: ...}` of a pretrained model. `tokenizer` is `bytes`,
     a folder with tokenizer.json, a GGUF file, or `hf://ORG/MODEL`; by default it is that of the weights. `add_tokens`
-    are further control tokens, whose rows of the embedding are fresh.
+    are further control tokens, whose rows of the embedding are fresh. On pairs a fresh model's `tokenizer` may be
+    `{kind: trained}` too: a vocabulary made out of the texts of training.
 
     On pairs the objective is `dpo` or `ipo`. The reference begins as a copy of the policy; with `lora` it is the base,
     and there is no copy.
@@ -50,10 +57,12 @@ class LanguageConfig(RunConfig):
     task: str = "language"
     data: TextData | ChatData | CompletionData | MixtureData | PreferenceData | RatingData
     model: Architecture | Pretrained = Architecture()
-    tokenizer: str | None = None
+    tokenizer: str | TrainedTokenizer | None = None
     add_tokens: tuple[str, ...] = ()
     objective: NextTokenConfig | Dpo | Ipo | Annotated[ByPath, Factory(leading=1)] = NextTokenConfig()
     evaluate: LanguageEvaluate = LanguageEvaluate()
+
+    may_change_on_resume: ClassVar[tuple[str, ...]] = (*MAY_CHANGE_ON_RESUME, "evaluate.samples")
 
     @property
     def pairs(self) -> bool:
@@ -79,11 +88,23 @@ class LanguageConfig(RunConfig):
                 found.append(("data.length", text))
         if self.batch.pack:
             found.append(("batch.pack", "is for recommenders; text is packed by data.pack"))
+        if self.evaluate.samples and _held_out(self.data) is None:
+            found.append(("evaluate.samples", "nothing is held out (data.valid), so there are no prompts to complete"))
         judged = self.evaluate.stop is not None or self.checkpoint.best is not None
         if judged and _held_out(self.data) is None:
             found.append(("data.valid", "nothing is held out, but evaluate.stop or checkpoint.best judge by it"))
+        if isinstance(self.tokenizer, TrainedTokenizer):
+            found += self._vocabulary_problems()
         found += self._pair_problems()
         return found + self.model.problems_in(self) + self.objective.problems_in(self)
+
+    def _vocabulary_problems(self) -> list[tuple[str, str]]:
+        """Returns what does not go with a vocabulary that is made out of the texts of training."""
+        if isinstance(self.model, Pretrained):
+            return [("tokenizer", "the weights know their own vocabulary: leave it out, or name its folder")]
+        if not self.pairs:
+            return [("tokenizer", f"`trained` is for pairs, not for data.kind {self.data.kind}: `bytes`, or a folder")]
+        return [("add_tokens", "a vocabulary that is trained has no further tokens")] if self.add_tokens else []
 
     def _pair_problems(self) -> list[tuple[str, str]]:
         """Returns what does not go together of data, objective and model, where one of them is for pairs of texts."""

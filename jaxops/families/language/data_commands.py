@@ -56,5 +56,6 @@ def _opened(config: LanguageConfig) -> tuple[TextParts, Tokenizer]:
 
 def _opened_pairs(config: LanguageConfig) -> tuple[OpenedJudgements, Tokenizer]:
     assert isinstance(config.data, PreferenceData | RatingData)
-    tokenizer = open_model(config).tokenizer
-    return read_judgements(config.data).opened(tokenizer, answers=True), tokenizer
+    read = read_judgements(config.data)
+    tokenizer = open_model(config, lambda: read.words).tokenizer
+    return read.opened(tokenizer, answers=True), tokenizer

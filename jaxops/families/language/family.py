@@ -7,6 +7,7 @@ from typing import Any
 from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError
 from jaxops.core.sums import Sums
+from jaxops.data.preferences.open import read_judgements
 from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.documents import with_learnt_template
 from jaxops.data.text.open import TextParts, open_text
@@ -17,6 +18,7 @@ from jaxops.families.language.options import LanguageExport, LanguagePredict
 from jaxops.families.language.pairs import pair_fields
 from jaxops.families.language.prompt_form import written_as
 from jaxops.families.language.serving import ServedLanguage
+from jaxops.families.language.written_samples import Asked, WithSamples, asked_of
 from jaxops.models.lora import on_model
 from jaxops.objectives.language import next_token
 from jaxops.run.batched import BatchedEvaluation
@@ -26,7 +28,7 @@ from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.pretrained.options import Generate
 from jaxops.run.pretrained.pinned import pinned
 from jaxops.run.pretrained.stored import stored
-from jaxops.run.task import About, EvalBatches, NoEvaluation, Task, of_config
+from jaxops.run.task import About, EvalBatches, Evaluation, NoEvaluation, Task, of_config
 
 
 def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
@@ -39,8 +41,13 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
     config = loaded.config
     if given.data is not None or given.model is not None:
         raise UserError("a language model's data and model come from its config; an objective may be given")
-    opened = open_model(config)
-    fields = pair_fields(config, given, opened) if config.pairs else _text_fields(config, given, opened)
+    if isinstance(config.data, PreferenceData | RatingData):
+        read = read_judgements(config.data)
+        opened = open_model(config, lambda: read.words)
+        fields = pair_fields(config, given, opened, read.opened(opened.tokenizer, answers=True))
+    else:
+        opened = open_model(config)
+        fields = _text_fields(config, given, opened)
     learnt = written_as(config.data).template
     return Task(
         **of_config(config, loaded.resolved, opened.model),
@@ -59,14 +66,14 @@ def _text_fields(config: LanguageConfig, given: Given, opened: OpenedModel) -> d
     return {
         "objective": on_model(opened.model, objective_from(config.objective, given.objective, opened.decoder)),
         "source": text.source(config.run.seed),
-        "evaluation": _evaluation(opened, text) if text.held_out(1) else NoEvaluation(),
+        "evaluation": _evaluation(config, opened, text) if text.held_out(1) else NoEvaluation(),
         "inspection": {**text.inspection, "split": {"sha256": text.inspection["digest"]}},
         "about": _about(config, opened, text),
     }
 
 
-def _evaluation(opened: OpenedModel, text: TextParts) -> BatchedEvaluation:
-    """Returns the evaluation on the held-out rows of all sources, each token counted alike."""
+def _evaluation(config: LanguageConfig, opened: OpenedModel, text: TextParts) -> Evaluation:
+    """Returns the evaluation on the held-out rows of all sources, each token counted alike, with samples if asked."""
     objective = on_model(opened.model, next_token(opened.decoder))
 
     def batches(size: int) -> EvalBatches:
@@ -76,7 +83,13 @@ def _evaluation(opened: OpenedModel, text: TextParts) -> BatchedEvaluation:
         found = objective(params, batch, None)
         return {name.removeprefix("loss/"): value for name, value in found.items()}
 
-    return BatchedEvaluation({"valid": batches}, sums)
+    found, length, asked = BatchedEvaluation({"valid": batches}, sums), opened.decoder.config.length, list[Asked]()
+    for one in text.sources:
+        documents = one.valid.documents if one.valid is not None else None
+        if documents is not None:
+            left = config.evaluate.samples - len(asked)
+            asked += asked_of(documents, range(len(documents)), length, left)
+    return WithSamples(found, opened, asked) if asked else found
 
 
 def _about(config: LanguageConfig, opened: OpenedModel, text: TextParts) -> About:

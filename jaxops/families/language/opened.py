@@ -1,17 +1,19 @@
 """Opens the model that a config of the language family names: the decoder, and the adapters beside it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxops.core.failures import UserError
 from jaxops.core.weights import WeightSource
 from jaxops.data.text.tokenizer import Tokenizer
+from jaxops.data.text.trained_tokenizer import TrainedTokenizer
 from jaxops.families.language.config import LanguageConfig
-from jaxops.models.decoder.decoder import Decoder
+from jaxops.models.decoder.architecture import Architecture
+from jaxops.models.decoder.decoder import Decoder, build_decoder
 from jaxops.models.lora import LORA, Lora
 from jaxops.models.reference import WithReference
 from jaxops.run.pretrained.config import Pretrained
-from jaxops.run.pretrained.opened import open_decoder
+from jaxops.run.pretrained.opened import OpenedDecoder, open_decoder, special_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +47,17 @@ def trained_model(decoder: Decoder, config: LanguageConfig) -> Decoder | Lora | 
     return WithReference(decoder, config.precision.compute) if config.pairs else decoder
 
 
-def open_model(config: LanguageConfig) -> OpenedModel:
+def open_model(config: LanguageConfig, words: Callable[[], Sequence[str]] = list) -> OpenedModel:
     """Opens the model of a config; nothing but headers of its weights is read.
+
+    Args:
+      config: the config.
+      words: gives the texts of training, for a vocabulary that is made out of them.
 
     Raises:
       UserError: the weights or the tokenizer cannot be opened, or do not go together.
     """
-    found = open_decoder(config.model, config.tokenizer, config.data.length, config.add_tokens)
+    found = _opened_decoder(config, words)
     model = trained_model(found.decoder, config)
     if config.pairs and isinstance(model, Lora) and any(map(_has_adapters, found.sources)):
         raise UserError(
@@ -60,6 +66,14 @@ def open_model(config: LanguageConfig) -> OpenedModel:
             " with"
         )
     return OpenedModel(found.decoder, model, found.tokenizer, found.sources, found.special)
+
+
+def _opened_decoder(config: LanguageConfig, words: Callable[[], Sequence[str]]) -> OpenedDecoder:
+    if not isinstance(config.tokenizer, TrainedTokenizer):
+        return open_decoder(config.model, config.tokenizer, config.data.length, config.add_tokens)
+    assert isinstance(config.model, Architecture)  # LanguageConfig.problems
+    tokenizer = config.tokenizer.build(words())
+    return OpenedDecoder(build_decoder(config.model, tokenizer.vocab), tokenizer, (), special_ids(tokenizer))
 
 
 def _has_adapters(source: WeightSource) -> bool:

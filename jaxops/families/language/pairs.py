@@ -2,41 +2,44 @@
 
 from typing import Any
 
-from jaxops.data.preferences.open import OpenedJudgements, read_judgements
+import numpy as np
+
+from jaxops.data.preferences.open import OpenedJudgements
+from jaxops.data.preferences.pairs import Pairs
 from jaxops.evaluate.judged_pairs import LABELS, agreement_notes, agreement_rows, baselines
 from jaxops.families.language.config import LanguageConfig
 from jaxops.families.language.opened import OpenedModel
 from jaxops.families.language.pair_evaluation import PairEvaluation, logprobs_of_both
+from jaxops.families.language.written_samples import WithSamples, asked_of
 from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.reference import WithReference
 from jaxops.objectives.direct_preference import Dpo, Ipo, against_reference
 from jaxops.run.callables import objective_from
 from jaxops.run.family import Given
 from jaxops.run.pretrained.config import Pretrained
-from jaxops.run.task import About, NoEvaluation
+from jaxops.run.task import About, Evaluation, NoEvaluation
 
 
-def pair_fields(config: LanguageConfig, given: Given, opened: OpenedModel) -> dict[str, Any]:
+def pair_fields(config: LanguageConfig, given: Given, opened: OpenedModel, data: OpenedJudgements) -> dict[str, Any]:
     """Returns the fields of a Task that depend on its judgements of pairs.
 
     A user's own objective gets the decoder and the policy's parameters, and the reference's logprobs in its batch.
 
-    Raises:
-      UserError: the judgements cannot be opened, or nothing is left to learn from.
+    Args:
+      config: the config.
+      given: what Python hands in.
+      opened: the model, which holds a reference.
+      data: the judgements.
     """
     model, decoder = opened.model, opened.decoder
     assert not isinstance(model, Decoder)  # pairs have a reference beside the policy, or under its adapters
-    data = read_judgements(config.data).opened(opened.tokenizer, answers=True)  # type: ignore[arg-type]
     valid = data.valid
-    shipped = config.objective if isinstance(config.objective, Dpo | Ipo) else None
-    chunk = None if shipped is None else shipped.chunk
+    chunk = config.objective.chunk if isinstance(config.objective, Dpo | Ipo) else None
     objective = objective_from(config.objective, given.objective, decoder)
     return {
         "objective": against_reference(objective, decoder, model.policy, model.base, chunk=chunk),
         "source": data.source(config.run.seed),
-        "evaluation": NoEvaluation()
-        if valid is None
-        else PairEvaluation(valid, logprobs_of_both(decoder, model.policy, model.base, chunk=chunk), shipped),
+        "evaluation": NoEvaluation() if valid is None else _evaluation(config, opened, valid),
         "copies": model.copies if isinstance(model, WithReference) else {},
         "baselines": None
         if valid is None or not config.evaluate.baselines
@@ -44,6 +47,18 @@ def pair_fields(config: LanguageConfig, given: Given, opened: OpenedModel) -> di
         "inspection": {**data.inspection, "split": {"sha256": data.inspection["digest"]}},
         "about": _about(config, opened, data),
     }
+
+
+def _evaluation(config: LanguageConfig, opened: OpenedModel, valid: Pairs) -> Evaluation:
+    """Returns the evaluation on held-out pairs, with samples if the config asks for any."""
+    model, decoder = opened.model, opened.decoder
+    assert not isinstance(model, Decoder)
+    shipped = config.objective if isinstance(config.objective, Dpo | Ipo) else None
+    chunk = None if shipped is None else shipped.chunk
+    found = PairEvaluation(valid, logprobs_of_both(decoder, model.policy, model.base, chunk=chunk), shipped)
+    documents, better = valid.texts.documents, np.where(valid.label >= 0.5, valid.sides[:, 0], valid.sides[:, 1])
+    asked = asked_of(documents, better, decoder.config.length, config.evaluate.samples)
+    return WithSamples(found, opened, asked) if asked else found
 
 
 def _about(config: LanguageConfig, opened: OpenedModel, data: OpenedJudgements) -> About:

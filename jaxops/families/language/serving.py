@@ -152,7 +152,10 @@ class ServedLanguage:
         Raises:
           UserError: the text or the weights that the run began with cannot be opened, or the text has changed.
         """
-        return evaluate_saved(self.saved, parts)
+        evaluate = dataclasses.replace(self.saved.config.evaluate, samples=0)  # which would be thrown away
+        config = dataclasses.replace(self.saved.config, evaluate=evaluate)
+        loaded = dataclasses.replace(self.saved.loaded, config=config)
+        return evaluate_saved(dataclasses.replace(self.saved, loaded=loaded), parts)
 
     def export(self, path: Path, options: LanguageExport | None = None, **keywords: Any) -> str:
         """Writes a folder of config.json, safetensors and the tokenizer, which `transformers` and vLLM open as it is.
