@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
+from jaxops.families.language.prompts import PromptWriter
 
 import jaxops as jx
 from jaxops.cli.main import main
@@ -23,7 +24,6 @@ from jaxops.data.preferences.open import read_judgements
 from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.byte_tokenizer import ByteTokenizer
 from jaxops.families.language.options import Generate
-from jaxops.families.language.prompts import PromptWriter
 from jaxops.run.fit import fit
 from jaxops.run.training import build_training
 from jaxops.run.warm_start import begin_with
