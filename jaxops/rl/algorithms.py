@@ -145,12 +145,12 @@ class Algorithm(Part):
             )
             sums: Sums = {"loss/policy": mean(surrogate.loss * batch["policy_on"][:, None])}
             if self.penalises and self.kl.in_ == "loss":
-                kl = kl_estimate(found.logprobs, batch["reference"], self.kl.estimator)
+                kl = kl_estimate(found.logprobs, batch["reference"], self.kl.estimator, mask)
                 sums["loss/kl"] = mean(batch["coefficient"][:, None] * kl)
             if self.entropy:
                 sums["loss/entropy"] = mean(-self.entropy * found.entropy)
             sums |= self._value_terms(model, params, batch, hidden)
-            moved = kl_estimate(batch["old"], found.logprobs, "k3")
+            moved = kl_estimate(batch["old"], found.logprobs, "k3", mask)
             sums["entropy"] = Sum.of(found.entropy, mask)
             sums["moved_kl"] = Sum.of(moved, mask)
             sums["clip_fraction"] = Sum.of(surrogate.clipped, mask)
@@ -214,8 +214,8 @@ class Ppo(Algorithm):
         kl = None
         if self.penalises and self.kl.in_ == "reward":
             assert rollout.reference is not None
-            kl = kl_estimate(rollout.old, rollout.reference, self.kl.estimator)
-        rewards = rewards_of_tokens(rollout.scores * rollout.kept, mask, kl, rollout.coefficient)
+            kl = kl_estimate(rollout.old, rollout.reference, self.kl.estimator, mask)
+        rewards = rewards_of_tokens(jnp.where(rollout.kept > 0, rollout.scores, 0.0), mask, kl, rollout.coefficient)
         if self.whiten_rewards != "none":
             rewards = whitened(rewards, mask, shift=False, variance=self.whiten_rewards)
         after = None
@@ -267,8 +267,8 @@ class _Grouped(Algorithm):
         scores = rollout.scores
         if self.penalises and self.kl.in_ == "reward":
             assert rollout.reference is not None
-            kl = kl_estimate(rollout.old, rollout.reference, self.kl.estimator)
-            scores = scores - rollout.coefficient * jnp.sum(jnp.where(rollout.mask > 0, kl, 0.0), axis=1)
+            kl = kl_estimate(rollout.old, rollout.reference, self.kl.estimator, rollout.mask)
+            scores = scores - rollout.coefficient * jnp.sum(kl, axis=1)
         found = group_advantages(
             scores, self.group, weight=rollout.kept, baseline=self.baseline, scaled=self.scaled, eps=self.eps
         )

@@ -233,12 +233,13 @@ class PolicyStep:
             scores, extras = _scaled(scores, kept, extras)
         if algorithm.score_clip is not None:
             scores = jnp.clip(scores, -algorithm.score_clip, algorithm.score_clip)
-        old, reference = prepared["old"] * mask, prepared.get("reference")
+        inside = lambda x: jnp.where(mask > 0, x, 0.0)  # what lies at padding may be anything
+        old, reference, sampled = inside(prepared["old"]), prepared.get("reference"), inside(rollout["sampled"])
         lengths = rollout["end"] - rollout["length"]
         ended = rollout["ended"]
         asked = Rollout(mask, old, reference, prepared.get("values"), scores, kept, ended, lengths, coefficient)
         learnt = algorithm.learnt(asked)
-        weight = importance(algorithm, old, rollout["sampled"] * mask)
+        weight = importance(algorithm, old, sampled)
         rows = lambda value: jnp.broadcast_to(jnp.float32(value), kept.shape)
         warm = getattr(algorithm, "critic_warmup", 0)
         ready = {name: rollout[name] for name in ("id", "tokens", "length", "end", "completion")}
@@ -248,14 +249,14 @@ class PolicyStep:
         kl = jnp.zeros((), jnp.float32)
         if reference is not None:
             if algorithm.penalises and algorithm.kl.in_ == "loss":
-                ready["reference"] = reference * mask
-            each = kl_estimate(old, reference * mask, "k1")
+                ready["reference"] = inside(reference)
+            each = kl_estimate(old, reference, "k1", mask)
             whole = jnp.sum(each, axis=1)
             kl = jnp.sum(whole * kept) / jnp.maximum(jnp.sum(kept), 1.0)
             sums |= {"kl": Sum.of(whole, kept), "kl_token": Sum.of(each, mask)}
-            sums["kl_token_k3"] = Sum.of(kl_estimate(old, reference * mask, "k3"), mask)
+            sums["kl_token_k3"] = Sum.of(kl_estimate(old, reference, "k3", mask), mask)
         sums |= {f"reward/{name}": Sum.of(given[f"each/{name}"], kept) for name in self.collector.names}
-        apart = jnp.max(jnp.abs(old - rollout["sampled"] * mask))
+        apart = jnp.max(jnp.abs(old - sampled))
         sums |= {
             "length": Sum.of(lengths.astype(jnp.float32)),
             "eos_rate": Sum.of(ended),

@@ -1,7 +1,6 @@
 """The config of policy optimisation: the common sections, and models, prompts, rewards, sampling and algorithm."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -13,7 +12,7 @@ from jaxops.data.prompts.spec import PromptData
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.rl.algorithms import AnyAlgorithm, Ppo
 from jaxops.rl.options import MOST, MOST_SLOTS, SampleOptions
-from jaxops.rl.rewards.config import Reward
+from jaxops.rl.rewards.config import Reward, reward_problems
 from jaxops.run.config import EarlyStop, Evaluate, Positive, RunConfig
 from jaxops.run.pretrained.config import Pretrained
 
@@ -147,11 +146,7 @@ class PolicyConfig(RunConfig):
                 found.append((f"sample.{name}", text))
         if self.sample.greedy:
             found.append(("sample.temperature", "0 always writes the same: nothing could be learnt from comparing"))
-        if not self.rewards:
-            found.append(("rewards", "nothing judges the completions: name a function, a run or a penalty"))
-        for label, count in Counter(reward.label for reward in self.rewards).items():
-            if count > 1:
-                found.append(("rewards", f"{count} of them are called {label!r}: give them a `name` each"))
+        found += reward_problems(self.rewards)
         held_out = self.data.valid is not None
         if not held_out and (self.evaluate.stop is not None or self.checkpoint.best is not None):
             found.append(("data.valid", "nothing is held out, but evaluate.stop or checkpoint.best judge by it"))

@@ -163,7 +163,7 @@ class _Measurement:
                 sums: Sums = {"entropy": Sum.of(scores.entropy, mask)}
                 if model.has_reference:
                     reference = model.reference_logprobs(held, batch, temperature)
-                    each = kl_estimate(scores.logprobs * mask, reference * mask, "k1")
+                    each = kl_estimate(scores.logprobs, reference, "k1", mask)
                     sums["kl"] = Sum.of(jnp.sum(each, axis=1), batch["real"])
                     sums["kl_token"] = Sum.of(each, mask)
                 return sums

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
-from jaxops.families.language.prompts import PromptWriter
+from jaxops.data.prompts.writer import PromptWriter
 
 import jaxops as jx
 from jaxops.cli.main import main
