@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from jaxops.cli import runs, writing
+from jaxops.cli import rlhf, runs, writing
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, NO_ROOM, RunFailed, UserError, nearest
 from jaxops.core.secret_text import printable, without_secrets
 
@@ -101,6 +101,7 @@ def _parser() -> Parser:
     train.add_argument("--processes", type=int, metavar="N", help="N processes on this machine, for development")
     train.add_argument("--accept-code", action="store_true", help="go on although code by import path has changed")
     train.add_argument("--smoke", action="store_true", help="two steps, evaluation, save, restore, in a scratch folder")
+    rlhf.add_arguments(command("rlhf", "Judgements, a reward model, a policy, and again.", config=True, as_json=True))
     evaluate = command("evaluate", "Evaluate a run's model on its validation and test data.", run=True, as_json=True)
     evaluate.add_argument("--step", type=int, help="the checkpoint of this step (default: the best, else the latest)")
     other = "on what lies at the run's data now, though it has changed, without what training saw of it"
@@ -272,6 +273,8 @@ def _run(args: argparse.Namespace) -> int:
         args.run = runs.find_run(args.run)
     if args.command in runs.COMMANDS:
         return getattr(runs, args.command)(args)
+    if args.command in rlhf.COMMANDS:
+        return rlhf.rlhf(args)
     if args.command in writing.COMMANDS:
         return getattr(writing, args.command)(args)
     # It is imported here, since `jaxops --help` must not wait for jax.

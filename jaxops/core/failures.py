@@ -15,6 +15,9 @@ EXIT_INTERRUPTED = 75
 EXIT_LOST = 76
 """Another process or the backend was lost, which is nobody's mistake: try again, the same command resumes."""
 
+EXIT_WAITING = 77
+"""People have not answered yet: nothing is wrong, and the same command goes on once they have."""
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """The error numbers of a disk that is full or broken, which is no wrong input."""
 

@@ -96,8 +96,8 @@ class PolicyConfig(RunConfig):
     """A run of policy optimisation.
 
     `model` is the policy: `{weights: ...}` of a language model, trained whole or by adapters, or an architecture with
-    fresh parameters. The reference is what it began as. `rewards` judge its completions, and `algorithm` learns from
-    them: `ppo`, `grpo`, `dr_grpo`, `dapo` or `rloo`.
+    fresh parameters. The reference is what it began as, or the language model at the address `reference`.
+    `rewards` judge its completions, and `algorithm` learns from them: `ppo`, `grpo`, `dr_grpo`, `dapo` or `rloo`.
     """
 
     size_of_batch: ClassVar[str] = "batch.prompts"
@@ -106,6 +106,7 @@ class PolicyConfig(RunConfig):
     model: Pretrained | Architecture
     tokenizer: str | None = None
     value: ValueHead | ValueTrunk = ValueHead()
+    reference: str | None = None
     data: PromptData
     rewards: tuple[Reward, ...]
     sample: Rollouts = Rollouts()
@@ -147,6 +148,10 @@ class PolicyConfig(RunConfig):
         if self.sample.greedy:
             found.append(("sample.temperature", "0 always writes the same: nothing could be learnt from comparing"))
         found += reward_problems(self.rewards)
+        if self.reference is not None and isinstance(self.model, Pretrained) and self.model.lora is not None:
+            found.append(("reference", "adapters are held against the weights under them; leave it out"))
+        elif self.reference is not None and not self.keeps_reference:
+            found.append(("reference", "algorithm.kl.coef is 0, so that nothing is held against it; leave it out"))
         held_out = self.data.valid is not None
         if not held_out and (self.evaluate.stop is not None or self.checkpoint.best is not None):
             found.append(("data.valid", "nothing is held out, but evaluate.stop or checkpoint.best judge by it"))

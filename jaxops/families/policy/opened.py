@@ -15,7 +15,7 @@ from jaxops.rl.rewards.config import RunReward
 from jaxops.rl.rewards.judge import Judge
 from jaxops.run.load import open_saved_run, serve
 from jaxops.run.pretrained.config import Pretrained
-from jaxops.run.pretrained.opened import open_decoder
+from jaxops.run.pretrained.opened import OpenedDecoder, open_decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,11 @@ def open_policy(config: PolicyConfig, *, judging: bool = True) -> OpenedPolicy:
     )
     sources = [dataclasses.replace(one, below=f"{POLICY}/") for one in opened.sources]
     sources += [dataclasses.replace(judge.source, below=f"{REWARDS}/{name}/") for name, judge in judges.items()]
-    copies = {f"{REFERENCE}/": f"{POLICY}/"} if model.copies_reference else {}
+    copies: dict[str, str] = {}
+    if model.copies_reference and config.reference is None:
+        copies[f"{REFERENCE}/"] = f"{POLICY}/"
+    elif config.reference is not None:
+        sources += _reference_sources(config.reference, opened, longest)
     if kind == "trunk":
         weights = config.value.weights if isinstance(config.value, ValueTrunk) else None
         if weights is None:
@@ -70,6 +74,18 @@ def open_policy(config: PolicyConfig, *, judging: bool = True) -> OpenedPolicy:
         else:
             sources.append(_value_source(weights, opened.decoder))
     return OpenedPolicy(model, opened.tokenizer, judges, tuple(sources), copies)
+
+
+def _reference_sources(address: str, policy: OpenedDecoder, longest: int) -> list[WeightSource]:
+    """Returns the weights at an address as those of the reference."""
+    found = open_decoder(Pretrained(weights=address), None, longest)
+    if found.tokenizer.digest != policy.tokenizer.digest:
+        raise UserError(
+            f"reference: the tokenizer of {address} is another one than the policy's; tokens would mean others"
+        )
+    if _shape(found.decoder.config) != _shape(policy.decoder.config):
+        raise UserError(f"reference: the decoder of {address} is of another shape than the policy's")
+    return [dataclasses.replace(one, below=f"{REFERENCE}/") for one in found.sources]
 
 
 def with_adapters(decoder: Decoder, config: PolicyConfig) -> Decoder | Lora:

@@ -109,6 +109,10 @@ class ServedReward:
                 self.model, on_model(self.model, self._scores), self._answer_rows, self.normaliser.__call__, source
             )
 
+    def heads(self, prompts: Sequence[Any], completions: Sequence[str]) -> Float[np.ndarray, "texts heads"]:
+        """Returns each head's normalised score of each completion of a prompt, which is a text or a conversation."""
+        return self.score([self._answered(prompt, said) for prompt, said in zip(prompts, completions, strict=True)])
+
     def _answer_rows(self, prompts: Sequence[Any], completions: Sequence[str]) -> dict[str, np.ndarray]:
         examples = [self._answered(prompt, said) for prompt, said in zip(prompts, completions, strict=True)]
         rows = self._cut(self._tokenised(examples)).rows(np.arange(len(examples)))

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
-from jaxops.data.prompts.writer import PromptWriter
 
 import jaxops as jx
 from jaxops.cli.main import main
@@ -22,6 +21,7 @@ from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
 from jaxops.data.preferences.open import read_judgements
 from jaxops.data.preferences.spec import PreferenceData, RatingData
+from jaxops.data.prompts.writer import PromptWriter
 from jaxops.data.text.byte_tokenizer import ByteTokenizer
 from jaxops.families.language.options import Generate
 from jaxops.run.fit import fit
