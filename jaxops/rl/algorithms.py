@@ -96,7 +96,6 @@ class Algorithm(Part):
 
     sort: ClassVar[str] = "prompts"
     has_values: ClassVar[bool] = False
-    over: ClassVar[Aggregation] = "tokens"
 
     epochs: Positive = 1
     minibatches: Positive = 1
@@ -117,6 +116,21 @@ class Algorithm(Part):
         raise NotImplementedError
 
     @property
+    def over(self) -> Aggregation:
+        """What the mean of the loss is over."""
+        return "tokens"
+
+    @property
+    def high(self) -> float:
+        """How far above 1 a ratio counts."""
+        return self.clip if self.clip_high is None else self.clip_high
+
+    @property
+    def draws(self) -> int:
+        """How often a step draws prompts again at most."""
+        return 0
+
+    @property
     def penalises(self) -> bool:
         """Whether there is a penalty on the KL, and so a reference."""
         return self.kl.coef > 0 or self.kl.target is not None
@@ -133,7 +147,6 @@ class Algorithm(Part):
           temperature: the temperature that completions are sampled at.
           longest: the number of tokens of the longest completion that is possible.
         """
-        high = self.clip if self.clip_high is None else self.clip_high
 
         def objective(params: Any, batch: Mapping[str, Array], key: Array | None) -> Sums:
             del key  # no dropout: ratios would be of two different models
@@ -141,7 +154,13 @@ class Algorithm(Part):
             found = model.scores(params, batch, temperature, hidden)
             mask, mean = batch["mask"], lambda x: aggregated(x, batch["mask"], self.over, longest)
             surrogate = clipped_surrogate(
-                found.logprobs, batch["old"], batch["advantages"], mask, low=self.clip, high=high, dual=self.dual_clip
+                found.logprobs,
+                batch["old"],
+                batch["advantages"],
+                mask,
+                low=self.clip,
+                high=self.high,
+                dual=self.dual_clip,
             )
             sums: Sums = {"loss/policy": mean(surrogate.loss * batch["policy_on"][:, None])}
             if self.penalises and self.kl.in_ == "loss":
@@ -247,20 +266,47 @@ class Ppo(Algorithm):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Grouped(Algorithm):
-    """Algorithms that compare the completions of a prompt with each other."""
+class Grpo(Algorithm):
+    """Algorithms that compare the completions of a prompt with each other, and need no values.
 
-    baseline: ClassVar[Baseline] = "mean"
-    scaled: ClassVar[bool] = True
+    `grpo` takes scores less the group's mean, over its deviation, and the mean over completions of each one's mean
+    (Shao et al. 2024). `dr_grpo` divides by no deviation and by no length, which are biases (Liu et al. 2025).
+    `dapo` is `grpo` with a higher upper clip, means over all tokens, and prompts drawn again until groups differ (Yu et
+    al. 2025). `rloo` takes scores less the mean of the other completions, and sums over tokens (Ahmadian et al. 2024).
 
+    Attributes:
+      group: number of completions of a prompt.
+      kl: the penalty; by default there is none. As a loss k2 has the gradient of the KL, and k3 that of GRPO's paper.
+      eps: is added to the deviation of a group.
+      redraws: of `dapo`, how often prompts are drawn again at most, in the place of those whose completions have one
+        score.
+    """
+
+    kind: Literal["grpo", "dr_grpo", "dapo", "rloo"] = "grpo"
     group: Annotated[int, Field(ge=2)] = 8
     kl: Kl = Kl(in_="loss", estimator="k3", coef=0.0)
     eps: Annotated[float, Field(gt=0)] = 1e-6
+    redraws: Annotated[int, Field(ge=0)] = 3
 
     @property
     def completions(self) -> int:
         """The number of completions of a prompt."""
         return self.group
+
+    @property
+    def over(self) -> Aggregation:
+        """What the mean of the loss is over."""
+        return {"grpo": "completions", "dapo": "tokens"}.get(self.kind, "constant")  # type: ignore[return-value]
+
+    @property
+    def high(self) -> float:
+        """How far above 1 a ratio counts."""
+        return 0.28 if self.kind == "dapo" and self.clip_high is None else super().high
+
+    @property
+    def draws(self) -> int:
+        """How often a step draws prompts again at most."""
+        return self.redraws if self.kind == "dapo" else 0
 
     def learnt(self, rollout: Rollout) -> Learnt:
         """Returns each completion's advantage over its group, the same at all of its tokens."""
@@ -269,56 +315,16 @@ class _Grouped(Algorithm):
             assert rollout.reference is not None
             kl = kl_estimate(rollout.old, rollout.reference, self.kl.estimator, rollout.mask)
             scores = scores - rollout.coefficient * jnp.sum(kl, axis=1)
+        baseline: Baseline = "others" if self.kind == "rloo" else "mean"
+        scaled = self.kind in ("grpo", "dapo")
         found = group_advantages(
-            scores, self.group, weight=rollout.kept, baseline=self.baseline, scaled=self.scaled, eps=self.eps
+            scores, self.group, weight=rollout.kept, baseline=baseline, scaled=scaled, eps=self.eps
         )
         advantages = found.advantages[:, None] * rollout.mask
         return Learnt({"advantages": advantages}, {"flat_groups": Sum.of(found.flat)})
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Grpo(_Grouped):
-    """Group relative policy optimisation (Shao et al. 2024): scores less the group's mean, over its deviation."""
-
-    over: ClassVar[Aggregation] = "completions"
-    kind: Literal["grpo"] = "grpo"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DrGrpo(_Grouped):
-    """GRPO without the two biases that Liu et al. 2025 found: no deviation divides, and no length."""
-
-    scaled: ClassVar[bool] = False
-    over: ClassVar[Aggregation] = "constant"
-    kind: Literal["dr_grpo"] = "dr_grpo"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dapo(_Grouped):
-    """DAPO (Yu et al. 2025): GRPO with a higher upper clip, means over tokens, and prompts drawn until groups differ.
-
-    Attributes:
-      redraws: how often prompts are drawn again at most, in the place of those whose completions have one score.
-    """
-
-    kind: Literal["dapo"] = "dapo"
-    clip_high: Annotated[float, Field(gt=0)] | None = 0.28
-    redraws: Annotated[int, Field(ge=0)] = 3
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rloo(_Grouped):
-    """REINFORCE with the mean of the other completions as the baseline (Ahmadian et al. 2024)."""
-
-    baseline: ClassVar[Baseline] = "others"
-    scaled: ClassVar[bool] = False
-    over: ClassVar[Aggregation] = "constant"
-
-    kind: Literal["rloo"] = "rloo"
-    kl: Kl = Kl()
-
-
-AnyAlgorithm = Ppo | Grpo | DrGrpo | Dapo | Rloo
+AnyAlgorithm = Ppo | Grpo
 
 
 def importance(algorithm: Algorithm, old: Float[Array, "b t"], sampled: Float[Array, "b t"]) -> Float[Array, "b t"]:

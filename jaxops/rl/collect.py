@@ -19,7 +19,7 @@ from jaxops.core.sums import Sums, merge
 from jaxops.core.turn import Program, Turn
 from jaxops.models.lora import Lora
 from jaxops.models.policy import PolicyModel
-from jaxops.rl.algorithms import Algorithm, Dapo
+from jaxops.rl.algorithms import Algorithm
 from jaxops.rl.rollout import Host, prompts_of, rollout_of
 from jaxops.rl.sample import Sampler
 from jaxops.rl.sampled import Prompt, Sampled
@@ -149,9 +149,8 @@ class Collector:
         """
         group, writing = algorithm.completions, self.handoff(params)
         whole = self._once(params, writing, batch, step, 0, group, journal, turn.poll)
-        redraws = algorithm.redraws if isinstance(algorithm, Dapo) else 0
         wanted = len(whole.arrays["kept"]) // group
-        for redraw in range(1, redraws + 1):
+        for redraw in range(1, algorithm.draws + 1):
             differ = ~_flat(whole.arrays, group)
             if differ.sum() >= wanted:
                 break

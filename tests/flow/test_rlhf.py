@@ -15,7 +15,7 @@ tokenizer: bytes
 model: {kind: decoder, dim: 32, layers: 1, heads: 2, hidden: 64, length: 64}
 data: {kind: completion, path: talk.jsonl, length: 48, template: null}
 batch: {global: 8}
-mesh: {data: 1}
+mesh: {data: -1}
 run: {name: sft, steps: 2, loggers: []}
 """
 REWARD = """
@@ -24,7 +24,7 @@ tokenizer: bytes
 model: {kind: decoder, dim: 32, layers: 1, heads: 2, hidden: 64, length: 64, ensemble: 2}
 data: {kind: preferences, path: votes.jsonl, length: 64, template: null, valid: {share: 0.25}}
 batch: {global: 8}
-mesh: {data: 1}
+mesh: {data: -1}
 evaluate: {every: 2}
 run: {steps: 2, loggers: []}
 """
@@ -36,7 +36,7 @@ rewards: [{run: round}]
 sample: {max_tokens: 8, slots: 16, segment: 8}
 algorithm: {kind: ppo, epochs: 1, minibatches: 1}
 batch: {prompts: 8}
-mesh: {data: 1}
+mesh: {data: -1}
 evaluate: {every: 2, prompts: 8, samples: 2}
 run: {steps: 2, loggers: []}
 """

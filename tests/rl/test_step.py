@@ -12,7 +12,7 @@ from jaxops.core.interrupt import Interrupted
 from jaxops.core.mesh import make_mesh
 from jaxops.core.sharding import named_leaves
 from jaxops.core.turn import Turn
-from jaxops.rl.algorithms import Dapo, DrGrpo, Grpo, Ppo, Rloo
+from jaxops.rl.algorithms import Grpo, Ppo
 from jaxops.rl.collect import Scored
 from jaxops.rl.kl import Kl
 
@@ -47,7 +47,13 @@ def one_step(problem, poll=lambda: False, window=None):
 
 @pytest.mark.parametrize(
     "algorithm",
-    [PPO, Grpo(), pytest.param(DrGrpo(), marks=SLOW), pytest.param(Rloo(), marks=SLOW), Dapo(redraws=2)],
+    [
+        PPO,
+        Grpo(),
+        pytest.param(Grpo(kind="dr_grpo"), marks=SLOW),
+        pytest.param(Grpo(kind="rloo"), marks=SLOW),
+        Grpo(kind="dapo", redraws=2),
+    ],
     ids=lambda a: a.kind,
 )
 def test_a_step_learns_reports_and_advances(algorithm):
@@ -176,7 +182,7 @@ def test_running_scores_have_the_deviation_of_all_scores_so_far():
 
 
 def test_groups_with_one_score_give_their_place_to_other_prompts():
-    problem = fresh(Dapo(redraws=2))
+    problem = fresh(Grpo(kind="dapo", redraws=2))
     asked = []
 
     def score(completed, journal, poll):

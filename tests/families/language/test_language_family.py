@@ -305,7 +305,7 @@ def test_the_template_that_was_learnt_with_is_kept_in_the_run(whole, tmp_path, m
     Path("my.jinja").write_text("another")
     monkeypatch.chdir(tmp_path)
     model = jx.load(tmp_path / "mixed")
-    writer = PromptWriter(prompt_form(model.saved.config.data), model.tokenizer, print)
+    writer = PromptWriter(prompt_form(model.saved), model.tokenizer, print)
     assert model.tokenizer.decode(writer.ids(("a", {"prompt": "hello"}))) == "[user]hello<|im_end|>[assistant]"
     again = model.predict(whole / "chat.jsonl")
     np.testing.assert_array_equal(again["nll"].to_numpy(), before)
