@@ -72,9 +72,10 @@ def test_two_rounds_and_what_made_what(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     assert main(["rlhf", "loop.yaml", "rounds=1"]) == 0
     first = (home / "runs/rlhf/round-1/round.json").read_bytes()
+    capsys.readouterr()
     assert main(["rlhf", "loop.yaml", "--json"]) == 0  # goes on with the second round
     assert (home / "runs/rlhf/round-1/round.json").read_bytes() == first
-    rounds = json.loads(capsys.readouterr().out.splitlines()[-1])["rounds"]
+    rounds = json.loads(capsys.readouterr().out)["rounds"]
     assert [one["round"] for one in rounds] == [1, 2]
     assert rounds[0]["start"] == "runs/sft"
     assert rounds[1]["start"] == "runs/rlhf/round-1/policy"

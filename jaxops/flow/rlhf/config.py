@@ -17,14 +17,14 @@ class Pairs:
 
     Attributes:
       per_round: the number of pairs.
-      sides: whose answers the two are: of the `policy` as it is, or of the `reference` that it began as.
+      from_: whose answers the two are: of the `policy` as it is, or of the `reference` that the loop began with.
       choose: `random`, or `disagreement`: out of `candidates` times as many, those that the heads of the last round's
         reward model disagree about most; the first round has none and draws at random.
       candidates: how many times as many pairs are sampled to choose from.
     """
 
     per_round: Positive = 200
-    sides: tuple[Literal["policy", "reference"], Literal["policy", "reference"]] = ("policy", "policy")
+    from_: tuple[Literal["policy", "reference"], Literal["policy", "reference"]] = ("policy", "policy")
     choose: Literal["random", "disagreement"] = "random"
     candidates: Annotated[int, Field(ge=1, le=64)] = 4
 

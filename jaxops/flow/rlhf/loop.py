@@ -188,17 +188,20 @@ class Loop:
             self._say(f"round {now.number}: sampling {many} pairs of answers")
             sides = [
                 self._answers(self._side(now, side), asked, now.number * 2 + at)
-                for at, side in enumerate(self.config.pairs.sides)
+                for at, side in enumerate(self.config.pairs.from_)
             ]
-            found = [
-                Pair(f"{self.config.run.name}-{now.number}-{at:06}", _prompt(row), a, b)
-                for at, (row, a, b) in enumerate(zip(asked, *sides, strict=True))
-                if a != b
-            ]
-            if len(found) < many:
-                self._say(f"round {now.number}: {many - len(found)} of {many} pairs had equal answers and are left out")
+            found, left = [], 0
+            for at, (row, a, b) in enumerate(zip(asked, *sides, strict=True)):
+                if a == b or not (_is_text(a) and _is_text(b)):
+                    left += 1
+                else:
+                    found.append(Pair(f"{self.config.run.name}-{now.number}-{at:06}", _prompt(row), a, b))
+            if left:
+                self._say(
+                    f"round {now.number}: {left} of {many} pairs are left out: answers are equal, blank or no text"
+                )
             if not found:
-                raise UserError(f"round {now.number}: all pairs had equal answers: nothing can be preferred")
+                raise UserError(f"round {now.number}: no pair is left: nothing can be preferred")
             if judged and now.before is not None:
                 found = self._disagreed(now.before, found)[:wanted]
             write_lines(path, map(dataclasses.asdict, found))
@@ -301,6 +304,11 @@ class Loop:
             f" comparisons) over {now.start}, {rate.comparisons} comparisons"
         )
         return rate
+
+
+def _is_text(answer: str) -> bool:
+    """Returns whether an answer can be shown to people and learnt from."""
+    return bool(answer.strip()) and "\0" not in answer
 
 
 def _prompt(row: Mapping[str, Any]) -> Any:
