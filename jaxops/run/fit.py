@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxops.config.secrets import secrets_in
 from jaxops.core import distributed
+from jaxops.core.alarms import stop_reason_of
 from jaxops.core.compiles import enable_compilation_cache
 from jaxops.core.failures import UserError
 from jaxops.core.loop import Hook
@@ -107,7 +108,7 @@ def _record(task: Task, folder: RunFolder, progress: Progress, accept_code: bool
 
 
 def _finished(task: Task, folder: RunFolder, progress: Progress, accept_code: bool) -> dict[str, Any] | None:
-    """Returns the summary of a run that needs no more training: it has its steps, or early stopping ended it.
+    """Returns the summary of a run that needs no more training: it has its steps, or something ended it for good.
 
     Raises:
       UserError: the folder is not one that this task may go on in, or was trained with other code.
@@ -116,7 +117,8 @@ def _finished(task: Task, folder: RunFolder, progress: Progress, accept_code: bo
         return None
     code = check_code(folder, code_paths(task.resolved), accept_code)
     summary, stop = folder.summary(), task.config.evaluate.stop
-    early = stop is not None and summary.get("reason") == stop_reason(stop)
+    ends = {stop_reason(stop) if stop else None, stop_reason_of(task.alarms, summary.get("alarms"))} - {None}
+    early = summary.get("reason") in ends
     if summary.get("state") != "finished" or not (early or summary.get("step", 0) >= task.steps):
         return None
     if code["accepted"]:

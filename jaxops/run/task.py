@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from jaxops.config.types import Every
 from jaxops.core.accumulate import Objective
+from jaxops.core.alarms import AlarmRules
 from jaxops.core.journal import Journal
 from jaxops.core.metric import Metric
 from jaxops.core.sharding import Axes, Rule
@@ -130,6 +131,7 @@ class About:
       headline: the metric that a run is judged by, where its config chooses none.
       data: rows of (name, value) about the data.
       histogram: {"title", "label", "edges", "counts"} of some lengths, or nothing.
+      curves: pairs of metrics of the evaluations, (across, up), that a report draws against each other.
       note: the way the figures were made, in a few words for a heading.
       notes: the same in whole sentences, for the report.
     """
@@ -139,6 +141,7 @@ class About:
     headline: str = ""
     data: Sequence[tuple[str, str]] = ()
     histogram: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    curves: Sequence[tuple[str, str]] = ()
     note: str = ""
     notes: Sequence[str] = ()
 
@@ -179,6 +182,7 @@ class Task:
       transform: what serving needs that is not a parameter (original ids), as named arrays.
       about: what people read of it.
       undefined: by part and metric, why the data leaves it undefined, whatever the model is.
+      alarms: the rules that watch the run's metrics; None watches none.
       notices: lines that are said before training begins.
     """
 
@@ -208,6 +212,7 @@ class Task:
     transform: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     about: About = About()
     undefined: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    alarms: AlarmRules | None = None
     notices: Sequence[str] = ()
 
     @property

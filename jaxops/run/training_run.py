@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from jaxops.config.dump import dump_yaml
 from jaxops.core import distributed
+from jaxops.core.alarms import PAUSED, Alarms
 from jaxops.core.compiles import Compiles
 from jaxops.core.evaluation import Interrupted
 from jaxops.core.failures import RunFailed
@@ -73,6 +74,7 @@ class TrainingRun:
         self.rescue = Rescue(task, mesh, folder, progress.warn)
         self.watch = Watch(folder.path, progress.warn, self._ended)
         self.validation = Validation(task, mesh, progress, self.watch.at)
+        self.alarms = Alarms(task.alarms)
         # All rates are computed here: to fetch one in the middle of a run would wait for every step before it.
         with jax.numpy_dtype_promotion("standard"):  # optax trips strict promotion
             rates = build_schedule(self.config.optimizer, task.steps)(jnp.arange(task.steps))
@@ -150,6 +152,7 @@ class TrainingRun:
 
     def _beginning(self) -> Position:
         """Returns the position before the first step: a fresh state with all weights that it takes from elsewhere."""
+        self.alarms.restore(None)
         state = self.fresh()
         if self.task.start is not None:
             state, report = begin_with(state, self.task.start(), copied_paths(state, self.task.copies))
@@ -169,15 +172,21 @@ class TrainingRun:
         self.rollbacks = list(history.get("rollbacks", ()))
         self.validation.history |= {name: history[name] for name in self.validation.history}
         self.window = window_from_json(history.get("window"))
+        self.alarms.restore(history.get("alarms"))
         return at
 
     def _history(self) -> dict[str, Any]:
         found = {**self.validation.history, "wall_s": self._wall(), "rollbacks": self.rollbacks}
+        found |= {"alarms": self.alarms.history} if self.alarms.on else {}
         return found if self.window is None else {**found, "window": window_to_json(self.window)}
 
     def _evaluates_first(self, step: int) -> bool:
         """Returns true if a run resumed at `step` begins with an evaluation of it, or ends with one at once."""
-        return step >= self.task.steps or self.validation.missed_evaluation(step) or bool(self.validation.stop_reason())
+        return step >= self.task.steps or self.validation.missed_evaluation(step) or bool(self._stop_reason())
+
+    def _stop_reason(self) -> str | None:
+        """Returns why the run ends before its last step, or None."""
+        return self.validation.stop_reason() or self.alarms.stop_reason()
 
     def _write_folder(self) -> None:
         if not self.folder.exists:
@@ -200,7 +209,7 @@ class TrainingRun:
             self._evaluate_hook(snapshot)
             if snapshot.stop:
                 return self._conclude(Ended(*at, snapshot.stop))
-        if reason := self.validation.stop_reason():  # decided before the run was interrupted
+        if reason := self._stop_reason():  # decided before the run was interrupted
             return self._conclude(Ended(*at, reason))
         if at.step < self.task.steps and self.accounting.programs:
             self.progress.compiling(self.accounting.programs[0])
@@ -279,13 +288,13 @@ class TrainingRun:
         at = Position(ended.state, ended.step, ended.cursor)
         if ended.reason == "interrupted":
             self.window = ended.window
-            self._save(at, wait=True)
+            self._save(at, wait=True, again=self._stopped == PAUSED)  # with the alarm, else it would pause there again
             self.writers.event(ended.step, self._stopped, f"{self.interrupt.signal}: saved at step {ended.step}")
             self.progress.say(f"saved at step {ended.step}; the same command goes on from there")
-            return self._finish(ended.step, self._stopped, {})
+            return self._finish(ended.step, self._stopped, {}, self._pause_reason())
         values = self._final(at)
         if self.interrupt.signal is not None:
-            return self._finish(ended.step, self._stopped, {})
+            return self._finish(ended.step, self._stopped, {}, self._pause_reason())
         if ended.reason != "finished":
             self.writers.event(ended.step, "stopped", ended.reason)
         return self._finish(ended.step, "finished", values, reason=ended.reason)
@@ -293,7 +302,10 @@ class TrainingRun:
     @property
     def _stopped(self) -> str:
         """The state of a run that was asked to stop. A scheduler sends SIGTERM, a person at a keyboard SIGINT."""
-        return "preempted" if self.interrupt.signal == "SIGTERM" else "interrupted"
+        return {"SIGTERM": "preempted", PAUSED: PAUSED}.get(str(self.interrupt.signal), "interrupted")
+
+    def _pause_reason(self) -> str:
+        return self.alarms.raised[-1]["text"] if self._stopped == PAUSED else ""
 
     def _poll(self) -> bool:
         """Returns whether the run was asked to stop; called at every step. Raises the error of a save that failed."""
@@ -311,7 +323,24 @@ class TrainingRun:
 
     def _hooks(self) -> list[Hook]:
         hooks = [Hook(self.validation.every, self._evaluate_if_due, True)] if self.validation.on else []
-        return [*hooks, Hook(self.saving.every, self._save_if_due, True)]
+        hooks.append(Hook(self.saving.every, self._save_if_due, True))
+        return [*hooks, Hook(self.config.run.log_every, self._stop_if_alarmed)] if self.alarms.on else hooks
+
+    def _stop_if_alarmed(self, snapshot: Snapshot) -> None:
+        snapshot.stop = snapshot.stop or self.alarms.stop_reason()
+
+    def _heed(self, step: int, values: Mapping[str, Any]) -> None:
+        """Says the new alarms in the metrics of a step, and has the run paused where the config wants that.
+
+        All processes see the same metrics at the same step, so they all ask for the pause.
+        """
+        new = self.alarms.see(step, {name: x for name, x in values.items() if isinstance(x, float | int)})
+        for alarm in new:
+            with self.rescue.tolerated():
+                self.writers.event(step, "alarm", f"{alarm.text} ({alarm.rule})")
+            self.progress.warn(f"step {step}: {alarm.text} ({alarm.rule})")
+        if new and self.alarms.pauses:
+            self.interrupt.request(PAUSED)
 
     def _check(self, window: Window) -> dict[str, Any]:
         """The values of a window, if all of its steps are good; raises as `check_finite`."""
@@ -332,6 +361,7 @@ class TrainingRun:
             self._write_window(window, values, again)
         self.logged = window.last
         self.progress.step(window.last, self.task.steps, values)
+        self._heed(window.last, {f"train/{name}": value for name, value in values.items()})
         return values
 
     def _write_window(self, window: Window, values: Mapping[str, Any], again: Mapping[str, int]) -> None:
@@ -359,7 +389,8 @@ class TrainingRun:
         with self.rescue.tolerated():
             self.writers.write(snapshot.step, values)
             self.writers.samples(snapshot.step, self.validation.samples)
-        snapshot.stop = self.validation.record(snapshot.step, values)
+        self._heed(snapshot.step, values)
+        snapshot.stop = self.validation.record(snapshot.step, values) or self.alarms.stop_reason()
         if self.config.checkpoint.best:
             self._save(Position(snapshot.state, snapshot.step, snapshot.cursor))
 
@@ -368,14 +399,14 @@ class TrainingRun:
             snapshot.flush()
             self._save(Position(snapshot.state, snapshot.step, snapshot.cursor))
 
-    def _save(self, at: Position, wait: bool = False) -> None:
+    def _save(self, at: Position, wait: bool = False, again: bool = False) -> None:
         before = self.watch.at("save")
         metrics = self.validation.values if self.validation.step == at.step else None
         self.rescue.require_folder(at, metrics, self.fresh, self._history)
         self.writers.flush()  # a checkpoint is never ahead of its records
         if self.task.step is not None and (oldest := self.saving.oldest()) is not None:
             self.parts.journal.trim(oldest)
-        self.saving.save(at, metrics, wait=wait)
+        self.saving.save(at, metrics, wait=wait, again=again)
         self.watch.at(before)
 
     def _wall(self) -> float:
@@ -418,6 +449,7 @@ class TrainingRun:
             "device": describe_devices(self.mesh),
             "seed": self.config.run.seed,
             **({"rollbacks": len(self.rollbacks)} if self.rollbacks else {}),
+            **({"alarms": self.alarms.raised} if self.alarms.raised else {}),
             **values,
             **(self.validation.plots if values else {}),
         }

@@ -13,7 +13,8 @@ from jaxops.models.decoder.architecture import Architecture
 from jaxops.rl.algorithms import AnyAlgorithm, Ppo
 from jaxops.rl.options import MOST, MOST_SLOTS, SampleOptions
 from jaxops.rl.rewards.config import Reward, reward_problems
-from jaxops.run.config import EarlyStop, Evaluate, Positive, RunConfig
+from jaxops.rl.watch import Watching
+from jaxops.run.config import MAY_CHANGE_ON_RESUME, EarlyStop, Evaluate, Positive, RunConfig
 from jaxops.run.pretrained.config import Pretrained
 
 METRICS: Mapping[str, Metric] = {
@@ -98,9 +99,11 @@ class PolicyConfig(RunConfig):
     `model` is the policy: `{weights: ...}` of a language model, trained whole or by adapters, or an architecture with
     fresh parameters. The reference is what it began as, or the language model at the address `reference`.
     `rewards` judge its completions, and `algorithm` learns from them: `ppo`, `grpo`, `dr_grpo`, `dapo` or `rloo`.
+    `watch` raises alarms.
     """
 
     size_of_batch: ClassVar[str] = "batch.prompts"
+    may_change_on_resume: ClassVar[tuple[str, ...]] = (*MAY_CHANGE_ON_RESUME, "watch")
 
     task: str = "policy"
     model: Pretrained | Architecture
@@ -111,6 +114,7 @@ class PolicyConfig(RunConfig):
     rewards: tuple[Reward, ...]
     sample: Rollouts = Rollouts()
     algorithm: AnyAlgorithm = Ppo()
+    watch: Watching = Watching()
     batch: PolicyBatch = PolicyBatch()  # type: ignore[assignment]
     evaluate: PolicyEvaluate = PolicyEvaluate()
 

@@ -25,6 +25,7 @@ from jaxops.rl.collect import Collector
 from jaxops.rl.rewards.scoring import Scoring
 from jaxops.rl.sample import Sampler
 from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras, ready_shapes
+from jaxops.rl.watch import PolicyAlarms
 from jaxops.run.family import Family, Given
 from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.pretrained.options import Generate
@@ -65,6 +66,7 @@ def build(loaded: Loaded[PolicyConfig], given: Given) -> Task:
         inspection={**prompts.inspection, "split": {"sha256": prompts.inspection["digest"]}},
         transform=stored(model.decoder.config, opened.tokenizer),
         about=_about(config, opened, prompts),
+        alarms=parts.alarms(),
         undefined={} if model.has_reference else {"valid": dict.fromkeys(("kl", "kl_token"), _NO_REFERENCE)},
         notices=parts.notices(),
     )
@@ -116,6 +118,12 @@ class _Parts:
             None if judge is None else judge.bound(),
         )
 
+    def alarms(self) -> PolicyAlarms:
+        """Returns the rules that watch the run."""
+        config, held_out = self._config, self._prompts.valid
+        prompts = min(config.evaluate.prompts, held_out.examples if held_out is not None else 1)
+        return PolicyAlarms(config.watch.in_dtype(config.precision.compute), prompts)
+
     def notices(self) -> list[str]:
         """Returns what a person should know before training begins."""
         config, found = self._config, list(self._prompts.inspection.get("notes", ()))
@@ -125,6 +133,8 @@ class _Parts:
                 f"algorithm.kl.estimator: {kl.estimator} in the reward has not the gradient of the KL; k1 has"
                 " (docs/rlhf.md)"
             )
+        if config.evaluate.judge is not None and not {"win_rate", "reward"} <= {*config.evaluate.metrics}:
+            found.append("evaluate.metrics: without win_rate and reward nothing sees whether the judge falls (watch)")
         return found
 
     def _scoring(self, mesh: Mesh, prompts: Prompts) -> Scoring:
@@ -181,7 +191,8 @@ def _about(config: PolicyConfig, opened: OpenedPolicy, prompts: OpenedPrompts) -
         ("algorithm", config.algorithm.kind),
     ]
     note = "The reward is what the policy is trained for; people or another judge say whether answers are better."
-    return About(model=model, headline="reward", data=rows, notes=[note])
+    curves = [("kl", "reward"), ("kl", "win_rate")]
+    return About(model=model, headline="reward", data=rows, curves=curves, notes=[note])
 
 
 def restore(saved: Any) -> ServedPolicy:
