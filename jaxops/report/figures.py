@@ -124,6 +124,41 @@ def curves(
     return Plot(title, caption, picture(draw, title, alt))
 
 
+def path(
+    x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], steps: Float[np.ndarray, " n"], *, labels: Sequence[str]
+) -> Plot:
+    """Draws one metric against another, a point for each evaluation, joined in the order of the steps.
+
+    Args:
+      x: values of the metric that runs across.
+      y: values of the metric that goes up.
+      steps: the step of each evaluation, in rising order.
+      labels: names of both metrics.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.plot(x, y, "-o", color=LINES[0], linewidth=1.4, markersize=3.8)
+        for at, filled in ((0, "none"), (-1, LINES[0])):
+            axes.plot(x[at], y[at], "o", color=LINES[0], markerfacecolor=filled, markersize=8)
+            axes.annotate(
+                f"step {compact(steps[at])}",
+                (x[at], y[at]),
+                xytext=(-8 if x[at] > (x.min() + x.max()) / 2 else 8, 7),
+                textcoords="offset points",
+                ha="right" if x[at] > (x.min() + x.max()) / 2 else "left",
+                color=LINES[0],
+            )
+        axes.margins(y=0.18)
+        axes.xaxis.set_major_formatter(lambda value, _: compact(value))
+        axes.yaxis.set_major_formatter(lambda value, _: compact(value))
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+
+    points = (f"{b:.4g} at {a:.4g} (step {step:.0f})" for a, b, step in zip(x, y, steps, strict=True))
+    title = f"{labels[1]} against {labels[0]}"
+    return Plot(title, "A point for each evaluation.", picture(draw, title, "; ".join(points)))
+
+
 def histogram(
     edges: Float[np.ndarray, " bins_plus_1"], counts: Float[np.ndarray, " bins"], *, title: str, label: str
 ) -> Plot:

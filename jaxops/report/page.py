@@ -12,17 +12,14 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from jaxops.core.metric import label_of
 from jaxops.report import figures, results
 from jaxops.report.figures import Mark, Plot
 from jaxops.report.folder import EVALUATED, RunRecord, Series, read_run, utc_time
 from jaxops.report.html import fill_template, write_page
+from jaxops.report.samples import sample_table
 
 MAX_EVENTS = 200
 MAX_SMALL_PLOTS = 24
-MAX_SAMPLES, MAX_SAMPLE = 32, 600
-"""The samples that are shown, and the characters of each text."""
-_NO_COLUMNS = ("v", "step", "time", "part")
 _MAIN = ("train/loss", "train/examples_per_s")
 
 
@@ -40,6 +37,7 @@ _TONES = {
     "failed": "bad",
     "interrupted": "warn",
     "preempted": "warn",
+    "paused": "warn",
     "in progress": "busy",
 }
 
@@ -74,8 +72,8 @@ def render_report(run: RunRecord) -> str:
         tables=results.tables(run),
         kept=run.number("best_step"),
         notes=_notes(run),
-        samples=_samples(run),
-        plots=list(_main_plots(run)),
+        samples=sample_table(run),
+        plots=[*_main_plots(run), *_paths(run)],
         small_plots=list(_small_plots(run)),
         reliability_plots=list(_reliability_plots(run)),
         data_rows=_data_rows(run),
@@ -91,19 +89,6 @@ def _notes(run: RunRecord) -> list[str]:
     """Returns the family's sentences on how the run's figures were made."""
     found = run.about.get("notes")
     return [str(note) for note in found] if isinstance(found, list) else []
-
-
-def _samples(run: RunRecord) -> dict[str, Any]:
-    """Returns the samples of the last evaluation that wrote any: its step, the columns, and rows of texts."""
-    last = run.samples[-1]["step"] if run.samples else None
-    found = [sample for sample in run.samples if sample["step"] == last]
-    columns = [name for name in (found[-1] if found else ()) if name not in _NO_COLUMNS]
-    rows = [[_short(str(sample.get(name, ""))) for name in columns] for sample in found[-MAX_SAMPLES:]]
-    return {"step": last, "columns": [label_of(name) for name in columns], "rows": rows}
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= MAX_SAMPLE else f"{text[:MAX_SAMPLE]} ..."
 
 
 def _facts(run: RunRecord) -> Iterator[str]:
@@ -171,6 +156,20 @@ def _headline_plot(run: RunRecord, metric: str, curve: Series) -> Plot:
         levels=levels,
         mark=Mark(*best, text=f"best {results.score(best[1])}") if best else None,
     )
+
+
+def _paths(run: RunRecord) -> Iterator[Plot]:
+    """Yields a plot of one metric against another over the evaluations, for each pair that the run's family names."""
+    wanted = run.about.get("curves")
+    for pair in wanted if isinstance(wanted, list) else ():
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            continue
+        across, up = (run.curve(f"valid/{name}") for name in pair)
+        shared = np.intersect1d(across.steps, up.steps)
+        if len(shared) < 2:
+            continue
+        x, y = (series.values[np.isin(series.steps, shared)] for series in (across, up))
+        yield figures.path(x, y, shared, labels=[results.metric_label(run, name) for name in pair])
 
 
 def _small_plots(run: RunRecord) -> Iterator[Plot]:
