@@ -37,7 +37,11 @@ class Alarm:
 
 
 class AlarmRules(Protocol):
-    """The rules of one task; the same metrics in the same order always give the same alarms."""
+    """The rules of one task; the same metrics in the same order always give the same alarms.
+
+    Metrics of the clock (`train/examples_per_s`) differ between processes and are no matter of a rule that pauses or
+    stops: all processes must find the same.
+    """
 
     @property
     def on_alarm(self) -> OnAlarm:
