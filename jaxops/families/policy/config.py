@@ -1,19 +1,20 @@
 """The config of policy optimisation: the common sections, and models, prompts, rewards, sampling and algorithm."""
 
 import dataclasses
-from collections import Counter
+import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from jaxops.config.types import ByPath, Factory
+from jaxops.core.mesh import BATCH_AXES
 from jaxops.core.metric import Metric, metric_of
 from jaxops.data.prompts.spec import PromptData
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.rl.algorithms import AnyAlgorithm, Ppo
 from jaxops.rl.options import MOST, MOST_SLOTS, SampleOptions
-from jaxops.rl.rewards.config import Reward
+from jaxops.rl.rewards.config import Reward, reward_problems
 from jaxops.run.config import EarlyStop, Evaluate, Positive, RunConfig
 from jaxops.run.pretrained.config import Pretrained
 
@@ -147,11 +148,7 @@ class PolicyConfig(RunConfig):
                 found.append((f"sample.{name}", text))
         if self.sample.greedy:
             found.append(("sample.temperature", "0 always writes the same: nothing could be learnt from comparing"))
-        if not self.rewards:
-            found.append(("rewards", "nothing judges the completions: name a function, a run or a penalty"))
-        for label, count in Counter(reward.label for reward in self.rewards).items():
-            if count > 1:
-                found.append(("rewards", f"{count} of them are called {label!r}: give them a `name` each"))
+        found += reward_problems(self.rewards)
         held_out = self.data.valid is not None
         if not held_out and (self.evaluate.stop is not None or self.checkpoint.best is not None):
             found.append(("data.valid", "nothing is held out, but evaluate.stop or checkpoint.best judge by it"))
@@ -179,6 +176,11 @@ class PolicyConfig(RunConfig):
     def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
         """Returns (dotted path, message) of everything that cannot work on a mesh of these sizes."""
         found = super().mesh_problems(sizes) + self.model.mesh_problems(sizes)
+        shards = math.prod(max(sizes[axis], 1) for axis in BATCH_AXES)
+        rows, left = divmod(self.completions, self.algorithm.minibatches)
+        if not left and rows % shards and not self.completions % shards:
+            text = f"an update reads {rows} completions, no multiple of the mesh's batch shards (at least {shards})"
+            found.append(("algorithm.minibatches", text))
         if sizes["sequence"] > 1:
             found.append(("mesh.sequence", "a decoder has no sequence parallelism yet: leave it at 1"))
         return found

@@ -13,7 +13,7 @@ from jaxops.core.failures import UserError
 from jaxops.core.step import Step
 from jaxops.data.prompts.open import OpenedPrompts, open_prompts
 from jaxops.data.prompts.source import Prompts
-from jaxops.families.policy.config import PolicyConfig, Rollouts
+from jaxops.families.policy.config import PolicyConfig, Rollouts, ValueHead
 from jaxops.families.policy.data_commands import inspect_data, preview_data
 from jaxops.families.policy.evaluation import PolicyEvaluation
 from jaxops.families.policy.opened import OpenedPolicy, open_policy
@@ -22,6 +22,7 @@ from jaxops.families.policy.serving import ServedPolicy
 from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.models.policy import POLICY
 from jaxops.rl.collect import Collector
+from jaxops.rl.rewards.function import check_columns
 from jaxops.rl.rewards.scoring import Scoring
 from jaxops.rl.sample import Sampler
 from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras, ready_shapes
@@ -45,6 +46,7 @@ def build(loaded: Loaded[PolicyConfig], given: Given) -> Task:
         raise UserError("a policy's prompts and models come from its config; an objective may be given")
     opened = open_policy(config)
     prompts = open_prompts(config.data, opened.tokenizer, config.run.seed)
+    check_columns(config.rewards, prompts.columns)
     parts = _Parts(config, opened, prompts)
     algorithm, model = config.algorithm, opened.model
     longest = config.sample.max_tokens
@@ -65,7 +67,9 @@ def build(loaded: Loaded[PolicyConfig], given: Given) -> Task:
         inspection={**prompts.inspection, "split": {"sha256": prompts.inspection["digest"]}},
         transform=stored(model.decoder.config, opened.tokenizer),
         about=_about(config, opened, prompts),
-        undefined={} if model.has_reference else {"valid": dict.fromkeys(("kl", "kl_token"), _NO_REFERENCE)},
+        undefined={}
+        if model.has_reference
+        else {"valid": dict.fromkeys(("kl", "kl_token", "win_rate"), _NO_REFERENCE)},
         notices=parts.notices(),
     )
 
@@ -125,6 +129,8 @@ class _Parts:
                 f"algorithm.kl.estimator: {kl.estimator} in the reward has not the gradient of the KL; k1 has"
                 " (docs/rlhf.md)"
             )
+        if not config.algorithm.has_values and config.value != ValueHead():
+            found.append(f"value: {config.algorithm.kind} compares completions with each other and has no values")
         return found
 
     def _scoring(self, mesh: Mesh, prompts: Prompts) -> Scoring:
