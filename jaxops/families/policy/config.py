@@ -7,13 +7,14 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from jaxops.config.part import Part
 from jaxops.config.types import ByPath, Factory
 from jaxops.core.mesh import BATCH_AXES
 from jaxops.core.metric import Metric, metric_of
 from jaxops.data.prompts.spec import PromptData
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.rl.algorithms import AnyAlgorithm, Ppo
-from jaxops.rl.options import MOST, MOST_SLOTS, SampleOptions
+from jaxops.rl.options import HOTTEST, MOST, MOST_SLOTS, TINIEST, SampleOptions
 from jaxops.rl.rewards.config import Reward, reward_problems
 from jaxops.run.config import EarlyStop, Evaluate, Positive, RunConfig
 from jaxops.run.pretrained.config import Pretrained
@@ -62,16 +63,36 @@ class PolicyBatch:
         return self.prompts
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rollouts(SampleOptions):
-    """How completions are sampled to learn from; `slots` at a time, with a look for stops every `segment` tokens.
+_LEFT_OUT = (
+    "it leaves tokens out, and one that the next policy would leave out has no ratio of probabilities, so completions"
+    " are learnt from at a temperature alone (`jaxops sample` takes it)"
+)
 
-    The distribution may have a temperature, and nothing else: `top_k`, `top_p` and `min_p` leave tokens out, and a
-    token that another policy would leave out has no ratio of probabilities.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollouts(Part):
+    """How completions are sampled to learn from: at a temperature, and from all tokens.
+
+    Attributes:
+      max_tokens: largest number of tokens that are sampled, the end token included.
+      temperature: divides the logits, of sampling and of what is learnt.
+      stop: texts that end a completion wherever one appears, over the borders of tokens too.
+      slots: number of completions that are decoded at a time.
+      segment: number of tokens between two looks for stops.
     """
 
+    lacks: ClassVar[Mapping[str, str]] = dict.fromkeys(("top_k", "top_p", "min_p"), _LEFT_OUT)
+
+    max_tokens: Annotated[int, Field(ge=1, le=MOST)] = 128
+    temperature: Annotated[float, Field(ge=TINIEST, le=HOTTEST, allow_inf_nan=False)] = 1.0
+    stop: tuple[str, ...] = ()
     slots: Annotated[int, Field(ge=1, le=MOST_SLOTS)] = 32
     segment: Annotated[int, Field(ge=1, le=MOST)] = 16
+
+    def options(self, temperature: float | None = None) -> SampleOptions:
+        """Returns the options of sampling, at another temperature where one is given."""
+        at = self.temperature if temperature is None else temperature
+        return SampleOptions(max_tokens=self.max_tokens, temperature=at, stop=self.stop)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +108,7 @@ class PolicyEvaluate(Evaluate):
 
     metrics: tuple[str, ...] = ("reward", "kl", "length", "eos_rate", "distinct_2")
     prompts: Positive = 64
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=HOTTEST, allow_inf_nan=False)] = 1.0
     samples: Annotated[int, Field(ge=0)] = 8
     judge: Annotated[ByPath, JUDGE] | None = None
     stop: EarlyStop | None = None
@@ -139,15 +160,6 @@ class PolicyConfig(RunConfig):
             if longest > self.model.length:
                 text = f"with data.max_tokens {longest} tokens, but the model reads {self.model.length} (model.length)"
                 found.append(("sample.max_tokens", text))
-        for name in ("top_k", "top_p", "min_p"):
-            if getattr(self.sample, name) != getattr(Rollouts(), name):
-                text = (
-                    "leaves tokens out: one that the next policy would leave out has no ratio of probabilities, so"
-                    " completions are learnt from at a temperature alone (`jaxops sample` takes it)"
-                )
-                found.append((f"sample.{name}", text))
-        if self.sample.greedy:
-            found.append(("sample.temperature", "0 always writes the same: nothing could be learnt from comparing"))
         found += reward_problems(self.rewards)
         held_out = self.data.valid is not None
         if not held_out and (self.evaluate.stop is not None or self.checkpoint.best is not None):

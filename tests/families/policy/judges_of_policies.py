@@ -10,11 +10,8 @@ def low(prompts, completions):
     return [sum(ord(c) < 64 for c in text) / max(len(text), 1) for text in completions]
 
 
-def note(prompts, completions, **columns):
+def note(prompts, completions):
     if place := os.environ.get("ASKED"):
-        import time
-
-        time.sleep(float(os.environ.get("ASKED_SLEEP", "0")))
         with open(place, "a") as file:
             for row in zip(prompts, completions, strict=True):
                 file.write(json.dumps(row) + "\n")

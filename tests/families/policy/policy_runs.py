@@ -19,7 +19,7 @@ sample: {max_tokens: 6, slots: 16, segment: 3}
 algorithm: {kind: ppo, epochs: 2, minibatches: 2}
 optimizer: {kind: adamw, lr: 1e-2, schedule: constant}
 batch: {prompts: 16}
-evaluate: {every: 2, prompts: 4, samples: 2}
+evaluate: {every: 2, prompts: 4, samples: 4}
 checkpoint: {every: 2}
 run: {name: ppo, steps: 2, log_every: 1, loggers: []}
 """

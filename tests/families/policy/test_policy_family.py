@@ -45,7 +45,7 @@ def test_a_run_writes_metrics_and_samples(there):
         assert line["train/kl_coefficient"] == pytest.approx(0.05)
     assert found[0]["train/kl"] == 0 and found[1]["train/kl"] != 0
     lines = [json.loads(line) for line in Path("runs/ppo/samples.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 2]
+    assert [line["step"] for line in lines] == [2] * 4
     for line in lines:
         assert line["prompt"].startswith("say ") and line["stopped"] == "length" and "reference" in line
         share = sum(ord(c) < 64 for c in line["completion"]) / max(len(line["completion"]), 1)
@@ -58,9 +58,9 @@ def test_the_reference_is_what_the_policy_began_as(there):
     key = jax.random.fold_in(jax.random.key(0), 2**30)  # as run/training.py draws them
     fresh = dict(named_leaves(jx.build_task(jx.load_config("ppo.yaml")).model.init(key)))
     for path, value in frozen.items():
-        np.testing.assert_array_equal(value, fresh[path], err_msg=path)
-        assert not np.array_equal(value, params[path.replace("reference/", "policy/")]), path
-    assert params.keys() - {path.replace("reference/", "policy/") for path in frozen} == {
+        np.testing.assert_allclose(value, fresh[path], rtol=1e-6, err_msg=path)
+        assert not np.array_equal(value, params[path.replace("reference/", "policy/", 1)]), path
+    assert params.keys() - {path.replace("reference/", "policy/", 1) for path in frozen} == {
         "value/score/kernel",
         "value/score/bias",
     }
@@ -104,7 +104,7 @@ def test_a_value_with_a_trunk_of_its_own_begins_as_the_policy(there):
     held = parameters("trunk")
     for path, value in held.items():
         if path.startswith("value/") and "score" not in path:
-            np.testing.assert_array_equal(value, held[path.replace("value/", "policy/")], err_msg=path)
+            np.testing.assert_array_equal(value, held[path.replace("value/", "policy/", 1)], err_msg=path)
     trained("trunk-learns", "value={kind: trunk}")
     moved = parameters("trunk-learns")
     assert not np.array_equal(moved["value/embed/embedding"], moved["policy/embed/embedding"])
@@ -133,9 +133,8 @@ def test_a_policy_begins_with_a_language_model_and_is_judged_by_a_reward_model(b
         np.testing.assert_array_equal(frozen[f"reference/{path}"], value, err_msg=path)
     for path, value in parameters("rm").items():
         np.testing.assert_array_equal(frozen[f"rewards/rm/{path}"], value, err_msg=path)
-        mine = f"value/{path}".replace("value/reward/", "value/score/")
-        if mine in params:
-            np.testing.assert_array_equal(params[mine], value, err_msg=path)
+        if (mine := f"value/{path}".replace("value/reward/", "value/score/")) in params:
+            np.testing.assert_allclose(params[mine], value, atol=1e-28, err_msg=path)
     assert {path for path in params if path.startswith("value/")} == {
         f"value/{path}".replace("value/reward/", "value/score/") for path in parameters("rm")
     }
@@ -177,7 +176,7 @@ def test_a_next_run_begins_where_a_run_ended(there):
     for path, value in before.items():
         if path.startswith("policy/"):
             np.testing.assert_array_equal(after[path], value, err_msg=path)
-            np.testing.assert_array_equal(frozen[path.replace("policy/", "reference/")], value, err_msg=path)
+            np.testing.assert_array_equal(frozen[path.replace("policy/", "reference/", 1)], value, err_msg=path)
     trained("next-trunk", "model={weights: runs/ppo}", "tokenizer=null", "value={kind: trunk, weights: runs/ppo}")
     learnt("next-trunk")
 
