@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 class Part:
     """A choice that builds itself; its checks, unless overridden, find nothing wrong.
 
-    `sort` names the sort of data or model that it goes with; the empty string goes with any.
+    `sort` names the sort of data or model that it goes with; the empty string goes with any. `lacks` says of keys that
+    a reader may expect here why there are none.
     """
 
     sort: ClassVar[str] = ""
+    lacks: ClassVar[Mapping[str, str]] = {}
 
     def problems_in(self, run: Any) -> list[tuple[str, str]]:
         """Returns everything in the whole `run` config that does not go with this choice, as (dotted path, message)."""

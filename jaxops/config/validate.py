@@ -8,6 +8,7 @@ from jaxops.config.bypath import ByPath, Factory, Guard, python_name, spelled
 from jaxops.config.dump import plain_of
 from jaxops.config.errors import Problem, Refused, one_of, show, unknown
 from jaxops.config.node import BROKEN, Node, join_path, plain_node
+from jaxops.config.part import Part
 from jaxops.config.schema import paths_to
 from jaxops.config.shapes import (
     ABSENT,
@@ -108,6 +109,8 @@ class Validator:
             elsewhere = [found for found in paths_to(self.root, key) if "*" not in found]
             what = f"unknown key: another sort of {path} has it, not this one" if here in elsewhere else "unknown key"
             message = unknown(what, key, shape.fields, [found for found in elsewhere if found != here])
+            if issubclass(shape.cls, Part) and key in shape.cls.lacks:
+                message = f"there is no such key: {shape.cls.lacks[key]}"
             self._wrong(here, node.value[key], message)
         for key, field in shape.fields.items():
             below = join_path(path, key)

@@ -27,6 +27,16 @@ COMPLETED_BY = {
         "run.epochs=1",
     ],
     "language/sft": ["tokenizer=bytes", "data={kind: text, path: text.jsonl, valid: {share: 0.1}}", "run.epochs=1"],
+    **{
+        name: [
+            "tokenizer=bytes",
+            "model={kind: decoder, length: 1024}",
+            "data={kind: prompts, path: prompts.jsonl, valid: {share: 0.1}}",
+            "rewards=[{kind: missing_eos, penalty: 1.0}]",
+            "run.steps=100",
+        ]
+        for name in ("policy/ppo", "policy/grpo")
+    },
 }
 """What a config that others build upon lacks: it names no data and no length of its own."""
 NAMES = sorted(

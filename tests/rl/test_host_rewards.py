@@ -81,7 +81,7 @@ def test_columns_that_do_not_fit_are_refused_in_one_message():
     said = str(refused.value)
     assert "reward exact" in said and "needs 'answer'" in said and "did you mean 'answers'?" in said
     assert "reward sees" in said and "needs 'tags'" in said
-    assert "reward length" in said and "column 'completions'" in said and "data.columns" in said
+    assert "reward length" in said and "column 'completions'" in said and "another name" in said
     check_columns(rewards, ["answer", "tags"])
 
 

@@ -1,17 +1,20 @@
 """The config of policy optimisation: the common sections, and models, prompts, rewards, sampling and algorithm."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from jaxops.config.part import Part
 from jaxops.config.types import ByPath, Factory
+from jaxops.core.mesh import BATCH_AXES
 from jaxops.core.metric import Metric, metric_of
 from jaxops.data.prompts.spec import PromptData
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.rl.algorithms import AnyAlgorithm, Ppo
-from jaxops.rl.options import MOST, MOST_SLOTS, SampleOptions
+from jaxops.rl.options import HOTTEST, MOST, MOST_SLOTS, TINIEST, SampleOptions
 from jaxops.rl.rewards.config import Reward, reward_problems
 from jaxops.rl.watch import Watching
 from jaxops.run.config import MAY_CHANGE_ON_RESUME, EarlyStop, Evaluate, Positive, RunConfig
@@ -61,16 +64,36 @@ class PolicyBatch:
         return self.prompts
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rollouts(SampleOptions):
-    """How completions are sampled to learn from; `slots` at a time, with a look for stops every `segment` tokens.
+_LEFT_OUT = (
+    "it leaves tokens out, and one that the next policy would leave out has no ratio of probabilities, so completions"
+    " are learnt from at a temperature alone (`jaxops sample` takes it)"
+)
 
-    The distribution may have a temperature, and nothing else: `top_k`, `top_p` and `min_p` leave tokens out, and a
-    token that another policy would leave out has no ratio of probabilities.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollouts(Part):
+    """How completions are sampled to learn from: at a temperature, and from all tokens.
+
+    Attributes:
+      max_tokens: largest number of tokens that are sampled, the end token included.
+      temperature: divides the logits, of sampling and of what is learnt.
+      stop: texts that end a completion wherever one appears, over the borders of tokens too.
+      slots: number of completions that are decoded at a time.
+      segment: number of tokens between two looks for stops.
     """
 
+    lacks: ClassVar[Mapping[str, str]] = dict.fromkeys(("top_k", "top_p", "min_p"), _LEFT_OUT)
+
+    max_tokens: Annotated[int, Field(ge=1, le=MOST)] = 128
+    temperature: Annotated[float, Field(ge=TINIEST, le=HOTTEST, allow_inf_nan=False)] = 1.0
+    stop: tuple[str, ...] = ()
     slots: Annotated[int, Field(ge=1, le=MOST_SLOTS)] = 32
     segment: Annotated[int, Field(ge=1, le=MOST)] = 16
+
+    def options(self, temperature: float | None = None) -> SampleOptions:
+        """Returns the options of sampling, at another temperature where one is given."""
+        at = self.temperature if temperature is None else temperature
+        return SampleOptions(max_tokens=self.max_tokens, temperature=at, stop=self.stop)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +109,7 @@ class PolicyEvaluate(Evaluate):
 
     metrics: tuple[str, ...] = ("reward", "kl", "length", "eos_rate", "distinct_2")
     prompts: Positive = 64
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=HOTTEST, allow_inf_nan=False)] = 1.0
     samples: Annotated[int, Field(ge=0)] = 8
     judge: Annotated[ByPath, JUDGE] | None = None
     stop: EarlyStop | None = None
@@ -142,15 +165,6 @@ class PolicyConfig(RunConfig):
             if longest > self.model.length:
                 text = f"with data.max_tokens {longest} tokens, but the model reads {self.model.length} (model.length)"
                 found.append(("sample.max_tokens", text))
-        for name in ("top_k", "top_p", "min_p"):
-            if getattr(self.sample, name) != getattr(Rollouts(), name):
-                text = (
-                    "leaves tokens out: one that the next policy would leave out has no ratio of probabilities, so"
-                    " completions are learnt from at a temperature alone (`jaxops sample` takes it)"
-                )
-                found.append((f"sample.{name}", text))
-        if self.sample.greedy:
-            found.append(("sample.temperature", "0 always writes the same: nothing could be learnt from comparing"))
         found += reward_problems(self.rewards)
         if self.reference is not None and isinstance(self.model, Pretrained) and self.model.lora is not None:
             found.append(("reference", "adapters are held against the weights under them; leave it out"))
@@ -183,6 +197,11 @@ class PolicyConfig(RunConfig):
     def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
         """Returns (dotted path, message) of everything that cannot work on a mesh of these sizes."""
         found = super().mesh_problems(sizes) + self.model.mesh_problems(sizes)
+        shards = math.prod(max(sizes[axis], 1) for axis in BATCH_AXES)
+        rows, left = divmod(self.completions, self.algorithm.minibatches)
+        if not left and rows % shards and not self.completions % shards:
+            text = f"an update reads {rows} completions, no multiple of the mesh's batch shards (at least {shards})"
+            found.append(("algorithm.minibatches", text))
         if sizes["sequence"] > 1:
             found.append(("mesh.sequence", "a decoder has no sequence parallelism yet: leave it at 1"))
         return found

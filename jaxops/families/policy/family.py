@@ -1,6 +1,5 @@
 """The policy family: RLHF from a config to a task, and from a run folder to a served policy."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from jaxops.core.failures import UserError
 from jaxops.core.step import Step
 from jaxops.data.prompts.open import OpenedPrompts, open_prompts
 from jaxops.data.prompts.source import Prompts
-from jaxops.families.policy.config import PolicyConfig, Rollouts
+from jaxops.families.policy.config import PolicyConfig, ValueHead
 from jaxops.families.policy.data_commands import inspect_data, preview_data
 from jaxops.families.policy.evaluation import PolicyEvaluation
 from jaxops.families.policy.opened import OpenedPolicy, open_policy
@@ -22,6 +21,8 @@ from jaxops.families.policy.serving import ServedPolicy
 from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.models.policy import POLICY
 from jaxops.rl.collect import Collector
+from jaxops.rl.options import SampleOptions
+from jaxops.rl.rewards.function import check_columns
 from jaxops.rl.rewards.scoring import Scoring
 from jaxops.rl.sample import Sampler
 from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras, ready_shapes
@@ -46,6 +47,7 @@ def build(loaded: Loaded[PolicyConfig], given: Given) -> Task:
         raise UserError("a policy's prompts and models come from its config; an objective may be given")
     opened = open_policy(config)
     prompts = open_prompts(config.data, opened.tokenizer, config.run.seed)
+    check_columns(config.rewards, prompts.columns)
     parts = _Parts(config, opened, prompts)
     algorithm, model = config.algorithm, opened.model
     longest = config.sample.max_tokens
@@ -67,11 +69,12 @@ def build(loaded: Loaded[PolicyConfig], given: Given) -> Task:
         transform=stored(model.decoder.config, opened.tokenizer),
         about=_about(config, opened, prompts),
         alarms=parts.alarms(),
-        undefined={} if model.has_reference else {"valid": dict.fromkeys(("kl", "kl_token"), _NO_REFERENCE)},
+        undefined={} if model.has_reference else {"valid": dict.fromkeys(_AGAINST_REFERENCE, _NO_REFERENCE)},
         notices=parts.notices(),
     )
 
 
+_AGAINST_REFERENCE = ("kl", "kl_token", "win_rate")
 _NO_REFERENCE = "algorithm.kl.coef is 0, so that no reference is kept"
 
 
@@ -88,7 +91,7 @@ class _Parts:
         """Returns the step of the algorithm."""
         config, model = self._config, self._opened.model
         scoring = self._scoring(parts.mesh, self._prompts.train)
-        collector = self._collector(config.sample, parts.mesh, scoring)
+        collector = self._collector(config.sample.options(), parts.mesh, scoring)
         return PolicyStep(
             UpdateParts(parts.update, parts.mesh, lambda: parts.journal),
             model,
@@ -109,7 +112,7 @@ class _Parts:
     def evaluation(self, held_out: Prompts) -> PolicyEvaluation:
         """Returns the evaluation on the held-out prompts."""
         config = self._config
-        options = dataclasses.replace(config.sample, temperature=config.evaluate.temperature)
+        options = config.sample.options(config.evaluate.temperature)
         judge = config.evaluate.judge
         return PolicyEvaluation(
             held_out,
@@ -135,6 +138,8 @@ class _Parts:
             )
         if config.evaluate.judge is not None and not {"win_rate", "reward"} <= {*config.evaluate.metrics}:
             found.append("evaluate.metrics: without win_rate and reward nothing sees whether the judge falls (watch)")
+        if not config.algorithm.has_values and config.value != ValueHead():
+            found.append(f"value: {config.algorithm.kind} compares completions with each other and has no values")
         return found
 
     def _scoring(self, mesh: Mesh, prompts: Prompts) -> Scoring:
@@ -149,7 +154,7 @@ class _Parts:
             logical=config.sharding.logical,
         )
 
-    def _collector(self, options: Rollouts, mesh: Mesh, scoring: Scoring) -> Collector:
+    def _collector(self, options: SampleOptions, mesh: Mesh, scoring: Scoring) -> Collector:
         return Collector(
             self._opened.model,
             self._sampler(options, mesh),
@@ -161,21 +166,21 @@ class _Parts:
             mesh=mesh,
         )
 
-    def _sampler(self, options: Rollouts, mesh: Mesh) -> Sampler:
+    def _sampler(self, options: SampleOptions, mesh: Mesh) -> Sampler:
         """Returns a sampler; where training and evaluation sample alike they share one, and its programs."""
         config, opened = self._config, self._opened
         if (options, mesh) not in self._samplers:
             self._samplers[options, mesh] = Sampler(
                 Unrolled(opened.model.decoder),
                 mesh,
-                slots=options.slots,
+                slots=config.sample.slots,
                 room=self.width + options.max_tokens,
-                segment=options.segment,
+                segment=config.sample.segment,
                 options=options,
                 tokenizer=opened.tokenizer,
                 dtype=config.precision.compute,
                 logical=config.sharding.logical,
-                name="sample" if options == config.sample else "evaluate_sample",
+                name="sample" if options == config.sample.options() else "evaluate_sample",
             )
         return self._samplers[options, mesh]
 

@@ -1,7 +1,8 @@
 """Opens what a config of policy optimisation names: the policy, its value and reference, and its reward models."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from jaxops.core.failures import UserError
 from jaxops.core.weights import Rename, WeightSource
@@ -9,13 +10,14 @@ from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.families.policy.config import PolicyConfig, ValueTrunk
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.decoder import Decoder
-from jaxops.models.lora import Lora
+from jaxops.models.lora import LORA, Lora
 from jaxops.models.policy import POLICY, REFERENCE, REWARDS, SCORE, VALUE, PolicyModel, ValueKind
 from jaxops.rl.rewards.config import RunReward
 from jaxops.rl.rewards.judge import Judge
 from jaxops.run.load import open_saved_run, serve
 from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.pretrained.opened import OpenedDecoder, open_decoder
+from jaxops.run.pretrained.stored import stored_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ def open_policy(config: PolicyConfig, *, judging: bool = True) -> OpenedPolicy:
       UserError: a model cannot be opened, or they do not go together.
     """
     longest = config.data.max_tokens + config.sample.max_tokens
-    opened = open_decoder(config.model, config.tokenizer, longest)
+    opened = open_decoder(config.model, config.tokenizer, longest, reads="data.max_tokens + sample.max_tokens")
     policy = with_adapters(opened.decoder, config)
     judges = open_judges(config) if judging else {}
     kind: ValueKind | None = config.value.kind if config.algorithm.has_values else None
@@ -72,7 +74,8 @@ def open_policy(config: PolicyConfig, *, judging: bool = True) -> OpenedPolicy:
             parts = [name for name in model.shapes[VALUE] if name != SCORE]
             copies |= {f"{VALUE}/{name}/": f"{POLICY}/{name}/" for name in parts}
         else:
-            sources.append(_value_source(weights, opened.decoder))
+            with _named("value.weights"):
+                sources.append(_value_source(weights, opened.decoder, opened.tokenizer))
     return OpenedPolicy(model, opened.tokenizer, judges, tuple(sources), copies)
 
 
@@ -108,29 +111,58 @@ def open_judges(config: PolicyConfig) -> dict[str, Judge]:
     for at, reward in enumerate(config.rewards):
         if not isinstance(reward, RunReward):
             continue
-        served = serve(open_saved_run(reward.run, reward.step))
-        if not hasattr(served, "judge"):
-            task = served.saved.config.task
-            raise UserError(f"rewards.{at}.run: {reward.run} is a run of task {task}, which keeps no reward model")
-        found[reward.label] = served.judge()
+        with _named(f"rewards.{at}.run"):
+            served = serve(open_saved_run(reward.run, reward.step))
+            if not hasattr(served, "judge"):
+                task = served.saved.config.task
+                raise UserError(f"{reward.run} is a run of task {task}, which keeps no reward model")
+            found[reward.label] = served.judge()
     return found
 
 
-def _value_source(weights: str, decoder: Decoder) -> WeightSource:
+@contextlib.contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Puts the field of the config in front of what is wrong with the run that it names."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from None
+
+
+def _value_source(weights: str, decoder: Decoder, tokenizer: Tokenizer) -> WeightSource:
     """Returns a language or reward model's run as weights of the value: its trunk, and its head where it has one."""
     served = serve(open_saved_run(weights))
     held = getattr(served, "decoder", None) or getattr(getattr(served, "reward", None), "decoder", None)
     if not isinstance(held, Decoder):
-        raise UserError(f"value.weights: {weights} is a run of task {served.saved.config.task}, which has no decoder")
+        raise UserError(f"{weights} is a run of task {served.saved.config.task}, which has no decoder")
     mine, theirs = _shape(decoder.config), _shape(held.config)
     if mine != theirs:
         raise UserError(
-            f"value.weights: the decoder of {weights} is {theirs}, and the policy's {mine}; they must be alike, as the"
+            f"the decoder of {weights} is {theirs}, and the policy's {mine}; they must be alike, as the"
             " value reads the policy's tokens"
         )
-    rename = [Rename("^reward/", f"{SCORE}/"), Rename("^", "")]
-    with served.saved.source(rename=rename) as source:
+    words = stored_tokenizer(served.saved)
+    if words.digest != tokenizer.digest:
+        raise UserError(
+            f"{weights} reads tokens of another tokenizer ({words.kind}, {words.vocab:,} ids) than the"
+            f" policy's ({tokenizer.kind}, {tokenizer.vocab:,} ids); the value reads the policy's tokens"
+        )
+    with served.saved.source() as source:
+        below = _trunk(source.arrays.shapes())
+        if any(path.startswith(f"{below}{LORA}/") for path in source.arrays.shapes()):
+            raise UserError(
+                f"{weights} has adapters beside its weights, which the value would leave out: train one without"
+                " model.lora, or leave value.weights out"
+            )
+    rename = [Rename("^reward/", f"{SCORE}/"), Rename(f"^{below}", "")]
+    with served.saved.source(match=f"^{below}", rename=rename) as source:
         return dataclasses.replace(source, below=f"{VALUE}/")
+
+
+def _trunk(paths: Iterable[str]) -> str:
+    """Returns what the paths of a run's decoder begin with: in a policy's run that of its value, where it has one."""
+    held = [path for path in paths if not path.startswith(f"{VALUE}/{SCORE}/")]
+    return next((f"{name}/" for name in (VALUE, POLICY) if any(path.startswith(f"{name}/") for path in held)), "")
 
 
 def _shape(architecture: Architecture) -> tuple[int | None, ...]:

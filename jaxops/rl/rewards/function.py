@@ -135,8 +135,8 @@ def _seen(found: Any, config: FunctionReward, columns: Sequence[str]) -> tuple[s
     clash = [name for name in free if python_name(name) in leading and python_name(name) in named]
     if takes_all:
         wrong += [
-            f"the data has a column {name!r}, which is the name of one of its positional parameters: give the column"
-            " another name in data.columns"
+            f"the data has a column {name!r}, which is the name of one of its positional parameters: give that"
+            " parameter another name, as it is handed over by its place"
             for name in clash
         ]
     if wrong:

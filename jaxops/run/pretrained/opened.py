@@ -45,15 +45,21 @@ class OpenedDecoder:
 
 
 def open_decoder(
-    model: Architecture | Pretrained, tokenizer: str | None, length: int, add_tokens: tuple[str, ...] = ()
+    model: Architecture | Pretrained,
+    tokenizer: str | None,
+    length: int,
+    add_tokens: tuple[str, ...] = (),
+    *,
+    reads: str = "data.length",
 ) -> OpenedDecoder:
     """Opens the decoder of a config; nothing but headers of its weights is read.
 
     Args:
       model: the config's choice.
       tokenizer: the address of the tokenizer; None takes that of the weights.
-      length: the number of tokens that it is to read at once (`data.length`).
+      length: the number of tokens that it is to read at once.
       add_tokens: further control tokens.
+      reads: the fields of the config that say so, for messages.
 
     Raises:
       UserError: the weights or the tokenizer cannot be opened, or do not go together.
@@ -72,7 +78,7 @@ def open_decoder(
     assert architecture.vocab is not None
     check_vocabulary(words, architecture.vocab, address)
     if length > architecture.length:
-        raise UserError(f"data.length: {length} tokens in a row, but {address} reads {architecture.length} at most")
+        raise UserError(f"{reads}: {length} tokens in a row, but {address} reads {architecture.length} at most")
     architecture = dataclasses.replace(architecture, dropout=model.dropout, remat=model.remat)
     return OpenedDecoder(build_decoder(architecture), words, sources, special_ids(words))
 
