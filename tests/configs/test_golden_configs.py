@@ -29,8 +29,7 @@ COMPLETED_BY = {
     "language/sft": ["tokenizer=bytes", "data={kind: text, path: text.jsonl, valid: {share: 0.1}}", "run.epochs=1"],
     **{
         name: [
-            "tokenizer=bytes",
-            "model={kind: decoder, length: 1024}",
+            "model={weights: runs/my-sft}",
             "data={kind: prompts, path: prompts.jsonl, valid: {share: 0.1}}",
             "rewards=[{kind: missing_eos, penalty: 1.0}]",
             "run.steps=100",

@@ -17,7 +17,7 @@ from jaxops.core.sums import finalize
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.policy import PolicyModel
-from jaxops.rl.algorithms import DrGrpo, Grpo, Ppo, Rollout
+from jaxops.rl.algorithms import Grpo, Ppo, Rollout
 from jaxops.rl.collect import Collector
 from jaxops.rl.kl import Kl
 from jaxops.rl.rollout import rollout_of
@@ -94,8 +94,7 @@ def test_2_4_7_masks_follow_from_lengths_and_hold_the_ending_token():
 
 CONFIG = """\
 task: policy
-model: {kind: decoder, dim: 16, layers: 1, heads: 2, length: 64}
-tokenizer: bytes
+model: {weights: runs/sft}
 rewards: [{kind: length, per_token: 0.1}]
 sample: {max_tokens: 8}
 data: {path: prompts.jsonl, max_tokens: 16}
@@ -207,7 +206,7 @@ GRPO, SLOW = Grpo(kl=Kl(in_="loss", estimator="k3", coef=0.1)), pytest.mark.slow
     [
         (GRPO, {"data": 8}),
         pytest.param(GRPO, {}, marks=SLOW),
-        pytest.param(DrGrpo(), {"data": 8}, marks=SLOW),
+        pytest.param(Grpo(kind="dr_grpo"), {"data": 8}, marks=SLOW),
         pytest.param(Ppo(entropy=0.01), {}, marks=SLOW),
         pytest.param(Ppo(entropy=0.01), {"data": 2, "fsdp": 2, "tensor": 2}, marks=SLOW),
     ],

@@ -12,7 +12,6 @@ from jaxops.config.types import ByPath, Factory
 from jaxops.core.mesh import BATCH_AXES
 from jaxops.core.metric import Metric, metric_of
 from jaxops.data.prompts.spec import PromptData
-from jaxops.models.decoder.architecture import Architecture
 from jaxops.rl.algorithms import AnyAlgorithm, Ppo
 from jaxops.rl.options import HOTTEST, MOST, MOST_SLOTS, TINIEST, SampleOptions
 from jaxops.rl.rewards.config import Reward, reward_problems
@@ -119,9 +118,9 @@ class PolicyEvaluate(Evaluate):
 class PolicyConfig(RunConfig):
     """A run of policy optimisation.
 
-    `model` is the policy: `{weights: ...}` of a language model, trained whole or by adapters, or an architecture with
-    fresh parameters. The reference is what it began as, or the language model at the address `reference`.
-    `rewards` judge its completions, and `algorithm` learns from them: `ppo`, `grpo`, `dr_grpo`, `dapo` or `rloo`.
+    `model` is the policy: a language model's weights, trained whole or by adapters. The reference is what it began as,
+    or the language model at the address `reference`. `rewards` judge its completions, and `algorithm` learns from them:
+    `ppo`, `grpo`, `dr_grpo`, `dapo` or `rloo`.
     `watch` raises alarms.
     """
 
@@ -129,7 +128,7 @@ class PolicyConfig(RunConfig):
     may_change_on_resume: ClassVar[tuple[str, ...]] = (*MAY_CHANGE_ON_RESUME, "watch")
 
     task: str = "policy"
-    model: Pretrained | Architecture
+    model: Pretrained
     tokenizer: str | None = None
     value: ValueHead | ValueTrunk = ValueHead()
     reference: str | None = None
@@ -158,15 +157,8 @@ class PolicyConfig(RunConfig):
     def problems(self) -> list[tuple[str, str]]:
         """Returns (dotted path, message) of everything that cannot work on any machine."""
         found = super().problems()
-        longest = self.data.max_tokens + self.sample.max_tokens
-        if isinstance(self.model, Architecture):
-            if self.tokenizer is None:
-                found.append(("tokenizer", "a model with fresh parameters has none: `bytes`, or a folder's path"))
-            if longest > self.model.length:
-                text = f"with data.max_tokens {longest} tokens, but the model reads {self.model.length} (model.length)"
-                found.append(("sample.max_tokens", text))
         found += reward_problems(self.rewards)
-        if self.reference is not None and isinstance(self.model, Pretrained) and self.model.lora is not None:
+        if self.reference is not None and self.model.lora is not None:
             found.append(("reference", "adapters are held against the weights under them; leave it out"))
         elif self.reference is not None and not self.keeps_reference:
             found.append(("reference", "algorithm.kl.coef is 0, so that nothing is held against it; leave it out"))
@@ -180,8 +172,7 @@ class PolicyConfig(RunConfig):
     @property
     def keeps_reference(self) -> bool:
         """Whether the model that the policy began as is kept: for the penalty, or because it is the adapters' base."""
-        lora = self.model.lora if isinstance(self.model, Pretrained) else None
-        return self.algorithm.penalises or lora is not None
+        return self.algorithm.penalises or self.model.lora is not None
 
     def microbatch_problems(self) -> list[tuple[str, str]]:
         """Returns what is wrong with the size of a microbatch, which divides the completions of an update."""

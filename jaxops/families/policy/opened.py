@@ -97,7 +97,7 @@ def with_adapters(decoder: Decoder, config: PolicyConfig) -> Decoder | Lora:
     Raises:
       UserError: the adapters do not fit the decoder.
     """
-    lora = config.model.lora if isinstance(config.model, Pretrained) else None
+    lora = config.model.lora
     return decoder if lora is None else Lora(decoder, lora)
 
 

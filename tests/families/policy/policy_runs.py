@@ -4,13 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+
 import jaxops as jx
+from jaxops.data.text.byte_tokenizer import ByteTokenizer
+from jaxops.models.decoder.architecture import Architecture
+from jaxops.models.decoder.decoder import build_decoder
+from jaxops.models.decoder.pretrained import save_pretrained
 from jaxops.run.fit import fit
 
 CONFIG = """\
 task: policy
 tokenizer: bytes
-model: {kind: decoder, dim: 16, layers: 1, heads: 2, hidden: 32, length: 40}
+model: {weights: base}
 data: {kind: prompts, path: prompts.jsonl, template: none, max_tokens: 16, valid: {share: 0.3}}
 rewards:
   - {fn: "judges_of_policies:low"}
@@ -58,6 +64,9 @@ def lines(rows: list[dict]) -> str:
 def furnish(folder: Path) -> None:
     """Writes data, reward functions and configs."""
     (folder / "prompts.jsonl").write_text(lines([prompt(at) for at in range(40)]))
+    for name, dim in (("base", 16), ("wide", 32)):
+        decoder = build_decoder(Architecture(dim=dim, layers=1, heads=2, hidden=32, length=40), ByteTokenizer().vocab)
+        save_pretrained(folder / name, decoder.config, decoder.init(jax.random.key(0)))
     (folder / "votes.jsonl").write_text(lines([vote(at) for at in range(40)]))
     shutil.copy(Path(__file__).with_name("judges_of_policies.py"), folder)
     for name, text in (("ppo", CONFIG), ("sft", SFT), ("rm", RM)):
