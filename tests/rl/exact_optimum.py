@@ -157,7 +157,9 @@ class Problem:
         self.model = PolicyModel(decoder, value=kind, reference=True)
         group = batch // len(PROMPTS)
         self.algorithm = dataclasses.replace(algorithm, group=group) if hasattr(algorithm, "group") else algorithm
-        tx = tx or optax.adam(optax.linear_schedule(lr, 0.0, steps * algorithm.epochs * algorithm.minibatches), eps=1e-5)
+        tx = tx or optax.adam(
+            optax.linear_schedule(lr, 0.0, steps * algorithm.epochs * algorithm.minibatches), eps=1e-5
+        )
         extras = policy_extras(algorithm)
         update = build_step(
             algorithm.objective(self.model, temperature, TOKENS),

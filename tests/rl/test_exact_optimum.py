@@ -95,7 +95,9 @@ def test_the_fixed_point_of_the_objective_is_its_optimum_and_grpo_promises_other
 @pytest.mark.slow
 def test_ppo_reaches_the_optimum_with_a_transformer():
     algorithm = Ppo(epochs=2, minibatches=4, kl=Kl(coef=BETA), value_weight=1.0)
-    found = [Problem(algorithm, seed=seed, value="trunk", layers=1, temperature=0.7, steps=80).run() for seed in range(3)]
+    found = [
+        Problem(algorithm, seed=seed, value="trunk", layers=1, temperature=0.7, steps=80).run() for seed in range(3)
+    ]
     print(found)
     assert max(one.ratio0 for one in found) < 1e-4
     assert np.mean([one.kl for one in found]) <= 0.03
