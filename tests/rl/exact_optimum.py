@@ -15,7 +15,6 @@ import numpy as np
 import optax
 
 from jaxops.core.mesh import make_mesh
-from jaxops.core.sharding import map_named
 from jaxops.core.state import join
 from jaxops.core.step import build_step, init_state
 from jaxops.core.turn import Turn
@@ -50,12 +49,10 @@ def rewards(seed: int = 0) -> np.ndarray:
 
 
 class Transformer(Decoder):
-    """A small decoder whose states differ from the start, and whose distributions are far from flat."""
+    """A small decoder whose distributions are far enough from uniform for the KL to matter."""
 
     def spread(self, params):
-        larger = lambda path, x: x * (8 if x.ndim > 1 and not path.endswith("scale") else 1)
-        found = map_named(larger, params)
-        return {**found, "head": {"kernel": params["head"]["kernel"] * 3}} if "head" in params else found
+        return {**params, "head": {"kernel": params["head"]["kernel"] * 2}} if "head" in params else params
 
 
 def transformer(layers: int) -> Transformer:

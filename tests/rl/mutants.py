@@ -22,6 +22,7 @@ import textwrap
 import pytest
 
 HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
 DOC = HERE.parents[1] / "docs" / "rlhf.md"
 BEGIN, END = "<!-- planted errors: begin -->", "<!-- planted errors: end -->"
 
@@ -458,16 +459,12 @@ class Failures:
 
 def failures(tests, first=True):
     """Runs tests afresh, and returns (names of those that failed, number that passed)."""
-    import jax
-
     # Test modules keep compiled problems: each run imports its own.
-    mine = [name for name, module in sys.modules.items() if _is_test(module)]
-    for name in mine:
+    for name in [name for name, module in sys.modules.items() if _is_test(module)]:
         del sys.modules[name]
     gc.collect()
-    jax.clear_caches()
     found, told = Failures(), io.StringIO()
-    options = ["-q", "-p", "no:cacheprovider", "-m", "", "--no-header", *(["-x"] if first else [])]
+    options = ["-q", "-p", "no:cacheprovider", "-m", "", "-W", "ignore:Module already imported", *(["-x"] if first else [])]
     with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         pytest.main([*options, *(str(HERE.parent / test) for test in tests)], plugins=[found])
     if not found.failed and not found.passed:
@@ -477,7 +474,8 @@ def failures(tests, first=True):
 
 def _is_test(module):
     path = getattr(module, "__file__", None)
-    return path is not None and HERE.parent in pathlib.Path(path).parents and not path.endswith("conftest.py")
+    inside = path is not None and HERE.parent in pathlib.Path(path).parents
+    return inside and module.__name__ not in ("__main__", "conftest")
 
 
 def short(node):
@@ -497,6 +495,7 @@ def main():
     parser.add_argument("names", nargs="*", help="only those whose name contains one of these")
     parser.add_argument("--doc", action="store_true", help="write the table into docs/rlhf.md")
     options = parser.parse_args()
+    importlib.import_module("conftest")  # before jaxops: what it sets is there for all
     chosen = [one for one in MUTANTS if not options.names or any(part in one.name for part in options.names)]
     found, survivors = {}, []
     for error in chosen:
@@ -505,9 +504,10 @@ def main():
         found[error.name] = short(failed[0]) if failed else "NOTHING"
         survivors += [] if failed else [error.name]
         print(f"| {error.name} | {found[error.name]} |", flush=True)
+    # Last, so that an error which stayed behind in something compiled would show.
     broken, passed = failures(dict.fromkeys(test for error in chosen for test in error.tests), first=False)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} planted errors are found; ", end="")
-    print(f"without any, {passed} tests pass and {len(broken)} fail")
+    print(f"without any, {passed} tests pass and {len(broken)} fail", *broken, sep="\n")
     if options.doc and not survivors and not broken:
         before, rest = DOC.read_text().split(BEGIN)
         DOC.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.split(END)[1]}")

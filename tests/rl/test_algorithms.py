@@ -42,7 +42,7 @@ def made_up(seed=0):
 def test_what_ppo_learns_from_is_that_of_a_loop_in_float64(cut):
     given, gamma, lam = made_up(), 0.9, 0.6
     algorithm = Ppo(gae=Gae(gamma=gamma, lambda_=lam), whiten="none", kl=Kl(coef=0.3), cut=cut)
-    found = jax.jit(algorithm.learnt)(jax.tree.map(jnp.asarray, given)).batch
+    found = jax.jit(lambda x: algorithm.learnt(x))(jax.tree.map(jnp.asarray, given)).batch
     for row, length in enumerate(given.lengths):
         value = [float(given.values[row, t]) for t in range(length + 1)]
         if given.ended[row] or cut == "terminal":
