@@ -6,6 +6,7 @@ J* = beta log Z. What a run reached is its KL(pi || pi*), and its gain over the 
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -47,6 +48,63 @@ def rewards(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(len(PROMPTS), len(ALL)))
 
 
+class Transformer(Decoder):
+    """A small decoder whose distributions are far enough from uniform for the KL to matter."""
+
+    def spread(self, params):
+        return {**params, "head": {"kernel": params["head"]["kernel"] * 2}} if "head" in params else params
+
+
+def transformer(layers: int) -> Transformer:
+    """Returns the decoder of the task."""
+    return Transformer(Architecture(vocab=WORDS, dim=32, layers=layers, heads=2, hidden=64, length=16, tied=False))
+
+
+class PrefixTable(Decoder):
+    """A policy without a network: a table of logits by the whole text so far, which fits whatever is asked of it.
+
+    It stands where any other decoder does, in training and in sampling. The hidden state is the row of logits, the head is
+    the identity, and the number of a text is that of its words as digits.
+    """
+
+    room = max(map(len, PROMPTS)) + TOKENS
+
+    def __init__(self):
+        self.rules, self.padding, self.soft_cap, self.real_vocab = [("", ())], {}, None, WORDS
+        self.config = SimpleNamespace(dim=WORDS)
+
+    def init(self, key):
+        table = 0.4 * jax.random.normal(key, ((WORDS + 1) ** self.room, WORDS))
+        return {"table": table, "head": {"kernel": jnp.eye(WORDS)}}
+
+    def spread(self, params):
+        return params
+
+    def digits(self, token, place):
+        """Returns what a word at a place adds to the number of its text; places beyond the room are padding."""
+        power = (WORDS + 1) ** jnp.minimum(place, self.room - 1)
+        return jnp.where(place < self.room, (token + 1) * power, 0)
+
+    def hidden(self, params, tokens, segment, position):
+        number = jnp.cumsum(jnp.where(segment > 0, self.digits(tokens, position), 0), axis=1)
+        return params["table"][number]
+
+    def head(self, params):
+        return params["head"]["kernel"]
+
+    def empty_cache(self, batch, room, dtype):
+        return jnp.zeros((1, batch), jnp.int32)
+
+    def prefill(self, params, tokens, lengths, room):
+        place = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        number = jnp.sum(jnp.where(place < lengths[:, None], self.digits(tokens, place), 0), axis=1)
+        return number[None], params["table"][number] @ params["head"]["kernel"]
+
+    def decode(self, params, cache, token, place):
+        number = cache[0] + self.digits(token, place)
+        return number[None], params["table"][number] @ params["head"]["kernel"]
+
+
 @dataclasses.dataclass
 class Reached:
     """What a run reached: KL(pi || pi*), the share of the possible gain, and the largest ratio0 of its steps."""
@@ -67,7 +125,9 @@ class Problem:
       batch: number of completions of a step.
       temperature: of sampling.
       lr: learning rate.
+      layers: of the transformer; 0 takes a table of logits instead.
       mesh: the mesh; one device by default.
+      tx: the optimizer, in the place of Adam with a learning rate that falls to zero.
     """
 
     def __init__(
@@ -84,16 +144,19 @@ class Problem:
         steps=120,
         clip=1.0,
         layers=2,
+        tx=None,
     ):
         self.algorithm, self.temperature, self.table = algorithm, temperature, rewards(rewards_seed)
         self.mesh = make_mesh(data=1, devices=jax.devices()[:1]) if mesh is None else mesh
         self.steps = steps
-        decoder = Decoder(Architecture(vocab=WORDS, dim=32, layers=layers, heads=2, hidden=64, length=16, tied=False))
+        decoder = transformer(layers) if layers else PrefixTable()
         kind = value if algorithm.has_values else None
         self.model = PolicyModel(decoder, value=kind, reference=True)
         group = batch // len(PROMPTS)
         self.algorithm = dataclasses.replace(algorithm, group=group) if hasattr(algorithm, "group") else algorithm
-        tx = optax.adam(optax.linear_schedule(lr, 0.0, steps * algorithm.epochs * algorithm.minibatches), eps=1e-5)
+        tx = tx or optax.adam(
+            optax.linear_schedule(lr, 0.0, steps * algorithm.epochs * algorithm.minibatches), eps=1e-5
+        )
         extras = policy_extras(algorithm)
         update = build_step(
             algorithm.objective(self.model, temperature, TOKENS),
@@ -107,7 +170,7 @@ class Problem:
             clip=clip,
         )
         sampler = Sampler(
-            Unrolled(decoder),
+            Unrolled(decoder) if layers else decoder,
             self.mesh,
             slots=batch,
             room=WIDTH + TOKENS,
@@ -121,11 +184,7 @@ class Problem:
         self.step = PolicyStep(UpdateParts(update, self.mesh, lambda: None), self.model, self.algorithm, collector)
 
         def init(key):
-            params = self.model.init(key)
-            # A reference that is far from uniform, so that the KL matters.
-            for part in ("policy", "reference"):
-                params[part] = {**params[part], "head": {"kernel": params[part]["head"]["kernel"] * 2}}
-            return params
+            return {name: decoder.spread(part) for name, part in self.model.init(key).items()}
 
         self.state = init_state(
             init,

@@ -21,16 +21,16 @@ PPO = Ppo(epochs=2, minibatches=2, kl=Kl(coef=0.1), value_weight=0.5)
 
 
 @functools.cache
-def built(algorithm, value="head", axes=()):
+def built(algorithm, value="head", axes=(), layers=1):
     """A problem whose programs are compiled once for this module; `fresh` gives it a state of its own."""
     mesh = make_mesh(**dict(axes)) if axes else None
-    problem = Problem(algorithm, value=value, batch=16, layers=1, mesh=mesh)
+    problem = Problem(algorithm, value=value, batch=16, layers=layers, mesh=mesh)
     problem.first = jax.device_get(problem.state), jax.tree.map(lambda x: x.sharding, problem.state)
     return problem
 
 
-def fresh(algorithm, value="head", axes=()):
-    problem = built(algorithm, value, axes)
+def fresh(algorithm, value="head", axes=(), layers=1):
+    problem = built(algorithm, value, axes, layers)
     problem.state = jax.device_put(*problem.first)
     problem.step.collector.score = problem.score
     vars(problem.step.collector).pop("collect", None)
@@ -81,14 +81,14 @@ def test_before_the_first_update_the_policy_is_the_one_that_sampled():
 
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_interrupted_before_its_first_update_a_step_has_not_been(at):
-    problem, calls = fresh(PPO), iter(range(100))
+    problem, calls = fresh(PPO, layers=0), iter(range(100))
     state = problem.state
     with pytest.raises(Interrupted):
         one_step(problem, poll=lambda: next(calls) >= at)
     assert problem.state is state and not any(x.is_deleted() for x in jax.tree.leaves(state))
     one_step(problem)
     disturbed = named_leaves(problem.state.params)
-    undisturbed = fresh(PPO)
+    undisturbed = fresh(PPO, layers=0)
     one_step(undisturbed)
     for (path, x), (_, y) in zip(disturbed, named_leaves(undisturbed.state.params), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=path)
@@ -117,7 +117,7 @@ def test_from_recorded_rollouts_every_mesh_makes_the_same_updates(axes):
 
 
 def test_a_prompt_that_comes_twice_in_a_batch_gets_completions_of_its_own():
-    problem = fresh(dataclasses.replace(PPO, minibatches=1))
+    problem = fresh(dataclasses.replace(PPO, minibatches=1), layers=0)
     once = problem.batch(0, 2)
     problem.batch = lambda cursor, size: {name: x[[0, 0]] for name, x in once.items()}
     collected = []

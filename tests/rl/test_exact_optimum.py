@@ -1,0 +1,127 @@
+"""Training reaches the optimum that each algorithm promises, on a task whose completions are all enumerated.
+
+PPO, RLOO and Dr. GRPO with k1 in the reward promise pi* = reference * exp(reward / beta) / Z. A KL in the loss is another
+promise: its slope at a token sees that token alone, and no KL that follows, so that k2 leads to
+reference * exp(E[reward | text so far] / beta), and k3 elsewhere again; GRPO's division by lengths and deviations moves
+both. Where those lead is computed here without any training, as the fixed point of the mean gradient.
+"""
+
+import jax
+import numpy as np
+import pytest
+from exact_gradient import INSIDE, LENGTHS, OWN, STATE, STATES, WORD, Exact, grouped
+from exact_optimum import PROMPTS, WORDS, Problem
+
+from jaxops.rl.algorithms import DrGrpo, Grpo, Ppo, Rloo
+from jaxops.rl.kl import Kl
+
+BETA, OF_GRPO = 0.5, 1.5
+TABLE = {"value": "trunk", "layers": 0, "lr": 2e-2, "temperature": 0.7}
+
+
+def rows_of(log_pi):
+    return np.where(INSIDE, log_pi[STATE, WORD], 0.0)
+
+
+def fixed_point(exact, weights, rate=0.5, steps=3000):
+    """Returns the probabilities of all rows where E[sum_t weights[row, t] * gradient of the logprob] is zero.
+
+    Any distribution in any state is allowed. Each step adds to the logits what a word's mean weight exceeds that of the
+    others in its state, which is the gradient without the states' own probabilities.
+    """
+    log_pi = np.asarray(exact.log_ref, np.float64)
+    at = (STATE[INSIDE], WORD[INSIDE])
+    for _ in range(steps):
+        chances = np.exp(rows_of(log_pi).sum(axis=1))
+        each = np.broadcast_to(weights(rows_of(log_pi), chances), INSIDE.shape)
+        total, visits = np.zeros((2, len(STATES), WORDS))
+        np.add.at(total, at, (chances[:, None] * each)[INSIDE])
+        np.add.at(visits, at, np.broadcast_to(chances[:, None], INSIDE.shape)[INSIDE])
+        mean = total / visits
+        drift = mean - (np.exp(log_pi) * mean).sum(axis=1, keepdims=True)
+        log_pi = log_pi + rate * drift
+        log_pi -= np.log(np.exp(log_pi).sum(axis=1, keepdims=True))
+    assert np.abs(drift).max() < 1e-6
+    return np.exp(rows_of(log_pi).sum(axis=1))
+
+
+def with_the_kl_in_the_reward(exact):
+    reference = rows_of(np.asarray(exact.log_ref, np.float64))
+
+    def weights(mine, chances):
+        return (exact.rewards.reshape(-1) - BETA * (mine - reference).sum(axis=1))[:, None]
+
+    return weights
+
+
+def of_grpo(exact, estimator):
+    reference = rows_of(np.asarray(exact.log_ref, np.float64))
+
+    def weights(mine, chances):
+        kl = mine - reference
+        slope = kl if estimator == "k2" else 1 - np.exp(-kl)
+        return (grouped(chances, exact.rewards)[:, None] - OF_GRPO * slope) / LENGTHS[:, None]
+
+    return weights
+
+
+def optimum(exact, beta=BETA):
+    """Returns pi*, in rows."""
+    reference = np.exp(rows_of(np.asarray(exact.log_ref, np.float64)).sum(axis=1))
+    found = reference * np.exp(exact.rewards.reshape(-1) / beta)
+    return found / np.bincount(OWN, found)[OWN]
+
+
+def apart(mine, other):
+    """The KL of two policies in rows, the mean over prompts."""
+    return float((mine * np.log(mine / other)).sum() / len(PROMPTS))
+
+
+def quick(algorithm, steps, **changes):
+    problem = Problem(algorithm, **{**TABLE, **changes}, steps=steps)
+    return problem, problem.run()
+
+
+def test_the_fixed_point_of_the_objective_is_its_optimum_and_grpo_promises_others():
+    exact = Exact(Problem(Ppo(kl=Kl(coef=BETA)), **TABLE))
+    best = optimum(exact)
+    assert apart(fixed_point(exact, with_the_kl_in_the_reward(exact)), best) < 1e-9
+    k2, k3 = (fixed_point(exact, of_grpo(exact, estimator)) for estimator in ("k2", "k3"))
+    best = optimum(exact, OF_GRPO)
+    print(apart(k2, best), apart(k3, best), apart(k2, k3))
+    assert min(apart(k2, best), apart(k3, best), apart(k2, k3)) > 0.01
+
+
+@pytest.mark.slow
+def test_ppo_reaches_the_optimum_with_a_transformer():
+    algorithm = Ppo(epochs=2, minibatches=4, kl=Kl(coef=BETA), value_weight=1.0)
+    found = [
+        Problem(algorithm, seed=seed, value="trunk", layers=1, temperature=0.7, steps=80).run() for seed in range(3)
+    ]
+    print(found)
+    assert max(one.ratio0 for one in found) < 1e-4
+    assert np.mean([one.kl for one in found]) <= 0.03
+    assert np.mean([one.gain for one in found]) >= 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", [Ppo, Rloo, DrGrpo], ids=lambda kind: kind.__name__)
+def test_with_k1_in_the_reward_a_table_reaches_the_optimum(kind, seed):
+    more = {"value_weight": 1.0} if kind is Ppo else {}
+    algorithm = kind(epochs=2, minibatches=4, kl=Kl(coef=BETA), **more)
+    problem, reached = quick(algorithm, 80, seed=seed)
+    print(reached.kl, reached.gain)
+    assert reached.kl < 0.01 and reached.gain > 0.99 and reached.ratio0 < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_grpo_reaches_the_fixed_point_of_its_own_gradient(estimator):
+    algorithm = Grpo(epochs=2, minibatches=4, kl=Kl(in_="loss", estimator=estimator, coef=OF_GRPO))
+    problem, reached = quick(algorithm, 80)
+    exact = Exact(problem)
+    print(reached.kl, apart(exact.probabilities, fixed_point(exact, of_grpo(exact, estimator))))
+    assert apart(exact.probabilities, fixed_point(exact, of_grpo(exact, estimator))) < 0.01
+    assert apart(exact.probabilities, optimum(exact, OF_GRPO)) > 0.03
+    jax.block_until_ready(problem.state.params)
