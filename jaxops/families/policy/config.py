@@ -9,7 +9,7 @@ from pydantic import Field
 
 from jaxops.config.types import ByPath, Factory
 from jaxops.core.metric import Metric, metric_of
-from jaxops.data.prompts.spec import PromptData
+from jaxops.data.prompts.spec import AnyPrompts
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.rl.algorithms import AnyAlgorithm, Ppo
 from jaxops.rl.options import MOST, MOST_SLOTS, SampleOptions
@@ -107,7 +107,7 @@ class PolicyConfig(RunConfig):
     model: Pretrained | Architecture
     tokenizer: str | None = None
     value: ValueHead | ValueTrunk = ValueHead()
-    data: PromptData
+    data: AnyPrompts
     rewards: tuple[Reward, ...]
     sample: Rollouts = Rollouts()
     algorithm: AnyAlgorithm = Ppo()
