@@ -12,6 +12,7 @@ SOURCES = {
     "tweet": "tweets",
 }
 """The names of the files, by where the texts are from."""
+REVIEWS = ("film", "product")
 
 
 def ratings(content: bytes) -> bytes:
@@ -23,6 +24,12 @@ def ratings(content: bytes) -> bytes:
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         lines = [json.dumps(row, ensure_ascii=False) for source in SOURCES for row in _rows(archive, source)]
     return ("\n".join(lines) + "\n").encode()
+
+
+def reviews(content: bytes) -> bytes:
+    """Returns the lines of `ratings` whose texts are reviews of films and products."""
+    lines = ratings(content).splitlines()
+    return b"\n".join(line for line in lines if json.loads(line)["source"] in REVIEWS) + b"\n"
 
 
 def _rows(archive: tarfile.TarFile, source: str) -> Iterator[dict[str, object]]:

@@ -169,6 +169,11 @@ class NamedSource:
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 RECBOLE = "recbole/dataset_example/ml-100k/ml-100k"
+ICWSM14 = (
+    "vaderSentiment==0.5",
+    "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+    "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz",
+)
 
 SOURCES = {
     source.name: source
@@ -224,14 +229,15 @@ SOURCES = {
             licence="MIT, cite Hutto and Gilbert 2014; the texts are of their authors",
             file="ratings.jsonl",
             sha256="70c7e48ff1247e0eb486db3c866bde8308e72681f6955dae840b21db46b514ae",
-            addresses=(
-                SourcePackage(
-                    "vaderSentiment==0.5",
-                    "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
-                    "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz",
-                    convert=icwsm14.ratings,
-                ),
-            ),
+            addresses=(SourcePackage(*ICWSM14, convert=icwsm14.ratings),),
+        ),
+        NamedSource(
+            name="icwsm14_reviews",
+            title="ICWSM-14: the 14,313 reviews of films and products among its texts, with their 272,970 ratings",
+            licence="as icwsm14",
+            file="reviews.jsonl",
+            sha256="aa15fcf1c3c3a8c4200311e8baf6ed3a66eb8361f8e31624db7f17cf4f02f882",
+            addresses=(SourcePackage(*ICWSM14, convert=icwsm14.reviews),),
         ),
         NamedSource(
             name="smollm2_135m_instruct",

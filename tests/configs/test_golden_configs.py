@@ -26,6 +26,12 @@ COMPLETED_BY = {
         "data={kind: preferences, path: votes.jsonl, valid: {share: 0.1}}",
         "run.epochs=1",
     ],
+    "policy/ppo": [
+        "model={weights: runs/sft}",
+        "data={kind: prompts, path: prompts.jsonl}",
+        "rewards=[{run: runs/reward}]",
+        "run={name: ppo, steps: 100}",
+    ],
     "language/sft": ["tokenizer=bytes", "data={kind: text, path: text.jsonl, valid: {share: 0.1}}", "run.epochs=1"],
     **{
         name: [

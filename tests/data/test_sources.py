@@ -282,3 +282,5 @@ def test_ratings_are_joined_to_their_texts_by_id():
     rows = [json.loads(line) for line in icwsm14.ratings(content.getvalue()).splitlines()]
     assert rows[0] == {"id": "film/1_1", "source": "film", "text": "good é", "ratings": [0, 1]}
     assert rows[1]["ratings"] == [-1, -1] and len(rows) == 8
+    reviews = [json.loads(line) for line in icwsm14.reviews(content.getvalue()).splitlines()]
+    assert reviews == [row for row in rows if row["source"] in ("film", "product")] and len(reviews) == 4

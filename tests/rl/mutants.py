@@ -464,7 +464,16 @@ def failures(tests, first=True):
         del sys.modules[name]
     gc.collect()
     found, told = Failures(), io.StringIO()
-    options = ["-q", "-p", "no:cacheprovider", "-m", "", "-W", "ignore:Module already imported", *(["-x"] if first else [])]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "",
+        "-W",
+        "ignore:Module already imported",
+        *(["-x"] if first else []),
+    ]
     with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         pytest.main([*options, *(str(HERE.parent / test) for test in tests)], plugins=[found])
     if not found.failed and not found.passed:

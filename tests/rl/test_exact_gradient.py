@@ -11,7 +11,7 @@ import pytest
 from exact_gradient import LENGTHS, STATE, apart, grouped, updated
 from exact_optimum import TOKENS
 
-from jaxops.rl.algorithms import DrGrpo, Gae, Grpo, Ppo, Rloo
+from jaxops.rl.algorithms import Gae, Grpo, Ppo
 from jaxops.rl.kl import Kl
 
 IN_REWARD = Kl(coef=0.5)
@@ -38,7 +38,9 @@ def test_whitening_divides_the_gradient_by_the_deviation_of_the_advantages():
     assert apart(found.gradients["policy"], exact.policy_gradient(), -1 / (exact.mean(LENGTHS) * deviation)) < NEAR
 
 
-@pytest.mark.parametrize("algorithm", [PPO, Rloo(kl=IN_REWARD), DrGrpo(kl=IN_REWARD)], ids=lambda a: a.kind)
+@pytest.mark.parametrize(
+    "algorithm", [PPO, Grpo(kind="rloo", kl=IN_REWARD), Grpo(kind="dr_grpo", kl=IN_REWARD)], ids=lambda a: a.kind
+)
 def test_without_scaling_all_algorithms_follow_the_gradient_of_one_objective(algorithm):
     """A fourth of the completions is dropped, and belongs to no mean, no baseline and no KL."""
     found = updated(algorithm, junk=0.25)

@@ -118,7 +118,7 @@ class Preferences:
     @property
     def words(self) -> list[str]:
         """All that is said in the texts of training."""
-        return [said for pair in self.train for text in pair.texts for said in _said(text)]
+        return [said for pair in self.train for text in pair.texts for said in text.said]
 
     def opened(
         self, tokenizer: Tokenizer, featured: Featured | None = None, *, answers: bool = False
@@ -218,7 +218,7 @@ class RatedTexts:
     @property
     def words(self) -> list[str]:
         """All that is said in the texts of training."""
-        return [said for one in self.train for said in _said(one.text)]
+        return [said for one in self.train for said in one.text.said]
 
     def opened(
         self, tokenizer: Tokenizer, featured: Featured | None = None, *, answers: bool = False
@@ -281,10 +281,6 @@ def tokenised(config: PreferenceDataConfig, examples: Sequence[Example], tokeniz
             path=config.path, template=config.template, arguments=config.arguments, date=config.date, pack=False
         )
     return tokenise(form, examples, tokenizer)
-
-
-def _said(text: Example) -> list[str]:
-    return [text.text] if text.text is not None else [str(message["content"]) for message in text.messages]
 
 
 def _fill(tokenizer: Tokenizer) -> int:

@@ -9,7 +9,7 @@ from jaxtyping import Int32, Int64
 from jaxops.core.failures import UserError
 from jaxops.data import notes
 from jaxops.data.prompts.formats import AskedPrompt
-from jaxops.data.prompts.spec import PromptData
+from jaxops.data.prompts.spec import AnyPrompts
 from jaxops.data.prompts.writer import PromptForm, PromptWriter
 from jaxops.data.text.documents import function_name
 from jaxops.data.text.tokenizer import Tokenizer
@@ -39,13 +39,13 @@ class EncodedPrompts:
         return int(np.diff(self.offsets).max(initial=0))
 
 
-def form_of(config: PromptData) -> PromptForm:
+def form_of(config: AnyPrompts) -> PromptForm:
     """Returns how a policy that answers such prompts turns prompts into tokens: in training and when it is served."""
     return PromptForm(chats=config.template == "chat", arguments=config.arguments, date=config.date)
 
 
 def encode_prompts(
-    config: PromptData, prompts: Sequence[AskedPrompt], tokenizer: Tokenizer, part: str
+    config: AnyPrompts, prompts: Sequence[AskedPrompt], tokenizer: Tokenizer, part: str
 ) -> EncodedPrompts:
     """Turns prompts into tokens, and says what a person should know about how that went.
 
@@ -97,7 +97,7 @@ def _cut(ids: list[int], most: int, bos: int | None) -> list[int]:
 class _Encoder:
     """Encodes the prompts of a part, and counts what is odd about them."""
 
-    def __init__(self, config: PromptData, tokenizer: Tokenizer, part: str) -> None:
+    def __init__(self, config: AnyPrompts, tokenizer: Tokenizer, part: str) -> None:
         self._writer = PromptWriter(form_of(config), tokenizer, notes.tell)
         self._tokenizer, self._part = tokenizer, part
         self._words = tuple(tokenizer.token(index) for index in sorted(tokenizer.special))

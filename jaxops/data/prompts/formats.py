@@ -4,13 +4,14 @@ A row that is wrong is told with its file and line; nothing is skipped or repair
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxops.core.failures import UserError
 from jaxops.data.files import expand_paths
 from jaxops.data.formats import columns
-from jaxops.data.prompts.spec import PromptData
+from jaxops.data.prompts.spec import AnyPrompts
 from jaxops.data.prompts.writer import Row, users_turn
 from jaxops.data.sources import local
 from jaxops.data.text.formats import (
@@ -39,12 +40,19 @@ class AskedPrompt:
       written: the text as the user wrote it, or the messages that are asked.
       columns: the other columns of its row.
       answered: whether the row's messages ended with an answer, which is not asked.
+      whole: the whole text, where only its first words are asked.
     """
 
     asked: Example
     written: str | tuple[Message, ...]
     columns: dict[str, Any]
     answered: bool = False
+    whole: str | None = None
+
+    @property
+    def held_by(self) -> bytes:
+        """A digest of what decides whether the prompt is held out: what is asked, or the whole of a text."""
+        return (self.asked if self.whole is None else Example(self.where, text=self.whole)).digest()
 
     @property
     def where(self) -> str:
@@ -52,7 +60,7 @@ class AskedPrompt:
         return self.asked.where
 
 
-def read_prompts(config: PromptData, path: str | Sequence[str]) -> list[AskedPrompt]:
+def read_prompts(config: AnyPrompts, path: str | Sequence[str]) -> list[AskedPrompt]:
     """Reads all prompts of the files at `path`, in order.
 
     Raises:
@@ -77,7 +85,13 @@ def prompt_lines(content: bytes, name: str) -> list[tuple[str, str]]:
     return [(f"{name}:{at}", line) for at, line in enumerate(lines, 1) if line.strip()]
 
 
-def _rows(config: PromptData, path: str | Sequence[str]) -> Iterator[Row]:
+def first_words(text: str, count: int) -> str:
+    """Returns the first `count` words of a text, with the spaces between them as they are."""
+    found = re.match(rf"\s*(?:\S+\s+){{0,{count - 1}}}\S+", text)
+    return text if found is None else found.group()
+
+
+def _rows(config: AnyPrompts, path: str | Sequence[str]) -> Iterator[Row]:
     name = config.columns.prompt
     given = [local(one) for one in ([path] if isinstance(path, str) else path)]
     lines = [one for one in given if config.format == "auto" and one.lower().endswith(LINES)]
@@ -96,15 +110,19 @@ def _rows(config: PromptData, path: str | Sequence[str]) -> Iterator[Row]:
             yield from rows_of(file, dict.fromkeys([name, *columns(file)], True))
 
 
-def _asked(config: PromptData, where: str, row: dict[str, Any]) -> AskedPrompt:
+def _asked(config: AnyPrompts, where: str, row: dict[str, Any]) -> AskedPrompt:
     name = config.columns.prompt
     others = {column: value for column, value in row.items() if column != name}
     value = value_in(row, name)
     if not isinstance(value, list):
         text = text_in(row, name)
+        whole = None if config.words is None else text
+        text = text if config.words is None else first_words(text, config.words)
         if config.template == "none":
-            return AskedPrompt(Example(where, text=text), text, others)
-        return AskedPrompt(_conversation(config, where, row, users_turn(text)), text, others)
+            return AskedPrompt(Example(where, text=text), text, others, whole=whole)
+        return AskedPrompt(_conversation(config, where, row, users_turn(text)), text, others, whole=whole)
+    if config.words is not None:
+        raise WrongRow(f"column {name!r} holds messages, and data.words takes the first words of texts")
     messages = messages_in(value, name)
     answered = messages[-1]["role"] == "assistant"
     if answered:  # what the model is to write is no part of the prompt
@@ -114,6 +132,6 @@ def _asked(config: PromptData, where: str, row: dict[str, Any]) -> AskedPrompt:
     return AskedPrompt(_conversation(config, where, row, messages), messages, others, answered)
 
 
-def _conversation(config: PromptData, where: str, row: dict[str, Any], messages: tuple[Message, ...]) -> Example:
+def _conversation(config: AnyPrompts, where: str, row: dict[str, Any], messages: tuple[Message, ...]) -> Example:
     tools = tools_in(row, config.columns.tools)
     return Example(where, messages=messages, asked=len(messages), tools=tools, arguments=arguments_in(row))

@@ -12,7 +12,7 @@ from jaxops.data import notes
 from jaxops.data.prompts.encode import EncodedPrompts, encode_prompts
 from jaxops.data.prompts.formats import AskedPrompt, read_prompts
 from jaxops.data.prompts.source import Prompts
-from jaxops.data.prompts.spec import PromptData
+from jaxops.data.prompts.spec import AnyPrompts
 from jaxops.data.text.formats import SHOWN
 from jaxops.data.text.heldout import split
 from jaxops.data.text.spec import Share
@@ -39,7 +39,7 @@ class OpenedPrompts:
     inspection: dict[str, Any]
 
 
-def open_prompts(config: PromptData, tokenizer: Tokenizer, seed: int) -> OpenedPrompts:
+def open_prompts(config: AnyPrompts, tokenizer: Tokenizer, seed: int) -> OpenedPrompts:
     """Reads prompts and turns them into tokens.
 
     Args:
@@ -77,7 +77,7 @@ def open_prompts(config: PromptData, tokenizer: Tokenizer, seed: int) -> OpenedP
     return OpenedPrompts(opened["train"], opened.get("valid"), names, inspection)
 
 
-def _read(config: PromptData) -> tuple[list[AskedPrompt], list[AskedPrompt], int]:
+def _read(config: AnyPrompts) -> tuple[list[AskedPrompt], list[AskedPrompt], int]:
     """Reads the prompts of training and those that are held out, and counts the copies at `data.path`."""
     prompts = read_prompts(config, config.path)
     digests = [prompt.asked.digest() for prompt in prompts]
@@ -85,7 +85,7 @@ def _read(config: PromptData) -> tuple[list[AskedPrompt], list[AskedPrompt], int
     if config.valid is None:
         return prompts, [], copies
     if isinstance(config.valid, Share):
-        return *split(prompts, digests, config.valid.share, "prompt(s)"), copies
+        return *split(prompts, [prompt.held_by for prompt in prompts], config.valid.share, "prompt(s)"), copies
     held, trained = read_prompts(config, config.valid), {*digests}
     both = sum(prompt.asked.digest() in trained for prompt in held)
     if both:

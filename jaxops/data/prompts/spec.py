@@ -34,6 +34,7 @@ class PromptData(Part):
     """
 
     sort: ClassVar[str] = "text"
+    words: ClassVar[int | None] = None
 
     path: str | tuple[str, ...]
     kind: Literal["prompts"] = "prompts"
@@ -45,3 +46,35 @@ class PromptData(Part):
     too_long: Literal["drop", "cut_start"] = "drop"
     valid: Share | str | tuple[str, ...] | None = None
     format: Format = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeginningData(Part):
+    """Texts whose first `words` words a policy continues; what follows them in the file is not shown to it.
+
+    Every column but that of the text reaches the rewards by its name. What is held out is chosen by the whole text, so
+    that a run on the whole texts with the same share (`kind: text`, `kind: ratings`) holds out the same ones. The rest
+    is as in `kind: prompts`.
+    """
+
+    sort: ClassVar[str] = "text"
+    template: ClassVar[Literal["chat", "none"]] = "none"
+    arguments: ClassVar[Mapping[str, Any]] = {}
+    date: ClassVar[str | None] = None
+
+    path: str | tuple[str, ...]
+    kind: Literal["beginnings"] = "beginnings"
+    column: str = "text"
+    words: Annotated[int, Field(ge=1)] = 4
+    max_tokens: Annotated[int, Field(ge=1, le=2**20)] = 512
+    too_long: Literal["drop", "cut_start"] = "drop"
+    valid: Share | str | tuple[str, ...] | None = None
+    format: Format = "auto"
+
+    @property
+    def columns(self) -> PromptColumns:
+        """The name of the column that holds the text."""
+        return PromptColumns(prompt=self.column)
+
+
+AnyPrompts = PromptData | BeginningData

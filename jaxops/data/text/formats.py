@@ -48,6 +48,11 @@ class Example:
     tools: tuple[Any, ...] | None = None
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def said(self) -> list[str]:
+        """All that is said in it: its text, or what each message says."""
+        return [self.text] if self.text is not None else [str(message["content"]) for message in self.messages]
+
     def digest(self) -> bytes:
         """Returns 16 bytes that are the same for exact copies, wherever they stand."""
         said = [self.text, self.prompt, self.messages, self.asked, self.tools, self.arguments]

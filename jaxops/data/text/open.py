@@ -12,7 +12,7 @@ from jaxops.data.text.formats import Example
 from jaxops.data.text.heldout import read_parts
 from jaxops.data.text.mixture import Mixture
 from jaxops.data.text.source import Segments, TextBatches, TextRows, TextSource, fit
-from jaxops.data.text.spec import MixtureData, OneTextData, TextDataConfig
+from jaxops.data.text.spec import OneTextData, TextDataConfig, sources_of
 from jaxops.data.text.tokenizer import Tokenizer
 
 PACKING = 0
@@ -78,6 +78,52 @@ class TextParts:
         return found
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReadText:
+    """Text data that is read and split, before it is tokenised.
+
+    Attributes:
+      config: the data section.
+      parts: of each source its examples of training and validation, and the number of exact copies among them.
+      remarks: what a person should see.
+    """
+
+    config: TextDataConfig
+    parts: tuple[tuple[list[Example], list[Example], int], ...]
+    remarks: list[str]
+
+    @property
+    def words(self) -> list[str]:
+        """All that is said in the texts of training, for a vocabulary that is made out of them."""
+        return [said for train, _, _ in self.parts for example in train for said in example.said]
+
+    def opened(self, tokenizer: Tokenizer) -> TextParts:
+        """Turns the texts into tokens of a tokenizer.
+
+        Raises:
+          UserError: what the template or cutting raises.
+        """
+        given = sources_of(self.config)
+        with notes.collected() as remarks:
+            sources = tuple(_opened(one, *read, tokenizer) for one, read in zip(given, self.parts, strict=True))
+        inspections = [one.inspection for one in sources]
+        whole = hashlib.sha256("".join(one["digest"] for one in inspections).encode()).hexdigest()
+        inspection = inspections[0] if len(sources) == 1 else {"sources": inspections, "digest": whole}
+        if told := list(dict.fromkeys([*self.remarks, *remarks])):
+            inspection = inspection | {"notes": told}
+        return TextParts(sources, tuple(one.weight for one in given), inspection)
+
+
+def read_text(config: TextDataConfig) -> ReadText:
+    """Reads text data and splits it.
+
+    Raises:
+      UserError: what reading raises.
+    """
+    with notes.collected() as remarks:
+        return ReadText(config, tuple(read_parts(one) for one in sources_of(config)), remarks)
+
+
 def open_text(config: TextDataConfig, tokenizer: Tokenizer) -> TextParts:
     """Reads text data and turns it into tokens.
 
@@ -88,19 +134,12 @@ def open_text(config: TextDataConfig, tokenizer: Tokenizer) -> TextParts:
     Raises:
       UserError: what reading, the template or cutting raises.
     """
-    given = config.sources if isinstance(config, MixtureData) else (config,)
-    with notes.collected() as remarks:
-        sources = tuple(_opened(one, tokenizer) for one in given)
-    inspections = [one.inspection for one in sources]
-    whole = hashlib.sha256("".join(one["digest"] for one in inspections).encode()).hexdigest()
-    inspection = inspections[0] if len(sources) == 1 else {"sources": inspections, "digest": whole}
-    if remarks:
-        inspection = inspection | {"notes": remarks}
-    return TextParts(sources, tuple(one.weight for one in given), inspection)
+    return read_text(config).opened(tokenizer)
 
 
-def _opened(config: OneTextData, tokenizer: Tokenizer) -> OpenedText:
-    train, valid, copies = read_parts(config)
+def _opened(
+    config: OneTextData, train: list[Example], valid: list[Example], copies: int, tokenizer: Tokenizer
+) -> OpenedText:
     parts = {"train": _part(config, train, tokenizer, "train")}
     if valid:
         parts["valid"] = _part(config, valid, tokenizer, "valid")

@@ -46,9 +46,9 @@ class LanguageConfig(RunConfig):
     """A run of a language model: on text, or on pairs of texts of which people prefer one.
 
     `model` is an architecture with fresh parameters, or `{weights: ...}` of a pretrained model. `tokenizer` is `bytes`,
-    a folder with tokenizer.json, a GGUF file, or `hf://ORG/MODEL`; by default it is that of the weights. `add_tokens`
-    are further control tokens, whose rows of the embedding are fresh. On pairs a fresh model's `tokenizer` may be
-    `{kind: trained}` too: a vocabulary made out of the texts of training.
+    a folder with tokenizer.json, a GGUF file, or `hf://ORG/MODEL`; by default it is that of the weights. A fresh
+    model's may be `{kind: trained}` too: a vocabulary made out of the texts of training. `add_tokens` are further
+    control tokens, whose rows of the embedding are fresh.
 
     On pairs the objective is `dpo` or `ipo`. The reference begins as a copy of the policy; with `lora` it is the base,
     and there is no copy.
@@ -102,8 +102,6 @@ class LanguageConfig(RunConfig):
         """Returns what does not go with a vocabulary that is made out of the texts of training."""
         if isinstance(self.model, Pretrained):
             return [("tokenizer", "the weights know their own vocabulary: leave it out, or name its folder")]
-        if not self.pairs:
-            return [("tokenizer", f"`trained` is for pairs, not for data.kind {self.data.kind}: `bytes`, or a folder")]
         return [("add_tokens", "a vocabulary that is trained has no further tokens")] if self.add_tokens else []
 
     def _pair_problems(self) -> list[tuple[str, str]]:

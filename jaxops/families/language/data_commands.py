@@ -1,9 +1,11 @@
 """`jaxops data inspect` and `jaxops data preview` for text, and for pairs of texts."""
 
+import functools
+
 from jaxops.data.preferences.open import OpenedJudgements, read_judgements
 from jaxops.data.preferences.preview import counted, previewed
 from jaxops.data.preferences.spec import PreferenceData, RatingData
-from jaxops.data.text.open import TextParts, open_text
+from jaxops.data.text.open import TextParts, read_text
 from jaxops.data.text.preview import preview
 from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.families.language.config import LanguageConfig
@@ -50,8 +52,9 @@ def preview_data(config: LanguageConfig) -> Shown:
 
 def _opened(config: LanguageConfig) -> tuple[TextParts, Tokenizer]:
     assert not isinstance(config.data, PreferenceData | RatingData)
-    tokenizer = open_model(config).tokenizer
-    return open_text(config.data, tokenizer), tokenizer
+    text = functools.cache(functools.partial(read_text, config.data))
+    tokenizer = open_model(config, lambda: text().words).tokenizer
+    return text().opened(tokenizer), tokenizer
 
 
 def _opened_pairs(config: LanguageConfig) -> tuple[OpenedJudgements, Tokenizer]:

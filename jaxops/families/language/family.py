@@ -1,5 +1,6 @@
 """The language family: a decoder on text or on pairs of texts, from a config to a task, and from a run to a model."""
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from jaxops.core.sums import Sums
 from jaxops.data.preferences.open import read_judgements
 from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.documents import with_learnt_template
-from jaxops.data.text.open import TextParts, open_text
+from jaxops.data.text.open import TextParts, read_text
 from jaxops.families.language.config import LanguageConfig
 from jaxops.families.language.data_commands import inspect_data, preview_data
 from jaxops.families.language.opened import OpenedModel, open_model
@@ -46,8 +47,9 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
         opened = open_model(config, lambda: read.words)
         fields = pair_fields(config, given, opened, read.opened(opened.tokenizer, answers=True))
     else:
-        opened = open_model(config)
-        fields = _text_fields(config, given, opened)
+        text = functools.cache(functools.partial(read_text, config.data))
+        opened = open_model(config, lambda: text().words)
+        fields = _text_fields(config, given, opened, text().opened(opened.tokenizer))
     learnt = written_as(config.data).template
     return Task(
         **of_config(config, loaded.resolved, opened.model),
@@ -59,10 +61,8 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
     )
 
 
-def _text_fields(config: LanguageConfig, given: Given, opened: OpenedModel) -> dict[str, Any]:
+def _text_fields(config: LanguageConfig, given: Given, opened: OpenedModel, text: TextParts) -> dict[str, Any]:
     """Returns the fields of a Task that depend on its text."""
-    assert not isinstance(config.data, PreferenceData | RatingData)
-    text = open_text(config.data, opened.tokenizer)
     return {
         "objective": on_model(opened.model, objective_from(config.objective, given.objective, opened.decoder)),
         "source": text.source(config.run.seed),

@@ -11,7 +11,7 @@ from jaxops.config.part import Part
 from jaxops.config.types import ByPath, Factory
 from jaxops.core.mesh import BATCH_AXES
 from jaxops.core.metric import Metric, metric_of
-from jaxops.data.prompts.spec import PromptData
+from jaxops.data.prompts.spec import AnyPrompts
 from jaxops.rl.algorithms import AnyAlgorithm, Ppo
 from jaxops.rl.options import HOTTEST, MOST, MOST_SLOTS, TINIEST, SampleOptions
 from jaxops.rl.rewards.config import Reward, reward_problems
@@ -131,8 +131,7 @@ class PolicyConfig(RunConfig):
     model: Pretrained
     tokenizer: str | None = None
     value: ValueHead | ValueTrunk = ValueHead()
-    reference: str | None = None
-    data: PromptData
+    data: AnyPrompts
     rewards: tuple[Reward, ...]
     sample: Rollouts = Rollouts()
     algorithm: AnyAlgorithm = Ppo()

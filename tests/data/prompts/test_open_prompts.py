@@ -14,9 +14,11 @@ from jaxops.data.loader import build_batches
 from jaxops.data.prompts.encode import form_of
 from jaxops.data.prompts.open import open_prompts
 from jaxops.data.prompts.preview import preview
-from jaxops.data.prompts.spec import PromptData
+from jaxops.data.prompts.spec import BeginningData, PromptData
 from jaxops.data.prompts.writer import PromptWriter
 from jaxops.data.text.byte_tokenizer import ByteTokenizer
+from jaxops.data.text.heldout import read_parts
+from jaxops.data.text.spec import Share, TextData
 from jaxops.run.pretrained.prompt_commands import inspect_prompts, preview_prompts
 
 WORDS = ByteTokenizer()
@@ -267,3 +269,33 @@ def test_the_preview_and_the_inspection_show_what_the_model_reads(file):
     rows = dict(inspect_prompts(found).rows)
     assert rows["train"].startswith(f"prompts {found.train.examples}, tokens ") and rows["columns"] == "answer, level"
     assert rows["digest"] == found.inspection["digest"]
+
+
+def test_the_first_words_of_texts_are_asked_and_the_whole_texts_say_what_is_held_out(file):
+    texts = [f"  one two\n{at % 3} four and {at} more" for at in range(40)] + ["short text"]
+    jsonl(file, [{"text": text, "stars": at} for at, text in enumerate(texts)])
+    found = opened(file, columns={"prompt": "text"}, template="none", valid={"share": 0.3})
+    cut = opened_cut(file, 3)
+    assert cut.train.text(0) in {f"  one two\n{digit}" for digit in range(3)} and cut.columns == ("stars",)
+    assert any(cut.train.text(at) == "short text" for at in range(cut.train.examples)) or (
+        cut.valid.text(cut.valid.examples - 1) == "short text"
+    )
+    for part in ("train", "valid"):  # the same rows on the same sides, though many of the prompts are alike
+        whole, short = getattr(found, part), getattr(cut, part)
+        stars = [[one.columns(at)["stars"] for at in range(one.examples)] for one in (whole, short)]
+        assert stars[0] == stars[1] and len(stars[0]) > 3
+    # A run on the texts themselves holds out the same ones.
+    _, held, _ = read_parts(TextData(path=str(file), valid=Share(0.3)))
+    rated = [at for at, text in enumerate(texts) if text in {one.text for one in held}]
+    assert rated == [cut.valid.columns(at)["stars"] for at in range(cut.valid.examples)]
+
+
+def opened_cut(path, count, **values):
+    config = {"path": str(path), "words": count, "valid": {"share": 0.3}, **values}
+    return open_prompts(from_dict(BeginningData, config, [], source="test").config, WORDS, 0)
+
+
+def test_messages_have_no_first_words(file):
+    jsonl(file, [{"text": MESSAGES}])
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1: column 'text' holds messages"):
+        opened_cut(file, 3)
