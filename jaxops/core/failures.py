@@ -10,7 +10,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 """The user's input is wrong; nothing was written."""
 EXIT_INTERRUPTED = 75
-"""Interrupted (Ctrl-C or SIGTERM) and saved: the same command again resumes (sysexits' EX_TEMPFAIL)."""
+"""Interrupted (Ctrl-C or SIGTERM), or paused by an alarm, and saved: the same command again resumes (EX_TEMPFAIL)."""
 
 EXIT_LOST = 76
 """Another process or the backend was lost, which is nobody's mistake: try again, the same command resumes."""

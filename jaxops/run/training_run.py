@@ -338,7 +338,8 @@ class TrainingRun:
         for alarm in new:
             with self.rescue.tolerated():
                 self.writers.event(step, "alarm", f"{alarm.text} ({alarm.rule})")
-            self.progress.warn(f"step {step}: {alarm.text} ({alarm.rule})")
+            if distributed.is_primary():
+                self.progress.warn(f"step {step}: {alarm.text} ({alarm.rule})")
         if new and self.alarms.pauses:
             self.interrupt.request(PAUSED)
 

@@ -38,7 +38,7 @@ class Standing:
     """The state of a run.
 
     Attributes:
-      state: `running`, `finished`, `interrupted`, `preempted`, `failed`, `stopped` (killed), `unknown`, ...
+      state: `running`, `finished`, `interrupted`, `preempted`, `paused`, `failed`, `stopped` (killed), `unknown`, ...
       reason: the cause of the state, or nothing.
       step: the last step known.
     """
