@@ -120,8 +120,7 @@ class PolicyConfig(RunConfig):
 
     `model` is the policy: a language model's weights, trained whole or by adapters. The reference is what it began as,
     or the language model at the address `reference`. `rewards` judge its completions, and `algorithm` learns from them:
-    `ppo`, `grpo`, `dr_grpo`, `dapo` or `rloo`.
-    `watch` raises alarms.
+    `ppo`, `grpo`, `dr_grpo`, `dapo` or `rloo`. `watch` raises alarms.
     """
 
     size_of_batch: ClassVar[str] = "batch.prompts"
@@ -131,6 +130,7 @@ class PolicyConfig(RunConfig):
     model: Pretrained
     tokenizer: str | None = None
     value: ValueHead | ValueTrunk = ValueHead()
+    reference: str | None = None
     data: AnyPrompts
     rewards: tuple[Reward, ...]
     sample: Rollouts = Rollouts()
