@@ -97,7 +97,7 @@ task: policy
 model: {weights: runs/sft}
 rewards: [{kind: length, per_token: 0.1}]
 sample: {max_tokens: 8}
-data: {path: prompts.jsonl, max_tokens: 16}
+data: {kind: prompts, path: prompts.jsonl, max_tokens: 16}
 run: {steps: 1}
 """
 
