@@ -63,8 +63,8 @@ def transformer(layers: int) -> Transformer:
 class PrefixTable(Decoder):
     """A policy without a network: a table of logits by the whole text so far, which fits whatever is asked of it.
 
-    It stands where any other decoder does, in training and in sampling. The hidden state is the row of logits, the head is
-    the identity, and the number of a text is that of its words as digits.
+    It stands where any other decoder does, in training and in sampling. The hidden state is the row of logits, the head
+    is the identity, and the number of a text is that of its words as digits.
     """
 
     room = max(map(len, PROMPTS)) + TOKENS

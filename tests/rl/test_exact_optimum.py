@@ -1,7 +1,7 @@
 """Training reaches the optimum that each algorithm promises, on a task whose completions are all enumerated.
 
-PPO, RLOO and Dr. GRPO with k1 in the reward promise pi* = reference * exp(reward / beta) / Z. A KL in the loss is another
-promise: its slope at a token sees that token alone, and no KL that follows, so that k2 leads to
+PPO, RLOO and Dr. GRPO with k1 in the reward promise pi* = reference * exp(reward / beta) / Z. A KL in the loss is
+another promise: its slope at a token sees that token alone, and no KL that follows, so that k2 leads to
 reference * exp(E[reward | text so far] / beta), and k3 elsewhere again; GRPO's division by lengths and deviations moves
 both. Where those lead is computed here without any training, as the fixed point of the mean gradient.
 """
@@ -110,7 +110,7 @@ def test_ppo_reaches_the_optimum_with_a_transformer():
 def test_with_k1_in_the_reward_a_table_reaches_the_optimum(kind, seed):
     shared = {"epochs": 2, "minibatches": 4, "kl": Kl(coef=BETA)}
     algorithm = Ppo(value_weight=1.0, **shared) if kind == "ppo" else Grpo(kind=kind, **shared)
-    problem, reached = quick(algorithm, 80, seed=seed)
+    _, reached = quick(algorithm, 80, seed=seed)
     print(reached.kl, reached.gain)
     assert reached.kl < 0.01 and reached.gain > 0.99 and reached.ratio0 < 1e-4
 
