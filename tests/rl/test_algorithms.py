@@ -131,7 +131,7 @@ def stepped(problem, state):
 
 
 def test_what_a_step_samples_has_the_exact_probabilities_and_is_fresh_each_step():
-    """The same noise in each step would count every completion as often as there are steps: chi-square would be that."""
+    """The same noise in each step would count every completion six times, and chi-square would be six times larger."""
     problem, exact = quick()
     steps, counts = 6, np.zeros(len(ROWS))
     for step in range(steps):
