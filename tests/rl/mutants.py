@@ -195,7 +195,7 @@ MUTANTS = [
         "rl.algorithms:Algorithm.objective",
         'sums["entropy"] = Sum.of(found.entropy, mask)',
         'sums["entropy"] = Sum.of(found.entropy)',
-        METRICS,
+        f"{LEARNT}::test_the_objective_far_from_where_it_sampled_is_that_of_a_loop_in_float64",
     ),
     mutant(
         "entropy is made smaller",
