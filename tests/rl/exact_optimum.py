@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from jaxops.core.mesh import make_mesh
+from jaxops.core.sharding import map_named
 from jaxops.core.state import join
 from jaxops.core.step import build_step, init_state
 from jaxops.core.turn import Turn
@@ -49,22 +50,24 @@ def rewards(seed: int = 0) -> np.ndarray:
 
 
 class Transformer(Decoder):
-    """A small decoder whose distributions are far enough from uniform for the KL to matter."""
+    """A small decoder that tells its states apart from the start, and is far enough from uniform for a KL to matter."""
 
     def spread(self, params):
-        return {**params, "head": {"kernel": params["head"]["kernel"] * 2}} if "head" in params else params
+        larger = lambda path, x: x * (3 if x.ndim > 1 and not path.endswith("scale") else 1)
+        found = map_named(larger, params)
+        return {**found, "head": {"kernel": params["head"]["kernel"] * 2}} if "head" in params else found
 
 
 def transformer(layers: int) -> Transformer:
     """Returns the decoder of the task."""
-    return Transformer(Architecture(vocab=WORDS, dim=32, layers=layers, heads=2, hidden=64, length=16, tied=False))
+    return Transformer(Architecture(vocab=WORDS, dim=32, layers=layers, heads=4, hidden=64, length=16, tied=False))
 
 
 class PrefixTable(Decoder):
     """A policy without a network: a table of logits by the whole text so far, which fits whatever is asked of it.
 
     It stands where any other decoder does, in training and in sampling. The hidden state is the row of logits, the head
-    is the identity, and the number of a text is that of its words as digits.
+    begins as the identity, and the number of a text is that of its words as digits.
     """
 
     room = max(map(len, PROMPTS)) + TOKENS
@@ -90,7 +93,7 @@ class PrefixTable(Decoder):
         return params["table"][number]
 
     def head(self, params):
-        return params["head"]["kernel"]
+        return jnp.asarray(params["head"]["kernel"])
 
     def empty_cache(self, batch, room, dtype):
         return jnp.zeros((1, batch), jnp.int32)

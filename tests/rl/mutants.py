@@ -195,7 +195,7 @@ MUTANTS = [
         "rl.algorithms:Algorithm.objective",
         'sums["entropy"] = Sum.of(found.entropy, mask)',
         'sums["entropy"] = Sum.of(found.entropy)',
-        METRICS,
+        f"{LEARNT}::test_the_objective_far_from_where_it_sampled_is_that_of_a_loop_in_float64",
     ),
     mutant(
         "entropy is made smaller",
@@ -449,11 +449,12 @@ class Failures:
     """A plugin that notes which tests failed."""
 
     def __init__(self):
-        self.failed, self.passed = [], 0
+        self.failed, self.told, self.passed = [], [], 0
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
             self.failed.append(report.nodeid)
+            self.told.append(str(report.longrepr.reprcrash.message).splitlines()[0])
         self.passed += report.when == "call" and report.passed
 
 
@@ -464,20 +465,15 @@ def failures(tests, first=True):
         del sys.modules[name]
     gc.collect()
     found, told = Failures(), io.StringIO()
-    options = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "",
-        "-W",
-        "ignore:Module already imported",
-        *(["-x"] if first else []),
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "-m", "", "-W", "ignore:Module already imported"]
+    options += ["-x"] if first else []
     with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         pytest.main([*options, *(str(HERE.parent / test) for test in tests)], plugins=[found])
     if not found.failed and not found.passed:
         raise RuntimeError(f"no test ran:\n{told.getvalue()}")
+    # An error that cannot even run is found by anything, and shows nothing.
+    if any(message.startswith(("NameError", "TypeError", "AttributeError", "SyntaxError")) for message in found.told):
+        raise RuntimeError(f"the changed source does not run: {found.told}")
     return found.failed, found.passed
 
 

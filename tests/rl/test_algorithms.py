@@ -83,7 +83,8 @@ def test_the_objective_far_from_where_it_sampled_is_that_of_a_loop_in_float64(es
     algorithm = Ppo(clip=0.2, clip_high=0.3, entropy=0.1, kl=kl, value_weight=0.5, value_clip=0.4)
     sums = jax.jit(lambda p, b: algorithm.objective(Given(), 1.0, LONGEST)(p, b, None))(params, batch)
     terms = {
-        name: [] for name in ("loss/policy", "loss/kl", "loss/entropy", "loss/value", "moved_kl", "clipped", "ratio")
+        name: []
+        for name in ("loss/policy", "loss/kl", "loss/entropy", "loss/value", "entropy", "moved_kl", "clipped", "ratio")
     }
     for at in zip(*np.nonzero(given.mask), strict=True):
         p = {name: float(x[at]) for name, x in (params | {"value": params["values"]}).items()}
@@ -96,10 +97,11 @@ def test_the_objective_far_from_where_it_sampled_is_that_of_a_loop_in_float64(es
         terms["loss/kl"].append(0.3 * (apart**2 / 2 if estimator == "k2" else np.exp(-apart) - 1 + apart))
         terms["loss/entropy"].append(-0.1 * p["entropy"])
         terms["loss/value"].append(0.5 * 0.5 * max((p["value"] - b["returns"]) ** 2, (near - b["returns"]) ** 2))
+        terms["entropy"].append(p["entropy"])
         terms["moved_kl"].append(ratio - 1 - np.log(ratio))
         terms["clipped"].append(gains[1] < gains[0])
         terms["ratio"].append(ratio)
-    for name in ("loss/policy", "loss/kl", "loss/entropy", "loss/value", "moved_kl"):
+    for name in ("loss/policy", "loss/kl", "loss/entropy", "loss/value", "entropy", "moved_kl"):
         assert float(sums[name].value()) == pytest.approx(np.mean(terms[name]), rel=1e-5), name
     assert float(sums["clip_fraction"].value()) == pytest.approx(np.mean(terms["clipped"])) and any(terms["clipped"])
     assert float(sums["ratio_max"].value()) == pytest.approx(max(terms["ratio"]), rel=1e-5)
@@ -131,7 +133,7 @@ def stepped(problem, state):
 
 
 def test_what_a_step_samples_has_the_exact_probabilities_and_is_fresh_each_step():
-    """The same noise in each step would count each completion as often as there are steps: so would chi-square be."""
+    """The same noise in each step would count every completion six times, and chi-square would be six times larger."""
     problem, exact = quick()
     steps, counts = 6, np.zeros(len(ROWS))
     for step in range(steps):
