@@ -13,7 +13,7 @@ from jaxops.cli.main import main
 from jaxops.run.build import load_config
 
 TEXT = (Path(__file__).parents[3] / "docs/rlhf.md").read_text()
-BLOCKS = {language: text for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.S | re.M)}
+BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.S | re.M))
 
 
 @pytest.fixture
