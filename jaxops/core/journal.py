@@ -114,7 +114,7 @@ class Journal:
     Args:
       folder: the run folder, local or in an object store; the first record creates `journal/` in it.
       process: number of this process; jax's own if not given.
-      fresh: delete existing answers, as a run from step 0 does; otherwise they are kept and used.
+      fresh: delete existing answers, as a run that begins does; otherwise they are kept and used.
 
     Attributes:
       found: number of lookups that an entry has answered.

@@ -104,7 +104,9 @@ class TrainingRun:
             self.saving = Saving(self.task, self.mesh, checkpoints, self.fresh, self._history)
             at = self._begin()
             if self.task.step is not None:
-                self.parts.journal = stack.enter_context(Journal(self.folder.dir, fresh=self.saving.last < 0))
+                # Without a checkpoint a run that has begun goes on from step 0, and what it was answered still holds.
+                begun = distributed.run_on_primary("look for the run", lambda: self.folder.exists)
+                self.parts.journal = stack.enter_context(Journal(self.folder.dir, fresh=not begun))
             distributed.run_on_primary("find a place for the rescue", self.rescue.require_free)
             distributed.run_on_primary("write the run folder", self._write_folder)
             self.watch.begin()

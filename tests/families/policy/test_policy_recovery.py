@@ -51,7 +51,6 @@ def train(run: str, *overrides: str, cut: str | None = None, processes: int = 1,
     `cut` is for the process `who`, or for all.
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT), "ASKED": f"{run}.asked"}
-    env.pop("XLA_FLAGS", None)
     argv = [sys.executable, str(CUT), "train", "ppo.yaml", "--cpu-devices", str(2 // processes), f"run.name={run}"]
     started = []
     for rank in range(processes):
