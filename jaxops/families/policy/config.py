@@ -12,6 +12,8 @@ from jaxops.config.types import ByPath, Factory
 from jaxops.core.mesh import BATCH_AXES
 from jaxops.core.metric import Metric, metric_of
 from jaxops.data.prompts.spec import AnyPrompts
+from jaxops.models.decoder.architecture import Architecture
+from jaxops.models.lora import LoraConfig
 from jaxops.rl.algorithms import AnyAlgorithm, Ppo
 from jaxops.rl.options import HOTTEST, MOST, MOST_SLOTS, TINIEST, SampleOptions
 from jaxops.rl.rewards.config import Reward, reward_problems
@@ -31,6 +33,31 @@ METRICS: Mapping[str, Metric] = {
 }
 """The metrics of a policy on held-out prompts; `reward/NAME` of each reward comes beside them."""
 JUDGE = Factory(leading=3, note="a function fn(prompts, completions, references) -> list of 0 to 1", open=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreshDecoder(Part):
+    """A small decoder with fresh parameters, to try rewards on; what is trained for real begins with `weights`."""
+
+    kind: Literal["decoder"] = "decoder"
+    dim: Positive = 64
+    layers: Positive = 2
+    heads: Positive = 2
+    hidden: Positive | None = None
+    length: Positive = 128
+
+    @property
+    def architecture(self) -> Architecture:
+        """The whole architecture."""
+        return Architecture(dim=self.dim, layers=self.layers, heads=self.heads, hidden=self.hidden, length=self.length)
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Returns the errors in these values, as (dotted path, message)."""
+        return self.architecture.problems()
+
+    def mesh_problems(self, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+        """Returns everything that does not go on a mesh of these sizes, as (dotted path, message)."""
+        return self.architecture.mesh_problems(sizes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,16 +145,16 @@ class PolicyEvaluate(Evaluate):
 class PolicyConfig(RunConfig):
     """A run of policy optimisation.
 
-    `model` is the policy: a language model's weights, trained whole or by adapters. The reference is what it began as,
-    or the language model at the address `reference`. `rewards` judge its completions, and `algorithm` learns from them:
-    `ppo`, `grpo`, `dr_grpo`, `dapo` or `rloo`. `watch` raises alarms.
+    `model` is the policy: a language model's weights, trained whole or by adapters, or a fresh decoder. The reference
+    is what it began as, or the language model at `reference`. `rewards` judge its completions, `algorithm` learns from
+    them: `ppo`, `grpo`, `dr_grpo`, `dapo` or `rloo`. `watch` raises alarms.
     """
 
     size_of_batch: ClassVar[str] = "batch.prompts"
     may_change_on_resume: ClassVar[tuple[str, ...]] = (*MAY_CHANGE_ON_RESUME, "watch")
 
     task: str = "policy"
-    model: Pretrained
+    model: Pretrained | FreshDecoder
     tokenizer: str | None = None
     value: ValueHead | ValueTrunk = ValueHead()
     reference: str | None = None
@@ -156,8 +183,15 @@ class PolicyConfig(RunConfig):
     def problems(self) -> list[tuple[str, str]]:
         """Returns (dotted path, message) of everything that cannot work on any machine."""
         found = super().problems()
+        if isinstance(self.model, FreshDecoder):
+            longest = self.data.max_tokens + self.sample.max_tokens
+            if self.tokenizer is None:
+                found.append(("tokenizer", "a model with fresh parameters has none: `bytes`, or a folder's path"))
+            if longest > self.model.length:
+                text = f"with data.max_tokens {longest} tokens, but the model reads {self.model.length} (model.length)"
+                found.append(("sample.max_tokens", text))
         found += reward_problems(self.rewards)
-        if self.reference is not None and self.model.lora is not None:
+        if self.reference is not None and self.adapters is not None:
             found.append(("reference", "adapters are held against the weights under them; leave it out"))
         elif self.reference is not None and not self.keeps_reference:
             found.append(("reference", "algorithm.kl.coef is 0, so that nothing is held against it; leave it out"))
@@ -171,7 +205,12 @@ class PolicyConfig(RunConfig):
     @property
     def keeps_reference(self) -> bool:
         """Whether the model that the policy began as is kept: for the penalty, or because it is the adapters' base."""
-        return self.algorithm.penalises or self.model.lora is not None
+        return self.algorithm.penalises or self.adapters is not None
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that are trained in place of the model's weights."""
+        return self.model.lora if isinstance(self.model, Pretrained) else None
 
     def microbatch_problems(self) -> list[tuple[str, str]]:
         """Returns what is wrong with the size of a microbatch, which divides the completions of an update."""

@@ -28,6 +28,7 @@ from jaxops.rl.sample import Sampler
 from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras, ready_shapes
 from jaxops.rl.watch import PolicyAlarms
 from jaxops.run.family import Family, Given
+from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.pretrained.options import Generate
 from jaxops.run.pretrained.pinned import pinned
 from jaxops.run.pretrained.stored import stored
@@ -185,7 +186,7 @@ class _Parts:
 
 
 def _about(config: PolicyConfig, opened: OpenedPolicy, prompts: OpenedPrompts) -> About:
-    model = config.model.weights
+    model = config.model.weights if isinstance(config.model, Pretrained) else "decoder"
     rows = [
         ("tokenizer", f"{opened.tokenizer.kind}, {opened.tokenizer.vocab:,} ids"),
         ("prompts", f"{prompts.train.examples:,}"),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from jaxops.core.failures import UserError
 from jaxops.core.weights import Rename, WeightSource
 from jaxops.data.text.tokenizer import Tokenizer
-from jaxops.families.policy.config import PolicyConfig, ValueTrunk
+from jaxops.families.policy.config import FreshDecoder, PolicyConfig, ValueTrunk
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.lora import LORA, Lora
@@ -50,7 +50,8 @@ def open_policy(config: PolicyConfig, *, judging: bool = True) -> OpenedPolicy:
       UserError: a model cannot be opened, or they do not go together.
     """
     longest = config.data.max_tokens + config.sample.max_tokens
-    opened = open_decoder(config.model, config.tokenizer, longest, reads="data.max_tokens + sample.max_tokens")
+    wanted = config.model.architecture if isinstance(config.model, FreshDecoder) else config.model
+    opened = open_decoder(wanted, config.tokenizer, longest, reads="data.max_tokens + sample.max_tokens")
     policy = with_adapters(opened.decoder, config)
     judges = open_judges(config) if judging else {}
     kind: ValueKind | None = config.value.kind if config.algorithm.has_values else None
@@ -97,7 +98,7 @@ def with_adapters(decoder: Decoder, config: PolicyConfig) -> Decoder | Lora:
     Raises:
       UserError: the adapters do not fit the decoder.
     """
-    lora = config.model.lora
+    lora = config.adapters
     return decoder if lora is None else Lora(decoder, lora)
 
 
