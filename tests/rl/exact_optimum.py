@@ -254,7 +254,7 @@ class Problem:
             completion[row, : len(whole)], mask[row, : len(whole)] = whole, 1
         batch = {"tokens": tokens, "length": length, "end": length + mask.sum(axis=1).astype(np.int32)}
         batch = {**{name: jnp.asarray(x) for name, x in batch.items()}, "completion": jnp.asarray(completion)}
-        held = jax.device_get(params)
+        held = jax.tree.map(jnp.asarray, jax.device_get(params))
         if part == "reference":
             found = self.model.reference_logprobs(held, batch, self.temperature)
         else:
