@@ -126,7 +126,7 @@ def parameters(run: str) -> dict[str, np.ndarray]:
         return dict(named_leaves(checkpoints.load_params(STEPS, "params")))
 
 
-def test_two_processes_train_as_one_does_and_go_on_as_one():
+def test_two_processes_train_as_one_does():
     assert train("two", processes=2) == [0, 0], said("two")
     one, two = parameters("whole"), parameters("two")
     assert one.keys() == two.keys()
@@ -134,6 +134,10 @@ def test_two_processes_train_as_one_does_and_go_on_as_one():
         np.testing.assert_allclose(two[name], value, atol=1e-5, err_msg=name)
     assert [line["completion"] for line in samples("two")] == [line["completion"] for line in samples("whole")]
     assert asked("two") == asked("whole")
+
+
+def test_two_processes_of_which_one_is_killed_go_on_as_one():
+    one = parameters("whole")
     ends = train("cut-two", processes=2, cut="between_two_answers:12:SIGKILL", who=1)
     assert ends[1] == -signal.SIGKILL and ends[0] in (76, -signal.SIGABRT, 1), said("cut-two")
     assert train("cut-two") == [0], said("cut-two")
