@@ -26,11 +26,11 @@ def rlhf(args: argparse.Namespace) -> int:
     from jaxops.config.load import load
     from jaxops.flow.rlhf.config import RlhfConfig
     from jaxops.flow.rlhf.judges import TooFewVotes
-    from jaxops.flow.rlhf.loop import Loop, Stopped
+    from jaxops.flow.rlhf.loop import RlhfLoop, Stopped
     from jaxops.flow.rlhf.page import write_loop_page
 
     told = lambda line: say(console(stderr=True), line)
-    loop = Loop(load(RlhfConfig, args.config, args.overrides), told)
+    loop = RlhfLoop(load(RlhfConfig, args.config, args.overrides), told)
     try:
         rounds = loop.run()
     except TooFewVotes as few:

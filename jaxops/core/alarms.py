@@ -45,7 +45,7 @@ class AlarmRules(Protocol):
 
     @property
     def on_alarm(self) -> OnAlarm:
-        """What becomes of the run: it goes on, is saved and left to be resumed, or ends as after early stopping."""
+        """The consequence of an alarm: the run goes on, is left to be resumed, or ends as after early stopping."""
         ...
 
     @property

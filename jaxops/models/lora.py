@@ -162,7 +162,7 @@ class Lora:
 
 @runtime_checkable
 class Beside(Protocol):
-    """What holds further parameters beside those of a model: adapters, or a reference."""
+    """The protocol of what holds further parameters beside those of a model: adapters, or a reference."""
 
     frozen: tuple[str, ...]
     dtypes: tuple[tuple[str, str], ...]

@@ -36,7 +36,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """What advantages are computed from; [batch, longest] but for the last ones, which are [batch].
+    """The arrays that advantages are computed from; [batch, longest] but for the last ones, which are [batch].
 
     Attributes:
       mask: 1 at tokens of completions that are learnt from.
@@ -62,7 +62,7 @@ class Rollout:
 
 
 class Learnt(NamedTuple):
-    """What the update reads of the advantages, and figures for people.
+    """The outcome of computing advantages: what the update reads of them, and figures for people.
 
     Attributes:
       batch: arrays by name, a row for each completion.
@@ -117,7 +117,7 @@ class Algorithm(Part):
 
     @property
     def over(self) -> Aggregation:
-        """What the mean of the loss is over."""
+        """The entries that the mean of the loss is over."""
         return "tokens"
 
     @property
@@ -295,7 +295,7 @@ class Grpo(Algorithm):
 
     @property
     def over(self) -> Aggregation:
-        """What the mean of the loss is over."""
+        """The entries that the mean of the loss is over."""
         return {"grpo": "completions", "dapo": "tokens"}.get(self.kind, "constant")  # type: ignore[return-value]
 
     @property

@@ -40,7 +40,7 @@ ORDER = 0x0DE5
 
 
 class UpdateParts(NamedTuple):
-    """What a step of policy optimisation gets from the run that drives it.
+    """The parts that a step of policy optimisation gets from the run that drives it.
 
     Attributes:
       update: the built TrainStep of the algorithm's objective.

@@ -71,7 +71,7 @@ class PolicyAlarms:
 
     @property
     def on_alarm(self) -> OnAlarm:
-        """What becomes of the run."""
+        """The consequence of an alarm for the run."""
         return self.watching.on_alarm
 
     @property

@@ -8,9 +8,9 @@ from jaxops.config.load import from_dict
 from jaxops.core.failures import UserError
 from jaxops.flow.rlhf.config import FileJudge, RlhfConfig
 from jaxops.flow.rlhf.judges import Files, Function, TooFewVotes
-from jaxops.flow.rlhf.pairs import Pair, Vote, preferences, read_pairs, write_lines
+from jaxops.flow.rlhf.pairs import AnswerPair, Vote, preferences, read_pairs, write_lines
 
-PAIRS = [Pair(f"p{at}", f"say {at}", "long answer", "short") for at in range(4)]
+PAIRS = [AnswerPair(f"p{at}", f"say {at}", "long answer", "short") for at in range(4)]
 
 
 def longer(prompts, first, second, margin=0.0):
@@ -89,7 +89,7 @@ def test_votes_become_preferences_with_the_label_of_what_is_not_sure():
     }
     assert (rows[1]["chosen"], rows[1]["label"]) == ("short", 0.75)
     assert rows[2]["label"] == 0.5
-    chat = Pair("c", [{"role": "user", "content": "hi"}], "a", "b")
+    chat = AnswerPair("c", [{"role": "user", "content": "hi"}], "a", "b")
     assert preferences([chat], [Vote("c", 0.0)])[0]["chosen"] == [{"role": "assistant", "content": "b"}]
 
 

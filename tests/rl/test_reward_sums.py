@@ -9,7 +9,7 @@ from reward_functions import reward
 from jaxops.core.sums import finalize
 from jaxops.rl.rewards.combine import combined, host_scores, reduced, shaped
 from jaxops.rl.rewards.config import LengthPenalty, MissingEos, Overlong, RunReward
-from jaxops.rl.rewards.host import Scored
+from jaxops.rl.rewards.host import FunctionScores
 
 SCORES = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 
@@ -76,7 +76,11 @@ def test_scores_of_other_rewards_are_refused():
 
 
 def test_a_sample_that_one_function_drops_has_no_weight():
-    scored = [Scored({"a": 1.0, "b": 2.0}, {}), Scored({"a": None, "b": 3.0}, {}), Scored({"a": 0.0, "b": 4.0}, {})]
+    scored = [
+        FunctionScores({"a": 1.0, "b": 2.0}, {}),
+        FunctionScores({"a": None, "b": 3.0}, {}),
+        FunctionScores({"a": 0.0, "b": 4.0}, {}),
+    ]
     found = host_scores(scored, ["a", "b"])
     assert {name: values.tolist() for name, values in found.scores.items()} == {"a": [1.0, 0, 0], "b": [2.0, 3, 4]}
     assert found.weight.tolist() == [1.0, 0.0, 1.0] and found.weight.dtype == np.float32

@@ -19,7 +19,7 @@ from jaxops.families.language.options import LanguageExport, LanguagePredict
 from jaxops.families.language.pairs import pair_fields
 from jaxops.families.language.prompt_form import written_as
 from jaxops.families.language.serving import ServedLanguage
-from jaxops.families.language.written_samples import Asked, WithSamples, asked_of
+from jaxops.families.language.written_samples import ReferenceAnswer, WithSamples, asked_of
 from jaxops.models.lora import on_model
 from jaxops.objectives.language import next_token
 from jaxops.run.batched import BatchedEvaluation
@@ -83,7 +83,11 @@ def _evaluation(config: LanguageConfig, opened: OpenedModel, text: TextParts) ->
         found = objective(params, batch, None)
         return {name.removeprefix("loss/"): value for name, value in found.items()}
 
-    found, length, asked = BatchedEvaluation({"valid": batches}, sums), opened.decoder.config.length, list[Asked]()
+    found, length, asked = (
+        BatchedEvaluation({"valid": batches}, sums),
+        opened.decoder.config.length,
+        list[ReferenceAnswer](),
+    )
     for one in text.sources:
         documents = one.valid.documents if one.valid is not None else None
         if documents is not None:

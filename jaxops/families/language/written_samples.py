@@ -27,14 +27,14 @@ BEGINNING = 16
 """The longest prompt out of a text that has none: its first tokens."""
 
 
-class Asked(NamedTuple):
+class ReferenceAnswer(NamedTuple):
     """A prompt with the answer that the data has for it, both as tokens."""
 
     prompt: list[int]
     answer: list[int]
 
 
-def asked_of(documents: Documents, which: Iterable[int], length: int, count: int) -> list[Asked]:
+def asked_of(documents: Documents, which: Iterable[int], length: int, count: int) -> list[ReferenceAnswer]:
     """Returns the first different prompts of some documents, each with what is learnt from first after it.
 
     A text without a prompt is asked for after its first tokens. Prompts of `length` tokens or more are left out.
@@ -45,7 +45,7 @@ def asked_of(documents: Documents, which: Iterable[int], length: int, count: int
       length: the number of tokens that the model reads.
       count: the largest number of prompts.
     """
-    found: dict[tuple[int, ...], Asked] = {}
+    found: dict[tuple[int, ...], ReferenceAnswer] = {}
     for at in which:
         if len(found) == count:
             break
@@ -59,7 +59,7 @@ def asked_of(documents: Documents, which: Iterable[int], length: int, count: int
         left = trained[begin:]
         end = begin + (len(left) if left.all() else int(np.argmin(left)))
         prompt = tokens[:begin].tolist()
-        found.setdefault(tuple(prompt), Asked(prompt, tokens[begin : min(end, begin + TOKENS)].tolist()))
+        found.setdefault(tuple(prompt), ReferenceAnswer(prompt, tokens[begin : min(end, begin + TOKENS)].tolist()))
     return list(found.values())
 
 
@@ -75,7 +75,7 @@ class WithSamples:
 
     inner: Evaluation
     opened: OpenedModel
-    asked: Sequence[Asked]
+    asked: Sequence[ReferenceAnswer]
 
     @property
     def parts(self) -> Collection[str]:
@@ -120,7 +120,7 @@ def _own_params(model: Any, params: Params) -> Params:
     return merged
 
 
-def _told(tokenizer: Tokenizer, asked: Asked, completion: str) -> dict[str, str]:
+def _told(tokenizer: Tokenizer, asked: ReferenceAnswer, completion: str) -> dict[str, str]:
     return {
         "prompt": tokenizer.decode(asked.prompt),
         "completion": completion,

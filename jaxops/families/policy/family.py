@@ -79,7 +79,7 @@ _NO_REFERENCE = "algorithm.kl.coef is 0, so that no reference is kept"
 
 
 class _Parts:
-    """What a task needs to build on a mesh."""
+    """The parts of a task that are built on a mesh."""
 
     def __init__(self, config: PolicyConfig, opened: OpenedPolicy, prompts: OpenedPrompts) -> None:
         self._config, self._opened, self._prompts = config, opened, prompts

@@ -12,7 +12,7 @@ PAIRWISE = Factory(leading=3, note="a function fn(prompts, first, second) -> lis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pairs:
+class PairSampling:
     """The pairs of answers that a round has judged.
 
     Attributes:
@@ -112,7 +112,7 @@ class RlhfConfig:
     policy: str
     reward: str
     prompts: str
-    pairs: Pairs = Pairs()
+    pairs: PairSampling = PairSampling()
     judge: FileJudge | PanelJudge | FunctionJudge
     answers: Answers = Answers()
     compare: Compared = Compared()

@@ -10,7 +10,7 @@ import numpy as np
 from jaxops.core.failures import UserError, nearest
 from jaxops.data.text.formats import read_rows
 from jaxops.flow.rlhf.config import FileJudge, FunctionJudge, PanelJudge
-from jaxops.flow.rlhf.pairs import Pair, Vote
+from jaxops.flow.rlhf.pairs import AnswerPair, Vote
 from jaxops.run.load import load
 
 CHOICES: Mapping[str, float] = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -29,10 +29,10 @@ class TooFewVotes(Exception):
         self.missing = missing
 
 
-class Judge(Protocol):
+class PairJudge(Protocol):
     """Judges pairs of answers."""
 
-    def votes(self, pairs: Sequence[Pair], required: bool = True) -> list[Vote]:
+    def votes(self, pairs: Sequence[AnswerPair], required: bool = True) -> list[Vote]:
         """Returns what is said of the pairs, one vote or more for each that is judged.
 
         Args:
@@ -46,7 +46,7 @@ class Judge(Protocol):
         ...
 
 
-def judge_of(config: FileJudge | PanelJudge | FunctionJudge, seed: int) -> Judge:
+def judge_of(config: FileJudge | PanelJudge | FunctionJudge, seed: int) -> PairJudge:
     """Returns the judge of a config.
 
     Raises:
@@ -65,7 +65,7 @@ class Files:
     def __init__(self, config: FileJudge) -> None:
         self._config = config
 
-    def votes(self, pairs: Sequence[Pair], required: bool = True) -> list[Vote]:
+    def votes(self, pairs: Sequence[AnswerPair], required: bool = True) -> list[Vote]:
         """Returns the answers that the files have of these pairs, in the order of the files."""
         known = {pair.id for pair in pairs}
         found = [vote for where, row in self._rows() if (vote := _vote(where, row)).id in known]
@@ -103,7 +103,7 @@ class Panel:
             task = self._served.saved.config.task
             raise UserError(f"judge.run: {config.run} is a run of task {task}, which judges no texts")
 
-    def votes(self, pairs: Sequence[Pair], required: bool = True) -> list[Vote]:
+    def votes(self, pairs: Sequence[AnswerPair], required: bool = True) -> list[Vote]:
         """Returns the vote of every member on every pair; the same pair always gets the same votes."""
         del required
         prompts = [pair.prompt for pair in pairs]
@@ -132,7 +132,7 @@ class Function:
         self._name = config.fn.fn
         self._call: Callable[..., Any] = config.fn.bound()
 
-    def votes(self, pairs: Sequence[Pair], required: bool = True) -> list[Vote]:
+    def votes(self, pairs: Sequence[AnswerPair], required: bool = True) -> list[Vote]:
         """Returns what the function says of each pair."""
         del required
         said = list(self._call([pair.prompt for pair in pairs], [pair.a for pair in pairs], [pair.b for pair in pairs]))

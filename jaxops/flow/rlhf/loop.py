@@ -19,9 +19,9 @@ from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError
 from jaxops.evaluate.win_rate import WinRate, win_rate
 from jaxops.flow.rlhf.config import RlhfConfig
-from jaxops.flow.rlhf.judges import Judge, judge_of
+from jaxops.flow.rlhf.judges import PairJudge, judge_of
 from jaxops.flow.rlhf.lineage import digest_of_file, weights_of
-from jaxops.flow.rlhf.pairs import Pair, Vote, preferences, read_pairs, write_lines
+from jaxops.flow.rlhf.pairs import AnswerPair, Vote, preferences, read_pairs, write_lines
 from jaxops.run.build import build_task, config_from_dict, load_config
 from jaxops.run.fit import fit
 from jaxops.run.load import load
@@ -68,7 +68,7 @@ class Round:
         return self.folder / "reward"
 
 
-class Loop:
+class RlhfLoop:
     """The loop of a config.
 
     Args:
@@ -89,7 +89,7 @@ class Loop:
         compared = self.config.compare.prompts
         self._compared = self._prompts if compared is None else [row for _, row in prompt_rows(compared)]
         self._resolved = loaded.resolved
-        self._judge: Judge | None = None
+        self._judge: PairJudge | None = None
 
     def _check(self) -> None:
         policy, reward = self._policy.config, self._reward.config
@@ -175,7 +175,7 @@ class Loop:
         _write_json(now.folder / ROUND, found)
         return found
 
-    def _pairs(self, now: Round) -> list[Pair]:
+    def _pairs(self, now: Round) -> list[AnswerPair]:
         """Returns the pairs of a round, sampled where they are not there yet."""
         if not (path := now.folder / PAIRS).exists():
             wanted = self.config.pairs.per_round
@@ -195,7 +195,7 @@ class Loop:
                 if a == b or not (_is_text(a) and _is_text(b)):
                     left += 1
                 else:
-                    found.append(Pair(f"{self.config.run.name}-{now.number}-{at:06}", _prompt(row), a, b))
+                    found.append(AnswerPair(f"{self.config.run.name}-{now.number}-{at:06}", _prompt(row), a, b))
             if left:
                 self._say(
                     f"round {now.number}: {left} of {many} pairs are left out: answers are equal, blank or no text"
@@ -221,7 +221,7 @@ class Loop:
         )
         return [str(text) for text in table.column("completion").to_pylist()]
 
-    def _disagreed(self, before: Round, pairs: list[Pair]) -> list[Pair]:
+    def _disagreed(self, before: Round, pairs: list[AnswerPair]) -> list[AnswerPair]:
         """Returns pairs in the order of the disagreement of the heads of the last round's reward model."""
         served: Any = load(str(before.reward))
         prompts = [pair.prompt for pair in pairs]
@@ -231,7 +231,7 @@ class Loop:
         order = np.argsort(-apart.std(axis=1, ddof=1), kind="stable")
         return [pairs[at] for at in order]
 
-    def _votes(self, now: Round, pairs: list[Pair]) -> list[Vote]:
+    def _votes(self, now: Round, pairs: list[AnswerPair]) -> list[Vote]:
         """Returns the votes of a round, asked for where they are not there yet."""
         if (path := now.folder / VOTES).exists():
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -241,7 +241,7 @@ class Loop:
         return votes
 
     @property
-    def _judging(self) -> Judge:
+    def _judging(self) -> PairJudge:
         if self._judge is None:
             self._judge = judge_of(self.config.judge, self.config.run.seed)
         return self._judge
@@ -288,7 +288,7 @@ class Loop:
                 first = rng.random() < 0.5  # sides change, so that a preference for the first place cancels
                 a, b = (mine, theirs) if first else (theirs, mine)
                 name = f"{self.config.run.name}-{now.number}-c{at:06}-{'ab'[not first]}"
-                found.append(Pair(name, _prompt(row), a, b))
+                found.append(AnswerPair(name, _prompt(row), a, b))
             write_lines(path, map(dataclasses.asdict, found))
         pairs = read_pairs(path)
         differ = [pair for pair in pairs if pair.a != pair.b]

@@ -11,7 +11,7 @@ from jaxops.core.failures import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """Two answers to one prompt: `a` and `b`."""
 
     id: str
@@ -39,7 +39,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     os.replace(temporary, path)
 
 
-def read_pairs(path: Path) -> list[Pair]:
+def read_pairs(path: Path) -> list[AnswerPair]:
     """Reads the pairs of a round.
 
     Raises:
@@ -48,7 +48,7 @@ def read_pairs(path: Path) -> list[Pair]:
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found.append(Pair(**json.loads(line)))
+            found.append(AnswerPair(**json.loads(line)))
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"{path}:{number}: not a pair of answers ({error}); delete the file to sample again"
@@ -56,7 +56,7 @@ def read_pairs(path: Path) -> list[Pair]:
     return found
 
 
-def preferences(pairs: Sequence[Pair], votes: Sequence[Vote]) -> list[dict[str, Any]]:
+def preferences(pairs: Sequence[AnswerPair], votes: Sequence[Vote]) -> list[dict[str, Any]]:
     """Returns votes as a reward model's data: prompt, chosen and rejected, and the label of a vote that is not sure."""
     by_id = {pair.id: pair for pair in pairs}
     rows = []

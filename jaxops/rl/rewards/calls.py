@@ -29,7 +29,7 @@ class Limits(NamedTuple):
     seconds: float
 
 
-class Ended(NamedTuple, Generic[Group, Tag]):
+class EndedCall(NamedTuple, Generic[Group, Tag]):
     """A call that ended or was given up.
 
     Attributes:
@@ -52,13 +52,13 @@ class TimeOut(Exception):
 class _Call:
     """One call in its own daemon thread."""
 
-    def __init__(self, number: int, function: Callable[[], Any], loop: "Loop", ended: queue.SimpleQueue) -> None:
+    def __init__(self, number: int, function: Callable[[], Any], loop: "EventLoop", ended: queue.SimpleQueue) -> None:
         self._awaited: concurrent.futures.Future[Any] | None = None
         self._lock, self._late = threading.Lock(), False
         arguments = (number, function, loop, ended)
         threading.Thread(target=self._run, args=arguments, name="reward", daemon=True).start()
 
-    def _run(self, number: int, function: Callable[[], Any], loop: "Loop", ended: queue.SimpleQueue) -> None:
+    def _run(self, number: int, function: Callable[[], Any], loop: "EventLoop", ended: queue.SimpleQueue) -> None:
         try:
             result = function()
             if inspect.isawaitable(result):
@@ -67,7 +67,7 @@ class _Call:
         except BaseException as error:  # a SystemExit too: nobody else would learn of it
             ended.put((number, None, error))
 
-    def _wait_for(self, awaitable: Awaitable[Any], loop: "Loop") -> Any:
+    def _wait_for(self, awaitable: Awaitable[Any], loop: "EventLoop") -> Any:
         with self._lock:
             if self._late:
                 if inspect.iscoroutine(awaitable):
@@ -85,7 +85,7 @@ class _Call:
             return self._awaited is not None
 
 
-class Loop:
+class EventLoop:
     """An event loop in a daemon thread, begun when it is first needed; it stays, so that clients may belong to it."""
 
     def __init__(self) -> None:
@@ -136,12 +136,12 @@ class Calls(Generic[Group, Tag]):
 
     def __init__(self) -> None:
         self._waiting: dict[Group, deque[tuple[Tag, Callable[[], Any]]]] = {}
-        self._limits: dict[Group, tuple[Limits, Loop]] = {}
+        self._limits: dict[Group, tuple[Limits, EventLoop]] = {}
         self._running: dict[int, tuple[Group, Tag, float, _Call]] = {}
         self._numbers = itertools.count()
         self._ended: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
 
-    def open(self, group: Group, limits: Limits, loop: Loop) -> None:
+    def open(self, group: Group, limits: Limits, loop: EventLoop) -> None:
         """Begins a group, whose coroutines are awaited in `loop`."""
         self._limits[group] = limits, loop
         self._waiting[group] = deque()
@@ -158,7 +158,7 @@ class Calls(Generic[Group, Tag]):
             self._waiting[each].clear()
         return removed
 
-    def __iter__(self) -> Iterator[Ended[Group, Tag]]:
+    def __iter__(self) -> Iterator[EndedCall[Group, Tag]]:
         self._begin()
         while self._running:
             yield self._next()
@@ -173,7 +173,7 @@ class Calls(Generic[Group, Tag]):
                 self._running[number] = group, tag, deadline, _Call(number, function, loop, self._ended)
                 busy += 1
 
-    def _next(self) -> Ended[Group, Tag]:
+    def _next(self) -> EndedCall[Group, Tag]:
         while True:
             first = min(self._running, key=lambda number: self._running[number][2])
             try:
@@ -183,7 +183,7 @@ class Calls(Generic[Group, Tag]):
                 group, tag, _, call = self._running.pop(first)
                 if call.give_up():
                     self._limits[group][1].replace_blocked()
-                return Ended(group, tag, None, TimeOut())
+                return EndedCall(group, tag, None, TimeOut())
             if number in self._running:  # else it was given up
                 group, tag, *_ = self._running.pop(number)
-                return Ended(group, tag, result, error)
+                return EndedCall(group, tag, result, error)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxops.core.sums import Sum, Sums
 from jaxops.rl.rewards.config import FunctionReward, LengthPenalty, MissingEos, Overlong, Reward, RunReward
-from jaxops.rl.rewards.host import Scored
+from jaxops.rl.rewards.host import FunctionScores
 
 
 class Reduced(NamedTuple):
@@ -70,7 +70,7 @@ class HostScores(NamedTuple):
     sums: Sums
 
 
-def host_scores(scored: Sequence[Scored], names: Sequence[str]) -> HostScores:
+def host_scores(scored: Sequence[FunctionScores], names: Sequence[str]) -> HostScores:
     """Returns the answers of functions as float32 arrays, and how often each had none.
 
     A sample that any function drops has the weight 0. The metrics are shares of all samples: `reward_errors/NAME`,

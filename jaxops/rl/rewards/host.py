@@ -22,7 +22,7 @@ from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.interrupt import Interrupted
 from jaxops.core.journal import Journal, digest_of, exchange
 from jaxops.core.secret_text import printable, without_secrets
-from jaxops.rl.rewards.calls import Calls, Ended, Limits, Loop, TimeOut
+from jaxops.rl.rewards.calls import Calls, EndedCall, EventLoop, Limits, TimeOut
 from jaxops.rl.rewards.config import FunctionReward, Reward
 from jaxops.rl.rewards.function import Answer, Asked, Fault, UserFunction, answers_of
 
@@ -35,8 +35,8 @@ _EXCERPT = 200
 _LOGGER = logging.getLogger("jaxops.rewards")
 
 
-class Scored(NamedTuple):
-    """What the functions said of one completion.
+class FunctionScores(NamedTuple):
+    """The answers of all functions about one completion.
 
     Attributes:
       scores: the answer of each function, by name; None drops the sample.
@@ -91,7 +91,7 @@ class HostRewards:
         self._functions = {
             reward.label: UserFunction(reward, columns) for reward in rewards if isinstance(reward, FunctionReward)
         }
-        self._loops = {name: Loop() for name in self._functions}
+        self._loops = {name: EventLoop() for name in self._functions}
         self._journal, self._say = journal, say
         self._said: set[tuple[str, str]] = set()
         self._late = dict.fromkeys(self._functions, 0)
@@ -102,7 +102,7 @@ class HostRewards:
     def names(self) -> tuple[str, ...]:
         return tuple(self._functions)
 
-    def score(self, asked: Sequence[Asked], poll: Callable[[], bool]) -> list[Scored]:
+    def score(self, asked: Sequence[Asked], poll: Callable[[], bool]) -> list[FunctionScores]:
         """Returns what the functions say of these completions; what the journal knows is not asked again.
 
         Answers are durable when it returns or raises. It calls `poll` ROUNDS times.
@@ -120,9 +120,9 @@ class HostRewards:
                 self._ask(rows[part * len(rows) // ROUNDS : (part + 1) * len(rows) // ROUNDS])
         finally:
             self._journal.flush()
-        return [Scored(row.scores, row.faults) for row in rows]
+        return [FunctionScores(row.scores, row.faults) for row in rows]
 
-    def all(self, mesh: Mesh, size: int, mine: Sequence[Scored]) -> list[Scored]:
+    def all(self, mesh: Mesh, size: int, mine: Sequence[FunctionScores]) -> list[FunctionScores]:
         """Returns what was said of all `size` completions, in global order, on every process; see `journal.exchange`.
 
         Args:
@@ -131,9 +131,9 @@ class HostRewards:
           mine: what was said of the rows that this process owns, in the order of `owned_rows(mesh, size)`.
         """
         if not self._functions:
-            return [Scored({}, {})] * size
+            return [FunctionScores({}, {})] * size
         answers = exchange(mesh, size, [_answer_of(one.scores, one.faults) for one in mine])
-        return [Scored(*_scored_in(answer)) for answer in answers]
+        return [FunctionScores(*_scored_in(answer)) for answer in answers]
 
     def _known(self, asked: Asked) -> _Row:
         if not self._functions:
@@ -192,7 +192,7 @@ class HostRewards:
         return self._late[name] > 2 * self._functions[name].config.workers
 
     def _each(
-        self, calls: Calls[str, list[_Row]], ended: Ended[str, list[_Row]], found: list[Answer] | Fault
+        self, calls: Calls[str, list[_Row]], ended: EndedCall[str, list[_Row]], found: list[Answer] | Fault
     ) -> list[tuple[_Row, Answer]]:
         """Returns the rows of a call with their answers, and those that wait where the function has gone silent."""
         name = ended.group
@@ -206,7 +206,7 @@ class HostRewards:
             each += [(row, silent) for waiting in calls.clear(name) for row in waiting]
         return each
 
-    def _answers(self, ended: Ended[str, list[_Row]]) -> list[Answer] | Fault:
+    def _answers(self, ended: EndedCall[str, list[_Row]]) -> list[Answer] | Fault:
         function = self._functions[ended.group]
         if isinstance(ended.error, TimeOut):
             return Fault("timeout", f"it did not answer within {function.config.timeout.to_config()}")
