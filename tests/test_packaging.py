@@ -78,7 +78,8 @@ def test_the_package_imports_only_what_it_asks_for():
     """Never what another package happens to bring, nor what only a developer's environment holds."""
     needed = JAX_PACKAGES | OTHERS
     extras = PROJECT["project"]["optional-dependencies"]
-    needed |= {Requirement(r).name for extra in ("gcs", "s3", "wandb", "lm", "hf", "gguf") for r in extras[extra]}
+    optional = ("gcs", "s3", "wandb", "lm", "hf", "gguf", "judge")
+    needed |= {Requirement(r).name for extra in optional for r in extras[extra]}
     known, homes = {canonical(name) for name in needed}, importlib.metadata.packages_distributions()
     stray = [
         f"{path.relative_to(ROOT)} imports {name}"
@@ -99,6 +100,7 @@ def test_the_extras_are_there():
         "lm",
         "hf",
         "gguf",
+        "judge",
         "dev",
     }
 

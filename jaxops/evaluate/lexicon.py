@@ -1,4 +1,4 @@
-"""A judge of moods that no run has learnt: VADER's lexicon (Hutto & Gilbert 2014), `pip install vaderSentiment==3.3.2`.
+"""A judge of moods that no run has learnt: VADER's lexicon (Hutto & Gilbert 2014), `pip install 'jaxops[judge]'`.
 
 It compares a policy's answers with its reference's: `evaluate: {judge: "jaxops.evaluate.lexicon:better_mood"}`.
 Tested in tests/evaluate/test_lexicon.py.
@@ -38,7 +38,7 @@ def mood() -> Callable[[str], float]:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
         raise UserError(
-            "the judge jaxops.evaluate.lexicon needs VADER's lexicon: pip install vaderSentiment==3.3.2, or leave out"
+            "the judge jaxops.evaluate.lexicon needs VADER's lexicon: pip install 'jaxops[judge]', or leave out"
             " evaluate.judge and the metric win_rate"
         ) from None
     analyzer = SentimentIntensityAnalyzer()

@@ -25,7 +25,7 @@ def test_the_better_mood_wins_and_the_same_is_a_tie():
 def test_without_the_lexicon_one_line_says_what_to_do(monkeypatch):
     for name in ("vaderSentiment", "vaderSentiment.vaderSentiment"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r"pip install vaderSentiment==3\.3\.2"):
+    with pytest.raises(UserError, match=r"pip install .jaxops.judge"):
         lexicon.better_mood(["a"], ["b"], ["c"])
 
 

@@ -3,7 +3,7 @@
 PPO, RLOO and Dr. GRPO with k1 in the reward promise pi* = reference * exp(reward / beta) / Z. A KL in the loss is
 another promise: its slope at a token sees that token alone, and no KL that follows. With k2 and neither lengths nor
 deviations that leads to reference * exp(E[reward | text so far] / beta), with k3 elsewhere. GRPO's division by lengths
-and deviations moves both, and where the coefficient is small (1 is, here) its k2 has no spread-out optimum at all: the
+and deviations moves both; at a coefficient of 1 one try with k2 found no spread-out optimum at all, perhaps because the
 deviation that divides goes to zero faster than the KL grows. Where each leads is computed here without any training,
 as the fixed point of the mean gradient.
 """
@@ -90,7 +90,7 @@ def test_the_fixed_point_of_the_objective_is_its_optimum_and_grpo_promises_other
 
 @pytest.mark.slow
 def test_ppo_comes_near_the_optimum_with_a_transformer():
-    """A network learns 26 distributions more slowly than a table: what it lacks after 150 steps is time, not truth."""
+    """A network learns 26 distributions more slowly than a table, and 150 steps bring it near them (docs/rlhf.md)."""
     algorithm = Ppo(epochs=2, minibatches=4, kl=Kl(coef=BETA), value_weight=1.0)
     found = Problem(algorithm, value="trunk", layers=1, temperature=0.7, lr=2e-3, steps=150).run()
     print(found.kl, found.gain, found.ratio0)
