@@ -104,6 +104,23 @@ def test_people_who_have_not_answered_are_waited_for(home, monkeypatch, capsys):
     assert len((folder / "comparisons.jsonl").read_text().splitlines()) == 8
 
 
+def test_it_waits_in_a_process_that_holds_no_chips(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    slept = []
+
+    def answered(seconds):
+        slept.append(seconds)
+        pairs = (home / "runs/waiting/round-1/pairs.jsonl").read_text().splitlines()
+        rows = [{"id": json.loads(line)["id"], "choice": "tie" if at % 3 else "a"} for at, line in enumerate(pairs)]
+        (home / "later.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr("jaxops.cli.rlhf.time.sleep", answered)
+    command = ["rlhf", "loop.yaml", "rounds=1", "run.name=waiting", "judge={kind: file, path: later.jsonl}"]
+    assert main([*command, "--wait"]) == 0
+    assert len(slept) == 1 and (home / "runs/waiting/round-1/round.json").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
