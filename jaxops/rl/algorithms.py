@@ -153,15 +153,8 @@ class Algorithm(Part):
             hidden = model.hidden(params, batch)
             found = model.scores(params, batch, temperature, hidden)
             mask, mean = batch["mask"], lambda x: aggregated(x, batch["mask"], self.over, longest)
-            surrogate = clipped_surrogate(
-                found.logprobs,
-                batch["old"],
-                batch["advantages"],
-                mask,
-                low=self.clip,
-                high=self.high,
-                dual=self.dual_clip,
-            )
+            bounds: dict[str, Any] = {"low": self.clip, "high": self.high, "dual": self.dual_clip}
+            surrogate = clipped_surrogate(found.logprobs, batch["old"], batch["advantages"], mask, **bounds)
             sums: Sums = {"loss/policy": mean(surrogate.loss * batch["policy_on"][:, None])}
             if self.penalises and self.kl.in_ == "loss":
                 kl = kl_estimate(found.logprobs, batch["reference"], self.kl.estimator, mask)

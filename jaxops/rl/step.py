@@ -3,7 +3,7 @@
 Collecting and scoring are asked of a `Collector` (rl/collect.py). Advantages are computed once, by one program, from
 log-probabilities and values that training itself computes. The updates are an unchanged `TrainStep`. Until the first
 update nothing of the state has been given away, so an interrupted step has not been.
-Tested in tests/rl/test_step.py; the docs list each known trap with the test that holds it (docs/rlhf.md).
+Tested in tests/rl/test_policy_updates.py; the docs list each known trap with the test that holds it (docs/rlhf.md).
 """
 
 import dataclasses

@@ -27,7 +27,7 @@ DOC = HERE.parents[1] / "docs" / "rlhf.md"
 BEGIN, END = "<!-- planted errors: begin -->", "<!-- planted errors: end -->"
 
 ADVANTAGES, LOSSES = "rl/test_advantages.py", "objectives/test_policy.py"
-GRADIENT, STEP, LEARNT = "rl/test_exact_gradient.py", "rl/test_step.py", "rl/test_algorithms.py"
+GRADIENT, STEP, LEARNT = "rl/test_exact_gradient.py", "rl/test_policy_updates.py", "rl/test_algorithms.py"
 PPO_TABLE = f"{GRADIENT}::test_ppo_follows_the_gradients_of_its_objective_and_of_the_error_of_its_values[table]"
 PPO_NET = f"{GRADIENT}::test_ppo_follows_the_gradients_of_its_objective_and_of_the_error_of_its_values[transformer]"
 ONE_OBJECTIVE = f"{GRADIENT}::test_without_scaling_all_algorithms_follow_the_gradient_of_one_objective"
@@ -134,14 +134,14 @@ MUTANTS = [
     ),
     mutant(
         "sign of the KL in the score of a group",
-        "rl.algorithms:_Grouped.learnt",
+        "rl.algorithms:Grpo.learnt",
         "scores = scores - rollout.coefficient",
         "scores = scores + rollout.coefficient",
         f"{ONE_OBJECTIVE}[rloo]",
     ),
     mutant(
         "KL of padding in the score of a group",
-        "rl.algorithms:_Grouped.learnt",
+        "rl.algorithms:Grpo.learnt",
         "rollout.reference, self.kl.estimator, rollout.mask)",
         "rollout.reference, self.kl.estimator)",
         f"{ONE_OBJECTIVE}[rloo]",
@@ -307,8 +307,8 @@ MUTANTS = [
     mutant(
         "advantages normalised by minibatch",
         "rl.algorithms:Algorithm.objective",
-        'batch["advantages"], mask, low',
-        'whitened(batch["advantages"], mask), mask, low',
+        'batch["advantages"], mask, **',
+        'whitened(batch["advantages"], mask), mask, **',
         PPO_TABLE,
     ),
     mutant(

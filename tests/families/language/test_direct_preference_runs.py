@@ -23,8 +23,8 @@ from jaxops.data.preferences.open import read_judgements
 from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.prompts.writer import PromptWriter
 from jaxops.data.text.byte_tokenizer import ByteTokenizer
-from jaxops.families.language.options import Generate
 from jaxops.run.fit import fit
+from jaxops.run.pretrained.options import Generate
 from jaxops.run.training import build_training
 from jaxops.run.warm_start import begin_with
 

@@ -12,7 +12,7 @@ import yaml
 from jaxops.cli.main import main
 from jaxops.run.build import load_config
 
-TEXT = (Path(__file__).parents[3] / "docs/rlhf.md").read_text()
+TEXT = (Path(__file__).parents[3] / "docs/rlhf.md").read_text().split("\n## ")[1]
 BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.S | re.M))
 
 
