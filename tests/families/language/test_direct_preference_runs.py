@@ -338,7 +338,7 @@ def test_a_policy_of_conversations_answers_as_a_conversation(whole):
     short = ["model.length=64", "run.steps=1", "evaluate.metrics=[]", "checkpoint.best=null"]
     fit(task_of(data, "run.name=talks", *short), quiet=True)
     model = jx.load("runs/talks")
-    writer = model._generation._writer(Generate(), print)
+    writer = model._generation.writer(Generate(), print)
     assert isinstance(writer, PromptWriter) and writer.chats
     assert model.tokenizer.decode(writer.ids(("a", {"prompt": "hi"}))).endswith("<|im_start|>assistant\n")
     plain = jx.load("runs/whole")._generation._writer(Generate(), print)
