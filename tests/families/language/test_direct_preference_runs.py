@@ -341,7 +341,7 @@ def test_a_policy_of_conversations_answers_as_a_conversation(whole):
     writer = model._generation.writer(Generate(), print)
     assert isinstance(writer, PromptWriter) and writer.chats
     assert model.tokenizer.decode(writer.ids(("a", {"prompt": "hi"}))).endswith("<|im_start|>assistant\n")
-    plain = jx.load("runs/whole")._generation._writer(Generate(), print)
+    plain = jx.load("runs/whole")._generation.writer(Generate(), print)
     assert not plain.chats
 
 
