@@ -9,7 +9,7 @@ import contextvars
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -205,3 +205,40 @@ def constrain(x: Array, names: Sequence[str | None]) -> Array:
     if AxisType.Explicit in mesh.axis_types:
         return jax.sharding.reshard(x, spec)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def on_whole_arrays(
+    name: str, function: Callable[..., Any], out: Any, logical: Mapping[str, Axes] | None = None
+) -> Callable[..., Any]:
+    """Returns the function as it is to be jitted: it sees whole arrays, since its axes are auto.
+
+    Args:
+      name: the name of the program in profiles and messages.
+      function: any pure function.
+      out: the sharding of its results.
+      logical: mesh axes of the logical names in `constrain`, over the defaults.
+    """
+
+    def whole(*given: Any) -> Any:
+        with logical_axes(logical or {}):
+            return function(*given)
+
+    run = jax.sharding.auto_axes(whole, out_sharding=out)
+
+    def named(*given: Any) -> Any:
+        return run(*given)
+
+    named.__name__ = name
+    return named
+
+
+def pattern_below(prefix: str, pattern: str) -> str:
+    """Returns a path pattern of a model as one for the same paths below `prefix/`."""
+    if pattern.startswith("^"):
+        return f"^{prefix}/(?:{pattern[1:].replace('|^', '|')})"
+    return f"^{prefix}/.*(?:{pattern})"
+
+
+def rules_below(prefix: str, rules: Sequence[Rule]) -> list[Rule]:
+    """Returns sharding rules of a model as rules for the same parameters below `prefix/`."""
+    return [(pattern_below(prefix, pattern), axes) for pattern, axes in rules]

@@ -1,6 +1,7 @@
 """Opened judgements as evaluation reads them, and what a report sets a model beside: a coin, length, and people."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,16 @@ def baselines(valid: Pairs, agreement: AnnotatorAgreement) -> dict[str, dict[str
         "ceiling": {} if agreement.ceiling is None else {"accuracy": agreement.ceiling},
     }
     return {name: {f"valid/{metric}": value for metric, value in row.items()} for name, row in rows.items() if row}
+
+
+def count_rows(inspection: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns rows of (part, its counts) for a report, from what `jaxops data inspect` says of judgements."""
+    rows: list[tuple[str, str]] = []
+    for part in ("train", "valid"):
+        if part in inspection:
+            counts = {name: value for name, value in inspection[part].items() if isinstance(value, int)}
+            rows.append((part, ", ".join(f"{value:,} {name}" for name, value in counts.items())))
+    return rows
 
 
 def agreement_rows(agreement: AnnotatorAgreement) -> list[tuple[str, str]]:

@@ -16,16 +16,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from jaxops.core.sharding import Rule, constrain
+from jaxops.core.sharding import Rule, constrain, pattern_below, rules_below
 from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.functional import Params
 from jaxops.models.lora import Lora
+from jaxops.models.reference import REFERENCE
 from jaxops.models.reward import VOCABULARY
 from jaxops.objectives.token_logprobs import TokenScores, token_logprobs
 
 Batch = Mapping[str, Any]
 
-POLICY, VALUE, REFERENCE, REWARDS = "policy", "value", "reference", "rewards"
+POLICY, VALUE, REWARDS = "policy", "value", "rewards"
 SCORE = "score"
 """The name of the value's last layer, below `value/`."""
 
@@ -74,7 +75,7 @@ class PolicyModel:
             parts[REFERENCE] = self.decoder
         parts |= {f"{REWARDS}/{name}": model for name, model in self.judges.items()}
         self.rules: list[Rule] = [(rf"^{VALUE}/{SCORE}/", ())]
-        self.rules += [rule for prefix, part in parts.items() for rule in below(prefix, part.rules)]
+        self.rules += [rule for prefix, part in parts.items() for rule in rules_below(prefix, part.rules)]
         self.padding: dict[str, str] = {
             f"{prefix}/{path}": what for prefix, part in parts.items() for path, what in part.padding.items()
         }
@@ -83,8 +84,8 @@ class PolicyModel:
         if self.copies_reference:
             self.dtypes.append((rf"^{REFERENCE}/", reference_dtype))
         if isinstance(policy, Lora):
-            self.frozen += tuple(_below(POLICY, pattern) for pattern in policy.frozen)
-            self.dtypes += [(_below(POLICY, pattern), dtype) for pattern, dtype in policy.dtypes]
+            self.frozen += tuple(pattern_below(POLICY, pattern) for pattern in policy.frozen)
+            self.dtypes += [(pattern_below(POLICY, pattern), dtype) for pattern, dtype in policy.dtypes]
         self.shapes: PyTree = jax.eval_shape(self.init, jax.random.key(0))
         if value == "trunk":
             self.padding.pop(f"{VALUE}/{VOCABULARY}/kernel", None)
@@ -188,14 +189,3 @@ class PolicyModel:
             soft_cap=self.decoder.soft_cap,
             temperature=temperature,
         )
-
-
-def below(prefix: str, rules: list[Rule]) -> list[Rule]:
-    """Returns sharding rules of a model as rules for the same parameters below a prefix."""
-    return [(_below(prefix, pattern), axes) for pattern, axes in rules]
-
-
-def _below(prefix: str, pattern: str) -> str:
-    if pattern.startswith("^"):
-        return f"^{prefix}/{pattern.removeprefix('^')}"
-    return f"^{prefix}/.*(?:{pattern})"

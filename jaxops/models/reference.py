@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from jaxops.core.sharding import Rule
+from jaxops.core.sharding import Rule, rules_below
 
 Params = dict[str, Any]
 Result = TypeVar("Result")
@@ -43,7 +43,7 @@ class WithReference:
     def __init__(self, model: Any, dtype: str = "float32"):
         self.model = model
         self.dtypes: tuple[tuple[str, str], ...] = ((rf"^{REFERENCE}/", dtype),)
-        self.rules: list[Rule] = [*((_below(pattern), axes) for pattern, axes in model.rules), *model.rules]
+        self.rules: list[Rule] = [*rules_below(REFERENCE, model.rules), *model.rules]
         self.padding = {**model.padding, **{f"{REFERENCE}/{path}": text for path, text in model.padding.items()}}
         self.shapes: PyTree = jax.eval_shape(self.init, jax.random.key(0))
 
@@ -63,8 +63,3 @@ class WithReference:
     def on(self, function: Callable[..., Result]) -> Callable[..., Result]:
         """Returns a function of the policy's parameters (an objective, a method) as one of both."""
         return lambda params, *args, **options: function(self.policy(params), *args, **options)
-
-
-def _below(pattern: str) -> str:
-    """Returns the pattern for the same path below the copy; one without a beginning matches there as it is."""
-    return rf"^{REFERENCE}/(?:{pattern[1:]})" if pattern.startswith("^") and "|^" not in pattern else pattern

@@ -78,7 +78,15 @@ class RewardModel:
         position: Int[Array, "batch length"],
         keys: Key[Array, " batch"] | None = None,
     ) -> Float[Array, "batch dim"]:
-        """Returns the decoder's hidden state at the last token of each row; the arguments are those of `scores`."""
+        """Returns the decoder's hidden state at the last token of each row.
+
+        Args:
+          params: the parameters.
+          tokens: token ids.
+          segment: 1 at tokens and 0 at padding; padding may stand anywhere.
+          position: the position of each token in its text.
+          keys: a key for each row, for dropout; None turns it off.
+        """
         hidden = self.decoder.hidden(params, tokens, segment, position, keys)
         places = jnp.arange(tokens.shape[1])[None]
         last = jnp.max(jnp.where(segment > 0, places, 0), axis=1)

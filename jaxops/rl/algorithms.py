@@ -94,7 +94,6 @@ class Algorithm(Part):
       correction_cap: bound of that weight; `masked` has its inverse as a lower bound too.
     """
 
-    sort: ClassVar[str] = "prompts"
     has_values: ClassVar[bool] = False
 
     epochs: Positive = 1
@@ -128,6 +127,11 @@ class Algorithm(Part):
     @property
     def draws(self) -> int:
         """How often a step draws prompts again at most."""
+        return 0
+
+    @property
+    def values_first(self) -> int:
+        """The number of first steps that train the values alone."""
         return 0
 
     @property
@@ -219,6 +223,11 @@ class Ppo(Algorithm):
         """The number of completions of a prompt."""
         return self.group
 
+    @property
+    def values_first(self) -> int:
+        """The number of first steps that train the values alone."""
+        return self.critic_warmup
+
     def learnt(self, rollout: Rollout) -> Learnt:
         """Returns generalised advantages over rewards of tokens, with the KL in them where it is in the reward."""
         assert rollout.values is not None
@@ -265,7 +274,8 @@ class Grpo(Algorithm):
     `grpo` takes scores less the group's mean, over its deviation, and the mean over completions of each one's mean
     (Shao et al. 2024). `dr_grpo` divides by no deviation and by no length, which are biases (Liu et al. 2025).
     `dapo` is `grpo` with a higher upper clip, means over all tokens, and prompts drawn again until groups differ (Yu et
-    al. 2025). `rloo` takes scores less the mean of the other completions, and sums over tokens (Ahmadian et al. 2024).
+    al. 2025). `rloo` takes scores less the mean of the other completions (Ahmadian et al. 2024). The loss of `dr_grpo`
+    and `rloo` is the sum over tokens, divided by the longest possible number of tokens, whatever a completion's length.
 
     Attributes:
       group: number of completions of a prompt.

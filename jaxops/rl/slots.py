@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxops.core.mesh import batch_axes, serialise_dispatch
 from jaxops.core.random import sampling_keys
-from jaxops.core.sharding import Axes, logical_axes, logical_spec
+from jaxops.core.sharding import Axes, logical_axes, logical_spec, on_whole_arrays
 from jaxops.core.turn import Program
 from jaxops.rl.distribution import Drawn, draw
 from jaxops.rl.options import SampleOptions
@@ -174,9 +174,9 @@ class Programs:
             return Slots(cache, zero(), zero(), zero(), zero(), jnp.ones(slots, bool), keys)
 
         self._slots, self._name = slots, name
-        self._empty = jax.jit(self._named(f"{name}_empty", empty, lies))
-        self._fill = jax.jit(self._named(f"{name}_fill", self._filled, (lies, P())), donate_argnums=1)
-        self._decode = jax.jit(self._named(f"{name}_decode", self._decoded, (lies, P())), donate_argnums=1)
+        self._empty = jax.jit(on_whole_arrays(f"{name}_empty", empty, lies, logical))
+        self._fill = jax.jit(on_whole_arrays(f"{name}_fill", self._filled, (lies, P()), logical), donate_argnums=1)
+        self._decode = jax.jit(on_whole_arrays(f"{name}_decode", self._decoded, (lies, P()), logical), donate_argnums=1)
 
     def empty(self) -> Slots:
         """Returns slots without texts."""
@@ -227,21 +227,6 @@ class Programs:
     def _on_mesh(self) -> Iterator[None]:
         with jax.set_mesh(self._mesh), logical_axes(self._logical):
             yield
-
-    def _named(self, name: str, function: Callable[..., Any], out: Any) -> Callable[..., Any]:
-        """Returns the function as it is compiled: of this name, seeing whole arrays, with the logical axes."""
-
-        def whole(*given: Any) -> Any:
-            with logical_axes(self._logical):
-                return function(*given)
-
-        run = jax.sharding.auto_axes(whole, out_sharding=out)
-
-        def named(*given: Any) -> Any:
-            return run(*given)
-
-        named.__name__ = name
-        return named
 
     def _filled(self, params: Any, slots: Slots, given: Any) -> tuple[Slots, Sampling]:
         part, logits = self._model.prefill(params, given.tokens, given.lengths, self._room)

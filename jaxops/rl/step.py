@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
@@ -21,7 +21,7 @@ from jaxops.core.accumulate import microbatches
 from jaxops.core.interrupt import Interrupted
 from jaxops.core.journal import Journal
 from jaxops.core.mesh import batch_axes, serialise_dispatch
-from jaxops.core.sharding import Axes, logical_axes
+from jaxops.core.sharding import Axes, on_whole_arrays
 from jaxops.core.state import Params, State, join
 from jaxops.core.step import Extra, TrainStep, cast
 from jaxops.core.sums import Max, Sum, Sums, merge
@@ -49,7 +49,7 @@ class UpdateParts(NamedTuple):
     """
 
     update: TrainStep
-    mesh: Any
+    mesh: Mesh
     journal: Callable[[], Journal | None]
 
 
@@ -103,12 +103,12 @@ class PolicyStep:
         logical: Mapping[str, Axes] | None = None,
     ) -> None:
         self.parts, self.model, self.algorithm, self.collector = parts, model, algorithm, collector
-        self._dtype, self._logical = compute_dtype, logical or {}
-        rows = P(batch_axes(parts.mesh))
+        self._dtype, rows = compute_dtype, P(batch_axes(parts.mesh))
         whole = NamedSharding(parts.mesh, P())
-        self._prepare = self._program("policy_prepare", self._prepared, rows)
-        self._advantages = self._program("policy_advantages", self._learnt, (rows, P(), P(), P()))
-        self._cut = self._program("policy_cut", self._minibatches, rows)
+        program = lambda name, function, out: jax.jit(on_whole_arrays(f"policy_{name}", function, out, logical))
+        self._prepare = program("prepare", self._prepared, rows)
+        self._advantages = program("advantages", self._learnt, (rows, P(), P(), P()))
+        self._cut = program("cut", self._minibatches, rows)
         self._adapt = jax.jit(self._adapted, out_shardings=whole)
         self._merge = jax.jit(merge)
         self._outer: frozenset[str] | None = None
@@ -180,19 +180,6 @@ class PolicyStep:
             dataclasses.replace(update, times=times),
         ]
 
-    def _program(self, name: str, function: Callable[..., Any], out: Any) -> Any:
-        def whole(*given: Any) -> Any:
-            with logical_axes(self._logical):
-                return function(*given)
-
-        run = jax.sharding.auto_axes(whole, out_sharding=out)
-
-        def named(*given: Any) -> Any:
-            return run(*given)
-
-        named.__name__ = name
-        return jax.jit(named)
-
     def _run(self, program: Any, *given: Any) -> Any:
         found = program(*given)
         return jax.block_until_ready(found) if serialise_dispatch(self.parts.mesh) else found
@@ -241,11 +228,10 @@ class PolicyStep:
         learnt = algorithm.learnt(asked)
         weight = importance(algorithm, old, sampled)
         rows = lambda value: jnp.broadcast_to(jnp.float32(value), kept.shape)
-        warm = getattr(algorithm, "critic_warmup", 0)
         ready = {name: rollout[name] for name in ("id", "tokens", "length", "end", "completion")}
         ready |= {"mask": mask, "old": old, **learnt.batch, "coefficient": rows(coefficient)}
         ready["advantages"] = learnt.batch["advantages"] * weight
-        ready["policy_on"] = rows(jnp.where(step >= warm, 1.0, 0.0))
+        ready["policy_on"] = rows(jnp.where(step >= algorithm.values_first, 1.0, 0.0))
         kl = jnp.zeros((), jnp.float32)
         if reference is not None:
             if algorithm.penalises and algorithm.kl.in_ == "loss":

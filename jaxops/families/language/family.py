@@ -15,7 +15,7 @@ from jaxops.data.text.open import TextParts, read_text
 from jaxops.families.language.config import LanguageConfig
 from jaxops.families.language.data_commands import inspect_data, preview_data
 from jaxops.families.language.opened import OpenedModel, open_model
-from jaxops.families.language.options import LanguageExport, LanguagePredict
+from jaxops.families.language.options import LanguagePredict
 from jaxops.families.language.pairs import pair_fields
 from jaxops.families.language.prompt_form import written_as
 from jaxops.families.language.serving import ServedLanguage
@@ -26,6 +26,7 @@ from jaxops.run.batched import BatchedEvaluation
 from jaxops.run.callables import objective_from
 from jaxops.run.family import Family, Given
 from jaxops.run.pretrained.config import Pretrained
+from jaxops.run.pretrained.export import DecoderExport
 from jaxops.run.pretrained.options import Generate
 from jaxops.run.pretrained.pinned import pinned
 from jaxops.run.pretrained.stored import stored
@@ -83,11 +84,8 @@ def _evaluation(config: LanguageConfig, opened: OpenedModel, text: TextParts) ->
         found = objective(params, batch, None)
         return {name.removeprefix("loss/"): value for name, value in found.items()}
 
-    found, length, asked = (
-        BatchedEvaluation({"valid": batches}, sums),
-        opened.decoder.config.length,
-        list[ReferenceAnswer](),
-    )
+    found, length = BatchedEvaluation({"valid": batches}, sums), opened.decoder.config.length
+    asked: list[ReferenceAnswer] = []
     for one in text.sources:
         documents = one.valid.documents if one.valid is not None else None
         if documents is not None:
@@ -126,6 +124,6 @@ FAMILY = Family(
     load=restore,
     data={"inspect": inspect_data, "preview": preview_data},
     predict=LanguagePredict,
-    export=LanguageExport,
+    export=DecoderExport,
     generate=Generate,
 )

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxops.data.preferences.open import OpenedJudgements
 from jaxops.data.preferences.pairs import Pairs
-from jaxops.evaluate.judged_pairs import LABELS, agreement_notes, agreement_rows, baselines
+from jaxops.evaluate.judged_pairs import LABELS, agreement_notes, agreement_rows, baselines, count_rows
 from jaxops.families.language.config import LanguageConfig
 from jaxops.families.language.opened import OpenedModel
 from jaxops.families.language.pair_evaluation import PairEvaluation, logprobs_of_both
@@ -64,11 +64,7 @@ def _evaluation(config: LanguageConfig, opened: OpenedModel, valid: Pairs) -> Ev
 def _about(config: LanguageConfig, opened: OpenedModel, data: OpenedJudgements) -> About:
     model = config.model.weights if isinstance(config.model, Pretrained) else "decoder"
     rows = [("tokenizer", f"{opened.tokenizer.kind}, {opened.tokenizer.vocab:,} ids")]
-    for part in ("train", "valid"):
-        if part in data.inspection:
-            counts = {name: value for name, value in data.inspection[part].items() if isinstance(value, int)}
-            rows.append((part, ", ".join(f"{value:,} {name}" for name, value in counts.items())))
-    rows += agreement_rows(data.agreement)
+    rows += [*count_rows(data.inspection), *agreement_rows(data.agreement)]
     notes = [
         "A text's reward is beta times its log-probability under the policy less that under the reference. Accuracy is "
         "how often the text that people prefer has the higher one, on held-out judgements that are not ties; its 95 % "

@@ -27,24 +27,21 @@ from jaxops.data.text.spec import (
     TextData,
 )
 from jaxops.families.language.opened import trained_model
-from jaxops.families.language.options import LanguageExport, LanguagePredict
+from jaxops.families.language.options import LanguagePredict
 from jaxops.families.language.prompt_form import prompt_form, written_as
 from jaxops.models.decoder.decoder import build_decoder
-from jaxops.models.decoder.pretrained import save_pretrained
 from jaxops.models.lora import Lora, on_model
 from jaxops.models.reference import WithReference
 from jaxops.objectives.language import scores_of_batch
 from jaxops.run.given_table import as_file, columns_of_rows, joined_columns
 from jaxops.run.load import evaluate_saved
-from jaxops.run.outputs import whole_folder
-from jaxops.run.pretrained.generation import Chat, Generation
-from jaxops.run.pretrained.opened import special_ids
-from jaxops.run.pretrained.options import Generate
+from jaxops.run.pretrained.export import DecoderExport, export_decoder
+from jaxops.run.pretrained.generation import Generation, Writes
 from jaxops.run.pretrained.stored import stored_architecture, stored_tokenizer
 from jaxops.run.saved_run import SavedRun
 
 
-class ServedLanguage:
+class ServedLanguage(Writes):
     """A trained language model."""
 
     def __init__(self, saved: SavedRun):
@@ -109,37 +106,6 @@ class ServedLanguage:
         scores = pa.table({name: pa.array(x, mask=none & (x.dtype.kind == "f")) for name, x in found.items()})
         return joined_columns(along, scores.to_pylist()) if len(along) == len(scores) else scores
 
-    def generate(
-        self,
-        prompts: Any,
-        options: Generate | None = None,
-        *,
-        say: Callable[[str], None] = lambda text: None,
-        **keywords: Any,
-    ) -> pa.Table:
-        """Samples completions: for each prompt and copy the text, its tokens, their logprob and what ended it.
-
-        `logprob` is the sum over the tokens under the model itself, at temperature 1.
-
-        Args:
-          prompts: a file, a table or a list, of texts (`prompt`) or conversations (`messages`).
-          options: the options of `jaxops sample`.
-          say: it is called with each line that a person should read.
-          keywords: the fields of `Generate`, in place of `options`.
-
-        Raises:
-          UserError: a prompt or an option does not fit.
-        """
-        return self._generation.table(prompts, options or Generate(**keywords), say)
-
-    def chat(self, options: Generate | None = None, **keywords: Any) -> Chat:
-        """Returns a conversation with the model.
-
-        Raises:
-          UserError: an option does not fit, or the run's chat template is broken.
-        """
-        return self._generation.chat(options or Generate(**keywords))
-
     def _scores(
         self, params: Params, batch: Mapping[str, Array]
     ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
@@ -157,23 +123,14 @@ class ServedLanguage:
         loaded = dataclasses.replace(self.saved.loaded, config=config)
         return evaluate_saved(dataclasses.replace(self.saved, loaded=loaded), parts)
 
-    def export(self, path: Path, options: LanguageExport | None = None, **keywords: Any) -> str:
+    def export(self, path: Path, options: DecoderExport | None = None, **keywords: Any) -> str:
         """Writes a folder of config.json, safetensors and the tokenizer, which `transformers` and vLLM open as it is.
 
         Raises:
           UserError: the folder exists and is not empty, or no published model type has this architecture.
         """
-        given = options or LanguageExport(**keywords)
-        path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists and is not empty: name a new folder")
-        dtype = None if given.dtype is None else jnp.dtype(given.dtype)
-        with whole_folder(path) as folder:
-            save_pretrained(folder, self.decoder.config, self.params, special_ids(self.tokenizer), dtype=dtype)
-            for name, content in self.tokenizer.files.items():
-                if not (folder / name).exists():
-                    (folder / name).write_bytes(content)
-        return f"{sum(1 for _ in path.iterdir())} files -> {path}"
+        given = options or DecoderExport(**keywords)
+        return export_decoder(path, self.decoder.config, self.params, self.tokenizer, given.dtype)
 
 
 def _of_source(data: Any, path: str, there: Collection[str]) -> OneTextData:

@@ -11,12 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxops.core.evaluation import on_batches
 from jaxops.core.failures import RunFailed
 from jaxops.core.interrupt import Interrupted
-from jaxops.core.mesh import batch_axes, batch_shards, serialise_dispatch
-from jaxops.core.sharding import logical_axes
+from jaxops.core.mesh import batch_shards, serialise_dispatch
 from jaxops.core.state import Params
-from jaxops.core.step import cast
 from jaxops.core.sums import Sum, Sums, finalize
 from jaxops.data.prompts.source import Prompts
 from jaxops.objectives.policy import kl_estimate
@@ -49,9 +48,7 @@ class PolicyEvaluation:
 
     def on(self, task: Task, mesh: Mesh) -> Evaluate:
         """Returns the evaluation on this mesh. It is compiled once, at the first call."""
-        scoring = self.scoring(mesh, self.prompts)
-        collector = self.collector(mesh, scoring)
-        measured = _Measurement(task, self, collector, scoring, mesh)
+        measured = _Measurement(task, self, self.collector(mesh, self.scoring(mesh, self.prompts)), mesh)
 
         def evaluate(weights: Weights, part: str, step: int, poll: Poll) -> Measured:
             del part
@@ -61,9 +58,9 @@ class PolicyEvaluation:
 
 
 class _Measurement:
-    def __init__(self, task: Task, evaluation: PolicyEvaluation, collector: Collector, scoring: Scoring, mesh: Mesh):
+    def __init__(self, task: Task, evaluation: PolicyEvaluation, collector: Collector, mesh: Mesh):
         self._config, self._model, self._mesh = task.config, collector.model, mesh
-        self._given, self._collector, self._scoring = evaluation, collector, scoring
+        self._given, self._collector = evaluation, collector
         shown = min(task.config.evaluate.prompts, evaluation.prompts.examples)
         self._asked = [Prompt(evaluation.prompts.ids_of(at), at) for at in range(shown)]
         # Rows are added until the mesh divides them; what is said of those is not counted.
@@ -94,7 +91,7 @@ class _Measurement:
             "distinct_2": Sum(*map(jnp.float32, _distinct(sampled, len(self._asked)))),
         }
         arrays = placed({**rollout, "real": real.astype(np.float32)}, self._mesh)
-        found = self._compare(params, arrays)
+        found = self._compare(params, None, arrays)
         sums |= jax.block_until_ready(found) if serialise_dispatch(self._mesh) else found
         values = finalize(sums)
         references = self._reference_answers(params, poll) if self._given.judge or self._shows_references else None
@@ -152,28 +149,22 @@ class _Measurement:
         return found
 
     def _program(self, task: Task) -> Any:
-        """Returns (params, rows) -> KL and entropy of the answers, at the temperature that is learnt at."""
+        """Returns (params, None, rows) -> KL and entropy of the answers, at the temperature that is learnt at."""
         model, config = self._model, task.config
         temperature, dtype = config.sample.temperature, jnp.dtype(config.precision.compute)
 
         def compare(params: Params, batch: Mapping[str, Any]) -> Sums:
-            with logical_axes(task.logical):
-                held, mask = cast(params, dtype), batch["mask"] * batch["real"][:, None]
-                scores = model.scores(held, batch, temperature, model.hidden(held, batch))
-                sums: Sums = {"entropy": Sum.of(scores.entropy, mask)}
-                if model.has_reference:
-                    reference = model.reference_logprobs(held, batch, temperature)
-                    each = kl_estimate(scores.logprobs, reference, "k1", mask)
-                    sums["kl"] = Sum.of(jnp.sum(each, axis=1), batch["real"])
-                    sums["kl_token"] = Sum.of(each, mask)
-                return sums
+            mask = batch["mask"] * batch["real"][:, None]
+            scores = model.scores(params, batch, temperature, model.hidden(params, batch))
+            sums: Sums = {"entropy": Sum.of(scores.entropy, mask)}
+            if model.has_reference:
+                reference = model.reference_logprobs(params, batch, temperature)
+                each = kl_estimate(scores.logprobs, reference, "k1", mask)
+                sums["kl"] = Sum.of(jnp.sum(each, axis=1), batch["real"])
+                sums["kl_token"] = Sum.of(each, mask)
+            return sums
 
-        def resharded(params: Params, batch: Mapping[str, Any]) -> Sums:
-            rows = P(batch_axes(self._mesh))
-            placed_rows = jax.tree.map(lambda x: jax.sharding.reshard(x, rows), dict(batch))
-            return jax.sharding.auto_axes(compare, out_sharding=P())(params, placed_rows)
-
-        return jax.jit(resharded)
+        return jax.jit(on_batches(compare, self._mesh, P(), dtype, task.logical))
 
 
 def _mean(values: Any, weight: Any) -> Sum:

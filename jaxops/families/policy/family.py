@@ -16,7 +16,7 @@ from jaxops.families.policy.config import PolicyConfig, ValueHead
 from jaxops.families.policy.data_commands import inspect_data, preview_data
 from jaxops.families.policy.evaluation import PolicyEvaluation
 from jaxops.families.policy.opened import OpenedPolicy, open_policy
-from jaxops.families.policy.options import PolicyExport, PolicyPredict
+from jaxops.families.policy.options import PolicyPredict
 from jaxops.families.policy.serving import ServedPolicy
 from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.models.policy import POLICY
@@ -29,6 +29,7 @@ from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras, ready_shapes
 from jaxops.rl.watch import PolicyAlarms
 from jaxops.run.family import Family, Given
 from jaxops.run.pretrained.config import Pretrained
+from jaxops.run.pretrained.export import DecoderExport
 from jaxops.run.pretrained.options import Generate
 from jaxops.run.pretrained.pinned import pinned
 from jaxops.run.pretrained.stored import stored
@@ -215,6 +216,6 @@ FAMILY = Family(
     load=restore,
     data={"inspect": inspect_data, "preview": preview_data},
     predict=PolicyPredict,
-    export=PolicyExport,
+    export=DecoderExport,
     generate=Generate,
 )

@@ -11,18 +11,17 @@ import pyarrow as pa
 from jaxops.core.state import Params
 from jaxops.data.prompts.encode import form_of
 from jaxops.families.policy.opened import with_adapters
-from jaxops.families.policy.options import PolicyExport, PolicyPredict
+from jaxops.families.policy.options import PolicyPredict
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.lora import Lora
 from jaxops.run.load import evaluate_saved
-from jaxops.run.pretrained.export import export_decoder
-from jaxops.run.pretrained.generation import Chat, Generation
-from jaxops.run.pretrained.options import Generate
+from jaxops.run.pretrained.export import DecoderExport, export_decoder
+from jaxops.run.pretrained.generation import Generation, Writes
 from jaxops.run.pretrained.stored import POLICY, stored_architecture, stored_tokenizer, subtree
 from jaxops.run.saved_run import SavedRun
 
 
-class ServedPolicy:
+class ServedPolicy(Writes):
     """A trained policy."""
 
     def __init__(self, saved: SavedRun):
@@ -61,35 +60,6 @@ class ServedPolicy:
         """
         return self._generation.table(source, options or PolicyPredict(**keywords), say)
 
-    def generate(
-        self,
-        prompts: Any,
-        options: Generate | None = None,
-        *,
-        say: Callable[[str], None] = lambda text: None,
-        **keywords: Any,
-    ) -> pa.Table:
-        """Samples completions: for each prompt and copy the text, its tokens, their logprob and what ended it.
-
-        Args:
-          prompts: a file, a table or a list, of texts (`prompt`) or conversations (`messages`).
-          options: the options of `jaxops sample`.
-          say: it is called with each line that a person should read.
-          keywords: the fields of `Generate`, in place of `options`.
-
-        Raises:
-          UserError: a prompt or an option does not fit.
-        """
-        return self._generation.table(prompts, options or Generate(**keywords), say)
-
-    def chat(self, options: Generate | None = None, **keywords: Any) -> Chat:
-        """Returns a conversation with the policy.
-
-        Raises:
-          UserError: an option does not fit, or the chat template is broken.
-        """
-        return self._generation.chat(options or Generate(**keywords))
-
     def evaluate(self, parts: tuple[str, ...] = ("valid", "test")) -> dict[str, float]:
         """Returns the metrics on the run's own held-out prompts, computed on the devices of this machine.
 
@@ -98,11 +68,11 @@ class ServedPolicy:
         """
         return evaluate_saved(self.saved, parts)
 
-    def export(self, path: Path, options: PolicyExport | None = None, **keywords: Any) -> str:
+    def export(self, path: Path, options: DecoderExport | None = None, **keywords: Any) -> str:
         """Writes a folder of config.json, safetensors and the tokenizer, which `transformers` and vLLM open as it is.
 
         Raises:
           UserError: the folder exists and is not empty, or no published model type has this architecture.
         """
-        given = options or PolicyExport(**keywords)
+        given = options or DecoderExport(**keywords)
         return export_decoder(path, self.decoder.config, self.params, self.tokenizer, given.dtype)

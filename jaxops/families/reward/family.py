@@ -8,7 +8,7 @@ from jaxops.core.failures import UserError
 from jaxops.data.preferences.open import OpenedJudgements, read_judgements
 from jaxops.data.preferences.spec import PreferenceData
 from jaxops.data.text.documents import with_learnt_template
-from jaxops.evaluate.judged_pairs import LABELS, agreement_notes, agreement_rows, baselines
+from jaxops.evaluate.judged_pairs import LABELS, agreement_notes, agreement_rows, baselines, count_rows
 from jaxops.families.reward.config import PretrainedReward, RewardConfig
 from jaxops.families.reward.data_commands import inspect_data, preview_data
 from jaxops.families.reward.evaluation import RewardEvaluation, scores_of_features, scores_of_pairs
@@ -91,11 +91,7 @@ def _is_ours(config: RewardConfig, given: Given) -> bool:
 def _about(config: RewardConfig, opened: OpenedReward, data: OpenedJudgements) -> About:
     model = config.model.weights if isinstance(config.model, PretrainedReward) else "decoder"
     rows = [("tokenizer", f"{opened.tokenizer.kind}, {opened.tokenizer.vocab:,} ids")]
-    for part in ("train", "valid"):
-        if part in data.inspection:
-            counts = {name: value for name, value in data.inspection[part].items() if isinstance(value, int)}
-            rows.append((part, ", ".join(f"{value:,} {name}" for name, value in counts.items())))
-    rows += agreement_rows(data.agreement)
+    rows += [*count_rows(data.inspection), *agreement_rows(data.agreement)]
     notes = [
         "Accuracy is on single judgements that are not ties, held out with all others of the same prompt or text; its "
         "95 % interval counts them for what a bootstrap over prompts or texts says they are worth.",

@@ -20,11 +20,10 @@ class Reduced(NamedTuple):
 
 
 class Combined(NamedTuple):
-    """The score of each completion, its weight (0 where it is dropped), and the metrics of each reward."""
+    """The score of each completion, and its weight (0 where it is dropped)."""
 
     score: Float[Array, " batch"]
     weight: Float[Array, " batch"]
-    sums: Sums
 
 
 def reduced(scores: Float[Array, "batch heads"], config: RunReward) -> Reduced:
@@ -102,10 +101,9 @@ def combined(
     rewards: Sequence[Reward],
     weight: Float[Array, " batch"] | None = None,
 ) -> Combined:
-    """Returns the weighted sum of the rewards, each within its own bounds, and `reward/NAME`, the mean of each alone.
+    """Returns the weighted sum of the rewards, each within its own bounds.
 
-    The means are of what a reward said, before bound and weight. A completion of weight 0 has the score 0; a score of
-    another that is not finite stays as it is, so that it is seen.
+    A completion of weight 0 has the score 0; a score of another that is not finite stays as it is, so that it is seen.
 
     Args:
       scores: the scores of each reward by its name.
@@ -119,13 +117,12 @@ def combined(
         raise ValueError(f"scores of {sorted(scores)}, but the rewards are {sorted(labels)}")
     size = next(iter(scores.values())).shape[0]
     kept = jnp.ones(size, jnp.float32) if weight is None else jnp.asarray(weight, jnp.float32)
-    total, sums = jnp.zeros(size, jnp.float32), Sums()
+    total = jnp.zeros(size, jnp.float32)
     for reward in rewards:
         score = jnp.asarray(scores[reward.label], jnp.float32)
-        sums[f"reward/{reward.label}"] = Sum.of(score, kept)
         if isinstance(reward, FunctionReward | RunReward):
             if reward.clip is not None:
                 score = jnp.clip(score, -reward.clip, reward.clip)
             score = reward.weight * score
         total = total + score
-    return Combined(jnp.where(kept > 0, total, 0.0), kept, sums)
+    return Combined(jnp.where(kept > 0, total, 0.0), kept)

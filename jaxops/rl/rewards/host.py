@@ -13,14 +13,14 @@ import functools
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from jax.sharding import Mesh
 
 from jaxops.config.dump import plain_of
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.interrupt import Interrupted
-from jaxops.core.journal import Journal, digest_of, exchange
+from jaxops.core.journal import MISSING, Key, digest_of, exchange
 from jaxops.core.secret_text import printable, without_secrets
 from jaxops.rl.rewards.calls import Calls, EndedCall, EventLoop, Limits, TimeOut
 from jaxops.rl.rewards.config import FunctionReward, Reward
@@ -47,6 +47,39 @@ class FunctionScores(NamedTuple):
     faults: Mapping[str, str]
 
 
+class Answers(Protocol):
+    """Known answers, by sample and question: a `Journal`, or `Unkept`."""
+
+    def lookup(self, key: Key, digest: str) -> Any:
+        """Returns the known answer, or MISSING."""
+        ...
+
+    def record(self, key: Key, digest: str, answer: Any) -> Any:
+        """Keeps an answer, and returns it."""
+        ...
+
+    def flush(self) -> None:
+        """Makes what was recorded durable."""
+        ...
+
+
+class Unkept:
+    """Keeps no answers: an evaluation asks for all of them again."""
+
+    def lookup(self, key: Key, digest: str) -> Any:
+        """Returns MISSING."""
+        del key, digest
+        return MISSING
+
+    def record(self, key: Key, digest: str, answer: Any) -> Any:
+        """Returns the answer."""
+        del key, digest
+        return answer
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Row:
     """A sample while it is asked about."""
@@ -70,7 +103,7 @@ class HostRewards:
 
     Args:
       rewards: all rewards of the run, of which the functions are used.
-      journal: the journal of the run.
+      journal: the journal of the run; `Unkept()` keeps no answers.
       columns: the names of the columns that the data has.
       say: it is called with each line that a person should read; by default a warning of the logger `jaxops.rewards`.
 
@@ -84,7 +117,7 @@ class HostRewards:
     def __init__(
         self,
         rewards: Sequence[Reward],
-        journal: Journal,
+        journal: Answers,
         columns: Sequence[str] = (),
         say: Callable[[str], None] = _warn,
     ) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
-from typing import cast as cast_type
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +9,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxops.core.journal import MISSING, Journal, Key
+from jaxops.core.evaluation import on_batches
+from jaxops.core.journal import Journal, Key
 from jaxops.core.mesh import batch_axes, batch_shards, serialise_dispatch
 from jaxops.core.rows import gather_rows, owned, owned_rows
-from jaxops.core.sharding import Axes, logical_axes
-from jaxops.core.state import Params
-from jaxops.core.step import cast
+from jaxops.core.sharding import Axes
 from jaxops.core.sums import Sum, Sums
 from jaxops.models.policy import REWARDS
 from jaxops.rl.collect import Completed, Scored
 from jaxops.rl.rewards.combine import combined, host_scores, reduced, shaped
 from jaxops.rl.rewards.config import FunctionReward, Reward, RunReward
 from jaxops.rl.rewards.function import Asked
-from jaxops.rl.rewards.host import HostRewards
+from jaxops.rl.rewards.host import HostRewards, Unkept
 from jaxops.rl.rewards.judge import Judge
 from jaxops.rl.rollout import placed
 
@@ -70,12 +68,13 @@ class Scoring:
         logical: Mapping[str, Axes] | None = None,
     ) -> None:
         self._rewards, self._prompts, self._columns = tuple(rewards), prompts, tuple(columns)
-        self._judges, self._mesh, self._logical = dict(judges), mesh, logical or {}
+        self._judges, self._mesh = dict(judges), mesh
         self.names = tuple(reward.label for reward in rewards)
         self._functions = tuple(one.label for one in self._rewards if isinstance(one, FunctionReward))
         self._host: HostRewards | None = None
         self._journal: Journal | None = None
-        self._programs = {name: self._program(judge, dtype) for name, judge in self._judges.items()}
+        on_mesh = lambda judge: on_batches(judge.scores, mesh, P(batch_axes(mesh)), dtype, logical)
+        self._programs = {name: jax.jit(on_mesh(judge)) for name, judge in self._judges.items()}
 
     def __call__(self, completed: Completed, journal: Journal | None, poll: Callable[[], bool]) -> Scored:
         """Returns the scores of completions; functions are asked by the process that owns a row, and all learn of it.
@@ -105,7 +104,7 @@ class Scoring:
     def _asked(self, completed: Completed, journal: Journal | None, poll: Callable[[], bool]) -> Any:
         """Asks the functions about the rows that this process owns, and exchanges the answers."""
         if self._host is None or journal is not self._journal:
-            kept = cast_type(Journal, _Unkept()) if journal is None else journal
+            kept = Unkept() if journal is None else journal
             self._host, self._journal = HostRewards(self._rewards, kept, self._columns), journal
         size = len(completed.prompts)
         mine = [row for start, stop in owned_rows(self._mesh, size) for row in range(start, stop)]
@@ -134,7 +133,7 @@ class Scoring:
         parts = []
         for start in range(0, size, at_once):
             part = placed({key: x[start : start + at_once] for key, x in rows.items()}, self._mesh)
-            scores = self._programs[name](params, part)
+            scores = self._programs[name](params, None, part)
             if serialise_dispatch(self._mesh):
                 jax.block_until_ready(scores)
             mine = np.asarray(scores) if jax.process_count() == 1 else None
@@ -142,26 +141,6 @@ class Scoring:
                 mine = gather_rows(self._mesh, at_once, owned(self._mesh, scores), "gathering scores")
             parts.append(mine)
         return judge.normalised(np.concatenate(parts))
-
-    def _program(self, judge: Judge, dtype: Any) -> Any:
-        def scores(params: Params, batch: Mapping[str, Any]) -> Any:
-            with logical_axes(self._logical):
-                return judge.scores(cast(params, dtype), batch)
-
-        return jax.jit(jax.sharding.auto_axes(scores, out_sharding=P(batch_axes(self._mesh))))
-
-
-class _Unkept:
-    """A journal that keeps nothing: answers about an evaluation are asked for again by the next one."""
-
-    def lookup(self, key: Key, digest: str) -> Any:
-        return MISSING
-
-    def record(self, key: Key, digest: str, answer: Any) -> Any:
-        return answer
-
-    def flush(self) -> None:
-        pass
 
 
 def _part(size: int, shards: int) -> int:

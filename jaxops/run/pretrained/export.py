@@ -1,7 +1,8 @@
 """The export of a decoder: a folder of config.json, safetensors and the tokenizer."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -12,6 +13,14 @@ from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.pretrained import save_pretrained
 from jaxops.run.outputs import whole_folder
 from jaxops.run.pretrained.opened import special_ids
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderExport:
+    """The options of `export`: a folder that `transformers` and vLLM open; `dtype` is that of its files."""
+
+    to: Literal["hf"] = "hf"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
 def export_decoder(

@@ -142,6 +142,43 @@ class Generation:
         return PromptWriter(dataclasses.replace(self._form, chats=chats, date=date), self.tokenizer, say)
 
 
+class Writes:
+    """The part of a served model that writes text: a family's class inherits it and sets `_generation`."""
+
+    _generation: Generation
+
+    def generate(
+        self,
+        prompts: Any,
+        options: Generate | None = None,
+        *,
+        say: Callable[[str], None] = lambda text: None,
+        **keywords: Any,
+    ) -> pa.Table:
+        """Samples completions: for each prompt and copy the text, its tokens, their logprob and what ended it.
+
+        `logprob` is the sum over the tokens under the model itself, at temperature 1.
+
+        Args:
+          prompts: a file, a table or a list, of texts (`prompt`) or conversations (`messages`).
+          options: the options of `jaxops sample`.
+          say: it is called with each line that a person should read.
+          keywords: the fields of `Generate`, in place of `options`.
+
+        Raises:
+          UserError: a prompt or an option does not fit.
+        """
+        return self._generation.table(prompts, options or Generate(**keywords), say)
+
+    def chat(self, options: Generate | None = None, **keywords: Any) -> "Chat":
+        """Returns a conversation with the model.
+
+        Raises:
+          UserError: an option does not fit, or the run's chat template is broken.
+        """
+        return self._generation.chat(options or Generate(**keywords))
+
+
 class Chat:
     """A conversation with a model. One that learnt from plain text continues what was said so far."""
 

@@ -11,11 +11,12 @@ from jaxops.core.failures import UserError
 from jaxops.core.state import Params
 from jaxops.data.text.open_tokenizer import tokenizer_of
 from jaxops.data.text.tokenizer import Tokenizer, json_object
+from jaxops.models import policy as models_policy
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.run.saved_run import SavedRun
 
 ARCHITECTURE, FILES = "architecture", "tokenizer.files"
-POLICY = "policy/"
+POLICY = f"{models_policy.POLICY}/"
 """The beginning of the decoder's paths in a run that keeps other models beside it: value, reference, rewards."""
 
 
