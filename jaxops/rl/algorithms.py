@@ -159,12 +159,13 @@ class Algorithm(Part):
             mask, mean = batch["mask"], lambda x: aggregated(x, batch["mask"], self.over, longest)
             bounds: dict[str, Any] = {"low": self.clip, "high": self.high, "dual": self.dual_clip}
             surrogate = clipped_surrogate(found.logprobs, batch["old"], batch["advantages"], mask, **bounds)
-            sums: Sums = {"loss/policy": mean(surrogate.loss * batch["policy_on"][:, None])}
+            on = batch["policy_on"][:, None]
+            sums: Sums = {"loss/policy": mean(surrogate.loss * on)}
             if self.penalises and self.kl.in_ == "loss":
                 kl = kl_estimate(found.logprobs, batch["reference"], self.kl.estimator, mask)
-                sums["loss/kl"] = mean(batch["coefficient"][:, None] * kl)
+                sums["loss/kl"] = mean(batch["coefficient"][:, None] * kl * on)
             if self.entropy:
-                sums["loss/entropy"] = mean(-self.entropy * found.entropy)
+                sums["loss/entropy"] = mean(-self.entropy * found.entropy * on)
             sums |= self._value_terms(model, params, batch, hidden)
             moved = kl_estimate(batch["old"], found.logprobs, "k3", mask)
             sums["entropy"] = Sum.of(found.entropy, mask)
@@ -201,7 +202,8 @@ class Ppo(Algorithm):
       whiten: the variance by which advantages are whitened, `biased` or `unbiased`; `none` leaves them.
       whiten_rewards: the same for rewards of tokens, whose mean is kept.
       cut: what the end of a completion is that max_tokens cut: `terminal`, or `bootstrap` from the value there.
-      critic_warmup: number of first steps that train the values alone.
+      critic_warmup: number of first steps whose loss is that of the values alone. With a value that has a trunk of its
+        own the policy then stays as it is, but for weight decay; a value that is a head trains the policy's trunk.
     """
 
     has_values: ClassVar[bool] = True
@@ -249,11 +251,9 @@ class Ppo(Algorithm):
         advantages = found.advantages
         if self.whiten != "none":
             advantages = whitened(advantages, mask, variance=self.whiten)
-        left = found.returns - values
-        moments = [jnp.sum(jnp.where(mask > 0, x, 0.0)) for x in (found.returns, found.returns**2, left, left**2)]
-        count = jnp.broadcast_to(jnp.sum(mask), (4,))
+        spreads = jnp.stack([_spread(x, mask) for x in (found.returns, found.returns - values)])
         sums: Sums = {
-            "explained_variance": Sum(jnp.stack(moments), count, _explained),
+            "explained_variance": Sum(spreads, jnp.broadcast_to(jnp.sum(mask), (2,)), _explained),
             "value": Sum.of(values, mask),
             "return": Sum.of(found.returns, mask),
         }
@@ -340,8 +340,15 @@ def importance(algorithm: Algorithm, old: Float[Array, "b t"], sampled: Float[Ar
     return jnp.where((ratio <= cap) & (ratio >= 1 / cap), ratio, 0.0)
 
 
-def _explained(moments: Any) -> float:
-    """Returns 1 - Var(returns - values) / Var(returns), from the means of both and of their squares."""
-    returns, squares, left, left_squares = (float(x) for x in moments)
-    spread = squares - returns**2
-    return 1 - (left_squares - left**2) / spread if spread > 0 else float("nan")
+def _spread(values: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Float[Array, ""]:
+    """Returns the sum of squares of differences from the mean; exactly 0 where all values of the mask are one."""
+    mean = jnp.sum(jnp.where(mask > 0, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1.0)
+    squares = jnp.sum(jnp.where(mask > 0, (values - mean) ** 2, 0.0))
+    largest = jnp.max(jnp.where(mask > 0, values, -jnp.inf))
+    return jnp.where(largest > jnp.min(jnp.where(mask > 0, values, jnp.inf)), squares, 0.0)
+
+
+def _explained(variances: Any) -> float:
+    """Returns 1 - Var(returns - values) / Var(returns); over several steps both are the variance within a step."""
+    returns, left = (float(x) for x in variances)
+    return 1 - left / returns if returns > 0 else float("nan")

@@ -28,6 +28,13 @@ class Kl:
     target: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     horizon: Annotated[int, Field(ge=1)] = 10_000
 
+    def problems(self) -> list[tuple[str, str]]:
+        """Returns the errors in these values, as (dotted path, message)."""
+        if self.target is not None and self.coef == 0:
+            text = "it is adapted towards the target by factors, and 0 stays 0; for no penalty set target: null too"
+            return [("coef", text)]
+        return []
+
 
 def adapted(coefficient: Float[Array, ""], kl: Float[Array, ""], completions: int, config: Kl) -> Float[Array, ""]:
     """Returns the next coefficient (Ziegler et al. 2019): c (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon).

@@ -20,13 +20,14 @@ from jaxops.core.manifest import SavedArray
 from jaxops.core.mesh import make_mesh
 from jaxops.core.secret_text import printable
 from jaxops.core.sharding import named_leaves
+from jaxops.core.state import Params
 from jaxops.core.weights import Rename, WeightSource, from_checkpoint
 from jaxops.run.checkpoints import open_checkpoints
 from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.own_code import check_code
 from jaxops.run.passes import Passes
 from jaxops.run.trust import Trust
-from jaxops.run.weights import SERVED_SLOTS, Weights, read_weights, served_part
+from jaxops.run.weights import SERVED_SLOTS, Weights, read_params, read_weights, served_part
 from jaxops.tables.spec import TableSpec
 
 
@@ -69,6 +70,19 @@ class SavedRun:
             self._require_memory(checkpoints)
             return read_weights(checkpoints, self.step)
 
+    def params_below(self, below: str) -> Params:
+        """Reads a part of the parameters that are served, and nothing else: numpy arrays by the rest of their paths.
+
+        Args:
+          below: what the paths of the part begin with, such as `policy/`.
+
+        Raises:
+          UserError: there is no such part, or a file of the checkpoint is missing or truncated.
+        """
+        with open_checkpoints(self.config, self.folder.checkpoints) as checkpoints:
+            self._require_memory(checkpoints, below)
+            return read_params(checkpoints, self.step, below)
+
     def entries(self) -> int:
         """Returns how many numbers the checkpoint holds, by its manifest.
 
@@ -78,25 +92,26 @@ class SavedRun:
         with open_checkpoints(self.config, self.folder.checkpoints) as checkpoints:
             return sum(math.prod(leaf.shape) for leaf in checkpoints.describe(self.step))
 
-    def expect(self, shapes: Any, tables: Mapping[str, TableSpec]) -> None:
+    def expect(self, shapes: Any, tables: Mapping[str, TableSpec], below: str = "") -> None:
         """Refuses a checkpoint that is not of this model, by its manifest alone.
 
         Args:
           shapes: the parameters as a tree of abstract arrays.
           tables: the specs of its tables.
+          below: what the paths of these parameters begin with in the checkpoint; others are not looked at.
 
         Raises:
           UserError: a parameter is missing, unknown or of another shape.
         """
         with open_checkpoints(self.config, self.folder.checkpoints) as checkpoints:
-            arrays, rows = self._served(checkpoints)
+            arrays, rows = self._served(checkpoints, below)
         expected = {path: tuple(leaf.shape) for path, leaf in named_leaves(shapes)}
         wrong = [
-            f"{path}: {list(arrays[path].shape) if path in arrays else 'nothing'} there, {list(shape)} expected"
+            f"{below}{path}: {list(arrays[path].shape) if path in arrays else 'nothing'} there, {list(shape)} expected"
             for path, shape in expected.items()
             if path not in arrays or tuple(arrays[path].shape) != shape
         ]
-        wrong += [f"{path}: the model has no such parameter" for path in arrays if path not in expected]
+        wrong += [f"{below}{path}: the model has no such parameter" for path in arrays if path not in expected]
         # rows are padded for a mesh, and so is the width of small tables
         most = 2 * sum(spec.rows * spec.dim for spec in tables.values()) + (1 << 16)
         wrong += [
@@ -107,13 +122,13 @@ class SavedRun:
         if wrong:
             raise UserError(f"{self._checkpoint} is not of the model that its config describes: {some(wrong, 4)}")
 
-    def _require_memory(self, checkpoints: Checkpoints) -> None:
-        """Refuses a checkpoint that is larger than this machine's memory, by its manifest alone.
+    def _require_memory(self, checkpoints: Checkpoints, below: str = "") -> None:
+        """Refuses a checkpoint whose part `below` is larger than this machine's memory, by its manifest alone.
 
         Raises:
           UserError: it is.
         """
-        arrays, rows = self._served(checkpoints)
+        arrays, rows = self._served(checkpoints, below)
         wanted, here = sum(leaf.bytes for leaf in [*arrays.values(), *rows]), memory_here()
         if here and wanted > here:
             raise UserError(
@@ -121,14 +136,14 @@ class SavedRun:
                 f" {here / 2**30:,.1f} GiB"
             )
 
-    def _served(self, checkpoints: Checkpoints) -> tuple[dict[str, SavedArray], list[SavedArray]]:
-        """Returns what the manifest says of the parameters that are served, by path, and of the rows of tables."""
+    def _served(self, checkpoints: Checkpoints, below: str) -> tuple[dict[str, SavedArray], list[SavedArray]]:
+        """Returns what the manifest says of the parameters below a prefix, by path, and of the rows of tables."""
         served, leaves = served_part(checkpoints, self.step), checkpoints.describe(self.step)
-        below = lambda part: {
-            leaf.path.removeprefix(f"{part}/"): leaf for leaf in leaves if leaf.path.startswith(f"{part}/")
+        inside = lambda prefix: {
+            leaf.path.removeprefix(prefix): leaf for leaf in leaves if leaf.path.startswith(prefix)
         }
-        rows = [leaf for path, leaf in below("tables").items() if path.rpartition("/")[2] in SERVED_SLOTS]
-        return below(served) | below("frozen"), rows
+        rows = [leaf for path, leaf in inside("tables/").items() if path.rpartition("/")[2] in SERVED_SLOTS]
+        return inside(f"{served}/{below}") | inside(f"frozen/{below}"), [] if below else rows
 
     @property
     def _checkpoint(self) -> str:

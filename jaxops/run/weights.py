@@ -1,5 +1,6 @@
 """The weights that are evaluated and served, taken from a state in training or from a checkpoint."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -44,14 +45,28 @@ def read_weights(checkpoints: Checkpoints, step: int) -> Weights:
     Raises:
       UserError: there is no such step, or a file is missing or truncated.
     """
-    parts = {leaf.path.split("/")[0] for leaf in checkpoints.describe(step)}
-    params = checkpoints.load_params(step, served_part(checkpoints, step))
-    if "frozen" in parts:
-        params = join(params, checkpoints.load_params(step, "frozen"))
     tables = {}
-    if "tables" in parts:
+    if any(leaf.path.startswith("tables/") for leaf in checkpoints.describe(step)):
         tables = checkpoints.load_params(step, "tables", leaves=SERVED_SLOTS)
-    return Weights(params, tables)
+    return Weights(read_params(checkpoints, step), tables)
+
+
+def read_params(checkpoints: Checkpoints, step: int, below: str = "") -> Params:
+    """Reads the parameters in the checkpoint of a step, as numpy arrays: those that are served, and the frozen ones.
+
+    Args:
+      checkpoints: the checkpoints.
+      step: a saved step.
+      below: what the paths of the parameters begin with (`policy/`); only they are read, by the rest of their paths.
+
+    Raises:
+      UserError: there is no such step or no such parameter, or a file is missing or truncated.
+    """
+    served = f"{served_part(checkpoints, step)}/{below}".rstrip("/")
+    frozen = f"frozen/{below}".rstrip("/")
+    there = [f"{leaf.path}/" for leaf in checkpoints.describe(step)]
+    found = [part for part in (served, frozen) if any(path.startswith(f"{part}/") for path in there)] or [served]
+    return functools.reduce(join, (checkpoints.load_params(step, part) for part in found))
 
 
 def served_part(checkpoints: Checkpoints, step: int) -> str:

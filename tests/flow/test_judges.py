@@ -46,6 +46,14 @@ def test_people_answer_in_files_of_a_folder(tmp_path):
     assert len(Files(FileJudge(path=str(tmp_path))).votes(PAIRS, required=False)) == 3
 
 
+def test_the_last_answer_of_an_annotator_counts(tmp_path):
+    rows = [{"id": "p0", "choice": choice, "annotator": name} for choice, name in (("a", "anna"), ("b", "ben"))]
+    config = votes_file(tmp_path / "votes.jsonl", *rows, {"id": "p0", "choice": "tie", "annotator": "anna"})
+    assert Files(config).votes(PAIRS, required=False) == [Vote("p0", 0.5, "anna"), Vote("p0", 0.0, "ben")]
+    unnamed = votes_file(tmp_path / "unnamed.jsonl", *[{"id": "p1", "choice": "a"}] * 2)
+    assert len(Files(unnamed).votes(PAIRS, required=False)) == 2  # nobody knows whose they are
+
+
 def test_no_file_yet_is_no_error_but_too_few(tmp_path):
     with pytest.raises(TooFewVotes, match="4 of 4"):
         Files(FileJudge(path=str(tmp_path / "votes"))).votes(PAIRS)

@@ -101,7 +101,14 @@ def test_people_who_have_not_answered_are_waited_for(home, monkeypatch, capsys):
     (home / "votes/anna.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     assert main(command) == 0
     assert json.loads((folder / "round.json").read_text())["win_rate"] is None  # nobody was asked to compare
-    assert len((folder / "comparisons.jsonl").read_text().splitlines()) == 8
+    compared = [json.loads(line) for line in (folder / "comparisons.jsonl").read_text().splitlines()]
+    assert len(compared) == 8
+    answers = [{"id": pair["id"], "choice": "tie", "annotator": name} for pair in compared for name in ("anna", "ben")]
+    (home / "votes/compared.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    assert main(command) == 0  # people compared the policies after the round
+    rate = json.loads((folder / "round.json").read_text())["win_rate"]
+    assert rate["rate"] == 0.5 and rate["comparisons"] == 8
+    assert json.loads((home / "runs/people/lineage.json").read_text())["rounds"][0]["win_rate"] == rate
 
 
 def test_it_waits_in_a_process_that_holds_no_chips(home, monkeypatch):
@@ -130,6 +137,7 @@ def test_it_waits_in_a_process_that_holds_no_chips(home, monkeypatch):
         ("judge={fn: 'test_judges:nobody'}", "nobody"),
         ("prompts=none.jsonl", "none.jsonl"),
         ("compare.count=0", "compare.count"),
+        ("run.dir=gs://bucket/runs", "run.dir: the loop keeps its files in a local folder"),
     ],
 )
 def test_a_wrong_loop_is_told_before_anything_is_written(home, monkeypatch, capsys, override, said):
@@ -144,4 +152,14 @@ def test_another_config_does_not_go_on_in_the_same_folder(home, monkeypatch, cap
     command = ["rlhf", "loop.yaml", "rounds=1", "run.name=other", "judge={kind: file, path: nowhere}"]
     assert main(command) == EXIT_WAITING
     assert main([*command, "answers.max_tokens=4"]) == 2
-    assert "answers differ(s)" in capsys.readouterr().err
+    assert "loop: answers.max_tokens: 8 there, 4 here" in capsys.readouterr().err
+    (home / "warmer.yaml").write_text(POLICY.replace("segment: 8", "segment: 8, temperature: 0.5"))
+    (home / "policy.yaml").rename(home / "kept.yaml")
+    (home / "warmer.yaml").rename(home / "policy.yaml")
+    try:
+        assert main(command) == 2
+        assert "policy: sample.temperature: 1.0 there, 0.5 here" in capsys.readouterr().err
+        (home / "policy.yaml").write_text(POLICY.replace("run: {steps: 2", "run: {steps: 3"))
+        assert main(command) == EXIT_WAITING  # what a resumed run may change the next rounds may have otherwise
+    finally:
+        (home / "kept.yaml").rename(home / "policy.yaml")

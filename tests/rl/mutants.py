@@ -200,8 +200,8 @@ MUTANTS = [
     mutant(
         "entropy is made smaller",
         "rl.algorithms:Algorithm.objective",
-        "mean(-self.entropy * found.entropy)",
-        "mean(self.entropy * found.entropy)",
+        "mean(-self.entropy * found.entropy * on)",
+        "mean(self.entropy * found.entropy * on)",
         f"{LEARNT}::test_the_objective_far_from_where_it_sampled_is_that_of_a_loop_in_float64",
     ),
     mutant(
@@ -362,10 +362,17 @@ MUTANTS = [
         f"{LEARNT}::test_first_steps_may_train_the_values_alone",
     ),
     mutant(
+        "warming up stops nothing but the surrogate",
+        "rl.algorithms:Algorithm.objective",
+        "[:, None] * kl * on",
+        "[:, None] * kl",
+        f"{LEARNT}::test_while_values_are_trained_alone_nothing_else_is_in_the_loss",
+    ),
+    mutant(
         "warming up is one step too long",
         "rl.step:PolicyStep._learnt",
-        "step >= warm",
-        "step > warm",
+        "step >= algorithm.values_first",
+        "step > algorithm.values_first",
         f"{LEARNT}::test_first_steps_may_train_the_values_alone",
     ),
     mutant(

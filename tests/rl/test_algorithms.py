@@ -10,6 +10,7 @@ import pytest
 from exact_gradient import ROWS, Exact
 from exact_optimum import PROMPTS, Problem
 
+from jaxops.core.sums import merge
 from jaxops.core.turn import Turn
 from jaxops.objectives.token_logprobs import TokenScores
 from jaxops.rl.algorithms import Gae, Ppo, Rollout, importance
@@ -105,6 +106,46 @@ def test_the_objective_far_from_where_it_sampled_is_that_of_a_loop_in_float64(es
         assert float(sums[name].value()) == pytest.approx(np.mean(terms[name]), rel=1e-5), name
     assert float(sums["clip_fraction"].value()) == pytest.approx(np.mean(terms["clipped"])) and any(terms["clipped"])
     assert float(sums["ratio_max"].value()) == pytest.approx(max(terms["ratio"]), rel=1e-5)
+
+
+def test_while_values_are_trained_alone_nothing_else_is_in_the_loss():
+    rng, given = np.random.default_rng(1), made_up()
+    normal = lambda: rng.normal(size=given.mask.shape).astype(np.float32)
+    params = {"logprobs": given.old + normal(), "entropy": normal(), "values": normal()}
+    batch = {"mask": given.mask, "old": given.old, "reference": given.reference, "advantages": normal()}
+    batch |= {"values": normal(), "returns": normal(), "coefficient": np.full(ROWS_OF_BATCH, 0.3, np.float32)}
+    algorithm = Ppo(entropy=0.1, kl=Kl(in_="loss", coef=0.3), critic_warmup=1)
+    objective = jax.jit(algorithm.objective(Given(), 1.0, LONGEST))
+    losses = ("loss/policy", "loss/kl", "loss/entropy", "loss/value")
+    for on in (0.0, 1.0):
+        sums = objective(params, batch | {"policy_on": np.full(ROWS_OF_BATCH, on, np.float32)}, None)
+        assert [float(sums[name].value()) != 0 for name in losses] == [bool(on)] * 3 + [True]
+
+
+def test_the_explained_variance_of_returns_far_from_zero_is_that_of_float64():
+    given = made_up()
+    mask, values = given.mask > 0, given.values + np.float32(1000)
+    kept = np.ones(ROWS_OF_BATCH, np.float32)
+    scores = given.scores + np.float32(1000)
+    given = dataclasses.replace(given, values=values, scores=scores, kept=kept, reference=None)
+    steps = [given, dataclasses.replace(given, scores=given.scores + np.float32(50))]
+    learnt = [Ppo(kl=Kl(coef=0.0), whiten="none").learnt(jax.tree.map(jnp.asarray, one)) for one in steps]
+    variances = []
+    for one in learnt:
+        returns = np.asarray(one.batch["returns"], np.float64)[mask]
+        variances.append((np.var(returns), np.var(returns - values[:, :-1][mask])))
+        told = float(one.sums["explained_variance"].value())
+        assert told == pytest.approx(1 - variances[-1][1] / variances[-1][0], rel=1e-4)
+    over = merge(*(one.sums for one in learnt))["explained_variance"]
+    within = np.mean(variances, axis=0)
+    assert float(over.value()) == pytest.approx(1 - within[1] / within[0], rel=1e-4)
+
+
+def test_equal_returns_have_no_variance_to_explain():
+    given = dataclasses.replace(made_up(), scores=np.full(ROWS_OF_BATCH, 0.1, np.float32), kept=np.ones(6, np.float32))
+    algorithm = Ppo(kl=Kl(coef=0.0), gae=Gae(lambda_=1.0))
+    found = algorithm.learnt(jax.tree.map(jnp.asarray, dataclasses.replace(given, values=0 * given.values)))
+    assert np.isnan(float(found.sums["explained_variance"].value()))
 
 
 def test_weights_for_the_difference_of_sampling_and_training():

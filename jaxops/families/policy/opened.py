@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 from jaxops.core.failures import UserError
 from jaxops.core.weights import Rename, WeightSource
@@ -87,8 +88,8 @@ def _reference_sources(address: str, policy: OpenedDecoder, longest: int) -> lis
         raise UserError(
             f"reference: the tokenizer of {address} is another one than the policy's; tokens would mean others"
         )
-    if _shape(found.decoder.config) != _shape(policy.decoder.config):
-        raise UserError(f"reference: the decoder of {address} is of another shape than the policy's")
+    if differ := _differences(found.decoder.config, policy.decoder.config):
+        raise UserError(f"reference: the decoder of {address} is another one than the policy's: {differ}")
     return [dataclasses.replace(one, below=f"{REFERENCE}/") for one in found.sources]
 
 
@@ -136,11 +137,11 @@ def _value_source(weights: str, decoder: Decoder, tokenizer: Tokenizer) -> Weigh
     held = getattr(served, "decoder", None) or getattr(getattr(served, "reward", None), "decoder", None)
     if not isinstance(held, Decoder):
         raise UserError(f"{weights} is a run of task {served.saved.config.task}, which has no decoder")
-    mine, theirs = _shape(decoder.config), _shape(held.config)
-    if mine != theirs:
+    # A reward model has no head over the vocabulary, and a value needs none.
+    if differ := _differences(held.config, decoder.config, unread=("tied", "final_cap")):
         raise UserError(
-            f"the decoder of {weights} is {theirs}, and the policy's {mine}; they must be alike, as the"
-            " value reads the policy's tokens"
+            f"the decoder of {weights} is another one than the policy's, and they must be alike, since the value begins"
+            f" with its weights: {differ}"
         )
     words = stored_tokenizer(served.saved)
     if words.digest != tokenizer.digest:
@@ -166,5 +167,22 @@ def _trunk(paths: Iterable[str]) -> str:
     return next((f"{name}/" for name in (VALUE, POLICY) if any(path.startswith(f"{name}/") for path in held)), "")
 
 
-def _shape(architecture: Architecture) -> tuple[int | None, ...]:
-    return architecture.vocab, architecture.dim, architecture.layers, architecture.heads, architecture.hidden
+def _differences(theirs: Architecture, mine: Architecture, unread: Collection[str] = ()) -> str:
+    """Returns what makes a decoder compute otherwise than the policy's, weights apart; empty where nothing does."""
+    other, policy = _computes(theirs), _computes(mine)
+    differ = [name for name in policy if name not in unread and other[name] != policy[name]]
+    return "; ".join(f"{name} is {other[name]}, the policy's is {policy[name]}" for name in differ)
+
+
+def _computes(architecture: Architecture) -> dict[str, Any]:
+    """Returns the values that the outcome of a decoder depends on, each default filled in."""
+    found = dataclasses.asdict(architecture)
+    for unread in ("kind", "dropout", "remat", "pattern", "query_scalar"):
+        del found[unread]
+    found |= {"kv_heads": architecture.key_heads, "head_dim": architecture.width, "hidden": architecture.inner}
+    found |= {"kinds of layers": architecture.layer_kinds, "scale of attention": architecture.scale}
+    if architecture.positions == "rope":  # the length is a bound alone; learned positions have a vector for each
+        del found["length"]
+        found |= {f"rope.{name}": value for name, value in found["rope"].items()}
+    del found["rope"]
+    return found

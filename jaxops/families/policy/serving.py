@@ -1,5 +1,6 @@
 """A trained policy, read from its run folder: it answers prompts, chats, and is exported like any language model."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jaxops.models.lora import Lora
 from jaxops.run.load import evaluate_saved
 from jaxops.run.pretrained.export import DecoderExport, export_decoder
 from jaxops.run.pretrained.generation import Generation, Writes
-from jaxops.run.pretrained.stored import POLICY, stored_architecture, stored_tokenizer, subtree
+from jaxops.run.pretrained.stored import POLICY, stored_architecture, stored_tokenizer
 from jaxops.run.saved_run import SavedRun
 
 
@@ -29,6 +30,7 @@ class ServedPolicy(Writes):
         self.tokenizer = stored_tokenizer(saved)
         self.decoder = build_decoder(stored_architecture(saved), self.tokenizer.vocab)
         self.model = with_adapters(self.decoder, saved.config)
+        saved.expect(self.model.shapes, {}, below=POLICY)
         self._generation = Generation(
             saved, self.decoder, self.tokenizer, lambda: self.params, form_of(saved.config.data)
         )
@@ -36,8 +38,13 @@ class ServedPolicy(Writes):
     @property
     def params(self) -> Params:
         """The policy's parameters, with the adapters merged into them where the run trained any."""
-        held = subtree(self.saved.weights.params, POLICY)
+        held = self._held
         return self.model.merge(jax.tree.map(jnp.asarray, held)) if isinstance(self.model, Lora) else held
+
+    @functools.cached_property
+    def _held(self) -> Params:
+        """What the checkpoint holds of the policy; value, reference and reward models beside it are not read."""
+        return self.saved.params_below(POLICY)
 
     def predict(
         self,

@@ -60,7 +60,7 @@ def judge_of(config: FileJudge | PanelJudge | FunctionJudge, seed: int) -> PairJ
 
 
 class Files:
-    """People's answers in files."""
+    """People's answers in files. Of several answers of one annotator to one pair the last counts."""
 
     def __init__(self, config: FileJudge) -> None:
         self._config = config
@@ -68,7 +68,9 @@ class Files:
     def votes(self, pairs: Sequence[AnswerPair], required: bool = True) -> list[Vote]:
         """Returns the answers that the files have of these pairs, in the order of the files."""
         known = {pair.id for pair in pairs}
-        found = [vote for where, row in self._rows() if (vote := _vote(where, row)).id in known]
+        given = [vote for where, row in self._rows() if (vote := _vote(where, row)).id in known]
+        last = {(vote.id, at if vote.annotator is None else vote.annotator): vote for at, vote in enumerate(given)}
+        found = list(last.values())
         answered = len({vote.id for vote in found})
         if required and answered < self._config.enough * len(pairs):
             raise TooFewVotes(len(pairs) - answered, len(pairs), self._config.path)

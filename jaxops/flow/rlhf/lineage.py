@@ -9,20 +9,20 @@ from jaxops.run.load import open_saved_run
 
 
 def digest_of_file(path: Path) -> str:
-    """Returns the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Returns the SHA-256 of a file, which is read piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_of(run: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns which weights a run serves: its folder, the step, and a digest of its checkpoint's manifest.
+    """Returns which weights a run serves: its folder, the step, and a digest of all files of its checkpoint.
 
     Raises:
       UserError: the run has no checkpoint, or a damaged one.
     """
     saved = open_saved_run(run)
-    manifest = Path(saved.folder.checkpoints) / str(saved.step)
-    files = sorted(path for path in manifest.rglob("*") if path.is_file() and path.stat().st_size < 2**24)
+    checkpoint = Path(saved.folder.checkpoints) / str(saved.step)
     found = hashlib.sha256()
-    for path in files:
-        found.update(str(path.relative_to(manifest)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        found.update(f"{path.relative_to(checkpoint)}\0{digest_of_file(path)}\n".encode())
     return {"run": os.fspath(run), "step": saved.step, "checkpoint_sha256": found.hexdigest()}

@@ -13,17 +13,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from jaxops.config.dump import diff
 from jaxops.config.load import Loaded
+from jaxops.core import stores
 from jaxops.core.failures import UserError
 from jaxops.evaluate.win_rate import WinRate, win_rate
-from jaxops.flow.rlhf.config import RlhfConfig
+from jaxops.flow.rlhf.compare import compared, outcomes
+from jaxops.flow.rlhf.config import FileJudge, RlhfConfig
 from jaxops.flow.rlhf.judges import PairJudge, judge_of
 from jaxops.flow.rlhf.lineage import digest_of_file, weights_of
 from jaxops.flow.rlhf.pairs import AnswerPair, Vote, preferences, read_pairs, write_lines
 from jaxops.run.build import build_task, config_from_dict, load_config
 from jaxops.run.fit import fit
+from jaxops.run.folder.run_folder import shown_value
 from jaxops.run.load import load
 from jaxops.run.pretrained.given_prompts import prompt_rows
 
@@ -92,6 +97,10 @@ class RlhfLoop:
         self._judge: PairJudge | None = None
 
     def _check(self) -> None:
+        if jax.process_count() > 1:
+            raise UserError(f"jaxops rlhf runs in one process, but this is one of {jax.process_count()}")
+        if stores.is_url(self.config.run.dir):
+            raise UserError(f"run.dir: the loop keeps its files in a local folder, not in {self.config.run.dir}")
         policy, reward = self._policy.config, self._reward.config
         if policy.task != "policy":
             raise UserError(f"policy: {self.config.policy} is a config of task {policy.task}, expected policy")
@@ -138,24 +147,44 @@ class RlhfLoop:
         return next(folder / PAIRS for folder in folders if not (folder / VOTES).exists())
 
     def _begin(self) -> None:
-        """Makes the folder, and refuses one that another config has begun."""
+        """Makes the folder, and refuses one that other configs have begun."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = {name: value for name, value in self._resolved.items() if name != "rounds"}
+        told = ("run.name", "run.dir")  # the loop sets them itself
+        may_change: dict[str, tuple[str, ...]] = {
+            "loop": ("rounds",),
+            "policy": (*self._policy.config.may_change_on_resume, *told),
+            "reward": (*self._reward.config.may_change_on_resume, *told),
+        }
+        kept = {"loop": self._resolved, "policy": self._policy.resolved, "reward": self._reward.resolved}
         there = self.folder / "loop.json"
-        if there.exists():
-            before = json.loads(there.read_text(encoding="utf-8"))
-            if differ := [name for name in kept if before.get(name) != kept[name]]:
-                raise UserError(
-                    f"{self.folder} is a loop of another config: {', '.join(differ)} differ(s). Set run.name to begin"
-                    " another one; `rounds` alone may change"
-                )
-        else:
+        if not there.exists():
             _write_json(there, kept)
+            return
+        before, here = json.loads(there.read_text(encoding="utf-8")), json.loads(json.dumps(kept))
+        if before.keys() != here.keys():
+            raise UserError(f"{there} is not of this version of jaxops; set run.name to begin another loop")
+        changed = [
+            f"  {part}: {path}: {shown_value(old)} there, {shown_value(new)} here"
+            for part, free in may_change.items()
+            for path, old, new in diff(before[part], here[part])
+            if not any(path == one or path.startswith(one + ".") for one in free)
+        ]
+        if changed:
+            raise UserError(
+                f"{self.folder} is a loop of other configs:\n" + "\n".join(changed) + "\nOf the loop `rounds` alone may"
+                " change, and of its policy and reward model what a resumed run may change. Set run.name to begin"
+                " another loop."
+            )
 
     def _round(self, now: Round) -> dict[str, Any]:
         if (done := now.folder / ROUND).exists():
             self._say(f"round {now.number} is done: {done}")
-            return dict(json.loads(done.read_text(encoding="utf-8")))
+            found = dict(json.loads(done.read_text(encoding="utf-8")))
+            if isinstance(self.config.judge, FileJudge):  # people may have compared more answers since
+                rate = self._compare(now)
+                found["win_rate"] = None if rate is None else rate._asdict()
+                _write_json(done, found)
+            return found
         pairs = self._pairs(now)
         votes = self._votes(now, pairs)
         self._say(f"round {now.number}: a reward model from the votes of {now.number} round(s)")
@@ -182,14 +211,11 @@ class RlhfLoop:
             judged = self.config.pairs.choose == "disagreement" and now.before is not None
             many = wanted * (self.config.pairs.candidates if judged else 1)
             rng = random.Random(f"{self.config.run.seed} {now.number}")
-            asked = [self._prompts[rng.randrange(len(self._prompts))] for _ in range(many)]
-            if many <= len(self._prompts):
-                asked = rng.sample(self._prompts, many)
+            draw = rng.sample if many <= len(self._prompts) else lambda prompts, k: rng.choices(prompts, k=k)
+            asked = draw(self._prompts, many)
             self._say(f"round {now.number}: sampling {many} pairs of answers")
-            sides = [
-                self._answers(self._side(now, side), asked, now.number * 2 + at)
-                for at, side in enumerate(self.config.pairs.from_)
-            ]
+            models = [now.start if side == "policy" else self._first for side in self.config.pairs.from_]
+            sides = self._answers(models, asked, [now.number * 2 + at for at in range(len(models))])
             found, left = [], 0
             for at, (row, a, b) in enumerate(zip(asked, *sides, strict=True)):
                 if a == b or not (_is_text(a) and _is_text(b)):
@@ -207,19 +233,26 @@ class RlhfLoop:
             write_lines(path, map(dataclasses.asdict, found))
         return read_pairs(path)
 
-    def _side(self, now: Round, side: str) -> str:
-        return now.start if side == "policy" else self._first
-
-    def _answers(self, model: str, rows: Sequence[Mapping[str, Any]], seed: int) -> list[str]:
-        answers = self.config.answers
-        table = load(model).generate(  # type: ignore[attr-defined]
-            [dict(row) for row in rows],
-            seed=self.config.run.seed * 1000 + seed,
-            max_tokens=answers.max_tokens,
-            temperature=answers.temperature,
-            slots=answers.slots,
-        )
-        return [str(text) for text in table.column("completion").to_pylist()]
+    def _answers(
+        self, models: Sequence[str], rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+    ) -> list[list[str]]:
+        """Returns the answers of each model to the same prompts; only one model is in memory at a time."""
+        answers, found = self.config.answers, []
+        loaded: str | None = None
+        served: Any = None
+        for model, seed in zip(models, seeds, strict=True):
+            if model != loaded:
+                served = None  # the one before is freed first
+                loaded, served = model, load(model)
+            table = served.generate(
+                [dict(row) for row in rows],
+                seed=self.config.run.seed * 1000 + seed,
+                max_tokens=answers.max_tokens,
+                temperature=answers.temperature,
+                slots=answers.slots,
+            )
+            found.append([str(text) for text in table.column("completion").to_pylist()])
+        return found
 
     def _disagreed(self, before: Round, pairs: list[AnswerPair]) -> list[AnswerPair]:
         """Returns pairs in the order of the disagreement of the heads of the last round's reward model."""
@@ -281,27 +314,19 @@ class RlhfLoop:
             rng = random.Random(f"{self.config.run.seed} compare {now.number}")
             count = min(self.config.compare.count, len(self._compared))
             asked = rng.sample(self._compared, count)
-            new = self._answers(str(now.policy), asked, 500 + now.number)
-            old = self._answers(now.start, asked, 600 + now.number)
-            found = []
-            for at, (row, mine, theirs) in enumerate(zip(asked, new, old, strict=True)):
-                first = rng.random() < 0.5  # sides change, so that a preference for the first place cancels
-                a, b = (mine, theirs) if first else (theirs, mine)
-                name = f"{self.config.run.name}-{now.number}-c{at:06}-{'ab'[not first]}"
-                found.append(AnswerPair(name, _prompt(row), a, b))
+            new, old = self._answers([str(now.policy), now.start], asked, [500 + now.number, 600 + now.number])
+            name = f"{self.config.run.name}-{now.number}"
+            found = compared(name, [_prompt(row) for row in asked], new, old, self.config.run.seed)
             write_lines(path, map(dataclasses.asdict, found))
         pairs = read_pairs(path)
-        differ = [pair for pair in pairs if pair.a != pair.b]
-        votes = self._judging.votes(differ, required=False)
-        outcomes = [vote.first if vote.id.endswith("a") else 1 - vote.first for vote in votes]
-        outcomes += [0.5] * (len(pairs) - len(differ))
-        if not outcomes:
+        votes = self._judging.votes([pair for pair in pairs if pair.a != pair.b], required=False)
+        if not votes and any(pair.a != pair.b for pair in pairs):
             self._say(f"round {now.number}: nobody has compared the policies yet: {path}")
             return None
-        rate = win_rate(outcomes)
+        rate = win_rate(outcomes(pairs, votes, self.config.run.seed))
         self._say(
             f"round {now.number}: win rate {rate.rate:.3f} ({rate.low:.3f} to {rate.high:.3f} at any number of"
-            f" comparisons) over {now.start}, {rate.comparisons} comparisons"
+            f" comparisons) over {now.start}, {rate.comparisons} prompts compared"
         )
         return rate
 

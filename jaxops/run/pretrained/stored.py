@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxops.config.load import from_dict
 from jaxops.core.failures import UserError
-from jaxops.core.state import Params
 from jaxops.data.text.open_tokenizer import tokenizer_of
 from jaxops.data.text.tokenizer import Tokenizer, json_object
 from jaxops.models import policy as models_policy
@@ -40,20 +39,6 @@ def decoder_subtree(saved: SavedRun) -> str:
     """
     with saved.source() as source:
         return POLICY if any(name.startswith(POLICY) for name in source.arrays.shapes()) else ""
-
-
-def subtree(params: Params, prefix: str) -> Params:
-    """Returns the parameters whose paths begin with a prefix (`policy/`), by the rest of their paths.
-
-    Raises:
-      UserError: there are none.
-    """
-    found = params
-    for name in filter(None, prefix.split("/")):
-        if not isinstance(found, Mapping) or name not in found:
-            raise UserError(f"the checkpoint has no parameters below {prefix} (there are: {', '.join(params)})")
-        found = found[name]
-    return found
 
 
 def stored_architecture(saved: SavedRun) -> Architecture:

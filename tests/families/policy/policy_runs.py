@@ -1,5 +1,6 @@
 """A folder with prompts, reward functions and configs of tiny runs, for the tests of policies."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ import jax
 
 import jaxops as jx
 from jaxops.data.text.byte_tokenizer import ByteTokenizer
-from jaxops.models.decoder.architecture import Architecture
+from jaxops.models.decoder.architecture import Architecture, Rope
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.decoder.pretrained import save_pretrained
 from jaxops.run.fit import fit
@@ -64,8 +65,10 @@ def lines(rows: list[dict]) -> str:
 def furnish(folder: Path) -> None:
     """Writes data, reward functions and configs."""
     (folder / "prompts.jsonl").write_text(lines([prompt(at) for at in range(40)]))
-    for name, dim in (("base", 16), ("wide", 32)):
-        decoder = build_decoder(Architecture(dim=dim, layers=1, heads=2, hidden=32, length=40), ByteTokenizer().vocab)
+    base = Architecture(dim=16, layers=1, heads=2, hidden=32, length=40)
+    other = {"wide": {"dim": 32}, "turned": {"rope": Rope(theta=5000.0)}}
+    for name, changes in ({"base": {}} | other).items():
+        decoder = build_decoder(dataclasses.replace(base, **changes), ByteTokenizer().vocab)
         save_pretrained(folder / name, decoder.config, decoder.init(jax.random.key(0)))
     (folder / "votes.jsonl").write_text(lines([vote(at) for at in range(40)]))
     shutil.copy(Path(__file__).with_name("judges_of_policies.py"), folder)

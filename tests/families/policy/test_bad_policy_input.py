@@ -37,6 +37,12 @@ LOW = "{fn: 'judges_of_policies:low'}"
         (["tokenizer=null", "model={weights: runs/pp}"], "did you mean 'runs/ppo'"),
         (["value={kind: trunk, weights: runs/nowhere}"], "value.weights: runs/nowhere is not a run folder"),
         (["value={kind: trunk, weights: runs/ppo}", "model.weights=wide"], "they must be alike"),
+        (["value={kind: trunk, weights: runs/ppo}", "model.weights=turned"], "rope.theta is 10000.0, the policy's is"),
+        (
+            ["reference=runs/ppo", "model.weights=turned"],
+            "reference: the decoder of runs/ppo is another one than the policy's: rope.theta is 10000",
+        ),
+        (["algorithm.kl={coef: 0, target: 6}"], "algorithm.kl.coef [override 'algorithm.kl={coef: 0, target: 6}']: it"),
         (["evaluate.metrics=[reward, win_rate]"], "win_rate needs evaluate.judge"),
         (["evaluate.metrics=[rewrad]"], "did you mean 'reward'"),
         (["evaluate.judge=judges_of_policies:low"], "is called with 3 positional, it takes 2"),

@@ -1,15 +1,19 @@
 """The policy family, whole: trained, evaluated again, asked, exported, and begun with the weights of other runs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from policy_runs import trained
 
 import jaxops as jx
 from jaxops.cli.main import main
 from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.failures import UserError
 from jaxops.core.sharding import named_leaves
 from jaxops.core.weights import load_weights, targets_of
 from jaxops.core.writers import read_metrics
@@ -53,6 +57,30 @@ def test_a_run_writes_metrics_and_samples(there):
         share = sum(ord(c) < 64 for c in line["completion"]) / max(len(line["completion"]), 1)
         assert line["reward"] == pytest.approx(share - 0.1, abs=1e-6)
     assert summary("ppo")["step"] == 2 and summary("ppo")["valid/reward"] == measured("ppo")["valid/reward"]
+
+
+def test_a_served_policy_reads_nothing_but_the_policy(there, monkeypatch):
+    def only_policy(checkpoints, step, prefix="params", *rest, **more):
+        assert prefix.split("/")[1:] == ["policy"], prefix
+        return load(checkpoints, step, prefix, *rest, **more)
+
+    load = Checkpoints.load_params
+    monkeypatch.setattr(Checkpoints, "load_params", only_policy)
+    served = jx.load("runs/ppo")
+    assert served.generate(["say 1"], max_tokens=3, temperature=0).num_rows == 1
+    monkeypatch.setattr("jaxops.run.saved_run.memory_here", lambda: 3 * 4 * served.saved.entries() // 8)
+    assert jx.load("runs/ppo").params  # three eighths of the whole are room for the policy
+
+
+def test_a_policy_of_another_architecture_is_refused_before_it_is_read(there, tmp_path):
+    shutil.copytree("runs/ppo", tmp_path / "copy")
+    file = tmp_path / "copy/transform/architecture.parquet"
+    kept = json.loads(pq.read_table(file)["architecture"].to_numpy().astype(np.uint8).tobytes())
+    text = json.dumps(kept | {"hidden": 64}).encode()
+    pq.write_table(pa.table({"architecture": np.frombuffer(text, np.uint8)}), file)
+    (tmp_path / "copy/transform/digests.json").unlink()
+    with pytest.raises(UserError, match=r"is not of the model that its config describes.*policy/"):
+        jx.load(tmp_path / "copy")
 
 
 def test_the_reference_is_what_the_policy_began_as(there):

@@ -13,7 +13,7 @@ from jaxops.run.fit import fit
 from jaxops.run.load import open_saved_run
 from jaxops.run.pretrained.config import Pretrained
 from jaxops.run.pretrained.opened import open_decoder
-from jaxops.run.pretrained.stored import decoder_subtree, subtree
+from jaxops.run.pretrained.stored import decoder_subtree
 
 CONFIG = """\
 task: toy_subtrees:FAMILY
@@ -37,7 +37,7 @@ def policy(tmp_path_factory):
 
 def test_the_decoder_of_a_policy_is_what_the_next_run_begins_with(policy):
     saved = open_saved_run(policy)
-    expected = dict(named_leaves(subtree(saved.weights.params, decoder_subtree(saved))))
+    expected = dict(named_leaves(saved.params_below(decoder_subtree(saved))))
     opened = open_decoder(Pretrained(weights=policy, lora=LoraConfig(rank=2)), None, 64)
     shapes = targets_of(Lora(opened.decoder, LoraConfig(rank=2)).shapes)
     # Without a sharding, numpy arrays are made.
@@ -59,9 +59,13 @@ def test_adapters_of_a_policy_are_not_left_out_unseen(policy, lora, said):
         open_decoder(Pretrained(weights=policy, lora=lora), None, 64)
 
 
-def test_a_subtree_is_what_lies_below_its_prefix():
-    params = {"policy": {"embedding": 1, "layers": {"kernel": 2}}, "value": {"kernel": 3}}
-    assert subtree(params, "policy/") == params["policy"] and subtree(params, "") == params
-    assert subtree(params, "policy/layers/") == {"kernel": 2}
-    with pytest.raises(UserError, match=r"no parameters below reward/ \(there are: policy, value\)"):
-        subtree(params, "reward/")
+def test_what_is_read_below_a_prefix_is_that_part_of_the_parameters(policy):
+    saved = open_saved_run(policy)
+    whole = saved.weights.params
+    for below, part in (("policy/", whole["policy"]), ("policy/layers/", whole["policy"]["layers"]), ("", whole)):
+        found, expected = dict(named_leaves(saved.params_below(below))), dict(named_leaves(part))
+        assert found.keys() == expected.keys()
+        for path, value in expected.items():
+            np.testing.assert_array_equal(found[path], value, err_msg=path)
+    with pytest.raises(UserError, match="reward"):
+        saved.params_below("reward/")
