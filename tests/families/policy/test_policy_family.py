@@ -144,7 +144,8 @@ def test_a_value_with_a_trunk_of_its_own_begins_as_the_policy(there):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo", "rloo"])
 def test_swapping_the_algorithm_changes_nothing_else(there, kind):
-    trained(kind, f"algorithm={{kind: {kind}, group: 4, minibatches: 2}}")
+    penalty = ", kl: {coef: 0.05}" if kind == "rloo" else ""
+    trained(kind, f"algorithm={{kind: {kind}, group: 4, minibatches: 2{penalty}}}")
     line = windows(kind)[-1]
     assert "train/loss/policy" in line and "train/loss/value" not in line and 0 <= line["train/flat_groups"] <= 1
     assert ("train/kl" in line) == (kind == "rloo")
@@ -155,7 +156,7 @@ def test_swapping_the_algorithm_changes_nothing_else(there, kind):
 
 @pytest.mark.slow
 def test_a_policy_begins_with_a_language_model_and_is_judged_by_a_reward_model(begun):
-    rewards = "rewards=[{run: runs/rm, weight: 0.5, clip: 1}, {fn: 'judges_of_policies:low', name: mine, weight: 2}]"
+    rewards = "rewards=[{run: runs/rm, weight: 0.5}, {fn: 'judges_of_policies:low', name: mine, weight: 2}]"
     trained("of-rm", *OF_SFT, rewards, "value={kind: trunk, weights: runs/rm}", "optimizer.lr=1e-30")
     params, frozen = parameters("of-rm"), parameters("of-rm", part="frozen")
     for path, value in parameters("sft", 1).items():
@@ -169,7 +170,7 @@ def test_a_policy_begins_with_a_language_model_and_is_judged_by_a_reward_model(b
         f"value/{path}".replace("value/reward/", "value/score/") for path in parameters("rm")
     }
     line = windows("of-rm")[0]
-    assert line["train/reward"] == pytest.approx(0.5 * line["train/reward/rm"] + 2 * line["train/reward/mine"], abs=0.5)
+    assert line["train/reward"] == pytest.approx(0.5 * line["train/reward/rm"] + 2 * line["train/reward/mine"], abs=1e-5)
     learnt("of-rm")
 
 
