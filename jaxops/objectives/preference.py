@@ -232,7 +232,7 @@ def reward_of_pairs(
 
 
 def reward_of_best(model: TextScorer, *, center: float = 0.0) -> Objective:
-    """Builds the softmax over k candidates, with metrics `accuracy` and `score`.
+    """Builds the softmax over k candidates, with metrics `top1` (the best one has the highest score) and `score`.
 
     A batch is one of [batch, k, length] with "best" [batch], the index of the best candidate. It may hold "valid"
     [batch, k], False for candidates that are padding.
@@ -251,7 +251,7 @@ def reward_of_best(model: TextScorer, *, center: float = 0.0) -> Objective:
         if center:
             sums["loss/center"] = Sum.of(center * centering(mean[:, None]), weight)
         first = jnp.argmax(jnp.where(valid, scores, -jnp.inf), axis=1)
-        sums["accuracy"] = Sum.of(first == batch["best"], weight)
+        sums["top1"] = Sum.of(first == batch["best"], weight)
         sums["score"] = Sum.of(mean, weight)
         return sums
 

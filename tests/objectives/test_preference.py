@@ -160,7 +160,7 @@ def test_the_objective_of_best_of_k_is_numpys():
     expected = {
         "loss/preference": -np.log(share[np.arange(16), best] / share.sum(1)),
         "loss/center": 0.5 * (2 * mean) ** 2,
-        "accuracy": share.argmax(1) == best,
+        "top1": share.argmax(1) == best,
         "score": mean,
     }
     assert set(found) == set(expected)

@@ -105,11 +105,11 @@ def _pair(config: PreferenceData, where: str, row: Mapping[str, Any]) -> Pair:
     return Pair(
         where,
         texts,
-        _digest_of_prompt(texts),
-        _number(row, names.weight, 1.0, "a number that is not negative"),
+        prompt_digest(texts),
+        weight_in(row, names.weight),
         None if _given(row, names.margin) is None else _number(row, names.margin, 0.0, "a number of 0 or more"),
         _label(row, names.label),
-        _annotator(row, names.annotator),
+        annotator_in(row, names.annotator),
     )
 
 
@@ -185,8 +185,8 @@ def _asked(
     )
 
 
-def _digest_of_prompt(texts: tuple[Example, Example]) -> bytes:
-    """Returns a digest of what two texts answer; of the two themselves, where that is nothing."""
+def prompt_digest(texts: Sequence[Example]) -> bytes:
+    """Returns a digest of what texts answer; of the texts themselves, where that is nothing."""
     first = texts[0]
     said: Any = first.messages[: first.asked] if first.text is None else first.text[: first.prompt].strip()
     if not said:
@@ -228,6 +228,12 @@ def _label(row: Mapping[str, Any], name: str | None) -> float:
     return float(value)
 
 
-def _annotator(row: Mapping[str, Any], name: str | None) -> str | None:
+def weight_in(row: Mapping[str, Any], name: str | None) -> float:
+    """Returns how much a row counts: 1 where it does not say."""
+    return _number(row, name, 1.0, "a number that is not negative")
+
+
+def annotator_in(row: Mapping[str, Any], name: str | None) -> str | None:
+    """Returns who judged a row; None where it does not say."""
     value = None if name is None else row.get(name)
     return None if value is None else str(value)

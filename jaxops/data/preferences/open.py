@@ -5,76 +5,30 @@ Reading comes before the tokenizer, so that one can be made out of the texts of 
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
 from jaxops.core.failures import UserError
 from jaxops.data import notes
 from jaxops.data.preferences.agreement import AnnotatorAgreement, of_preferences, of_ratings
+from jaxops.data.preferences.choices import Choices, read_choices
 from jaxops.data.preferences.formats import Pair, read_pairs
+from jaxops.data.preferences.opened import Featured, Judgements, OpenedJudgements, fill_id, inspected, tokenised
 from jaxops.data.preferences.pairs import Pairs, PairSource, RatedSource, Texts
 from jaxops.data.preferences.ratings import Rated, Ratings, read_rated, with_partners
-from jaxops.data.preferences.spec import PreferenceData, PreferenceDataConfig, RatingData
-from jaxops.data.protocol import Source
-from jaxops.data.text.documents import Documents, tokenise
-from jaxops.data.text.formats import Example
+from jaxops.data.preferences.spec import ChoiceData, JudgementConfig, PreferenceData, RatingData
 from jaxops.data.text.heldout import split
-from jaxops.data.text.spec import CompletionData, OneTextData, Share, TextData
+from jaxops.data.text.spec import Share
 from jaxops.data.text.tokenizer import Tokenizer
 
 Judgement = TypeVar("Judgement")
-Featured = Callable[[Texts], Texts]
-"""A function that gives texts the features of a frozen model."""
 DRAWN = 0
 """The seed of the judgements of evaluation, which are the same in every run."""
 
 
-class Judgements(Protocol):
-    """Judgements that are read and split, before they are tokenised."""
-
-    @property
-    def words(self) -> list[str]:
-        """All that is said in the texts of training."""
-        ...
-
-    def opened(
-        self, tokenizer: Tokenizer, featured: Featured | None = None, *, answers: bool = False
-    ) -> "OpenedJudgements":
-        """Tokenises the texts.
-
-        Args:
-          tokenizer: that of the model.
-          featured: gives the texts of training and those that are held out their features.
-          answers: leave out what has no token of an answer to learn from, which a score of whole texts does not need.
-
-        Raises:
-          UserError: a template fails, or nothing is left to learn from.
-        """
-        ...
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class OpenedJudgements:
-    """Judgements that are ready to be trained on.
-
-    Attributes:
-      source: given a seed, the pairs of training.
-      texts: the texts of training.
-      valid: the held-out pairs, or None.
-      agreement: how far people agree with each other.
-      inspection: plain values that describe the data, their digest among them.
-    """
-
-    source: Callable[[int], Source]
-    texts: Texts
-    valid: Pairs | None
-    agreement: AnnotatorAgreement
-    inspection: dict[str, Any]
-
-
-def read_judgements(config: PreferenceDataConfig) -> Judgements:
+def read_judgements(config: JudgementConfig) -> Judgements:
     """Reads judgements and splits them: all of one prompt (ratings: of one text) are on one side.
 
     Raises:
@@ -83,6 +37,8 @@ def read_judgements(config: PreferenceDataConfig) -> Judgements:
     with notes.collected() as remarks:
         if isinstance(config, PreferenceData):
             return Preferences(config, *_split(config, read_pairs, lambda pair: pair.prompt), remarks)
+        if isinstance(config, ChoiceData):
+            return Choices(config, *_split(config, read_choices, lambda choice: choice.prompt), remarks)
         rated, held = _split(config, read_rated, lambda one: one.text.digest())
         held = with_partners(held, "valid") if held else []
         return RatedTexts(config, with_partners(rated, "train"), held, remarks)
@@ -100,7 +56,7 @@ def _split(
         held = read(config, config.valid)
         both = len({key(one) for one in held} & {*keys})
         if both:
-            what = "prompts" if isinstance(config, PreferenceData) else "texts"
+            what = "texts" if isinstance(config, RatingData) else "prompts"
             notes.tell(f"{both} {what} of data.valid are in data.path too: validation knows them")
         return everything, held
     return split(everything, keys, config.valid.share, "prompt(s) or text(s)")
@@ -130,7 +86,7 @@ class Preferences:
                 notes.tell(f"{against} labels are below 0.5: there the rejected text counts as the better one")
             train = self._pairs(self.train, tokenizer, "train", featured, answers)
             valid = self._pairs(self.valid, tokenizer, "valid", featured, answers) if self.valid else None
-        inspection = _inspection(self.config, tokenizer, {"train": train, "valid": valid}, self.remarks + remarks)
+        inspection = inspected(self.config, tokenizer, {"train": train, "valid": valid}, self.remarks + remarks)
         inspection["conversations"] = sum(pair.texts[0].text is None for pair in self.train)
         everybody = of_preferences([*self.train, *self.valid])
         return OpenedJudgements(lambda seed: PairSource(train, seed), train.texts, valid, everybody, inspection)
@@ -140,7 +96,7 @@ class Preferences:
     ) -> Pairs:
         config = self.config
         documents = tokenised(config, [text for pair in pairs for text in pair.texts], tokenizer)
-        texts = Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
+        texts = Texts.cut(documents, config.length, config.too_long, fill_id(tokenizer))
         kept = self._kept(pairs, texts, np.diff(documents.offsets) > config.length, part, answers)
         told = [pair for pair, keep in zip(pairs, kept, strict=True) if keep]
         prompts = {prompt: at for at, prompt in enumerate(dict.fromkeys(pair.prompt for pair in told))}
@@ -235,7 +191,7 @@ class RatedTexts:
             held = Ratings(held_out)
             judged, agreement = self._judged(valid, held), of_ratings(held, DRAWN, self.config.judgements)
         source = lambda seed: RatedSource(train, ratings, self.config.labels, seed)
-        inspection = _inspection(self.config, tokenizer, {"train": train, "valid": judged}, self.remarks + remarks)
+        inspection = inspected(self.config, tokenizer, {"train": train, "valid": judged}, self.remarks + remarks)
         inspection["train"]["ratings"] = len(ratings.values)
         judges = f"{inspection['digest']} {_digest_of_ratings(ratings)}"
         inspection["digest"] = hashlib.sha256(judges.encode()).hexdigest()
@@ -259,7 +215,7 @@ class RatedTexts:
             notes.tell(
                 f"{part}: {over} of {len(rated)} texts are longer than data.length {config.length}, lose their {side}"
             )
-        texts = Texts.cut(documents, config.length, config.too_long, _fill(tokenizer))
+        texts = Texts.cut(documents, config.length, config.too_long, fill_id(tokenizer))
         return rated, featured(texts) if featured else texts
 
     def _judged(self, texts: Texts, ratings: Ratings) -> Pairs:
@@ -267,55 +223,6 @@ class RatedTexts:
         sides = np.concatenate([np.stack([one.first, one.second], axis=1) for one in drawn])
         label = np.concatenate([ratings.single(one) for one in drawn]).astype(np.float32)
         return Pairs(texts, sides, np.ones(len(sides), np.float32), label, None, sides, (None,) * len(sides))
-
-
-def tokenised(config: PreferenceDataConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> Documents:
-    """Turns texts into tokens, one document each; of preferences their answers are marked, of ratings all.
-
-    Raises:
-      UserError: a template fails.
-    """
-    form: OneTextData = TextData(path=config.path, pack=False)
-    if isinstance(config, PreferenceData):
-        form = CompletionData(
-            path=config.path, template=config.template, arguments=config.arguments, date=config.date, pack=False
-        )
-    return tokenise(form, examples, tokenizer)
-
-
-def _fill(tokenizer: Tokenizer) -> int:
-    return next((one for one in (tokenizer.pad, tokenizer.eos) if one is not None), 0)
-
-
-def _inspection(
-    config: PreferenceDataConfig, tokenizer: Tokenizer, parts: dict[str, Any], remarks: list[str]
-) -> dict[str, Any]:
-    """Returns plain values that describe the data, with a digest of all that training and evaluation read."""
-    there = {name: part for name, part in parts.items() if part is not None}
-    said = [f"{config.length} {config.too_long}", *(f"{name} {_digest(part)}" for name, part in there.items())]
-    found: dict[str, Any] = {
-        "kind": config.kind,
-        "length": config.length,
-        "tokenizer": tokenizer.digest,
-        "digest": hashlib.sha256("\n".join(said).encode()).hexdigest(),
-    }
-    found |= {name: _counts(part) for name, part in there.items()}
-    return found | ({"notes": remarks} if remarks else {})
-
-
-def _counts(part: Pairs | Texts) -> dict[str, int]:
-    texts = part.texts if isinstance(part, Pairs) else part
-    counts = {"pairs": len(part), "ties": int((part.label == 0.5).sum())} if isinstance(part, Pairs) else {}
-    return {"texts": len(texts), "tokens": int(texts.width.sum())} | counts
-
-
-def _digest(part: Pairs | Texts) -> str:
-    texts = part.texts if isinstance(part, Pairs) else part
-    found = hashlib.sha256(texts.documents.digest().encode())
-    if isinstance(part, Pairs):
-        for values in (part.sides, part.weight, part.label, part.margin):
-            found.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
-    return found.hexdigest()
 
 
 def _digest_of_ratings(ratings: Ratings) -> str:

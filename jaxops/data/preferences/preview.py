@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxops.data.preferences.open import OpenedJudgements
+from jaxops.data.preferences.opened import OpenedJudgements
 from jaxops.data.text.preview import CLOSE, OPEN, pieces
 from jaxops.data.text.tokenizer import Tokenizer
 
@@ -25,22 +25,27 @@ def _shown(value: Any) -> str:
 
 
 def previewed(data: OpenedJudgements, tokenizer: Tokenizer, seed: int, count: int, marked: bool = False) -> list[str]:
-    """Returns the first pairs of training as lines of text.
+    """Returns the first pairs or choices of training as lines of text.
 
     Args:
       data: the judgements.
       tokenizer: reads their tokens.
       seed: the seed of the run.
-      count: number of pairs.
+      count: number of pairs or choices.
       marked: put what is learnt from as a text into brackets.
     """
     source = data.source(seed)
     batch = source.batch(0, min(count, source.examples))
     lines = []
     for at in range(len(batch["id"])):
-        label = float(batch["label"][at])
-        lines.append(f"pair {int(batch['id'][at])}: the first is better with probability {label:g}")
-        for side, name in enumerate(("first", "second")):
+        if "best" in batch:
+            names = [f"{place + 1}" for place in range(int(batch["valid"][at].sum()))]
+            lines.append(f"choice {int(batch['id'][at])}: the best of {len(names)} is {int(batch['best'][at]) + 1}")
+        else:
+            names = ["first", "second"]
+            label = float(batch["label"][at])
+            lines.append(f"pair {int(batch['id'][at])}: the first is better with probability {label:g}")
+        for side, name in enumerate(names):
             size = int(batch["segment"][at, side].sum())
             ids = batch["tokens"][at, side, :size].tolist()
             learnt = [False, *(batch["mask"][at, side, : size - 1] != 0)]

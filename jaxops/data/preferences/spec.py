@@ -67,20 +67,59 @@ class JudgedPart(Part):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreferenceData(JudgedPart):
-    """Pairs of answers to a prompt, of which a person chose one: {"prompt", "chosen", "rejected"}.
+class AnsweredPart(JudgedPart):
+    """The fields that judgements of answers to prompts share, whose answers may be texts or lists of messages.
 
-    Texts and lists of messages are read as TRL has them, with the prompt in a column of its own or as the beginning of
-    both sides. Transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...", Bai et al. 2022) become messages, unless `template`
-    is null. `template`, `arguments` and `date` are those of `kind: completion`.
+    `template`, `arguments` and `date` are those of `kind: completion`.
     """
 
-    kind: Literal["preferences"] = "preferences"
-    columns: PreferenceColumns = PreferenceColumns()
     template: str | None = "model"
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     date: str | None = None
     too_long: TooLong = "cut_start"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceData(AnsweredPart):
+    """Pairs of answers to a prompt, of which a person chose one: {"prompt", "chosen", "rejected"}.
+
+    Texts and lists of messages are read as TRL has them, with the prompt in a column of its own or as the beginning of
+    both sides. Transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...", Bai et al. 2022) become messages, unless `template`
+    is null.
+    """
+
+    kind: Literal["preferences"] = "preferences"
+    columns: PreferenceColumns = PreferenceColumns()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChoiceColumns:
+    """Names of the columns of choices. Of the last two, those that a file lacks are not read, unless renamed here.
+
+    Attributes:
+      prompt: what all completions answer.
+      completions: the list of answers.
+      best: the place of the best one in that list, from 0 on.
+      weight: how much the row counts, 1 without it.
+      annotator: who judged.
+    """
+
+    prompt: str = "prompt"
+    completions: str = "completions"
+    best: str = "best"
+    weight: str | None = "weight"
+    annotator: str | None = "annotator"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChoiceData(AnsweredPart):
+    """Several answers to a prompt, of which a person chose the best: {"prompt", "completions", "best"}.
+
+    Rows may have different numbers of completions. Validation is on the pairs of the best one and each other one.
+    """
+
+    kind: Literal["best_of_k"] = "best_of_k"
+    columns: ChoiceColumns = ChoiceColumns()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,4 +144,4 @@ class RatingData(JudgedPart):
             yield "too_long", "ratings are of whole texts: `cut_end` or `cut_start`"
 
 
-PreferenceDataConfig = PreferenceData | RatingData
+JudgementConfig = PreferenceData | ChoiceData | RatingData

@@ -2,7 +2,8 @@
 
 import functools
 
-from jaxops.data.preferences.open import OpenedJudgements, read_judgements
+from jaxops.data.preferences.open import read_judgements
+from jaxops.data.preferences.opened import OpenedJudgements
 from jaxops.data.preferences.preview import counted, previewed
 from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.open import TextParts, read_text

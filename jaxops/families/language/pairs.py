@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxops.data.preferences.open import OpenedJudgements
+from jaxops.data.preferences.opened import OpenedJudgements
 from jaxops.data.preferences.pairs import Pairs
 from jaxops.evaluate.judged_pairs import LABELS, agreement_notes, agreement_rows, baselines, count_rows
 from jaxops.families.language.config import LanguageConfig

@@ -8,11 +8,11 @@ from pydantic import Field
 
 from jaxops.config.types import ByPath, Factory
 from jaxops.core.metric import Metric, metric_of
-from jaxops.data.preferences.spec import PreferenceData, RatingData
+from jaxops.data.preferences.spec import ChoiceData, PreferenceData, RatingData
 from jaxops.data.text.trained_tokenizer import TrainedTokenizer
 from jaxops.evaluate.preferences import METRICS
 from jaxops.models.decoder.architecture import Architecture
-from jaxops.objectives.preference import BradleyTerry
+from jaxops.objectives.preference import BestOfK, BradleyTerry
 from jaxops.run.config import EarlyStop, Evaluate, RunConfig
 from jaxops.run.pretrained.config import Pretrained
 
@@ -63,11 +63,11 @@ class RewardConfig(RunConfig):
     """
 
     task: str = "reward"
-    data: PreferenceData | RatingData
+    data: PreferenceData | ChoiceData | RatingData
     model: FreshReward | PretrainedReward = FreshReward()
     tokenizer: str | TrainedTokenizer | None = None
     reference: Annotated[int, Field(ge=2, le=100_000)] = 256
-    objective: BradleyTerry | Annotated[ByPath, Factory(leading=1)] = BradleyTerry()
+    objective: BradleyTerry | BestOfK | Annotated[ByPath, Factory(leading=1)] = BradleyTerry()
     evaluate: RewardEvaluate = RewardEvaluate()
 
     def metric(self, name: str) -> Metric:
@@ -92,6 +92,10 @@ class RewardConfig(RunConfig):
             found.append(("tokenizer", "the weights know their own vocabulary: leave it out, or name its folder"))
         if isinstance(self.model, PretrainedReward) and self.model.frozen:
             found += self._frozen_problems(self.model)
+        choices = isinstance(self.data, ChoiceData)
+        if not isinstance(self.objective, ByPath) and isinstance(self.objective, BestOfK) != choices:
+            text = f"`{self.objective.kind}` does not learn from data.kind {self.data.kind}: take "
+            found.append(("objective.kind", text + ("`best_of_k`" if choices else "`bradley_terry`")))
         if self.batch.pack:
             found.append(("batch.pack", "is for recommenders; each text has a row of its own"))
         if self.data.valid is None and (self.evaluate.stop is not None or self.checkpoint.best is not None):

@@ -1,6 +1,7 @@
 """`jaxops data inspect` and `jaxops data preview` for human judgements."""
 
-from jaxops.data.preferences.open import OpenedJudgements, read_judgements
+from jaxops.data.preferences.open import read_judgements
+from jaxops.data.preferences.opened import OpenedJudgements
 from jaxops.data.preferences.preview import counted, previewed
 from jaxops.data.text.tokenizer import Tokenizer
 from jaxops.families.reward.config import RewardConfig

@@ -5,8 +5,9 @@ from typing import Any
 from jaxops.config.bypath import ByPath
 from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError
-from jaxops.data.preferences.open import OpenedJudgements, read_judgements
-from jaxops.data.preferences.spec import PreferenceData
+from jaxops.data.preferences.open import read_judgements
+from jaxops.data.preferences.opened import OpenedJudgements
+from jaxops.data.preferences.spec import AnsweredPart
 from jaxops.data.text.documents import with_learnt_template
 from jaxops.evaluate.judged_pairs import LABELS, agreement_notes, agreement_rows, baselines, count_rows
 from jaxops.families.reward.config import PretrainedReward, RewardConfig
@@ -47,7 +48,7 @@ def build(loaded: Loaded[RewardConfig], given: Given) -> Task:
     scores = on_model(opened.model, scores_of_pairs(opened.reward))
     if trunk is not None:
         scores = scores_of_features(opened.reward)
-    template = config.data.template if isinstance(config.data, PreferenceData) else None
+    template = config.data.template if isinstance(config.data, AnsweredPart) else None
     return Task(
         **of_config(config, loaded.resolved, opened.model),
         objective=_objective(config, given, opened),

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from jaxops.core.failures import UserError
 from jaxops.data.preferences.formats import TURN, turns_of
-from jaxops.data.preferences.spec import PreferenceData, PreferenceDataConfig
+from jaxops.data.preferences.spec import ChoiceData, JudgementConfig, PreferenceData, RatingData
 from jaxops.data.text.formats import Example, WrongRow, messages_in, parsed, sort_of, text_in, value_in
 from jaxops.run.given_table import columns_of_rows
 
@@ -24,7 +24,7 @@ class GivenTexts:
     table: pa.Table
 
 
-def read_given(config: PreferenceDataConfig, path: str) -> GivenTexts:
+def read_given(config: JudgementConfig, path: str) -> GivenTexts:
     """Reads texts: {"prompt", "completion"}, {"messages"} or {"text"}; of a run on ratings, its own column of texts.
 
     Raises:
@@ -45,8 +45,8 @@ def read_given(config: PreferenceDataConfig, path: str) -> GivenTexts:
     return GivenTexts([example for _, example in found], table)
 
 
-def _example(config: PreferenceDataConfig, where: str, row: dict[str, Any]) -> Example:
-    if not isinstance(config, PreferenceData):
+def _example(config: JudgementConfig, where: str, row: dict[str, Any]) -> Example:
+    if isinstance(config, RatingData):
         return Example(where, text=text_in(row, config.columns.text))
     if COMPLETION in row:
         return _completion(config, where, row)
@@ -66,7 +66,7 @@ def _example(config: PreferenceDataConfig, where: str, row: dict[str, Any]) -> E
     return Example(where, text=text)
 
 
-def _completion(config: PreferenceData, where: str, row: dict[str, Any]) -> Example:
+def _completion(config: PreferenceData | ChoiceData, where: str, row: dict[str, Any]) -> Example:
     prompt = config.columns.prompt or "prompt"
     asked, said = value_in(row, prompt), value_in(row, COMPLETION)
     if isinstance(asked, str) != isinstance(said, str):

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float
 from jaxops.core.failures import UserError
 from jaxops.core.state import Params
 from jaxops.data import notes
-from jaxops.data.preferences.open import tokenised
+from jaxops.data.preferences.opened import tokenised
 from jaxops.data.preferences.pairs import SingleTextBatches, Texts
-from jaxops.data.preferences.spec import PreferenceData, TooLong
+from jaxops.data.preferences.spec import AnsweredPart, TooLong
 from jaxops.data.text.documents import MODEL, Documents
 from jaxops.data.text.formats import Example
 from jaxops.families.reward.given_texts import read_given
@@ -125,7 +125,7 @@ class ServedReward:
           UserError: the prompt is a conversation, and the run learnt from texts.
         """
         data, where = self.saved.config.data, "a completion"
-        if isinstance(data, PreferenceData) and data.template is not None:
+        if isinstance(data, AnsweredPart) and data.template is not None:
             asked = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
             messages = (*asked, {"role": "assistant", "content": completion})
             return Example(where, messages=messages, asked=len(asked))
@@ -144,7 +144,7 @@ class ServedReward:
     def _tokenised(self, examples: Sequence[Example]) -> Documents:
         """Tokenises with the template that was learnt with: the run keeps it, its file may be another one by now."""
         data = self.saved.config.data
-        if isinstance(data, PreferenceData) and data.template is not None:
+        if isinstance(data, AnsweredPart) and data.template is not None:
             data = dataclasses.replace(data, template=MODEL)
         return tokenised(data, examples, self.tokenizer)
 

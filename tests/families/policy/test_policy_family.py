@@ -170,7 +170,9 @@ def test_a_policy_begins_with_a_language_model_and_is_judged_by_a_reward_model(b
         f"value/{path}".replace("value/reward/", "value/score/") for path in parameters("rm")
     }
     line = windows("of-rm")[0]
-    assert line["train/reward"] == pytest.approx(0.5 * line["train/reward/rm"] + 2 * line["train/reward/mine"], abs=1e-5)
+    assert line["train/reward"] == pytest.approx(
+        0.5 * line["train/reward/rm"] + 2 * line["train/reward/mine"], abs=1e-5
+    )
     learnt("of-rm")
 
 
