@@ -35,12 +35,13 @@ import optax
 
 import jaxops
 from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.fresh_state import init_state
 from jaxops.core.interrupt import Interrupt
 from jaxops.core.loop import Window, run_loop
 from jaxops.core.mesh import batch_sharding, make_mesh
-from jaxops.core.step import build_step, init_state
+from jaxops.core.metrics_file import JsonlWriter
+from jaxops.core.step import build_step
 from jaxops.core.sums import Sum
-from jaxops.core.writers import JsonlWriter
 
 ROWS, FEATURES, TARGETS = 8, 16, 8
 WINDOW = 50

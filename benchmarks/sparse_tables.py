@@ -31,8 +31,9 @@ import numpy as np
 import optax
 
 import jaxops
+from jaxops.core.fresh_state import init_state
 from jaxops.core.mesh import make_mesh
-from jaxops.core.step import build_step, init_state
+from jaxops.core.step import build_step
 from jaxops.core.sums import Sum
 from jaxops.tables.optimizers import Adagrad, RowwiseAdagrad, TableOptimizer
 from jaxops.tables.spec import TableSpec

@@ -25,8 +25,9 @@ import numpy as np
 import optax
 
 import jaxops
+from jaxops.core.fresh_state import init_state
 from jaxops.core.mesh import make_mesh, use_cpu_devices
-from jaxops.core.step import build_step, init_state
+from jaxops.core.step import build_step
 from jaxops.core.sums import Sum
 from jaxops.tables.optimizers import RowwiseAdagrad
 from jaxops.tables.spec import TableSpec

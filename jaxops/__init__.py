@@ -18,7 +18,7 @@ _NAMES = {
     "use_cpu_devices": "jaxops.core.mesh",
     "State": "jaxops.core.state",
     "build_step": "jaxops.core.step",
-    "init_state": "jaxops.core.step",
+    "init_state": "jaxops.core.fresh_state",
     "Metric": "jaxops.core.metric",
     "RunConfig": "jaxops.run.config",
     "Family": "jaxops.run.family",

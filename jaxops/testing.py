@@ -20,9 +20,10 @@ from jaxtyping import Array, PyTree
 
 from jaxops.core.accumulate import Objective
 from jaxops.core.failures import UserError
+from jaxops.core.fresh_state import init_state
 from jaxops.core.mesh import make_mesh, use_cpu_devices
 from jaxops.core.sharding import named_leaves
-from jaxops.core.step import build_step, init_state
+from jaxops.core.step import build_step
 from jaxops.core.sums import Sums
 from jaxops.run.fence import require_constrained_kernels
 from jaxops.run.task import Task

@@ -10,8 +10,8 @@ import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.metrics_file import read_metrics
 from jaxops.core.plain import flatten, name
-from jaxops.core.writers import read_metrics
 
 OF_THE_CLOCK = ("time", "train/targets_per_s", "train/examples_per_s", "train/step_ms", "train/tflops_per_s")
 OF_THE_CALL = ("finished", "wall_s", "command")

@@ -20,8 +20,8 @@ import pytest
 
 from jaxops.cli.main import main
 from jaxops.core.compiles import enable_compilation_cache
+from jaxops.core.metrics_file import read_metrics
 from jaxops.core.turn import advanced
-from jaxops.core.writers import read_metrics
 from jaxops.report.page import write_report
 
 CONFIG = """\

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from jaxops.core.answers import Key, digest_of
 from jaxops.core.evaluation import Interrupted
-from jaxops.core.journal import MISSING, Key, digest_of, exchange
+from jaxops.core.journal import MISSING, exchange
 from jaxops.core.mesh import batch_axes
 from jaxops.core.rows import owned
 from jaxops.core.sums import Max, Sum

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxops.core.fresh_state import init_state
 from jaxops.core.mesh import make_mesh
 from jaxops.core.state import State
-from jaxops.core.step import TrainStep, build_step, init_state
+from jaxops.core.step import TrainStep, build_step
 from jaxops.core.sums import Max, Sum
 from jaxops.data.interactions.interactions import from_arrays
 from jaxops.data.interactions.splits import leave_one_out

@@ -8,52 +8,26 @@ last entry of a sample is valid. Tested in tests/core/test_journal.py and tests/
 """
 
 import enum
-import hashlib
 import json
-import math
-import operator
 import os
 import re
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxops.core import distributed, store_paths, stores
-from jaxops.core.failures import UserError
+from jaxops.core.answers import Answer, Entry, Key, checked_answer, entry_of, line_of, whole_key
 from jaxops.core.rows import gather_rows, owned_rows
-from jaxops.core.writers import writing
+from jaxops.core.whole_files import writing
 
 FOLDER = "journal"
-VERSION = 1
-"""The format version of a line; all versions up to this one are read."""
 _PART = re.compile(r"(\d+)-(\d+)-(\d+)\.jsonl")
-
-Answer = int | float | None | dict[str, Any]
-"""A finite number, None, or a dict of JSON with finite numbers."""
-
-
-class Key(NamedTuple):
-    """The sample of a question.
-
-    Attributes:
-      step: step of the loop.
-      id: example id.
-      copy: number of the completion of the same prompt.
-      redraw: number of the redraw.
-      turn: turn of the conversation.
-    """
-
-    step: int
-    id: int
-    copy: int = 0
-    redraw: int = 0
-    turn: int = 0
 
 
 class Missing(enum.Enum):
@@ -76,32 +50,6 @@ class _Appended:
         left = memoryview(data)
         while left:
             left = left[os.write(self.descriptor, left) :]
-
-
-class _Entry(NamedTuple):
-    digest: str
-    answer: Answer
-
-
-def digest_of(asked: Any) -> str:
-    """Returns the SHA-256 of a question: of bytes as they are, else of canonical JSON (arrays by their contents).
-
-    Raises:
-      TypeError: the question holds a value that is neither JSON nor an array.
-    """
-    if isinstance(asked, bytes):
-        return hashlib.sha256(b"bytes\n" + asked).hexdigest()
-    text = json.dumps(asked, sort_keys=True, separators=(",", ":"), default=_plain)
-    return hashlib.sha256(b"json\n" + text.encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray | jax.Array):
-        array = np.ascontiguousarray(value)
-        return {"dtype": str(array.dtype), "shape": array.shape, "sha256": hashlib.sha256(array.tobytes()).hexdigest()}
-    raise TypeError(f"{type(value).__name__} is neither JSON nor an array: give its text, or bytes")
 
 
 class Journal:
@@ -155,7 +103,7 @@ class Journal:
     def lookup(self, key: Key, digest: str) -> Answer | Missing:
         """Returns the known answer for this sample and question, or MISSING."""
         with self._lock:
-            entry = self._entries.get(_whole(key))
+            entry = self._entries.get(whole_key(key))
             if entry is None:
                 return MISSING
             if entry.digest != digest:
@@ -170,11 +118,11 @@ class Journal:
         Raises:
           UserError: the answer is not finite, or not a number, None or dict of JSON.
         """
-        key = _whole(key)
-        answer = _checked(key, answer)
+        key = whole_key(key)
+        answer = checked_answer(key, answer)
         with self._lock:
-            self._append(_line(key, _Entry(digest, answer)))
-            self._entries[key] = _Entry(digest, answer)
+            self._append(line_of(key, Entry(digest, answer)))
+            self._entries[key] = Entry(digest, answer)
             self._durable = False
         return answer
 
@@ -234,15 +182,15 @@ class Journal:
                 return []
             return sorted((p.name for p in self._folder.iterdir() if _PART.fullmatch(p.name)), key=_numbers)
 
-    def _read(self, parts: Iterable[str]) -> dict[Key, _Entry]:
+    def _read(self, parts: Iterable[str]) -> dict[Key, Entry]:
         """Returns the last entry of each sample in these parts."""
-        entries: dict[Key, _Entry] = {}
+        entries: dict[Key, Entry] = {}
         for name in parts:
             with writing(self._folder / name):
                 *lines, torn = (self._folder / name).read_bytes().split(b"\n")
             self.unreadable += bool(torn)
             for number, line in enumerate(lines, 1):
-                if (parsed := _parse(line, f"{self._folder / name}:{number}")) is None:
+                if (parsed := entry_of(line, f"{self._folder / name}:{number}")) is None:
                     self.unreadable += 1
                 else:
                     entries.pop(parsed[0], None)
@@ -281,7 +229,7 @@ class Journal:
         *others, last = parts
         with writing(self._folder):
             if kept:
-                self._write(last, b"".join(_line(key, entry) for key, entry in kept.items()))
+                self._write(last, b"".join(line_of(key, entry) for key, entry in kept.items()))
             self._remove(others if kept else parts)
         return [last] if kept else []
 
@@ -318,85 +266,16 @@ def exchange(mesh: Mesh, size: int, answers: Sequence[Answer]) -> list[Answer]:
     owned = sum(stop - start for start, stop in owned_rows(mesh, size))
     if len(answers) != owned:
         raise ValueError(f"exchange: {len(answers)} answers for the {owned} rows that this process owns")
-    texts = [json.dumps(_checked("exchange", answer)).encode() for answer in answers]
+    texts = [json.dumps(checked_answer("exchange", answer)).encode() for answer in answers]
     lengths = gather_rows(mesh, size, np.array([len(text) for text in texts], np.int64), "exchange of answers")
     width = 1 << max(int(lengths.max(initial=1)) - 1, 15).bit_length()  # few widths, as each is compiled once
     padded = np.array([text.ljust(width) for text in texts], f"S{width}").view(np.uint8).reshape(-1, width)
     return [json.loads(row.tobytes()) for row in gather_rows(mesh, size, padded, "exchange of answers")]
 
 
-def _checked(key: object, answer: Any) -> Answer:
-    """Returns the answer as JSON reads it back.
-
-    Raises:
-      UserError: the answer is not finite, or not a number, None or dict of JSON.
-    """
-    if isinstance(answer, np.ndarray | jax.Array) and np.ndim(answer) == 0:
-        answer = np.asarray(answer)[()]
-    if isinstance(answer, np.generic):
-        answer = answer.item()
-    if not (answer is None or isinstance(answer, int | float | Mapping)):
-        raise UserError(
-            f"the answer for {key} is {_short(answer)} ({type(answer).__name__}):"
-            " expected a finite number, a dict of JSON, or None to drop the sample"
-        )
-    if isinstance(answer, float) and not math.isfinite(answer):
-        raise UserError(f"the answer for {key} is {answer}: an answer must be finite, or None to drop the sample")
-    if not isinstance(answer, Mapping):
-        return answer
-    try:
-        return json.loads(json.dumps(dict(answer), allow_nan=False, default=_item))
-    except ValueError as error:
-        raise UserError(
-            f"the answer for {key} is {_short(answer)}: an answer must be finite, or None to drop the sample"
-        ) from error
-    except TypeError as error:
-        raise UserError(f"the answer for {key} is {_short(answer)}, which JSON cannot hold: {error}") from error
-
-
-def _item(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray | jax.Array):
-        return np.asarray(value).tolist()
-    raise TypeError(f"{type(value).__name__} is no number, text, list or dict")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _whole(key: Key) -> Key:
-    return Key(*map(operator.index, key))
-
-
 def _numbers(name: str) -> tuple[int, int, int]:
     serial, process, number = map(int, name.removesuffix(".jsonl").split("-"))
     return serial, process, number
-
-
-def _line(key: Key, entry: _Entry) -> bytes:
-    line = {"v": VERSION, "key": list(key), "digest": entry.digest, "answer": entry.answer}
-    return json.dumps(line, allow_nan=False).encode() + b"\n"
-
-
-def _parse(line: bytes, where: str) -> tuple[Key, _Entry] | None:
-    """Parses one line; returns None if it is not a valid entry.
-
-    Raises:
-      UserError: the line has a newer format.
-    """
-    try:
-        fields = json.loads(line)
-        version = operator.index(fields["v"])
-        if version <= VERSION:
-            key, digest = _whole(Key(*fields["key"])), fields["digest"]
-            return (key, _Entry(digest, _checked(key, fields["answer"]))) if isinstance(digest, str) else None
-    except (ValueError, KeyError, TypeError, RecursionError, UserError):
-        return None
-    raise UserError(
-        f"{where}: format {version}, but this version of jaxops reads up to {VERSION}:"
-        " resume with the newer jaxops that wrote it"
-    )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxops.core.failures import UserError, nearest
-from jaxops.core.writers import writing
+from jaxops.core.whole_files import writing
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

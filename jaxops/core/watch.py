@@ -21,7 +21,7 @@ from typing import Any, Self
 import jax
 
 from jaxops.core import distributed
-from jaxops.core.writers import replace_file
+from jaxops.core.whole_files import replace_file
 
 STALL_SECONDS = 600
 """The default of JAXOPS_STALL_SECONDS: longer than most compiles take, and a false alarm costs one file."""

@@ -16,8 +16,8 @@ from jaxops.config.node import plain_node
 from jaxops.config.yaml_text import parse_yaml
 from jaxops.core.failures import UserError
 from jaxops.core.metric import Better, Metric, label_of
+from jaxops.core.metrics_file import read_metrics
 from jaxops.core.small_files import read_bytes
-from jaxops.core.writers import read_metrics
 
 _HUGE = 1e39
 _LOWER_IN_OLDER_FOLDERS = re.compile(r"loss|nll|perplexity|rmse|mae|error|\bne\b|\bkl\b|\bece\b")

@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jaxops.core.failures import RunFailed
-from jaxops.core.writers import replace_file
+from jaxops.core.whole_files import replace_file
 
 
 def fill_template(template: str, **values: Any) -> str:

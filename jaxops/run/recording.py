@@ -1,21 +1,15 @@
 """The writers of a run, which process 0 alone opens: they get the metrics of every window, samples and events."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxops.config.types import ByPath
 from jaxops.core import distributed
 from jaxops.core.failures import UserError
-from jaxops.core.writers import (
-    JsonlWriter,
-    SamplesWriter,
-    TensorBoardWriter,
-    WandbWriter,
-    Writer,
-    Writers,
-    read_metrics,
-)
+from jaxops.core.loggers import TensorBoardWriter, WandbWriter
+from jaxops.core.metrics_file import JsonlWriter, SamplesWriter, read_metrics
+from jaxops.core.writers import Writer, Writers
 from jaxops.run.callables import require_callable
 from jaxops.run.config import RunConfig, TensorBoard, Wandb
 from jaxops.run.folder.run_folder import RunFolder
@@ -86,3 +80,27 @@ def own_loggers(configs: Sequence[TensorBoard | Wandb | ByPath]) -> list[Writer]
         require_callable(what, getattr(logger, "write", None), "step", "values")
         loggers.append(logger)
     return loggers
+
+
+def write_window(
+    writers: Writers, step: int, values: Mapping[str, Any], recompiled: Mapping[str, int], say: Callable[[str], None]
+) -> None:
+    """Records the values of a window of steps, and the events that belong to it.
+
+    Args:
+      writers: the writers.
+      step: the last step of the window.
+      values: its values; `skipped` is the number of non-finite updates that were left out.
+      recompiled: how often each program was compiled again after the first steps.
+      say: tells a person of it.
+
+    Raises:
+      RunFailed: the values cannot be written.
+    """
+    if values["skipped"]:
+        writers.event(step, "skipped", f"{values['skipped']} non-finite updates left out")
+    if recompiled:
+        text = ", ".join(f"{name} ({n} times)" for name, n in recompiled.items())
+        writers.event(step, "recompiled", f"after warm-up: {text}")
+        say(f"step {step}: recompiled after warm-up: {text}; do batches change shape?")
+    writers.write(step, {f"train/{name}": value for name, value in values.items() if isinstance(value, float | int)})

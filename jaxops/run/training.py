@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxops.core.failures import UserError
+from jaxops.core.fresh_state import init_state
 from jaxops.core.memory import device_memory
 from jaxops.core.mesh import batch_shards
 from jaxops.core.optimizer import build_optimizer, ema
 from jaxops.core.state import State
-from jaxops.core.step import TrainStep, build_step, init_state
+from jaxops.core.step import TrainStep, build_step
 from jaxops.run.fence import require_constrained_kernels
 from jaxops.run.task import Task
 from jaxops.tables.explain import require_room

@@ -37,17 +37,18 @@ from jaxops.core.watch import Watch
 from jaxops.data.loader import Loader
 from jaxops.run.accounting import Accounting
 from jaxops.run.checkpoints import open_checkpoints
+from jaxops.run.ending import finish
 from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.open_window import window_from_json, window_to_json
 from jaxops.run.progress import Progress
-from jaxops.run.recording import open_writers, own_loggers
+from jaxops.run.recording import open_writers, own_loggers, write_window
 from jaxops.run.rescue import Rescue
 from jaxops.run.saving import Position, Saving
-from jaxops.run.summary import FinishedRun, about_of, write_failure, write_summary
+from jaxops.run.summary import FinishedRun, about_of, write_failure
 from jaxops.run.task import StepParts, Task
 from jaxops.run.training import Training, abstract, abstract_batch
 from jaxops.run.validation import Validation, short_epochs, undefined_notices
-from jaxops.run.warm_start import begin_with, copied_paths, init_from, with_copies
+from jaxops.run.warm_start import first_state
 from jaxops.run.weights import served_weights
 
 
@@ -155,15 +156,8 @@ class TrainingRun:
     def _beginning(self) -> Position:
         """Returns the position before the first step: a fresh state with all weights that it takes from elsewhere."""
         self.alarms.restore(None)
-        state = self.fresh()
-        if self.task.start is not None:
-            state, report = begin_with(state, self.task.start(), copied_paths(state, self.task.copies))
-            self.progress.say(f"begins with: {report}")
-        if self.config.init_from:
-            specs = self.tables.specs if self.tables else {}
-            state, report = init_from(state, self.task, specs, self.config.init_from)
-            self.progress.say(f"init_from {self.config.init_from.run}: {report}")
-        return Position(with_copies(state, self.task.copies), 0, 0)
+        specs = self.tables.specs if self.tables else {}
+        return Position(first_state(self.fresh(), self.task, specs, self.progress.say), 0, 0)
 
     def _restored(self) -> Position | None:
         found = self.saving.restore(self.progress.warn)
@@ -361,21 +355,11 @@ class TrainingRun:
         values["lr"] = float(self.lr[window.last - 1])
         values |= self.accounting.rates(window)
         with self.rescue.tolerated():
-            self._write_window(window, values, again)
+            write_window(self.writers, window.last, values, again, self.progress.say)
         self.logged = window.last
         self.progress.step(window.last, self.task.steps, values)
         self._heed(window.last, {f"train/{name}": value for name, value in values.items()})
         return values
-
-    def _write_window(self, window: Window, values: Mapping[str, Any], again: Mapping[str, int]) -> None:
-        if values["skipped"]:
-            self.writers.event(window.last, "skipped", f"{values['skipped']} non-finite updates left out")
-        if again:
-            text = ", ".join(f"{name} ({n} times)" for name, n in again.items())
-            self.writers.event(window.last, "recompiled", f"after warm-up: {text}")
-            self.progress.say(f"step {window.last}: recompiled after warm-up: {text}; do batches change shape?")
-        scalars = {f"train/{name}": value for name, value in values.items() if isinstance(value, float | int)}
-        self.writers.write(window.last, scalars)
 
     def _evaluate_if_due(self, snapshot: Snapshot) -> None:
         if self.validation.due():
@@ -456,21 +440,7 @@ class TrainingRun:
             **values,
             **(self.validation.plots if values else {}),
         }
-
-        def write() -> dict[str, Any]:
-            if state == "finished":
-                if values:
-                    self.writers.write(step, {k: v for k, v in values.items() if k.startswith("test/")})
-                for name, figures in (self.task.baselines() if self.task.baselines else {}).items():
-                    found.update({f"baseline/{name}/{key}": value for key, value in figures.items()})
-            self.writers.flush()  # a run that is finished opens its records no more
-            summary, report = write_summary(self.folder, state, found)
-            if state == "finished":
-                self.progress.table(summary, self.config.evaluate.metrics, self.task.about.note)
-            self.progress.say(f"report: {report}")
-            return self.folder.summary()
-
-        return FinishedRun(self.folder.dir, distributed.run_on_primary("summary", write), state)
+        return finish(self.task, self.folder, self.writers, self.progress, state, found)
 
     def _ended(self, why: str) -> None:
         """Records that another process has failed, before this one leaves."""

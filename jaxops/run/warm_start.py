@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,27 @@ class WarmStart:
         if self.left:
             parts.append(f"left fresh: {', '.join(self.left)}")
         return "; ".join(parts)
+
+
+def first_state(state: State, task: Task, specs: Mapping[str, TableSpec], say: Callable[[str], None]) -> State:
+    """Returns the state before the first step: a fresh one with all weights that the task takes from elsewhere.
+
+    Args:
+      state: the fresh state.
+      task: the task.
+      specs: the specs of its tables.
+      say: tells a person where the weights come from.
+
+    Raises:
+      UserError: weights cannot be read, or do not fit.
+    """
+    if task.start is not None:
+        state, report = begin_with(state, task.start(), copied_paths(state, task.copies))
+        say(f"begins with: {report}")
+    if task.config.init_from:
+        state, report = init_from(state, task, specs, task.config.init_from)
+        say(f"init_from {task.config.init_from.run}: {report}")
+    return with_copies(state, task.copies)
 
 
 def begin_with(state: State, sources: Sequence[WeightSource], done: Collection[str] = ()) -> tuple[State, WarmStart]:

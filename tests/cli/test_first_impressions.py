@@ -11,7 +11,7 @@ import yaml
 
 from jaxops.cli.main import main
 from jaxops.config.types import Every
-from jaxops.core.writers import read_metrics
+from jaxops.core.metrics_file import read_metrics
 from jaxops.run.build import build_task, load_config
 from jaxops.run.fit import fit
 

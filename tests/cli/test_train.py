@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxops.cli.main import main
-from jaxops.core.writers import read_metrics
+from jaxops.core.metrics_file import read_metrics
 from jaxops.run.load import load
 
 pytestmark = pytest.mark.usefixtures("no_report")

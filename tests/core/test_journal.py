@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from object_stores import needs_moto, s3  # noqa: F401 (fixture)
 
+from jaxops.core.answers import Key, digest_of
 from jaxops.core.failures import RunFailed, UserError
-from jaxops.core.journal import MISSING, Journal, Key, digest_of, exchange
+from jaxops.core.journal import MISSING, Journal, exchange
 from jaxops.core.mesh import make_mesh
 
 A, B = digest_of("a"), digest_of("b")

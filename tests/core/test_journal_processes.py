@@ -11,7 +11,8 @@ from processes import Together
 
 CODE = """
 from jaxops.core.interrupt import Interrupt
-from jaxops.core.journal import MISSING, Journal, Key, digest_of, exchange
+from jaxops.core.answers import Key, digest_of
+from jaxops.core.journal import MISSING, Journal, exchange
 from jaxops.core.mesh import make_mesh
 from jaxops.core import rows
 folder, steps, question, die_at = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])

@@ -12,10 +12,11 @@ from toys import RULES, host, init, mesh_of, numpy_regression, predict, regressi
 
 from jaxops.core.failures import UserError
 from jaxops.core.flops import count_flops
+from jaxops.core.fresh_state import abstract_state, init_state
 from jaxops.core.mesh import batch_sharding
 from jaxops.core.optimizer import ema
 from jaxops.core.sharding import named_leaves
-from jaxops.core.step import Extra, abstract_state, cast, global_norm, init_state
+from jaxops.core.step import Extra, cast, global_norm
 from jaxops.core.sums import Max, Sum, finalize
 from jaxops.core.turn import advanced
 

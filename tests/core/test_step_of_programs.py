@@ -17,6 +17,7 @@ from toys import RULES, host, init, mesh_of, predict, regression, rows
 
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.flops import count_flops
+from jaxops.core.fresh_state import init_state
 from jaxops.core.interrupt import Interrupted
 from jaxops.core.loop import check_finite, every, run_loop
 from jaxops.core.mesh import batch_axes, batch_sharding, serialise_dispatch
@@ -24,7 +25,7 @@ from jaxops.core.optimizer import AdamW, LinearDecay, build_optimizer
 from jaxops.core.recovery import GoBack
 from jaxops.core.sharding import named_leaves
 from jaxops.core.state import State
-from jaxops.core.step import Extra, Program, build_step, init_state
+from jaxops.core.step import Extra, Program, build_step
 from jaxops.core.sums import Sum, merge
 from jaxops.core.turn import advanced
 

@@ -13,15 +13,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxops.core.failures import RunFailed, UserError
-from jaxops.core.writers import (
-    JsonlWriter,
-    TensorBoardWriter,
-    WandbWriter,
-    Writer,
-    Writers,
-    read_metrics,
-    replace_file,
-)
+from jaxops.core.loggers import TensorBoardWriter, WandbWriter
+from jaxops.core.metrics_file import JsonlWriter, read_metrics
+from jaxops.core.whole_files import replace_file
+from jaxops.core.writers import Writer, Writers
 
 
 def without_time(lines):
@@ -234,7 +229,7 @@ def test_tensorboard_events_and_their_purge_on_resume(tmp_path):
 def test_tensorboard_files_are_in_order_where_a_clock_was_set_back(tmp_path, monkeypatch):
     """TensorBoard reads them by name: what a resume hides must come before it."""
     for now, start in ((2e9, None), (1.9e9, 2), (1.8e9, 3)):
-        monkeypatch.setattr("jaxops.core.writers.time.time", lambda now=now: now)
+        monkeypatch.setattr("jaxops.core.loggers.time.time", lambda now=now: now)
         writer = TensorBoardWriter(tmp_path, resume_step=start)
         for step in range((start or 0) + 1, 5):
             writer.write(step, {"a": step + now})

@@ -12,8 +12,9 @@ from toy_language import Texts, ToyLanguage, language_task
 from toys import host, mesh_of
 
 from jaxops.core.failures import UserError
+from jaxops.core.fresh_state import init_state
 from jaxops.core.sharding import named_leaves
-from jaxops.core.step import build_step, init_state
+from jaxops.core.step import build_step
 from jaxops.models.dense import Dense
 from jaxops.models.functional import Functional
 from jaxops.models.lora import Adapted, Lora, LoraConfig

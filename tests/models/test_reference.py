@@ -10,8 +10,9 @@ import pytest
 from toy_language import Pairs, ToyLanguage, language_task
 from toys import mesh_of
 
+from jaxops.core.fresh_state import init_state
 from jaxops.core.sharding import named_leaves, parameter_shardings
-from jaxops.core.step import build_step, init_state
+from jaxops.core.step import build_step
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.lora import Lora, LoraConfig, on_model

@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 from toys import tiny_sasrec
 
+from jaxops.core.fresh_state import init_state
 from jaxops.core.mesh import make_mesh
 from jaxops.core.sharding import named_leaves, place
-from jaxops.core.step import init_state
 from jaxops.models.functional import Functional
 from jaxops.models.sasrec import PAD_ROWS, SASRec, SASRecConfig
 from jaxops.objectives.ranking import softmax

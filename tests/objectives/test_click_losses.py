@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from jaxops.core.fresh_state import init_state
 from jaxops.core.mesh import make_mesh
 from jaxops.core.sharding import named_leaves
-from jaxops.core.step import build_step, init_state
+from jaxops.core.step import build_step
 from jaxops.core.sums import finalize, merge
 from jaxops.models.dcn import DCNv2, DCNv2Config
 from jaxops.models.dlrm import DLRM, DLRMConfig

@@ -15,7 +15,7 @@ from children import COMMAND
 from tiny_runs import curve
 
 from jaxops.cli.main import main
-from jaxops.core.writers import read_metrics
+from jaxops.core.metrics_file import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OWN = "data={fn: 'ownpkg.data:make', record: ids.txt}"

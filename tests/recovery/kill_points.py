@@ -88,7 +88,7 @@ class Counter:
 
     def count_lines(self) -> None:
         """Counts the lines of `metrics.jsonl` too; a kill right before one leaves half of it."""
-        from jaxops.core.writers import JsonlWriter
+        from jaxops.core.metrics_file import JsonlWriter
 
         append = JsonlWriter._append
 

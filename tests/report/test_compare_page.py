@@ -10,7 +10,7 @@ import yaml
 from web_page import Page, assert_loads_nothing, assert_pictures_suit_both_themes
 
 from jaxops.core.failures import RunFailed
-from jaxops.core.writers import JsonlWriter
+from jaxops.core.metrics_file import JsonlWriter
 from jaxops.report.compare import MAX_RUNS, Side, compare_sides, yaml_of
 from jaxops.report.compare_page import Line, render_comparison, write_compare
 from jaxops.report.folder import read_run

@@ -12,7 +12,7 @@ import pytest
 from web_page import Page, assert_loads_nothing, assert_pictures_suit_both_themes
 
 from jaxops.core.failures import RunFailed, UserError
-from jaxops.core.writers import JsonlWriter
+from jaxops.core.metrics_file import JsonlWriter
 from jaxops.data.interactions.inspect import describe, histogram_of
 from jaxops.evaluate.ranking import ranking_metric
 from jaxops.families.rec.ranking import SAMPLED_RANKED

@@ -6,7 +6,7 @@ import json
 import pytest
 from web_page import Page, assert_loads_nothing, assert_pictures_suit_both_themes
 
-from jaxops.core.writers import JsonlWriter, SamplesWriter
+from jaxops.core.metrics_file import JsonlWriter, SamplesWriter
 from jaxops.report.folder import read_run
 from jaxops.report.page import render_report, write_report
 from jaxops.report.samples import MAX_SAMPLE, sample_table

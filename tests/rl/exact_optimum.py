@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxops.core.fresh_state import init_state
 from jaxops.core.mesh import make_mesh
 from jaxops.core.sharding import map_named
 from jaxops.core.state import join
-from jaxops.core.step import build_step, init_state
+from jaxops.core.step import build_step
 from jaxops.core.turn import Turn
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.decoder import Decoder

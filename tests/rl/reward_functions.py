@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxops.config.bypath import ByPath
 from jaxops.config.types import Duration
-from jaxops.core.journal import Key
+from jaxops.core.answers import Key
 from jaxops.rl.rewards.config import FunctionReward
 from jaxops.rl.rewards.function import Asked
 

@@ -6,9 +6,10 @@ import pytest
 import reward_functions
 from reward_functions import ASKED, asked, reward
 
+from jaxops.core.answers import Key
 from jaxops.core.failures import UserError
 from jaxops.core.interrupt import Interrupted
-from jaxops.core.journal import Journal, Key
+from jaxops.core.journal import Journal
 from jaxops.core.mesh import make_mesh
 from jaxops.rl.rewards.function import Asked, check_columns
 from jaxops.rl.rewards.host import ROUNDS, HostRewards

@@ -11,7 +11,8 @@ from processes import Together
 CODE = """
 sys.path.insert(0, sys.argv[2])
 from jaxops.config.bypath import ByPath
-from jaxops.core.journal import Journal, Key
+from jaxops.core.answers import Key
+from jaxops.core.journal import Journal
 from jaxops.core.mesh import make_mesh
 from jaxops.core.rows import owned_rows
 from jaxops.rl.rewards.combine import combined, host_scores

@@ -11,7 +11,7 @@ from test_toy_family import CONFIG
 
 from jaxops.core.alarms import Alarm
 from jaxops.core.checkpoint import Checkpoints
-from jaxops.core.writers import read_metrics
+from jaxops.core.metrics_file import read_metrics
 from jaxops.run.build import build_task, load_config
 from jaxops.run.fit import fit
 

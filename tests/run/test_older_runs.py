@@ -12,7 +12,7 @@ import pytest
 
 import jaxops as jx
 from jaxops.cli.main import main
-from jaxops.core.writers import read_metrics
+from jaxops.core.metrics_file import read_metrics
 
 OLD = Path(__file__).parents[1] / "fixtures" / "runs_45a0086"
 EXPECTED = json.loads((OLD / "expected.json").read_text())

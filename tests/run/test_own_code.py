@@ -9,7 +9,7 @@ import pytest
 
 import jaxops as jx
 from jaxops.cli.main import main
-from jaxops.core.writers import read_metrics
+from jaxops.core.metrics_file import read_metrics
 from jaxops.objectives.ranking import softmax
 from jaxops.run.build import build_task, load_config
 from jaxops.run.fit import fit

@@ -18,8 +18,8 @@ from children import COMMAND
 
 import jaxops as jx
 from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.metrics_file import read_metrics
 from jaxops.core.sharding import named_leaves
-from jaxops.core.writers import read_metrics
 
 REPOSITORY = Path(jx.__file__).parents[1]
 STEPS, SIZE = 6, 16

@@ -56,7 +56,7 @@ def test_a_kill_after_the_last_evaluation_leaves_its_lines_once(folder, monkeypa
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             if place == "write_summary":
-                patch.setattr("jaxops.run.training_run.write_summary", killed)
+                patch.setattr("jaxops.run.ending.write_summary", killed)
             else:
                 patch.setattr(Writers, "write", lambda *args: (killed(*args), WRITE(*args)))
             train("parts")
@@ -88,8 +88,8 @@ def test_what_was_logged_before_a_checkpoint_is_in_tensorboard_after_a_kill(fold
         path.write_bytes(before)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("jaxops.core.writers.TensorBoardWriter.close", lose_what_is_buffered)
-        patch.setattr("jaxops.core.writers.TensorBoardWriter.FLUSH_SECONDS", 1e9)
+        patch.setattr("jaxops.core.loggers.TensorBoardWriter.close", lose_what_is_buffered)
+        patch.setattr("jaxops.core.loggers.TensorBoardWriter.FLUSH_SECONDS", 1e9)
         patch.setattr("jaxops.run.training_run.TrainingRun._conclude", killing)
         train("parts", "checkpoint.every=5")
     assert [step for step, _ in shown("runs/parts")["train/loss"]][-1] == 20

@@ -20,8 +20,8 @@ from jaxops.core import manifest
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import UserError
 from jaxops.core.mesh import make_mesh
+from jaxops.core.metrics_file import read_metrics
 from jaxops.core.sharding import named_leaves
-from jaxops.core.writers import read_metrics
 from jaxops.run.build import build_task, load_config
 from jaxops.run.fit import FinishedRun, fit
 

@@ -10,10 +10,10 @@ from tiny_runs import curve
 
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import RunFailed
+from jaxops.core.metrics_file import read_metrics
 from jaxops.core.recovery import Spikes
 from jaxops.core.sharding import named_leaves
 from jaxops.core.sums import Sum
-from jaxops.core.writers import read_metrics
 from jaxops.run.build import build_task, load_config
 from jaxops.run.fit import FinishedRun, fit
 

@@ -17,8 +17,8 @@ import pytest
 import jaxops as jx
 from jaxops.cli.main import main
 from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.metrics_file import read_metrics
 from jaxops.core.sharding import named_leaves
-from jaxops.core.writers import read_metrics
 
 CONFIG = """\
 task: toy_family:FAMILY

@@ -10,9 +10,10 @@ from hlo_text import of_kind
 from test_tables import batch_of, objective
 
 from jaxops.core.failures import UserError
+from jaxops.core.fresh_state import init_state
 from jaxops.core.memory import bytes_per_device
 from jaxops.core.mesh import make_mesh
-from jaxops.core.step import build_step, init_state
+from jaxops.core.step import build_step
 from jaxops.tables.explain import costs, require_room
 from jaxops.tables.optimizers import Adagrad, LazyAdam, RowwiseAdagrad, TableSgd
 from jaxops.tables.spec import TableSpec, stack

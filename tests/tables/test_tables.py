@@ -10,8 +10,9 @@ import pytest
 from hlo_text import operations
 
 from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.fresh_state import abstract_state, init_state
 from jaxops.core.mesh import make_mesh
-from jaxops.core.step import abstract_state, build_step, init_state
+from jaxops.core.step import build_step
 from jaxops.core.sums import Sum
 from jaxops.tables.optimizers import Adagrad, LazyAdam, RowwiseAdagrad, SparseAdam, TableSgd
 from jaxops.tables.planner import Planner

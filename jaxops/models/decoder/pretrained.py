@@ -19,7 +19,7 @@ from jaxops.core.named_arrays import HostArrays
 from jaxops.core.safetensors import INDEX, MAX_HEADER, SINGLE, open_safetensors, save_safetensors
 from jaxops.core.sharding import named_leaves
 from jaxops.core.weights import WeightSource
-from jaxops.core.writers import writing
+from jaxops.core.whole_files import writing
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.decoder.huggingface import architecture_of, config_json

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxops.config.bypath import python_name, spelled
+from jaxops.core.answers import Key
 from jaxops.core.failures import UserError, nearest
-from jaxops.core.journal import Key
 from jaxops.rl.rewards.config import CALLED, FunctionReward
 
 LARGEST = float(np.finfo(np.float32).max)

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, Protocol
 from jax.sharding import Mesh
 
 from jaxops.config.dump import plain_of
+from jaxops.core.answers import Key, digest_of
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.interrupt import Interrupted
-from jaxops.core.journal import MISSING, Key, digest_of, exchange
+from jaxops.core.journal import MISSING, exchange
 from jaxops.core.secret_text import printable, without_secrets
 from jaxops.rl.rewards.calls import Calls, EndedCall, EventLoop, Limits, TimeOut
 from jaxops.rl.rewards.config import FunctionReward, Reward

@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxops.core.answers import Key
 from jaxops.core.evaluation import on_batches
-from jaxops.core.journal import Journal, Key
+from jaxops.core.journal import Journal
 from jaxops.core.mesh import batch_axes, batch_shards, serialise_dispatch
 from jaxops.core.rows import gather_rows, owned, owned_rows
 from jaxops.core.sharding import Axes

@@ -16,8 +16,8 @@ from pathlib import Path
 from jaxops.core import stores
 from jaxops.core.failures import UserError, nearest
 from jaxops.core.home import expand_home
+from jaxops.core.metrics_file import read_metrics
 from jaxops.core.small_files import read_bytes, read_end
-from jaxops.core.writers import read_metrics
 from jaxops.report import results
 from jaxops.report.compare import MAX_RUNS, Comparison, Side, compare_sides
 from jaxops.report.folder import RunRecord, finite, read_run, utc_time

@@ -23,7 +23,7 @@ from jaxops.core import small_files, store_probe, stores
 from jaxops.core.failures import UserError
 from jaxops.core.home import expand_home
 from jaxops.core.secret_text import without_secrets
-from jaxops.core.writers import writing
+from jaxops.core.whole_files import writing
 from jaxops.run.config import MAY_CHANGE_ON_RESUME
 from jaxops.run.folder.mirror import KEPT, Mirror
 from jaxops.run.folder.transform import read_transform, transform_file, write_transform

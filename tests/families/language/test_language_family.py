@@ -16,8 +16,8 @@ import pytest
 import jaxops as jx
 from jaxops.cli.main import main
 from jaxops.core.failures import UserError
+from jaxops.core.metrics_file import read_metrics
 from jaxops.core.sharding import named_leaves
-from jaxops.core.writers import read_metrics
 from jaxops.data.prompts.writer import PromptWriter
 from jaxops.families.language.serving import prompt_form
 from jaxops.run.fit import fit

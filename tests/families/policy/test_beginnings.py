@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxops.cli.main import main
-from jaxops.core.writers import read_metrics
+from jaxops.core.metrics_file import read_metrics
 
 CONFIG = """
 task: policy

@@ -14,9 +14,9 @@ import jaxops as jx
 from jaxops.cli.main import main
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import UserError
+from jaxops.core.metrics_file import read_metrics
 from jaxops.core.sharding import named_leaves
 from jaxops.core.weights import load_weights, targets_of
-from jaxops.core.writers import read_metrics
 from jaxops.models.decoder.decoder import build_decoder
 from jaxops.models.decoder.pretrained import open_pretrained
 

@@ -19,8 +19,8 @@ from processes import ROOT
 from run_records import records, state, summary
 
 from jaxops.core.checkpoint import Checkpoints
+from jaxops.core.metrics_file import read_metrics
 from jaxops.core.sharding import named_leaves
-from jaxops.core.writers import read_metrics
 
 pytestmark = pytest.mark.slow
 CUT = Path(__file__).with_name("cut_policy.py")

@@ -7,7 +7,7 @@ import pytest
 from policy_runs import furnish
 
 from jaxops.cli.main import main
-from jaxops.core.writers import read_metrics
+from jaxops.core.metrics_file import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.pictures]
 WATCHED = (

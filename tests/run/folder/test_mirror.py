@@ -14,8 +14,9 @@ obstore = pytest.importorskip("obstore")
 
 from jaxops.core import stores  # noqa: E402
 from jaxops.core.failures import RunFailed, UserError  # noqa: E402
+from jaxops.core.loggers import TensorBoardWriter  # noqa: E402
+from jaxops.core.metrics_file import JsonlWriter, read_metrics  # noqa: E402
 from jaxops.core.stores import Denied, Store, StoreError, Unconditional  # noqa: E402
-from jaxops.core.writers import JsonlWriter, TensorBoardWriter, read_metrics  # noqa: E402
 from jaxops.run.folder import lease, log_parts, mirror  # noqa: E402
 from jaxops.run.folder.lease import Lease  # noqa: E402
 from jaxops.run.folder.log_parts import LogParts, parts_of, pieces  # noqa: E402

@@ -19,8 +19,8 @@ from jaxops.core import store_paths, stores
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.mesh import make_mesh
+from jaxops.core.metrics_file import read_metrics
 from jaxops.core.sharding import named_leaves
-from jaxops.core.writers import read_metrics
 from jaxops.run.build import build_task, load_config
 from jaxops.run.fit import fit
 from jaxops.run.folder.lease import Lease
