@@ -134,6 +134,12 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         """Computes a product or a power.
 
+        Args:
+          context: the template's variables, which are not read.
+          operator: `*` or `**`.
+          left: the first factor, or the base.
+          right: the second factor, or the exponent.
+
         Raises:
           OverflowError: it is too large.
         """

@@ -43,7 +43,7 @@ class ServedPolicy(Writes):
 
     @functools.cached_property
     def _held(self) -> Params:
-        """What the checkpoint holds of the policy; value, reference and reward models beside it are not read."""
+        """The parameters of the policy; value, reference and reward models beside them are not read."""
         return self.saved.params_below(POLICY)
 
     def predict(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxops.core.failures import UserError
 from jaxops.core.state import Params
@@ -113,10 +113,14 @@ class ServedReward:
         """Returns each head's normalised score of each completion of a prompt, which is a text or a conversation."""
         return self.score([self._answered(prompt, said) for prompt, said in zip(prompts, completions, strict=True)])
 
-    def _answer_rows(self, prompts: Sequence[Any], completions: Sequence[str]) -> dict[str, np.ndarray]:
+    def _answer_rows(
+        self, prompts: Sequence[Any], completions: Sequence[str]
+    ) -> tuple[dict[str, np.ndarray], Bool[np.ndarray, " texts"]]:
         examples = [self._answered(prompt, said) for prompt, said in zip(prompts, completions, strict=True)]
-        rows = self._cut(self._tokenised(examples)).rows(np.arange(len(examples)))
-        return {name: rows[name] for name in ("tokens", "segment", "position")}
+        documents = self._tokenised(examples)
+        rows = self._cut(documents).rows(np.arange(len(examples)))
+        cut = np.diff(documents.offsets) > self.saved.config.data.length
+        return {name: rows[name] for name in ("tokens", "segment", "position")}, cut
 
     def _answered(self, prompt: Any, completion: str) -> Example:
         """Returns an answer in the form that the run learnt from: a conversation, or a text.

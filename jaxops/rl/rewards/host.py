@@ -48,7 +48,7 @@ class FunctionScores(NamedTuple):
     faults: Mapping[str, str]
 
 
-class Answers(Protocol):
+class KnownAnswers(Protocol):
     """Known answers, by sample and question: a `Journal`, or `Unkept`."""
 
     def lookup(self, key: Key, digest: str) -> Any:
@@ -118,7 +118,7 @@ class HostRewards:
     def __init__(
         self,
         rewards: Sequence[Reward],
-        journal: Answers,
+        journal: KnownAnswers,
         columns: Sequence[str] = (),
         say: Callable[[str], None] = _warn,
     ) -> None:

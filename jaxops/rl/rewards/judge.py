@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxops.core.state import Params
 from jaxops.core.weights import WeightSource
@@ -18,13 +18,14 @@ class Judge:
     Attributes:
       model: its `init`, `shapes`, `rules` and `padding`.
       scores: (params, batch) -> each head's score of each text.
-      rows: (prompts, completions) -> the batch that `scores` reads; a prompt is a text or a list of messages.
+      rows: (prompts, completions) -> the batch that `scores` reads, and which texts it holds but a part of; a prompt
+        is a text or a list of messages.
       normalised: gives scores a mean of 0 and a deviation of 1 on the run's reference texts.
       source: the trained parameters, by their paths in `model`.
     """
 
     model: Any
     scores: Callable[[Params, Mapping[str, Array]], Float[Array, "batch heads"]]
-    rows: Callable[[Sequence[Any], Sequence[str]], dict[str, np.ndarray]]
+    rows: Callable[[Sequence[Any], Sequence[str]], tuple[dict[str, np.ndarray], Bool[np.ndarray, " batch"]]]
     normalised: Callable[[Float[np.ndarray, "batch heads"]], Float[np.ndarray, "batch heads"]]
     source: WeightSource

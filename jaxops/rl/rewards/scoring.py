@@ -95,10 +95,11 @@ class Scoring:
         found |= shaped(self._rewards, jnp.asarray(lengths), jnp.asarray(~completed.rollout["ended"]))
         for reward in self._rewards:
             if isinstance(reward, RunReward):
-                heads = self._heads(reward.label, completed)
+                heads, cut = self._heads(reward.label, completed)
                 score, apart = reduced(jnp.asarray(heads, jnp.float32), reward)
                 found[reward.label] = score
                 sums[f"disagreement/{reward.label}"] = Sum.of(apart)
+                sums[f"reward_cut/{reward.label}"] = Sum.of(jnp.asarray(cut, jnp.float32))
         total = combined(found, self._rewards, jnp.asarray(weight)).score
         return Scored(np.asarray(total), weight > 0, {name: np.asarray(found[name]) for name in self.names}, sums)
 
@@ -123,12 +124,15 @@ class Scoring:
             )
         return host_scores(self._host.all(self._mesh, size, self._host.score(asked, poll)), self._functions)
 
-    def _heads(self, name: str, completed: Completed) -> np.ndarray:
-        """Returns the normalised score of each head of a reward model, [rows, heads], on every process."""
+    def _heads(self, name: str, completed: Completed) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the normalised score of each head of a reward model, [rows, heads], on every process.
+
+        The second array tells which answers are longer than what the model reads, [rows].
+        """
         judge = self._judges[name]
         assert completed.sampled.texts is not None
         prompts = [self._prompts.text(prompt.example) for prompt in completed.prompts]
-        rows = judge.rows(prompts, completed.sampled.texts)
+        rows, cut = judge.rows(prompts, completed.sampled.texts)
         size, params = len(prompts), completed.params[REWARDS][name]
         at_once = _part(size, batch_shards(self._mesh))
         parts = []
@@ -141,7 +145,7 @@ class Scoring:
             if mine is None:
                 mine = gather_rows(self._mesh, at_once, owned(self._mesh, scores), "gathering scores")
             parts.append(mine)
-        return judge.normalised(np.concatenate(parts))
+        return judge.normalised(np.concatenate(parts)), cut
 
 
 def _part(size: int, shards: int) -> int:

@@ -38,6 +38,11 @@ def vote(at):
     return {"prompt": f"say {at % 25}: ", "chosen": good, "rejected": bad, "annotator": ("ann", "bob")[at % 2]}
 
 
+def choice(at):
+    answers = [f"{WORDS[(at + k) % 6]} {'yes' if k == at % 3 else 'no!'}" for k in range(3)]
+    return {"prompt": f"say {at % 25}: ", "completions": answers, "best": at % 3}
+
+
 def rated(at):
     return {"text": f"{WORDS[at % 6]} {WORDS[at // 6 % 6]} {at}", "ratings": [at % 6, (at + 1) % 6, at % 4]}
 
@@ -48,6 +53,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward")
     (folder / "votes.jsonl").write_text("".join(json.dumps(vote(at)) + "\n" for at in range(100)))
     (folder / "ratings.jsonl").write_text("".join(json.dumps(rated(at)) + "\n" for at in range(100)))
+    (folder / "choices.jsonl").write_text("".join(json.dumps(choice(at)) + "\n" for at in range(100)))
     (folder / "rm.yaml").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -146,6 +152,33 @@ def test_predict_takes_all_forms_and_brings_columns_along(whole, tmp_path, capsy
     assert [(row["k"], row["l"]) for row in out] == [(1, None), (2, 3)] and [row["cut"] for row in out] == [False, True]
     plain = jx.load("runs/whole").predict(pa.table({"text": [asked + better]})).to_pylist()
     assert plain[0]["score"] == pytest.approx(out[0]["score"], abs=1e-5)
+
+
+def test_a_judge_tells_which_answers_it_reads_in_part(whole):
+    rows, cut = jx.load("runs/whole").judge().rows(["say 1: ", "say 2: "], ["x" * 60, "yes"])
+    assert cut.tolist() == [True, False] and rows["segment"].sum(1).tolist()[0] == 40 > rows["segment"].sum(1)[1]
+
+
+CHOICES = (
+    "data={kind: best_of_k, path: choices.jsonl, length: 40, template: null, valid: {share: 0.3}}",
+    "objective={kind: best_of_k, center: 0.01}",
+)
+
+
+def test_choices_of_the_best_answer_train_and_are_evaluated_as_pairs(whole, capsys):
+    assert main(["train", "rm.yaml", CHOICES[0], "run.name=bad"]) == 2
+    assert "`bradley_terry` does not learn from data.kind best_of_k: take `best_of_k`" in capsys.readouterr().err
+    assert main(["train", "rm.yaml", CHOICES[1], "run.name=bad"]) == 2
+    assert "take `bradley_terry`" in capsys.readouterr().err
+    run = fit(task_of(*CHOICES, "run.name=choices", "run.steps=40", "evaluate.every=40"), quiet=True)
+    assert jx.load("runs/choices").evaluate()["valid/log_loss"] == run.summary["valid/log_loss"]
+    assert run.summary["valid/accuracy"] > 0.9  # the best answer is the one that says yes
+    lines = Path("runs/choices/metrics.jsonl").read_text().splitlines()
+    assert "train/top1" in json.loads(lines[0]) and "train/loss/center" in json.loads(lines[0])
+    (row,) = jx.load("runs/choices").predict(pa.table({"prompt": ["say 3: "], "completion": ["a red yes"]})).to_pylist()
+    assert np.isfinite(row["score"])
+    assert main(["data", "preview", "rm.yaml", *CHOICES]) == 0
+    assert "the best of 3 is" in capsys.readouterr().out
 
 
 def test_every_layout_trains_alike(whole):
