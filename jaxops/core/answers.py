@@ -41,7 +41,7 @@ class Key(NamedTuple):
     turn: int = 0
 
 
-class Entry(NamedTuple):
+class KeptAnswer(NamedTuple):
     """An answer, and the digest of the question that it answers."""
 
     digest: str
@@ -118,13 +118,13 @@ def whole_key(key: Key) -> Key:
     return Key(*map(operator.index, key))
 
 
-def line_of(key: Key, entry: Entry) -> bytes:
+def line_of(key: Key, entry: KeptAnswer) -> bytes:
     """Returns the line that a journal keeps of an answer."""
     line = {"v": VERSION, "key": list(key), "digest": entry.digest, "answer": entry.answer}
     return json.dumps(line, allow_nan=False).encode() + b"\n"
 
 
-def entry_of(line: bytes, where: str) -> tuple[Key, Entry] | None:
+def entry_of(line: bytes, where: str) -> tuple[Key, KeptAnswer] | None:
     """Parses one line; returns None if it is not a valid entry.
 
     Raises:
@@ -135,7 +135,7 @@ def entry_of(line: bytes, where: str) -> tuple[Key, Entry] | None:
         version = operator.index(fields["v"])
         if version <= VERSION:
             key, digest = whole_key(Key(*fields["key"])), fields["digest"]
-            return (key, Entry(digest, checked_answer(key, fields["answer"]))) if isinstance(digest, str) else None
+            return (key, KeptAnswer(digest, checked_answer(key, fields["answer"]))) if isinstance(digest, str) else None
     except (ValueError, KeyError, TypeError, RecursionError, UserError):
         return None
     raise UserError(

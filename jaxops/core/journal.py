@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxops.core import distributed, store_paths, stores
-from jaxops.core.answers import Answer, Entry, Key, checked_answer, entry_of, line_of, whole_key
+from jaxops.core.answers import Answer, KeptAnswer, Key, checked_answer, entry_of, line_of, whole_key
 from jaxops.core.rows import gather_rows, owned_rows
 from jaxops.core.whole_files import writing
 
@@ -121,8 +121,8 @@ class Journal:
         key = whole_key(key)
         answer = checked_answer(key, answer)
         with self._lock:
-            self._append(line_of(key, Entry(digest, answer)))
-            self._entries[key] = Entry(digest, answer)
+            self._append(line_of(key, KeptAnswer(digest, answer)))
+            self._entries[key] = KeptAnswer(digest, answer)
             self._durable = False
         return answer
 
@@ -182,9 +182,9 @@ class Journal:
                 return []
             return sorted((p.name for p in self._folder.iterdir() if _PART.fullmatch(p.name)), key=_numbers)
 
-    def _read(self, parts: Iterable[str]) -> dict[Key, Entry]:
+    def _read(self, parts: Iterable[str]) -> dict[Key, KeptAnswer]:
         """Returns the last entry of each sample in these parts."""
-        entries: dict[Key, Entry] = {}
+        entries: dict[Key, KeptAnswer] = {}
         for name in parts:
             with writing(self._folder / name):
                 *lines, torn = (self._folder / name).read_bytes().split(b"\n")

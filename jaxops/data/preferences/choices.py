@@ -33,7 +33,7 @@ from jaxops.data.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class HumanChoice:
     """One person's choice among answers to a prompt.
 
     Attributes:
@@ -53,7 +53,7 @@ class Choice:
     annotator: str | None = None
 
 
-def read_choices(config: ChoiceData, path: str | Sequence[str]) -> list[Choice]:
+def read_choices(config: ChoiceData, path: str | Sequence[str]) -> list[HumanChoice]:
     """Reads all choices of the files at `path`, in order.
 
     Raises:
@@ -66,7 +66,7 @@ def read_choices(config: ChoiceData, path: str | Sequence[str]) -> list[Choice]:
         if name is not None:  # a column that was named must be there, one of the usual names may
             wanted[name] = name != getattr(standard, field)
 
-    def parse(where: str, row: dict[str, Any]) -> Choice:
+    def parse(where: str, row: dict[str, Any]) -> HumanChoice:
         for name in (name for name, must in wanted.items() if must):
             value_in(row, name)
         return _choice(names, where, row)
@@ -74,7 +74,7 @@ def read_choices(config: ChoiceData, path: str | Sequence[str]) -> list[Choice]:
     return parsed(path, config.format, wanted, parse)
 
 
-def _choice(names: ChoiceColumns, where: str, row: Mapping[str, Any]) -> Choice:
+def _choice(names: ChoiceColumns, where: str, row: Mapping[str, Any]) -> HumanChoice:
     answers, best = value_in(row, names.completions), value_in(row, names.best)
     if not isinstance(answers, list) or len(answers) < 2:
         raise WrongRow(f"column {names.completions!r} is {shown(answers)}, expected a list of two answers or more")
@@ -85,7 +85,7 @@ def _choice(names: ChoiceColumns, where: str, row: Mapping[str, Any]) -> Choice:
     if alike:
         raise WrongRow(f"{names.completions}[{alike[0]}] equals the best one, so that nothing is preferred")
     texts = tuple(_answered(names, where, row, at, answer) for at, answer in enumerate(answers))
-    return Choice(
+    return HumanChoice(
         where, texts, best, prompt_digest(texts), weight_in(row, names.weight), annotator_in(row, names.annotator)
     )
 
@@ -174,8 +174,8 @@ class Choices:
     """Choices that are read and split."""
 
     config: ChoiceData
-    train: list[Choice]
-    valid: list[Choice]
+    train: list[HumanChoice]
+    valid: list[HumanChoice]
     remarks: list[str]
 
     @property
@@ -199,7 +199,7 @@ class Choices:
         return OpenedJudgements(source, train.texts, valid, AnnotatorAgreement(), inspection)
 
     def _tokenised(
-        self, choices: list[Choice], tokenizer: Tokenizer, part: str, featured: Featured | None
+        self, choices: list[HumanChoice], tokenizer: Tokenizer, part: str, featured: Featured | None
     ) -> TokenisedChoices:
         """Returns the choices that are learnt from, and tells what was cut or left out.
 
