@@ -1,6 +1,7 @@
 """Small tables of every type and oddity, written as CSV, TSV, JSON lines and Parquet, read and compared value by value.
 
-The expectation is plain Python over the values as they were written: no row lost, none invented, no traceback.
+The expectation is plain Python over the values as they were written, and what pandas reads of the same file: no row
+lost, none invented, no traceback.
 """
 
 import csv
@@ -10,6 +11,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
@@ -91,6 +93,8 @@ def test_parquet_columns_value_by_value(tmp_path, data):
     found = plain(read_columns(str(tmp_path / "a.parquet"), ["x"])["x"]).to_pylist()
     expected = [category(value) for value in values]
     assert len(found) == len(values)
+    pandas = pd.read_parquet(tmp_path / "a.parquet", dtype_backend="pyarrow")["x"]
+    assert [None if value is pd.NA else category(value) for value in pandas] == expected
     for got, want in zip(found, expected, strict=True):
         assert (got is None) == (want is None), (found, expected)
         if isinstance(want, float):
@@ -116,6 +120,12 @@ def test_text_value_by_value(tmp_path, rows, form, everything):
     path.write_bytes(content.encode())
     table = read_columns(str(path), ["x", "y", "z"])
     assert [tuple(cell or "" for cell in row.values()) for row in table.to_pylist()] == rows
+    separator = {"t": "\t", "c": ","}.get(form, form)
+    quoting = csv.QUOTE_NONE if form == "t" else csv.QUOTE_MINIMAL
+    pandas = pd.read_csv(
+        path, dtype=str, keep_default_na=False, sep=separator, quoting=quoting, skip_blank_lines=False, engine="python"
+    )
+    assert list(pandas.itertuples(index=False, name=None)) == rows
     if form == "c":
         options = pacsv.ConvertOptions(column_types=dict.fromkeys("xyz", pa.string()), strings_can_be_null=False)
         alone = pacsv.read_csv(path, convert_options=options, parse_options=pacsv.ParseOptions(newlines_in_values=True))
