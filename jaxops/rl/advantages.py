@@ -159,3 +159,27 @@ def group_advantages(
     # A group of one score has no advantage exactly, not what rounding of its mean leaves.
     found = jnp.where(flat, 0.0, found)
     return GroupAdvantages(found.reshape(-1), jnp.broadcast_to(flat, rows.shape).reshape(-1))
+
+
+def best_of_group(
+    scores: Float[Array, " batch"], group: int, *, keep: int = 1, weight: Float[Array, " batch"] | None = None
+) -> GroupAdvantages:
+    """Returns 1 for the best completions of each prompt and 0 for the others (rejection sampling, Touvron et al. 2023).
+
+    A group's completions are neighbours; of equal scores the first counts. A group of one score has no best one: all of
+    it is 0, and marked `flat`.
+
+    Args:
+      scores: the score of each completion.
+      group: the number of completions of a prompt.
+      keep: how many of them are best.
+      weight: 0 for completions that were dropped, which are never best.
+    """
+    rows = scores.reshape(-1, group)
+    there = jnp.ones(rows.shape, bool) if weight is None else weight.reshape(-1, group) > 0
+    order = jnp.argsort(jnp.where(there, -rows, jnp.inf), axis=1, stable=True)
+    rank = jnp.argsort(order, axis=1, stable=True)
+    largest = jnp.max(jnp.where(there, rows, -jnp.inf), axis=1, keepdims=True)
+    flat = ~(largest > jnp.min(jnp.where(there, rows, jnp.inf), axis=1, keepdims=True))
+    best = (rank < keep) & there & ~flat
+    return GroupAdvantages(best.astype(scores.dtype).reshape(-1), jnp.broadcast_to(flat, rows.shape).reshape(-1))

@@ -6,7 +6,7 @@ the optimum that it promises is shown in tests/rl/test_exact_optimum.py.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jaxops.objectives.policy import Aggregation, aggregated, clipped_surrogate,
 from jaxops.rl.advantages import (
     Baseline,
     Variance,
+    best_of_group,
     generalised_advantages,
     group_advantages,
     rewards_of_tokens,
@@ -157,10 +158,8 @@ class Algorithm(Part):
             hidden = model.hidden(params, batch)
             found = model.scores(params, batch, temperature, hidden)
             mask, mean = batch["mask"], lambda x: aggregated(x, batch["mask"], self.over, longest)
-            bounds: dict[str, Any] = {"low": self.clip, "high": self.high, "dual": self.dual_clip}
-            surrogate = clipped_surrogate(found.logprobs, batch["old"], batch["advantages"], mask, **bounds)
             on = batch["policy_on"][:, None]
-            sums: Sums = {"loss/policy": mean(surrogate.loss * on)}
+            sums = self._policy_terms(found.logprobs, batch, lambda x: mean(x * on))
             if self.penalises and self.kl.in_ == "loss":
                 kl = kl_estimate(found.logprobs, batch["reference"], self.kl.estimator, mask)
                 sums["loss/kl"] = mean(batch["coefficient"][:, None] * kl * on)
@@ -170,16 +169,42 @@ class Algorithm(Part):
             moved = kl_estimate(batch["old"], found.logprobs, "k3", mask)
             sums["entropy"] = Sum.of(found.entropy, mask)
             sums["moved_kl"] = Sum.of(moved, mask)
-            sums["clip_fraction"] = Sum.of(surrogate.clipped, mask)
-            sums["ratio_max"] = Max(jnp.max(jnp.where(mask > 0, surrogate.ratio, 0.0)))
             return sums
 
         return objective
+
+    def _policy_terms(
+        self, logprobs: Float[Array, "batch longest"], batch: Mapping[str, Array], mean: Callable[[Array], Sum]
+    ) -> Sums:
+        """Returns the policy's loss, here the clipped surrogate, and metrics of it.
+
+        Args:
+          logprobs: the log-probability of each token under the policy.
+          batch: a minibatch of completions.
+          mean: the mean of a loss of each token, as the algorithm takes it.
+        """
+        mask = batch["mask"]
+        bounds: dict[str, Any] = {"low": self.clip, "high": self.high, "dual": self.dual_clip}
+        surrogate = clipped_surrogate(logprobs, batch["old"], batch["advantages"], mask, **bounds)
+        ratio = Max(jnp.max(jnp.where(mask > 0, surrogate.ratio, 0.0)))
+        return {
+            "loss/policy": mean(surrogate.loss),
+            "clip_fraction": Sum.of(surrogate.clipped, mask),
+            "ratio_max": ratio,
+        }
 
     def _value_terms(
         self, model: PolicyModel, params: Any, batch: Mapping[str, Array], hidden: Float[Array, "batch longest dim"]
     ) -> Sums:
         return {}
+
+    def _penalised(self, rollout: Rollout) -> Float[Array, " batch"]:
+        """Returns the scores of completions, less the KL of each where that is in the reward."""
+        if not self.penalises or self.kl.in_ != "reward":
+            return rollout.scores
+        assert rollout.reference is not None
+        kl = kl_estimate(rollout.old, rollout.reference, self.kl.estimator, rollout.mask)
+        return rollout.scores - rollout.coefficient * jnp.sum(kl, axis=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -313,11 +338,7 @@ class Grpo(Algorithm):
 
     def learnt(self, rollout: Rollout) -> Learnt:
         """Returns each completion's advantage over its group, the same at all of its tokens."""
-        scores = rollout.scores
-        if self.penalises and self.kl.in_ == "reward":
-            assert rollout.reference is not None
-            kl = kl_estimate(rollout.old, rollout.reference, self.kl.estimator, rollout.mask)
-            scores = scores - rollout.coefficient * jnp.sum(kl, axis=1)
+        scores = self._penalised(rollout)
         baseline: Baseline = "others" if self.kind == "rloo" else "mean"
         scaled = self.kind in ("grpo", "dapo")
         found = group_advantages(
@@ -327,7 +348,52 @@ class Grpo(Algorithm):
         return Learnt({"advantages": advantages}, {"flat_groups": Sum.of(found.flat)})
 
 
-AnyAlgorithm = Ppo | Grpo
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestOfN(Algorithm):
+    """Rejection sampling: the best completions of each prompt are learnt as if they were given (Touvron et al. 2023).
+
+    The loss is the mean of -log p over their tokens. Nothing is learnt from a prompt whose completions have one score.
+
+    Attributes:
+      group: number of completions of a prompt.
+      keep: how many of them are best.
+      kl: the penalty; by default there is none.
+    """
+
+    kind: Literal["best_of_n"] = "best_of_n"
+    group: Annotated[int, Field(ge=2)] = 8
+    keep: Positive = 1
+    kl: Kl = Kl(in_="loss", estimator="k3", coef=0.0)
+
+    @property
+    def completions(self) -> int:
+        """The number of completions of a prompt."""
+        return self.group
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Returns the errors in these values, as (dotted path, message)."""
+        found = []
+        if self.keep >= self.group:
+            found.append(("keep", f"{self.keep} of a group of {self.group} are all of it: nothing would be rejected"))
+        for name in ("clip", "clip_high", "dual_clip"):
+            if getattr(self, name) != getattr(Algorithm, name):
+                found.append((name, "best_of_n has no ratio of probabilities that could be bounded: leave it out"))
+        return found
+
+    def learnt(self, rollout: Rollout) -> Learnt:
+        """Returns 1 at the tokens of the best completions of each prompt, and 0 at others."""
+        found = best_of_group(self._penalised(rollout), self.group, keep=self.keep, weight=rollout.kept)
+        sums: Sums = {"flat_groups": Sum.of(found.flat), "reward_best": Sum.of(rollout.scores, found.advantages)}
+        return Learnt({"advantages": found.advantages[:, None] * rollout.mask}, sums)
+
+    def _policy_terms(
+        self, logprobs: Float[Array, "batch longest"], batch: Mapping[str, Array], mean: Callable[[Array], Sum]
+    ) -> Sums:
+        del mean  # over the tokens of the best completions alone
+        return {"loss/policy": Sum.of(-logprobs, batch["advantages"])}
+
+
+AnyAlgorithm = Ppo | Grpo | BestOfN
 
 
 def importance(algorithm: Algorithm, old: Float[Array, "b t"], sampled: Float[Array, "b t"]) -> Float[Array, "b t"]:

@@ -134,14 +134,14 @@ MUTANTS = [
     ),
     mutant(
         "sign of the KL in the score of a group",
-        "rl.algorithms:Grpo.learnt",
-        "scores = scores - rollout.coefficient",
-        "scores = scores + rollout.coefficient",
+        "rl.algorithms:Algorithm._penalised",
+        "return rollout.scores - rollout.coefficient",
+        "return rollout.scores + rollout.coefficient",
         f"{ONE_OBJECTIVE}[rloo]",
     ),
     mutant(
         "KL of padding in the score of a group",
-        "rl.algorithms:Grpo.learnt",
+        "rl.algorithms:Algorithm._penalised",
         "rollout.reference, self.kl.estimator, rollout.mask)",
         "rollout.reference, self.kl.estimator)",
         f"{ONE_OBJECTIVE}[rloo]",
@@ -285,9 +285,9 @@ MUTANTS = [
     ),
     mutant(
         "old log-probabilities are those of now",
-        "rl.algorithms:Algorithm.objective",
-        'found.logprobs, batch["old"], batch["advantages"]',
-        'found.logprobs, found.logprobs, batch["advantages"]',
+        "rl.algorithms:Algorithm._policy_terms",
+        'logprobs, batch["old"], batch["advantages"]',
+        'logprobs, logprobs, batch["advantages"]',
         f"{LEARNT}::test_the_objective_far_from_where_it_sampled_is_that_of_a_loop_in_float64",
     ),
     mutant(
@@ -306,7 +306,7 @@ MUTANTS = [
     ),
     mutant(
         "advantages normalised by minibatch",
-        "rl.algorithms:Algorithm.objective",
+        "rl.algorithms:Algorithm._policy_terms",
         'batch["advantages"], mask, **',
         'whitened(batch["advantages"], mask), mask, **',
         PPO_TABLE,
@@ -374,6 +374,20 @@ MUTANTS = [
         "step >= algorithm.values_first",
         "step > algorithm.values_first",
         f"{LEARNT}::test_first_steps_may_train_the_values_alone",
+    ),
+    mutant(
+        "the worst of a group is learnt",
+        "rl.advantages:best_of_group",
+        "jnp.where(there, -rows, jnp.inf)",
+        "jnp.where(there, rows, jnp.inf)",
+        f"{LEARNT}::test_best_of_n_learns_the_best_of_each_group_as_if_it_were_given[1]",
+    ),
+    mutant(
+        "a dropped completion takes the place of the best",
+        "rl.advantages:best_of_group",
+        "jnp.where(there, -rows, jnp.inf)",
+        "-rows",
+        f"{LEARNT}::test_best_of_n_learns_the_best_of_each_group_as_if_it_were_given[1]",
     ),
     mutant(
         "running scores forget their mean",

@@ -13,7 +13,7 @@ from exact_optimum import PROMPTS, Problem
 from jaxops.core.sums import merge
 from jaxops.core.turn import Turn
 from jaxops.objectives.token_logprobs import TokenScores
-from jaxops.rl.algorithms import Gae, Ppo, Rollout, importance
+from jaxops.rl.algorithms import BestOfN, Gae, Ppo, Rollout, importance
 from jaxops.rl.collect import Scored
 from jaxops.rl.kl import Kl
 
@@ -146,6 +146,37 @@ def test_equal_returns_have_no_variance_to_explain():
     algorithm = Ppo(kl=Kl(coef=0.0), gae=Gae(lambda_=1.0))
     found = algorithm.learnt(jax.tree.map(jnp.asarray, dataclasses.replace(given, values=0 * given.values)))
     assert np.isnan(float(found.sums["explained_variance"].value()))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_best_of_n_learns_the_best_of_each_group_as_if_it_were_given(keep):
+    rng = np.random.default_rng(4)
+    scores = np.array([3.0, 1.0, 5.0, 2.0, 2.0, 2.0, 0.0, 4.0, 4.0, -1.0, -2.0, -3.0], np.float32)
+    kept = np.array([1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1], np.float32)  # the best of the first group was dropped
+    best = {1: [[0], [], [7], [9]], 2: [[0, 1], [], [7, 8], [9, 10]]}[keep]
+    mask = (np.arange(LONGEST) < rng.integers(1, LONGEST + 1, 12)[:, None]).astype(np.float32)
+    given = Rollout(mask * kept[:, None], None, None, None, scores, kept, None, None, np.float32(0))
+    algorithm = BestOfN(group=3, keep=keep)
+    found = jax.jit(lambda x: algorithm.learnt(x))(jax.tree.map(jnp.asarray, given))
+    chosen = sorted(row for group in best for row in group)
+    assert sorted(np.flatnonzero(found.batch["advantages"].any(axis=1))) == chosen
+    assert found.sums["flat_groups"].value() == pytest.approx(1 / 4)
+    assert found.sums["reward_best"].value() == pytest.approx(scores[chosen].mean())
+
+    logprobs = rng.normal(-1, 1, mask.shape).astype(np.float32)
+    batch = {name: jnp.asarray(x) for name, x in {"mask": given.mask, **found.batch, "old": logprobs}.items()}
+    batch["policy_on"] = jnp.ones(12)
+    right = -logprobs[chosen].astype(np.float64)[mask[chosen] > 0]
+    model = Given()
+    model.hidden = lambda params, batch: jnp.zeros((12, LONGEST, 1))
+    loss = algorithm.objective(model, 1.0, LONGEST)
+    zero = jnp.zeros_like(logprobs)
+    measure = lambda logprobs: loss({"logprobs": logprobs, "entropy": zero}, batch, None)["loss/policy"]
+    assert measure(jnp.asarray(logprobs)).value() == pytest.approx(right.mean(), rel=1e-6)
+    slope = jax.grad(lambda x: measure(x).total / measure(x).count)(jnp.asarray(logprobs))
+    expected = np.zeros(mask.shape)
+    expected[chosen] = -mask[chosen] / mask[chosen].sum()
+    np.testing.assert_allclose(slope, expected, atol=1e-7)
 
 
 def test_weights_for_the_difference_of_sampling_and_training():

@@ -147,7 +147,7 @@ class PolicyConfig(RunConfig):
 
     `model` is the policy: a language model's weights, trained whole or by adapters, or a fresh decoder. The reference
     is what it began as, or the language model at `reference`. `rewards` judge its completions, `algorithm` learns from
-    them: `ppo`, `grpo`, `dr_grpo`, `dapo` or `rloo`. `watch` raises alarms.
+    them: `ppo`, `grpo`, `dr_grpo`, `dapo`, `rloo` or `best_of_n`. `watch` raises alarms.
     """
 
     size_of_batch: ClassVar[str] = "batch.prompts"

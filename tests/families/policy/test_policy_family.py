@@ -142,7 +142,7 @@ def test_a_value_with_a_trunk_of_its_own_begins_as_the_policy(there):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo", "rloo"])
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo", "rloo", "best_of_n"])
 def test_swapping_the_algorithm_changes_nothing_else(there, kind):
     penalty = ", kl: {coef: 0.05}" if kind == "rloo" else ""
     trained(kind, f"algorithm={{kind: {kind}, group: 4, minibatches: 2{penalty}}}")
