@@ -90,8 +90,10 @@ class Step(Protocol):
       of `state.extra`) is copied to the host, or used, before the first update: reading it later raises "Array has been
       deleted". An entry of `state.extra` that only the step itself changes is registered all the same, as
       `Extra(init)`.
-    * An early stop leaves updates out. It never makes updates with zero gradients, which would still move Adam. A call
-      without any update returns the inner update's `empty_window(state, minibatch)` where `window` is None.
+    * An early stop leaves updates out. It never makes updates with zero gradients, which would still move Adam. The
+      sums of a call without any update are the inner update's `empty_window(state, minibatch)`.
+    * The sums of a call are added up by themselves, and then merged into `window` once. A run that goes on from the
+      middle of a window then adds the same numbers in the same order, and logs the very same bits.
     * It may raise `Interrupted` until the first donation, for example when `poll()` returned true. The call then counts
       as never made: its batch and its draws come again. After the first donation it must run to its end.
     * `window` must stay readable, because the loop waits on the sums of earlier calls. So it is not donated.

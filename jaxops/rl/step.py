@@ -111,7 +111,6 @@ class PolicyStep:
         self._cut = program("cut", self._minibatches, rows)
         self._adapt = jax.jit(self._adapted, out_shardings=whole)
         self._merge = jax.jit(merge)
-        self._outer: frozenset[str] | None = None
 
     def __call__(
         self, state: State, batch: Mapping[str, Any], window: Sums | None = None, turn: Turn | None = None
@@ -130,34 +129,34 @@ class PolicyStep:
         extras = {name: state.extra[name] for name in (KL, SCORES) if name in state.extra}
         ready, outer, kl, extras = self._run(self._advantages, extras, rollout, prepared, scores, jnp.int32(step))
         outer |= collected.sums
-        self._outer = self._outer or frozenset(outer)
-        before = None if window is None else {name: window[name] for name in self._outer}
-        inner = None if window is None else {name: x for name, x in window.items() if name not in self._outer}
         if turn.poll():
             raise Interrupted
         # From here on the state is given away, and the step runs to its end.
-        state, inner, turn.updates = self._updated(state, ready, inner, step)
+        state, inner, turn.updates = self._updated(state, ready, step)
         kept = self._run(self._adapt, extras, kl)
         state = dataclasses.replace(state, extra={**state.extra, **kept})
-        return advanced(state), {**inner, **(outer if before is None else self._merge(before, outer))}
+        sums = inner | outer
+        return advanced(state), sums if window is None else self._merge(window, sums)
 
-    def _updated(
-        self, state: State, ready: Mapping[str, Array], window: Sums | None, step: int
-    ) -> tuple[State, Sums, int]:
-        """Goes through the completions in a fresh order each epoch, and stops where the policy has moved enough."""
+    def _updated(self, state: State, ready: Mapping[str, Array], step: int) -> tuple[State, Sums, int]:
+        """Goes through the completions in a fresh order each epoch, and stops where the policy has moved enough.
+
+        Returns the new state, the sums of its updates, and their number.
+        """
+        total: Sums | None = None
         made, limit = 0, self.algorithm.target_kl
         for epoch in range(self.algorithm.epochs):
             for part in self._run(self._cut, dict(ready), jnp.int32(step), jnp.int32(epoch)):
                 if limit is None:
-                    state, window = self.parts.update(state, part, window)
+                    state, total = self.parts.update(state, part, total)
                     made += 1
                     continue
                 state, sums = self.parts.update(state, part)
-                window, made = sums if window is None else self._merge(window, sums), made + 1
+                total, made = sums if total is None else self._merge(total, sums), made + 1
                 if float(sums["moved_kl"].value()) > limit:
-                    return state, window, made
-        assert window is not None
-        return state, window, made
+                    return state, total, made
+        assert total is not None
+        return state, total, made
 
     def programs(self, state: PyTree, batch: PyTree) -> list[Program]:
         """Returns all jitted pieces of a step, with the number of times that it runs them."""

@@ -109,7 +109,7 @@ class Proposing:
         ready = self.settled(self.targets(state.frozen, coef, batch, proposed, scores))
         new = self.settled(self.adapt(coef, np.float32(np.nanmean(scores))))
         stats = {"score": Sum(np.float32(np.nansum(scores)), np.float32(len(scores)))}
-        inner = None if window is None else {name: x for name, x in window.items() if name not in stats}
+        inner = None
         for at in range(self.updating(now)):
             part = {name: x[at % 2 :: 2] for name, x in host(ready).items()}
             state, inner = self.train(state, part, inner)
@@ -117,9 +117,8 @@ class Proposing:
             inner = self.train.empty_window(state, {name: x[::2] for name, x in host(ready).items()})
         turn.updates = self.updating(now)
         state = dataclasses.replace(state, extra=state.extra | {"kl": {"coef": new}})
-        if window is not None:
-            stats = self.settled(self.merge({name: window[name] for name in stats}, stats))
-        return advanced(state), inner | stats
+        sums = inner | stats
+        return advanced(state), sums if window is None else self.settled(self.merge(window, sums))
 
     def programs(self, state, batch):
         proposed = jax.eval_shape(self.collect, state.params, state.step, batch)
@@ -156,7 +155,7 @@ class Trial:
                 start, jax.random.key(0), self.tx, self.mesh, RULES, frozen=("^reference/",), extras={"kl": COEF}
             )
 
-    def run(self, state=None, at=0, cursor=0, steps=STEPS, policy="raise", poll=lambda: False, window=2):
+    def run(self, state=None, at=0, cursor=0, steps=STEPS, policy="raise", poll=lambda: False, window=2, **options):
         def on_window(closed):
             values = closed.values({})
             check_finite(values, closed, policy)
@@ -177,6 +176,7 @@ class Trial:
                 hooks=[every(1, lambda s: self.at.append((s.step, s.cursor)))],
                 on_window=on_window,
                 poll=poll,
+                **options,
             )
 
 
@@ -238,6 +238,21 @@ def test_a_run_that_is_stopped_goes_on_bitwise(layout):
     agree(resumed.state, expected.state, 0)
     assert (resumed.step, resumed.cursor) == (expected.step, expected.cursor)
     assert parts.at == whole.at
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=str)
+@pytest.mark.parametrize("after", range(1, STEPS))
+def test_a_window_that_is_stopped_in_the_middle_goes_on_bitwise(layout, after):
+    """A step of three updates: the sums of the window that the stop cuts are those of a run that never stopped."""
+    whole, parts = Trial(layout, updating=lambda n: 3), Trial(layout, updating=lambda n: 3)
+    whole.run(window=STEPS)
+    ended = parts.run(window=STEPS, poll=lambda: len(parts.at) >= after, on_open=lambda window: None)
+    assert (ended.step, ended.reason, parts.windows) == (after, "interrupted", [])
+    parts.run(ended.state, ended.step, ended.cursor, window=STEPS, begun=ended.window)
+    (expected, _), (found, _) = *whole.windows, *parts.windows
+    assert (found.first, found.last, found.updates) == (0, STEPS, 3 * STEPS)
+    for (path, x), (_, y) in zip(named_leaves(host(expected.sums)), named_leaves(host(found.sums)), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=path)
 
 
 def test_an_early_stop_leaves_updates_out():
