@@ -28,12 +28,13 @@ class Batch:
     Attributes:
       global_: examples of one step over all devices.
       microbatch: examples that are differentiated at a time; `auto` takes as many as fit into memory.
-      pack: true where several short sequences share a row of model.length. One row is then one example.
+      pack: whether several short sequences share a row of model.length. One row is then one example. `best_fit` fills
+        rows; with true they may stay half empty where most histories are short, but are those of earlier runs.
     """
 
     global_: Positive = 256
     microbatch: Positive | Literal["auto"] = "auto"
-    pack: bool = False
+    pack: bool | Literal["best_fit"] = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from jaxops.core.failures import UserError
 from jaxops.data.epochs import Epochs
 from jaxops.data.interactions.heldout import Split
 from jaxops.data.interactions.interactions import Interactions
-from jaxops.data.packing import pack, ranges
+from jaxops.data.packing import Pack, longest_that_fits, ranges
 
 
 class PackedSource:
@@ -21,7 +21,7 @@ class PackedSource:
     transition is a target exactly once an epoch. Batches: {"id" [B] int32 row, "items" and "targets" [B, L] int32,
     "weight" [B, L] float32 (of the target's event, by `weights`: 1 without), "segment" [B, L] int32 (1, 2, ... within
     the row, 0 where nothing is), "position" [B, L] int32 (as if the window stood alone, padded on the left)}; with
-    `event_rows` also `Interactions.event_rows` of the items, [B, L].
+    `event_rows` also `Interactions.event_rows` of the items, [B, L]. `pack` chooses which windows share a row.
 
     Raises:
       UserError: nobody has two training events.
@@ -35,6 +35,7 @@ class PackedSource:
         seed: int,
         event_rows: bool = False,
         weights: Float32[np.ndarray, " events"] | None = None,
+        pack: Pack = longest_that_fits,
     ) -> None:
         users = np.flatnonzero(split.train_end >= 2)
         if not len(users):

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Float32, Int, Int64
 
 from jaxops.data.epochs import Epochs
+from jaxops.data.packing import ranges
 from jaxops.data.preferences.ratings import Draws, Ratings
 from jaxops.data.preferences.spec import TooLong
 from jaxops.data.text.documents import Documents
-from jaxops.data.text.packing import ranges
 
 PART_ROW = "part/row"
 """The entry of evaluation batches that holds the row among those of the part, -1 for padding."""

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from jaxops.data.epochs import Epochs
+from jaxops.data.packing import ranges
 from jaxops.data.prompts.formats import AskedPrompt
-from jaxops.data.text.packing import ranges
 
 
 class Prompts:

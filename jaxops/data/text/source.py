@@ -9,8 +9,8 @@ from jaxtyping import Int64
 from jaxops.core.failures import UserError
 from jaxops.data import notes
 from jaxops.data.epochs import Epochs
+from jaxops.data.packing import best_fit, ranges
 from jaxops.data.text.documents import Documents
-from jaxops.data.text.packing import pack, ranges
 from jaxops.data.text.spec import TooLong
 
 PART_ROW = "part/row"
@@ -108,7 +108,7 @@ class TextRows:
     ) -> None:
         self._documents, self._segments, self.length, self._fill = documents, segments, length, fill
         if packed:
-            self._order, self._first = pack(segments.width, length, seed)
+            self._order, self._first = best_fit(segments.width, length, seed)
         else:
             self._order, self._first = np.arange(len(segments)), np.arange(len(segments) + 1)
 

@@ -16,6 +16,8 @@ from jaxops.data.interactions.open import RecData, open_data
 from jaxops.data.interactions.packing import PackedSource
 from jaxops.data.interactions.queries import QueryBatches, seen_width
 from jaxops.data.interactions.windows import SequenceSource
+from jaxops.data.packing import best_fit, longest_that_fits
+from jaxops.data.protocol import Source
 from jaxops.families.rec.config import RecConfig
 from jaxops.families.rec.own_model import require_parts
 from jaxops.families.rec.own_sequences import Opened, open_own
@@ -140,7 +142,10 @@ def restore(saved: SavedRun) -> ServedRanking:
 
 def _open(config: RecConfig, data: RecData, model: Any) -> Opened:
     inter, split, length = data.inter, data.split, model.length
-    windows = PackedSource if config.batch.pack else SequenceSource
+    windows: Callable[..., Source] = SequenceSource
+    if config.batch.pack:
+        pack = best_fit if config.batch.pack == "best_fit" else longest_that_fits
+        windows = functools.partial(PackedSource, pack=pack)
     event_rows = any(entry != "items" for entry in entries_of(config).values())
     weights = target_weights(inter, split, config.repeats, first=False)
     seen = seen_width(inter, split.valid, split.test)

@@ -5,8 +5,9 @@ import pytest
 
 from jaxops.core.failures import UserError
 from jaxops.data.interactions.interactions import from_arrays
-from jaxops.data.interactions.packing import PackedSource, pack
+from jaxops.data.interactions.packing import PackedSource
 from jaxops.data.interactions.splits import leave_one_out
+from jaxops.data.packing import best_fit, longest_that_fits
 
 
 def interactions(users=50, seed=0, longest=30):
@@ -18,7 +19,8 @@ def interactions(users=50, seed=0, longest=30):
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 50])
-def test_every_window_is_in_one_row_and_rows_hold(length):
+@pytest.mark.parametrize("pack", [longest_that_fits, best_fit])
+def test_every_window_is_in_one_row_and_rows_hold(length, pack):
     width = np.random.default_rng(1).integers(1, length + 1, 300)
     windows, first = pack(width, length, seed=3)
     assert sorted(windows) == list(range(300))
@@ -26,6 +28,17 @@ def test_every_window_is_in_one_row_and_rows_hold(length):
     assert sums.max() <= length
     # no two rows could be one: the fuller half of them is nearly full
     assert len(sums) <= 1.15 * width.sum() / length + 1
+
+
+def test_best_fit_fills_rows_with_many_short_histories():
+    """Most users of a shop have few events: there are not enough long histories for each of them to fill up."""
+    length = np.concatenate([np.full(900, 5), np.full(80, 6), np.full(20, 40)])
+    user = np.repeat(np.arange(len(length)), length)
+    inter = from_arrays(user, np.random.default_rng(0).integers(1, 40, len(user)), np.arange(len(user)))
+    source = PackedSource(inter, leave_one_out(inter), 50, seed=0, pack=best_fit)
+    targets = int((length - 3).sum())
+    assert source.batch(0, source.examples)["weight"].sum() == targets
+    assert source.examples == -(-targets // 50)
 
 
 def test_every_transition_is_a_target_once_an_epoch():
