@@ -11,6 +11,7 @@ from exact_optimum import PROMPTS, WIDTH, Problem
 from jaxops.core.interrupt import Interrupted
 from jaxops.core.mesh import make_mesh
 from jaxops.core.sharding import named_leaves
+from jaxops.core.sums import merge
 from jaxops.core.turn import Turn
 from jaxops.rl.algorithms import Grpo, Ppo
 from jaxops.rl.collect import Scored
@@ -68,6 +69,16 @@ def test_a_step_learns_reports_and_advances(algorithm):
     assert len(moved) > len(before) // 2
     more, _ = one_step(problem, window=sums)
     assert float(more["length"].count) == 2 * float(sums["length"].count)
+
+
+def test_a_window_and_the_sums_of_a_step_are_added_once():
+    """So a run that goes on from the middle of a window adds the same numbers in the same order."""
+    problem = fresh(PPO)
+    (first, _), (second, _) = one_step(problem), one_step(problem)
+    problem = fresh(PPO)
+    both, _ = one_step(problem, window=one_step(problem)[0])
+    for (path, x), (_, y) in zip(named_leaves(merge(first, second)), named_leaves(both), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=path)
 
 
 def test_before_the_first_update_the_policy_is_the_one_that_sampled():
