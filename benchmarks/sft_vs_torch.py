@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, list[str], int]] = {
     "sft_tiny": ("language/sft_tiny", ["optimizer.lr=1e-3"], 4),
     "sft_smollm2": ("language/sft_smollm2", ["data.length=256", "batch.global=2"], 1),
 }
-TEXTS, BATCHES, CHECKED, CLOSE = 500, 8, 6, 1e-4
+TEXTS, BATCHES, CHECKED, CLOSE = 500, 8, 4, 1e-4
 
 
 def task_of(case: str, folder: pathlib.Path) -> Any:
