@@ -138,7 +138,7 @@ def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
     from jaxops.core.turn import Turn
     from jaxops.run.task import StepParts
     from jaxops.run.training import accumulation_of, build_training
-    from jaxops.run.warm_start import begin_with, copied_paths, with_copies
+    from jaxops.run.warm_start import first_state
 
     task = policy_task(args, folder)
     mesh = make_mesh(**dataclasses.asdict(task.config.mesh))
@@ -146,8 +146,7 @@ def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
         training = build_training(task, mesh, accumulation_of(task, mesh))
         parts = StepParts(training.update, training.fresh, mesh, folder)
         parts.journal, step = journal, task.step(parts)
-        state = training.fresh()
-        state = with_copies(begin_with(state, task.start(), copied_paths(state, task.copies))[0], task.copies)
+        state = first_state(training.fresh(), task, {}, lambda text: None)
         print(json.dumps({"ours": f"jax {jax.__version__}"}), flush=True)
         turn = Turn(task.source.batch, lambda: False)
         for _ in sys.stdin:

@@ -53,10 +53,9 @@ def task_of(case: str, folder: pathlib.Path) -> Any:
 
 def began(task: Any, training: Any) -> Any:
     """The state that a run of the task begins with."""
-    from jaxops.run.warm_start import begin_with
+    from jaxops.run.warm_start import first_state
 
-    state = training.fresh()
-    return begin_with(state, task.start())[0] if task.start else state
+    return first_state(training.fresh(), task, {}, lambda text: None)
 
 
 def on_mesh(task: Any) -> tuple[Any, Any]:
