@@ -48,7 +48,7 @@ format: install ## rewrite files as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-peers: .peers/recbole/.installed .peers/transformers/.installed ## separate environments in which benchmarks run peers
+peers: .peers/recbole/.installed .peers/transformers/.installed .peers/trl/.installed ## separate environments in which benchmarks run peers
 
 # RecBole asks for a ray that newer Pythons cannot install and that we stub, hence --no-deps.
 .peers/recbole/.installed: benchmarks/peers/recbole.txt
@@ -60,10 +60,10 @@ peers: .peers/recbole/.installed .peers/transformers/.installed ## separate envi
 	@.peers/recbole/bin/python -m pip install --quiet --disable-pip-version-check --no-deps recbole==1.2.1
 	@touch $@
 
-.peers/transformers/.installed: benchmarks/peers/transformers.txt
-	@echo "making .peers/transformers (about a minute, torch is large) ..."
-	@$(PYTHON) -m venv --clear .peers/transformers
-	@.peers/transformers/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers/transformers.txt
+.peers/transformers/.installed .peers/trl/.installed: .peers/%/.installed: benchmarks/peers/%.txt
+	@echo "making .peers/$* (about a minute, torch is large) ..."
+	@$(PYTHON) -m venv --clear .peers/$*
+	@.peers/$*/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers/$*.txt
 	@touch $@
 
 lock: ## regenerate requirements.lock (UPGRADE=1 for the newest versions)

@@ -3,8 +3,9 @@
 Both are one process with one thread, pinned to the same core, and take turns; float32, the same prompts, the same
 number of new tokens, no end token. The time is that of the whole call, reading the prompts included, after a warm-up
 call of the same shape. `same_tokens` is the share of tokens before the first difference: floats round differently, and
-greedy texts part at a near-tie. `ratio` is the worst of the batches. The last line printed is one JSON object; nothing
-is asserted.
+greedy texts part at a near-tie. `ratio` is the worst of the batches, each the median over rounds of theirs over ours
+within a round by the clock, and `ratio_cpu` the same in CPU time, which other work on the machine moves less. The last
+line printed is one JSON object; nothing is asserted.
 
     make peers && .venv/bin/python benchmarks/generate_vs_transformers.py [--weights FOLDER_OR_GGUF] [--batches 1 8 32]
 """
@@ -13,22 +14,14 @@ import argparse
 import json
 import os
 import pathlib
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
+
+from sides import Side, measured, ratios, sides, spread, turns
 
 ROOT = pathlib.Path(__file__).parents[1]
 PEER_PYTHON = ROOT / ".peers" / "transformers" / "bin" / "python"
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "NPROC": "1",
-    "JAX_PLATFORMS": "cpu",
-}
 
 
 def write_model(weights: str | None, folder: pathlib.Path) -> int:
@@ -37,15 +30,17 @@ def write_model(weights: str | None, folder: pathlib.Path) -> int:
 
     from jaxops.core.weights import load_weights, targets_of, with_arrays
     from jaxops.models.decoder.architecture import Architecture
+    from jaxops.models.decoder.decoder import Decoder, build_decoder
     from jaxops.models.decoder.gguf import open_gguf
     from jaxops.models.decoder.pretrained import open_pretrained, save_pretrained
 
     if weights is None:
-        decoder = Architecture(vocab=4096, dim=256, layers=4, heads=4, kv_heads=2, hidden=1024, length=1024).build()
+        shape = {"vocab": 4096, "dim": 256, "layers": 4, "heads": 4, "kv_heads": 2, "hidden": 1024, "length": 1024}
+        decoder = Decoder(Architecture(**shape))
         params = decoder.init(jax.random.key(0))
     else:
         found = open_gguf(weights) if weights.endswith(".gguf") else open_pretrained(weights)
-        decoder = found.architecture.build()
+        decoder = build_decoder(found.architecture)
         params = with_arrays(decoder.shapes, load_weights(targets_of(decoder.shapes), [found.source])[0])
     save_pretrained(folder, decoder.config, params, {})
     return decoder.real_vocab
@@ -58,6 +53,7 @@ def ours(folder: str, prompts: str, new: int) -> None:
 
     from jaxops.core.mesh import make_mesh
     from jaxops.core.weights import load_weights, targets_of, with_arrays
+    from jaxops.models.decoder.decoder import build_decoder
     from jaxops.models.decoder.pretrained import open_pretrained
     from jaxops.models.decoder.unrolled import Unrolled
     from jaxops.rl.options import SampleOptions
@@ -65,7 +61,7 @@ def ours(folder: str, prompts: str, new: int) -> None:
     from jaxops.rl.sampled import Prompt
 
     found = open_pretrained(folder)
-    decoder = found.architecture.build()
+    decoder = build_decoder(found.architecture)
     params = with_arrays(decoder.shapes, load_weights(targets_of(decoder.shapes), [found.source])[0])
     model, ids = Unrolled(decoder), np.load(prompts)
     options = SampleOptions(max_tokens=new, temperature=0)
@@ -79,44 +75,9 @@ def ours(folder: str, prompts: str, new: int) -> None:
             samplers[batch] = Sampler(model, make_mesh(), slots=batch, room=room, reading=batch, options=options)
             placed = samplers[batch].handoff(params) if placed is None else placed
         asked = [Prompt(row.tolist(), at) for at, row in enumerate(ids[:batch])]
-        started = time.perf_counter()
-        sampled = samplers[batch](placed, asked, seed=0)
-        seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        print(json.dumps({"seconds": seconds, "tokens": sampled.tokens.tolist(), "peak_mib": peak}), flush=True)
-
-
-class Worker:
-    """One side, in a process that is pinned to a core."""
-
-    def __init__(self, command: list[str], core: int) -> None:
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **ONE_THREAD},
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-        )
-        self.name = self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        while line := self._process.stdout.readline():
-            if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        sys.exit(f"error: a side ended with status {self._process.wait()}")
-
-    def __call__(self, batch: int) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        print(batch, file=self._process.stdin, flush=True)
-        return self._read()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with measured() as took:
+            sampled = samplers[batch](placed, asked, seed=0)
+        print(json.dumps({**took.figures(), "tokens": sampled.tokens.tolist()}), flush=True)
 
 
 def alike(a: list[list[int]], b: list[list[int]]) -> float:
@@ -128,24 +89,22 @@ def alike(a: list[list[int]], b: list[list[int]]) -> float:
     return same / sum(map(len, a))
 
 
-def measure(batch: int, sides: dict[str, Worker], rounds: int, new: int) -> dict[str, Any]:
-    """Calls both sides in turn; returns tokens a second of each (medians), their ratio, and how alike the texts are."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    last: dict[str, dict[str, Any]] = {}
-    for number in range(rounds + 1):  # the first call compiles, or warms up
-        for name, side in sides.items():
-            last[name] = side(batch)
-            if number:
-                times[name].append(last[name]["seconds"])
-    rate = {name: batch * new / statistics.median(seconds) for name, seconds in times.items()}
+def measure(batch: int, both: dict[str, Side], rounds: int, new: int) -> dict[str, Any]:
+    """Calls both sides in turn; returns tokens a second of each, their ratio, and how alike the texts are."""
+    turns(both, batch, 1)  # the first call compiles, or warms up
+    said = turns(both, batch, rounds)
+    rates = {name: [batch * new / row["seconds"] for row in rows] for name, rows in said.items()}
+    ratio, ratio_cpu = ratios(said, "seconds"), ratios(said, "cpu_s")
     return {
         "batch": batch,
-        "ours_tokens_per_s": round(rate["ours"], 1),
-        "peer_tokens_per_s": round(rate["peer"], 1),
-        "ratio": round(rate["ours"] / rate["peer"], 3),
-        "same_tokens": round(alike(last["ours"]["tokens"], last["peer"]["tokens"]), 3),
-        "ours_peak_mib": round(last["ours"]["peak_mib"]),
-        "peer_peak_mib": round(last["peer"]["peak_mib"]),
+        "ratio": ratio["median"],
+        "ratio_cpu": ratio_cpu["median"],
+        "ratios": ratio,
+        "ratios_cpu": ratio_cpu,
+        **{f"{name}_tokens_per_s": spread(rate, 1) for name, rate in rates.items()},
+        "same_tokens": round(alike(said["ours"][-1]["tokens"], said["peer"][-1]["tokens"]), 3),
+        **{f"{name}_peak_mib": rows[-1]["peak_mib"] for name, rows in said.items()},
+        "load": [round(one, 2) for one in os.getloadavg()],
     }
 
 
@@ -175,26 +134,24 @@ def main() -> None:
         peer = [args.peer_python, str(ROOT / "benchmarks/peers/transformers_generate.py"), "--folder", str(folder)]
         peer += ["--prompts", prompts, f"--new={args.new}"]
         mine = [sys.executable, __file__, "--ours", str(folder), prompts, f"--new={args.new}"]
-        sides = {"ours": Worker(mine, args.core), "peer": Worker(peer, args.core)}
-        rows = []
-        for batch in args.batches:
-            rows.append(measure(batch, sides, args.rounds, args.new))
-            print(json.dumps(rows[-1]), flush=True)
-        for side in sides.values():
-            side.close()
+        with sides(args.core, ours=mine, peer=peer) as both:
+            names = {name: word for side in both.values() for name, word in side.name.items()}
+            rows = []
+            for batch in args.batches:
+                rows.append(measure(batch, both, args.rounds, args.new))
+                print(json.dumps(rows[-1]), flush=True)
     print(
         json.dumps(
             {
-                "benchmark": "generate_vs_transformers",
+                "name": "generate_vs_transformers",
                 "weights": pathlib.Path(args.weights).name if args.weights else "fresh, 6M parameters",
-                **sides["ours"].name,
-                **sides["peer"].name,
                 "prompt_tokens": args.prompt,
                 "new_tokens": args.new,
                 "threads": 1,
-                "load": [round(one, 2) for one in os.getloadavg()],
                 "batches": rows,
                 "ratio": min(row["ratio"] for row in rows),
+                "ratio_cpu": min(row["ratio_cpu"] for row in rows),
+                "versions": names,
             }
         )
     )

@@ -2,13 +2,16 @@
 
 import argparse
 import json
-import resource
+import os
+import pathlib
 import sys
-import time
 
 import numpy as np
 import torch
 import transformers
+
+sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
+from sides import measured
 
 
 def main() -> None:
@@ -24,13 +27,10 @@ def main() -> None:
     print(json.dumps({"peer": f"transformers {transformers.__version__}, torch {torch.__version__}"}), flush=True)
     for line in sys.stdin:
         ids = prompts[: int(line)]
-        started = time.perf_counter()
-        with torch.inference_mode():
+        with measured() as took, torch.inference_mode():
             found = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **given)
-        seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         tokens = found[:, ids.shape[1] :].tolist()
-        print(json.dumps({"seconds": seconds, "tokens": tokens, "peak_mib": peak}), flush=True)
+        print(json.dumps({**took.figures(), "tokens": tokens}), flush=True)
 
 
 main()

@@ -138,6 +138,28 @@ def test_attention_is_the_librarys_where_cudnn_would_compute_it():
     assert not attention._cudnn_covers(q.astype(jnp.bfloat16), k)  # there is no GPU here
 
 
+@pytest.mark.parametrize(("length", "heads", "cap"), [(128, 2, None), (150, 4, None), (131, 4, 5.0)])
+def test_causal_attention_in_blocks_is_that_of_all_pairs(length, heads, cap):
+    draw = lambda number, heads: jax.random.normal(jax.random.key(number), (2, length, heads, 8))
+    q, k, v, weight = draw(0, heads), draw(1, 2), draw(2, 2), draw(3, heads)
+    segment = jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 1]], [50, 60, length - 110], axis=1))
+    same = (segment[:, :, None] == segment[:, None, :]) & (segment > 0)[:, None, :]
+    weight = jnp.where(segment[..., None, None] > 0, weight, 0.0)  # what padding gets means nothing
+    mask = same & jnp.tril(jnp.ones((length, length), bool))[None]
+
+    def both(causal):
+        attend = lambda q, k, v: attention.attend(q, k, v, mask, 0.3, cap, causal=causal)
+        out, back = jax.vjp(attend, q, k, v)
+        kept = sum(x.size for x in jax.tree.leaves(back) if jnp.issubdtype(x.dtype, jnp.floating))
+        return jax.tree.map(np.asarray, (jnp.where(weight != 0, out, 0.0), *back(weight))), kept
+
+    expected, pairs = both(False)
+    found, kept = both(True)
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-5)
+    assert kept < q[..., 0].size * length / 2 < pairs  # the weights are not among what the backward pass is given
+
+
 def test_a_config_reads_the_architecture_and_tells_each_error_once():
     Run = dataclasses.make_dataclass("Run", [("model", Architecture, Architecture())], frozen=True)
     given = {"kind": "decoder", "window": 8, "pattern": ["window", "full"], "rope": {"theta": 1e6, "window_theta": 1e4}}

@@ -103,8 +103,9 @@ def test_every_kernel_is_gathered_over_fsdp_where_it_is_used(architecture):
 
 
 @pytest.mark.slow
-def test_a_cube_updates_like_one_device():
-    check(task_of(GEMMA), [CUBE], [4], batch_size=16, steps=2, gradient=2e-6)
+@pytest.mark.parametrize("length", [12, 130], ids=["short", "attention in blocks"])
+def test_a_cube_updates_like_one_device(length):
+    check(task_of(GEMMA, length), [CUBE], [4], batch_size=16, steps=2, gradient=2e-6)
 
 
 @pytest.mark.slow

@@ -134,9 +134,12 @@ class DecoderBlock(nnx.Module):
         mask: Bool[Array, "batch length seen"],
         keys: Key[Array, " batch"] | None,
     ) -> tuple[Float[Array, "batch length dim"], tuple[Array, Array]]:
-        """Returns the residual stream after this layer, and the layer's keys and values."""
+        """Returns the residual stream after this layer, and the layer's keys and values.
+
+        The mask lets no position see one after it.
+        """
         q, k, v = self.project(x, turned)
-        return self.finish(x, self.attend(q, k, v, mask), keys), (k, v)
+        return self.finish(x, self.attend(q, k, v, mask, causal=True), keys), (k, v)
 
     def project(
         self, x: Float[Array, "batch length dim"], turned: Float[Array, "two batch length half"] | None
@@ -144,7 +147,9 @@ class DecoderBlock(nnx.Module):
         """Returns queries, keys and values of these positions."""
         return self.attention.project(self.norm_attention(x), turned)
 
-    def attend(self, q: Array, k: Array, v: Array, mask: Bool[Array, "batch length seen"]) -> Array:
+    def attend(
+        self, q: Array, k: Array, v: Array, mask: Bool[Array, "batch length seen"], causal: bool = False
+    ) -> Array:
         """Returns what every head sees.
 
         Args:
@@ -152,8 +157,9 @@ class DecoderBlock(nnx.Module):
           k: keys.
           v: values.
           mask: True where a position may be seen.
+          causal: whether no position sees one after it.
         """
-        return attend(q, k, v, mask, self.config.scale, self.config.attention_cap)
+        return attend(q, k, v, mask, self.config.scale, self.config.attention_cap, causal=causal)
 
     def finish(
         self,
