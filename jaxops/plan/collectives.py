@@ -25,6 +25,8 @@ _CALLS = re.compile(r"\b(body|condition|calls|to_apply)=%?([\w.\-]+)|\b(?:branch
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LESS = re.compile(r"^\s+ROOT .*\bcompare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_FUSED_SCATTER = "all-reduce-scatter"
+"""Begins the name of a fusion that reduces and keeps a part: a reduce-scatter, whatever the operation inside."""
 _ARRAY = re.compile(r"\b(f8\w+|[a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -37,7 +39,8 @@ class Collective:
       axes: the mesh axes along which the devices that exchange differ.
       in_loop: whether they run inside a loop.
       count: how many operations the program has.
-      bytes: bytes of their results on a device each time that the program runs; a loop of unknown length counts once.
+      bytes: bytes of the whole arrays on a device each time that the program runs: of what is gathered, or reduced. A
+        loop of unknown length counts once.
       largest: bytes of the largest single result.
       between_slices: whether they cross the network between slices.
     """
@@ -62,24 +65,26 @@ def collectives(text: str, axes: Mapping[str, int], slices: int = 1) -> list[Col
     computations, times, loops = _read(text)
     sizes = tuple(axes.values())
     found: dict[tuple[str, tuple[str, ...], bool, bool], list[tuple[int, int]]] = collections.defaultdict(list)
-    channels: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str]] = set()
     for name, lines in computations.items():
         for line in lines:
             match = _COLLECTIVE.match(line)
             if match is None:
                 continue
             channel = _CHANNEL.search(line)
-            if channel is not None:  # an exchange that is spread over several fusions is written in each of them
-                if (match["kind"], channel[1]) in channels:
+            if channel and match["kind"] != "all-reduce":
+                # A gather that other work overlaps is written in each of the fusions that it is spread over.
+                if (match["kind"], channel[1]) in seen:
                     continue
-                channels.add((match["kind"], channel[1]))
+                seen.add((match["kind"], channel[1]))
             groups = _groups(line, math.prod(sizes))
             along = tuple(axis for axis, differs in zip(axes, _differ(groups, sizes), strict=True) if differs)
             if not along:
                 continue  # every group is one device
             across = slices > 1 and _crosses(groups, math.prod(sizes) // slices)
             size = _bytes(match["result"], bool(match["start"]), match["kind"])
-            found[match["kind"], along, name in loops, across].append((size, times.get(name, 1)))
+            kind = "reduce-scatter" if name.startswith(_FUSED_SCATTER) else match["kind"]
+            found[kind, along, name in loops, across].append((size, times.get(name, 1)))
     added = [
         Collective(
             kind,
@@ -152,11 +157,16 @@ def _trips(condition: Sequence[str]) -> int:
     return 1
 
 
+def _shape(result: str) -> str:
+    """Returns the type of a result without its layout, in which copies of one exchange differ."""
+    return re.sub(r"\{[^{}]*\}", "", result)
+
+
 def _bytes(result: str, start: bool, kind: str) -> int:
     """Returns the bytes of a result; of an operation that only starts, those of what it will give."""
     sizes = [
         math.prod(int(n) for n in dims.split(",") if n) * _WIDTH.get(dtype, 1)
-        for dtype, dims in _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", result))
+        for dtype, dims in _ARRAY.findall(_shape(result))
     ]
     if start and kind != "all-reduce":  # (operands, results, and perhaps two counters)
         return max(sizes, default=0)

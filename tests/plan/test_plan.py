@@ -21,7 +21,11 @@ SFT = ["tokenizer=bytes", "model={kind: decoder, dim: 64, layers: 2, heads: 2, h
 SFT += ["data={kind: text, path: nowhere.jsonl, length: 64}", "batch.global=16", "run={name: x, steps: 10}"]
 PPO = ["model={kind: decoder, dim: 32, layers: 1, heads: 2, length: 64}", "tokenizer=bytes", "value={kind: trunk}"]
 PPO += ["data={kind: prompts, path: nowhere.jsonl, max_tokens: 16}", "rewards=[{run: runs/none}]"]
-PPO += ["sample={max_tokens: 8, slots: 16, segment: 4}", "batch={prompts: 32, microbatch: 8}", "run={name: x, steps: 2}"]
+PPO += [
+    "sample={max_tokens: 8, slots: 16, segment: 4}",
+    "batch={prompts: 32, microbatch: 8}",
+    "run={name: x, steps: 2}",
+]
 
 
 @pytest.fixture(autouse=True)
