@@ -56,14 +56,16 @@ def _walk(jaxpr: Jaxpr, shards: Shards) -> tuple[int, int]:
         kept += max((one for one, _ in inside), default=0)
         if eqn.primitive.name == "scan":
             (body,) = _bodies(eqn)
-            kept += sum(
-                shards.bytes(var.aval)
-                for var, each in zip(eqn.outvars, body.outvars, strict=True)
-                if len(var.aval.shape) > len(each.aval.shape)  # stacked, and not carried on
-            )
+            for var, each in zip(eqn.outvars, body.outvars, strict=True):
+                if _rank(var) > _rank(each):  # stacked, and not carried on
+                    kept += shards.bytes(var.aval)
         elif not inside and eqn.primitive.name not in _FUSED:
             largest = max([largest, *(shards.bytes(var.aval) for var in eqn.outvars)])
     return kept, largest
+
+
+def _rank(var: Any) -> int:
+    return len(getattr(var.aval, "shape", ()))
 
 
 def _bodies(eqn: JaxprEqn) -> Iterator[Jaxpr]:

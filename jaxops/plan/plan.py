@@ -145,6 +145,11 @@ def plan(
     with tempfile.TemporaryDirectory(prefix="jaxops-plan-") as folder:
         task = outlined_task(loaded, Path(folder))
         mesh = make_mesh(**dataclasses.asdict(task.config.mesh), devices=devices)
+        if mesh.shape["replica"] % accelerator.slices:
+            raise UserError(
+                f"mesh.replica: {mesh.shape['replica']}, and {accelerator.type} is {accelerator.slices} slices: make it"
+                f" a multiple of {accelerator.slices}, so that no other axis crosses the network between them"
+            )
         with jax.set_mesh(mesh):
             return _planned(task, mesh, accelerator, compiles and compiling, tuple(only), say)
 

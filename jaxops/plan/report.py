@@ -92,7 +92,8 @@ def _time(plan: Plan, price: float | None) -> Iterator[str]:
     each = ", ".join(f"{one.name} {one.seconds:.3g} s ({one.by})" for one in bound.bounds if one.seconds > 0)
     whole = all(one.compiled is not None for one in plan.programs)
     yield f"a step takes at least {bound.seconds:.3g} s: {each}"
-    rate = f"at most {plan.rows / bound.seconds:,.1f} examples/s, MFU at most {100 * bound.mfu:.0f} %"
+    tokens = f", {plan.tokens / bound.seconds:,.0f} tokens/s" if plan.tokens and len(plan.programs) == 1 else ""
+    rate = f"at most {plan.rows / bound.seconds:,.1f} examples/s{tokens}, MFU at most {100 * bound.mfu:.0f} %"
     yield f"  {rate} ({bound.flops / 1e12:,.1f} TFLOPs a step, recomputation counted)"
     yield f"  assumed: {ASSUMPTIONS}" + ("" if whole else "; exchanges of what was not compiled count as nothing")
     if plan.steps is not None:

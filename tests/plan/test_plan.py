@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from small_data import movielens
 
 import jaxops as jx
 from jaxops.cli.main import main
@@ -78,6 +79,16 @@ def test_a_policy_over_a_reward_model_that_is_not_there_yet():
         assert one.arguments == pytest.approx(one.compiled.arguments, rel=0.1, abs=200), one.name
     text = "\n".join(lines(found))
     assert "KV cache" in text and "weights of sampling" in text and "fits" in text
+
+
+def test_a_recommender_reads_its_own_data_and_its_tables_are_a_group(monkeypatch):
+    movielens(monkeypatch)
+    found = planned("rec/movielens_two_tower", ["mesh={data: 8}", "batch.global=64", "batch.microbatch=64"])
+    (program,) = found.programs
+    assert found.groups["tables"] > 0
+    assert program.compiled is not None and program.compiled.problem is None
+    assert program.arguments == pytest.approx(program.compiled.arguments, rel=0.1)
+    assert {axis for one in program.compiled.collectives for axis in one.axes} == {"data"}
 
 
 def test_a_second_plan_knows_what_the_first_compiled():

@@ -98,3 +98,13 @@ def test_ppo_of_a_7b_policy_with_value_reference_and_reward_model(tmp_path, on, 
     for name in ("sample_fill", "sample_decode"):  # no token waits for weights: they are whole along fsdp
         large = [one for one in programs[name]["compiled"]["collectives"] if one["largest"] > 2**20]
         assert {tuple(one["axes"]) for one in large} <= {("tensor",)}, name
+
+
+def test_two_slices_exchange_over_replica_alone(tmp_path):
+    plan = planned(tmp_path, "language/sft_tiny", "mesh={replica: 2, fsdp: -1}", "--on", "2xv5e-4")
+    between = [one for one in plan["programs"][0]["compiled"]["collectives"] if one["between_slices"]]
+    assert {tuple(one["axes"]) for one in between} <= {("replica",), ("replica", "fsdp")}
+    planned_on_one = ["language/sft_tiny", "--on", "2xv5e-4"]
+    command = [sys.executable, "-c", RUN, "plan", *planned_on_one]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "make it a multiple of 2" in done.stderr

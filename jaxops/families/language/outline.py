@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxops.config.load import Loaded
-from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.spec import ChatData, MixtureData, OneTextData, TextData, sources_of
 from jaxops.families.language.config import LanguageConfig
 from jaxops.run.pretrained.config import Pretrained
@@ -26,7 +25,7 @@ def outlined(loaded: Loaded[LanguageConfig], folder: Path) -> Loaded[LanguageCon
     data: Any = config.data
     if isinstance(data, MixtureData):
         data = dataclasses.replace(data, sources=tuple(_texts(one, folder) for one in sources_of(data)))
-    elif not isinstance(data, PreferenceData | RatingData):
+    elif not config.pairs:
         data = _texts(data, folder)
     evaluate = dataclasses.replace(config.evaluate, samples=0, stop=None)
     checkpoint = dataclasses.replace(config.checkpoint, best=None)

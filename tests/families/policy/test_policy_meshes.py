@@ -3,18 +3,27 @@
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
-from policy_runs import task_of
+from policy_runs import furnish, task_of
 
 from jaxops.core.memory import bytes_per_device, state_groups
 from jaxops.core.mesh import make_mesh
+from jaxops.plan.program import placed
 from jaxops.run.accounting import memory_line
 from jaxops.run.task import StepParts
 from jaxops.run.training import abstract, abstract_batch, build_training
 
 
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("meshes")
+    furnish(folder)
+    return folder
+
+
 @pytest.fixture
-def programs_on(there):
-    """The state of a policy on a mesh, and its programs by name."""
+def programs_on(furnished, monkeypatch):
+    """The task of a policy, its state on a mesh, and its programs by name."""
+    monkeypatch.chdir(furnished)
 
     def build(*overrides, **axes):
         task = task_of(*overrides)
@@ -53,8 +62,10 @@ def test_what_lies_beside_the_state_is_named(programs_on):
     layers, keys_and_values, room, dim = 1, 2, 16 + 6, 16
     texts = 16 // 8  # slots of a device
     width = 4
-    on_mesh = jax.tree.map(lambda x: x, beside["KV cache"])
-    assert bytes_per_device(on_mesh) == layers * keys_and_values * texts * room * dim * width
+    assert (
+        bytes_per_device(placed(beside["KV cache"], make_mesh(data=8)))
+        == layers * keys_and_values * texts * room * dim * width
+    )
 
 
 def test_memory_is_told_by_model_before_the_first_step(programs_on):
