@@ -13,7 +13,7 @@ find_python = $(shell for python in python$(1) $(HOME)/.pyenv/versions/$(1)*/bin
     $$python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$(1)')" >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-latest lint format peers lock clean clean-all
+.PHONY: help install demo plan-env test-plan test test-slow test-latest lint format peers lock clean clean-all
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,12 @@ install: ## .venv from requirements.lock; ACCEL=auto looks for a TPU or GPU
 
 demo: install ## train SASRec on MovieLens-100K, under five minutes on two cores
 	$(BIN)/jaxops train rec/movielens_sasrec --cpu-devices 8
+
+plan-env: ## .venv-plan, with the compiler for TPUs that `jaxops plan` asks (Linux x86; 1.5 GB)
+	@$(INSTALL) .venv-plan tpu
+
+test-plan: plan-env ## the checks that compile for TPUs that are not here (an hour on two cores)
+	.venv-plan/bin/python -m pytest -m slow tests/plan tests/launch
 
 test: install ## the test suite
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -75,4 +81,4 @@ clean: ## remove caches and built packages
 	find jaxops tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
 clean-all: clean ## remove the virtual environments too
-	rm -rf .venv .venv-latest .peers
+	rm -rf .venv .venv-latest .venv-plan .peers

@@ -104,11 +104,13 @@ def make_mesh(
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1 and sizes["replica"] % slices == 0:
         inner = (sizes["replica"] // slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1, 1), devices=devices)
+        across = (slices, 1, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inner, across, devices=devices, allow_split_physical_axes=True)
     elif devices[0].platform == "cpu":
         grid = np.array(devices).reshape(shape)
     else:
-        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+        # Where no product of whole axes of the torus has the size of an axis, one of them is split (tensor 4 on 16x16).
+        grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 

@@ -70,12 +70,14 @@ class Program:
       args: its arguments, abstract or not.
       times: the number of times that a step runs it, multiplied by the trips of a while loop if it is one: FLOP
         counting cannot know those.
+      beside: by name for people, those of its arguments that lie on the devices beside the state (a KV cache).
     """
 
     name: str
     fn: Any
     args: tuple[Any, ...]
     times: int = 1
+    beside: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
 
 
 class Step(Protocol):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 LOGGER = logging.getLogger("jaxops.data")
 _kept: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("jaxops_data_notes", default=None)
 
+_quiet: contextvars.ContextVar[bool] = contextvars.ContextVar("jaxops_data_quiet", default=False)
+
 
 def tell(text: str) -> None:
     """Prints a remark and keeps it for the enclosing `collected`, where it is kept and printed once."""
@@ -16,15 +18,17 @@ def tell(text: str) -> None:
         if text in kept:
             return
         kept.append(text)
-    LOGGER.warning("data: %s", text)
+    if not _quiet.get():
+        LOGGER.warning("data: %s", text)
 
 
 @contextlib.contextmanager
-def collected() -> Iterator[list[str]]:
-    """Gives the list of the remarks that are made inside the block, in order, each once."""
+def collected(quiet: bool = False) -> Iterator[list[str]]:
+    """Gives the list of the remarks that are made inside the block, in order, each once; `quiet` prints none."""
     notes: list[str] = []
-    token = _kept.set(notes)
+    token, silence = _kept.set(notes), _quiet.set(quiet or _quiet.get())
     try:
         yield notes
     finally:
         _kept.reset(token)
+        _quiet.reset(silence)

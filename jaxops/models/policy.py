@@ -49,6 +49,7 @@ class PolicyModel:
       copies_reference: whether the reference has parameters of its own.
       frozen: path patterns of what is not trained.
       dtypes: (path pattern, dtype) of parameters that keep float32 whatever the others have.
+      parts: the beginnings of the paths of the models.
 
     Example:
       model = PolicyModel(decoder, value="head")
@@ -74,6 +75,7 @@ class PolicyModel:
         if self.copies_reference:
             parts[REFERENCE] = self.decoder
         parts |= {f"{REWARDS}/{name}": model for name, model in self.judges.items()}
+        self.parts = (*(f"{prefix}/" for prefix in parts), *((f"{VALUE}/",) if value == "head" else ()))
         self.rules: list[Rule] = [(rf"^{VALUE}/{SCORE}/", ())]
         self.rules += [rule for prefix, part in parts.items() for rule in rules_below(prefix, part.rules)]
         self.padding: dict[str, str] = {

@@ -86,6 +86,7 @@ class Collector:
       model: the models.
       sampler: the sampler, of the decoder under the policy.
       score: scores completions.
+      judged: returns the compiled programs of scoring so many completions, for parameters that may be abstract.
       names: names of the rewards that `score` tells apart.
       width: number of tokens that prompts have room for.
       completions: number of completions of a step.
@@ -103,13 +104,14 @@ class Collector:
         sampler: Sampler,
         score: Score,
         *,
+        judged: Callable[[Params, int], list[Program]] = lambda params, completions: [],
         names: Sequence[str] = (),
         width: int,
         completions: int,
         seed: int,
         mesh: Mesh,
     ) -> None:
-        self.model, self.sampler, self.score = model, sampler, score
+        self.model, self.sampler, self.score, self._judged = model, sampler, score, judged
         self.names, self.width, self.completions, self.seed, self.mesh = tuple(names), width, completions, seed, mesh
         self.temperature, self.longest = sampler.options.temperature, sampler.options.max_tokens
         shapes = jax.eval_shape(model.written, model.shapes)
@@ -181,9 +183,12 @@ class Collector:
         return Collected(rollout, arrays, dict(scored.sums))
 
     def programs(self, params: Params, completions: int) -> list[Program]:
-        """Returns the compiled programs of sampling so many completions."""
+        """Returns the compiled programs of sampling and scoring so many completions."""
         written = self.sampler.abstract(jax.eval_shape(self.model.written, params))
-        return self.sampler.programs(written, completions, self.width)
+        return [
+            *self.sampler.programs(written, completions, self.width),
+            *self._judged(params, completions),
+        ]
 
 
 def abstract_scores(size: int, names: Sequence[str]) -> dict[str, jax.ShapeDtypeStruct]:

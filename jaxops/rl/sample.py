@@ -115,17 +115,24 @@ class Sampler:
         A leaf that is there already is not copied, so parameters that are donated afterwards must be handed off again.
         """
         params = self._prepare(params)
-        if self._rules:
-            lies = parameter_shardings(params, self._rules, self.mesh)
-        else:
-            lies = jax.tree.map(lambda _: NamedSharding(self.mesh, P()), params)
         # One leaf after another: a second copy of the whole model never exists.
-        return jax.tree.map(lambda x, where: jax.device_put(_cast(x, self._dtype), where), params, lies)
+        return jax.tree.map(
+            lambda x, where: jax.device_put(_cast(x, self._dtype), where), params, self._shardings(params)
+        )
 
     def abstract(self, params: Params) -> Params:
-        """Returns shapes and dtypes of what `handoff` makes of parameters, which may be abstract."""
+        """Returns shapes, dtypes and shardings of what `handoff` makes of parameters, which may be abstract."""
         dtype = lambda x: self._dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype(x)), jax.eval_shape(self._prepare, params))
+        found = jax.eval_shape(self._prepare, params)
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype(x), sharding=where), found, self._shardings(found)
+        )
+
+    def _shardings(self, params: Params) -> Any:
+        """Returns where the prepared parameters lie."""
+        if self._rules:
+            return parameter_shardings(params, self._rules, self.mesh)
+        return jax.tree.map(lambda _: NamedSharding(self.mesh, P()), params)
 
     def programs(self, params: Params, prompts: int, length: int) -> list[Program]:
         """Returns the compiled programs of a call, for FLOPs and warm-up: as if no completion ended early.

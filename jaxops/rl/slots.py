@@ -213,9 +213,11 @@ class Programs:
         names = np.zeros((self._slots, 4), np.uint32)
         filling = Filling(np.zeros((reading, length), np.int32), rows, row, row, names, np.uint32(0), np.int32(0))
         rounds = -(-prompts // self._slots) * self._options.max_tokens
+        beside = {"weights of sampling": params, "KV cache": slots.cache}
+        halt = np.zeros(self._slots, bool)
         return [
-            Program(f"{self._name}_fill", self._fill, (params, slots, filling), -(-prompts // reading)),
-            Program(f"{self._name}_decode", self._decode, (params, slots, np.zeros(self._slots, bool)), rounds),
+            Program(f"{self._name}_fill", self._fill, (params, slots, filling), -(-prompts // reading), beside),
+            Program(f"{self._name}_decode", self._decode, (params, slots, halt), rounds, beside),
         ]
 
     def _called(self, program: Callable[..., Any], *given: Any) -> Any:

@@ -31,7 +31,7 @@ from jaxops.objectives.policy import kl_estimate
 from jaxops.rl.algorithms import Algorithm, Rollout, importance
 from jaxops.rl.collect import Collector, abstract_scores
 from jaxops.rl.kl import adapted
-from jaxops.rl.rollout import abstract_rollout, placed
+from jaxops.rl.rollout import abstract_placed, abstract_rollout, placed
 
 KL, SCORES = "kl", "scores"
 """The names of the KL coefficient and of the running statistics of scores in `State.extra`."""
@@ -162,11 +162,13 @@ class PolicyStep:
         """Returns all jitted pieces of a step, with the number of times that it runs them."""
         algorithm, collector = self.algorithm, self.collector
         size = len(batch["id"]) * algorithm.completions
-        rollout = abstract_rollout(size, collector.width, collector.longest)
+        mesh = self.parts.mesh
+        rollout = abstract_placed(abstract_rollout(size, collector.width, collector.longest), mesh)
         prepared = jax.eval_shape(self._prepare, state.params, state.frozen, rollout)
         extras = {name: state.extra[name] for name in (KL, SCORES) if name in state.extra}
         number = jax.ShapeDtypeStruct((), np.int32)
-        learnt = (extras, rollout, prepared, abstract_scores(size, collector.names), number)
+        scores = abstract_placed(abstract_scores(size, collector.names), mesh)
+        learnt = (extras, rollout, prepared, scores, number)
         ready = jax.eval_shape(self._advantages, *learnt)[0]
         part = jax.eval_shape(self._cut, ready, number, number)[0]
         (update,) = self.parts.update.programs(state, part)

@@ -1,6 +1,7 @@
 """The cost of a step: parameters, microbatches, exact FLOPs, and the share of the chip's peak that was used."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,9 +9,23 @@ from jax.sharding import Mesh
 
 from jaxops.core.flops import count_flops, mfu
 from jaxops.core.loop import Window
-from jaxops.core.state import split
+from jaxops.core.memory import bytes_per_device, readable, state_groups
+from jaxops.core.state import State, split
 from jaxops.core.step import Step
 from jaxops.run.task import Task
+
+
+def memory_line(state: State, models: Sequence[str]) -> str:
+    """Returns one line for people: the bytes that a state and its gradients take on each device, by group.
+
+    Args:
+      state: the state, abstract or not.
+      models: the beginnings of the paths of models that are told apart.
+    """
+    groups = state_groups(state, models)
+    groups["gradients"] = bytes_per_device(state.params)
+    told = ", ".join(f"{name} {readable(size)}" for name, size in groups.items())
+    return f"memory on each device, activations apart: {told}; together {readable(sum(groups.values()))}"
 
 
 class Accounting:

@@ -141,6 +141,8 @@ class Family:
       data: what `jaxops data ACTION CONFIG` does, by action: each takes the config.
       predict: the options of `Served.predict`, a frozen dataclass; `export` those of `Served.export`.
       generate: the options of `Writing.generate` and `Writing.chat`; None where the models write no text.
+      outline: puts the task of a config together over stand-ins for data and weights, which it writes into a folder;
+        only shapes and programs of that task count. None takes the task itself, with its data.
       writes: dotted paths of the config that name places which opening the data writes to; what a run folder of
         somebody else says there is left out.
     """
@@ -153,6 +155,7 @@ class Family:
     export: type = NoOptions
     generate: type | None = None
     writes: tuple[str, ...] = ()
+    outline: Callable[[Loaded[Any], Given, Path], Task] | None = None
 
 
 def family_of(task: str, guard: Guard | None = None) -> Family:

@@ -29,7 +29,7 @@ def require_constrained_kernels(
       task: the task to check.
       mesh: the mesh that the task would train on.
       tables: the tables of the task, built for this mesh (`tables_on`).
-      batch: a batch as a step gets it, with its plan where there are tables; by default the first global batch.
+      batch: a batch as a step gets it, with its plan where there are tables; by default that of an update.
 
     Raises:
       UserError: the message names each such parameter, the line of its product, and the cure; or it is `place`'s own.
@@ -46,7 +46,7 @@ def find_unconstrained(
       task: the task to check.
       mesh: the mesh that the task would train on.
       tables: the tables of the task, built for this mesh.
-      batch: a batch as a step gets it; by default the first global batch.
+      batch: a batch as a step gets it; by default that of an update.
     """
     placed = place(task.model.shapes, task.rules, mesh)
     if not over_fsdp(placed):
@@ -59,6 +59,8 @@ def find_unconstrained(
 
 def _seen(task: Task, mesh: Mesh, tables: EmbeddingTables | None, batch: Batch | None) -> dict[str, Any]:
     """Returns the shapes of the batch that an objective gets: examples, rows of its tables, and entries of extras."""
+    if batch is None and task.update_batch is not None:
+        batch = task.update_batch(task.config.batch.global_)
     if batch is not None:
         whole: dict[str, Any] = jax.tree.map(lambda x: _shape(x.shape, x), dict(batch))
     elif tables is not None:

@@ -184,6 +184,7 @@ class Task:
       undefined: by part and metric, why the data leaves it undefined, whatever the model is.
       alarms: the rules that watch the run's metrics; None watches none.
       notices: lines that are said before training begins.
+      models: the beginnings of the paths of models that lie in one state (`policy/`), whose memory is told apart.
     """
 
     config: Any
@@ -214,6 +215,7 @@ class Task:
     undefined: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     alarms: AlarmRules | None = None
     notices: Sequence[str] = ()
+    models: Sequence[str] = ()
 
     @property
     def steps(self) -> int:

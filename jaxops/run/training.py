@@ -155,6 +155,18 @@ def memory_limit(mesh: Mesh) -> int | None:
     return None if mesh.devices.flat[0].platform == "cpu" else device_memory(mesh)[0]
 
 
+def microbatches_of(task: Task) -> int:
+    """Returns the number of microbatches of an update where the config gives their size.
+
+    Raises:
+      UserError: batch.microbatch does not divide the update's batch.
+    """
+    rows, size = update_rows(task), task.config.batch.microbatch
+    if rows % size:
+        raise UserError(f"batch.microbatch: {size} does not divide the {rows} examples of an update")
+    return rows // size
+
+
 def accumulation_of(task: Task, mesh: Mesh) -> int:
     """Returns the number of microbatches of an update.
 
@@ -163,12 +175,9 @@ def accumulation_of(task: Task, mesh: Mesh) -> int:
     Raises:
       UserError: batch.microbatch does not divide the update's batch.
     """
-    batch, rows = task.config.batch, update_rows(task)
-    if batch.microbatch != "auto":
-        if rows % batch.microbatch:
-            raise UserError(f"batch.microbatch: {batch.microbatch} does not divide the {rows} examples of an update")
-        return rows // batch.microbatch
-    limit, count = memory_limit(mesh), 1
+    if task.config.batch.microbatch != "auto":
+        return microbatches_of(task)
+    rows, limit, count = update_rows(task), memory_limit(mesh), 1
     while limit and rows % (2 * count * batch_shards(mesh) * task.block) == 0:
         update, fresh, tables = build_training(task, mesh, count)
         program = update.programs(abstract(fresh, mesh), abstract_update_batch(task, tables))[0]

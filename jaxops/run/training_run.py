@@ -35,7 +35,7 @@ from jaxops.core.sharding import place as placements
 from jaxops.core.step import Step
 from jaxops.core.watch import Watch
 from jaxops.data.loader import Loader
-from jaxops.run.accounting import Accounting
+from jaxops.run.accounting import Accounting, memory_line
 from jaxops.run.checkpoints import open_checkpoints
 from jaxops.run.ending import finish
 from jaxops.run.folder.run_folder import RunFolder
@@ -89,11 +89,14 @@ class TrainingRun:
         self.loggers = own_loggers(self.config.run.loggers)
         self.warm = False
         self.logged = 0
+        self.memory = ""
         self.recorded: Callable[[], None] = lambda: None
 
     def measure(self) -> None:
         """Traces the whole step, so that an error in an objective or a rule is raised before anything is written."""
-        self.accounting.measure(self.step, abstract(self.fresh, self.mesh), abstract_batch(self.task, self.tables))
+        state = abstract(self.fresh, self.mesh)
+        self.accounting.measure(self.step, state, abstract_batch(self.task, self.tables))
+        self.memory = memory_line(state, self.task.models)
 
     def go(self, hooks: Sequence[Hook]) -> FinishedRun:
         """Runs the task to its end, with these hooks beside its own; a failure is recorded in the folder and raised."""
@@ -141,6 +144,7 @@ class TrainingRun:
         self.progress.say(
             f"{self.config.run.name}: {describe_devices(self.mesh)}, {self.accounting.describe(self.step)}"
         )
+        self.progress.say(self.memory)
         for notice in (*self.task.notices, *self.notices):
             self.progress.say(notice)
         for placement in placements(self.task.model.shapes, self.task.rules, self.mesh):

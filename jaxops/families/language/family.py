@@ -3,11 +3,13 @@
 import functools
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError
 from jaxops.core.sums import Sums
+from jaxops.data import notes
 from jaxops.data.preferences.open import read_judgements
 from jaxops.data.preferences.spec import PreferenceData, RatingData
 from jaxops.data.text.documents import with_learnt_template
@@ -16,6 +18,7 @@ from jaxops.families.language.config import LanguageConfig
 from jaxops.families.language.data_commands import inspect_data, preview_data
 from jaxops.families.language.opened import OpenedModel, open_model
 from jaxops.families.language.options import LanguagePredict
+from jaxops.families.language.outline import outlined
 from jaxops.families.language.pairs import pair_fields
 from jaxops.families.language.prompt_form import written_as
 from jaxops.families.language.serving import ServedLanguage
@@ -60,6 +63,16 @@ def build(loaded: Loaded[LanguageConfig], given: Given) -> Task:
         dtypes=getattr(opened.model, "dtypes", ()),
         transform=stored(opened.decoder.config, with_learnt_template(opened.tokenizer, learnt)),
     )
+
+
+def outline(loaded: Loaded[LanguageConfig], given: Given, folder: Path) -> Task:
+    """Puts the task of a config together over stand-ins in `folder`: only its shapes and programs count.
+
+    Raises:
+      UserError: nothing tells the architecture, or the number of token ids.
+    """
+    with notes.collected(quiet=True):  # they would be about stand-ins
+        return build(outlined(loaded, folder), given)
 
 
 def _text_fields(config: LanguageConfig, given: Given, opened: OpenedModel, text: TextParts) -> dict[str, Any]:
@@ -126,4 +139,5 @@ FAMILY = Family(
     predict=LanguagePredict,
     export=DecoderExport,
     generate=Generate,
+    outline=outline,
 )

@@ -1,7 +1,9 @@
 """The policy family: RLHF from a config to a task, and from a run folder to a served policy."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from jax.sharding import Mesh
 from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError
 from jaxops.core.step import Step
+from jaxops.data import notes
 from jaxops.data.prompts.open import OpenedPrompts, open_prompts
 from jaxops.data.prompts.source import Prompts
 from jaxops.families.policy.config import PolicyConfig, ValueHead
@@ -17,6 +20,7 @@ from jaxops.families.policy.data_commands import inspect_data, preview_data
 from jaxops.families.policy.evaluation import PolicyEvaluation
 from jaxops.families.policy.opened import OpenedPolicy, open_policy
 from jaxops.families.policy.options import PolicyPredict
+from jaxops.families.policy.outline import outlined, outlined_judges
 from jaxops.families.policy.serving import ServedPolicy
 from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.models.policy import POLICY
@@ -49,6 +53,27 @@ def build(loaded: Loaded[PolicyConfig], given: Given) -> Task:
     opened = open_policy(config)
     prompts = open_prompts(config.data, opened.tokenizer, config.run.seed)
     check_columns(config.rewards, prompts.columns)
+    return _task(loaded, given, opened, prompts)
+
+
+def outline(loaded: Loaded[PolicyConfig], given: Given, folder: Path) -> Task:
+    """Puts the task of a config together over stand-ins in `folder`: only its shapes and programs count.
+
+    Raises:
+      UserError: nothing tells the architecture of a model.
+    """
+    with notes.collected(quiet=True):  # they would be about stand-ins
+        loaded = outlined(loaded, folder)
+        judges, assumed = outlined_judges(loaded.config)
+        opened = open_policy(loaded.config, judges=judges)
+        prompts = open_prompts(loaded.config.data, opened.tokenizer, loaded.config.run.seed)
+        prompts.inspection.pop("notes", None)
+    task = _task(loaded, given, opened, prompts)
+    return dataclasses.replace(task, notices=[*task.notices, *assumed])
+
+
+def _task(loaded: Loaded[PolicyConfig], given: Given, opened: OpenedPolicy, prompts: OpenedPrompts) -> Task:
+    config = loaded.config
     parts = _Parts(config, opened, prompts)
     algorithm, model = config.algorithm, opened.model
     longest = config.sample.max_tokens
@@ -72,6 +97,7 @@ def build(loaded: Loaded[PolicyConfig], given: Given) -> Task:
         alarms=parts.alarms(),
         undefined={} if model.has_reference else {"valid": dict.fromkeys(_AGAINST_REFERENCE, _NO_REFERENCE)},
         notices=parts.notices(),
+        models=model.parts,
     )
 
 
@@ -160,6 +186,7 @@ class _Parts:
             self._opened.model,
             self._sampler(options, mesh),
             scoring,
+            judged=scoring.programs,
             names=scoring.names,
             width=self.width,
             completions=self._config.completions,
@@ -218,4 +245,5 @@ FAMILY = Family(
     predict=PolicyPredict,
     export=DecoderExport,
     generate=Generate,
+    outline=outline,
 )

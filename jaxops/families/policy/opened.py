@@ -40,12 +40,15 @@ class OpenedPolicy:
     copies: Mapping[str, str]
 
 
-def open_policy(config: PolicyConfig, *, judging: bool = True) -> OpenedPolicy:
+def open_policy(
+    config: PolicyConfig, *, judging: bool = True, judges: Mapping[str, Judge] | None = None
+) -> OpenedPolicy:
     """Opens the models of a config; of their weights nothing but headers is read.
 
     Args:
       config: the config.
       judging: whether the reward models are opened too; without them the parameters lack theirs.
+      judges: the reward models, where they are opened already.
 
     Raises:
       UserError: a model cannot be opened, or they do not go together.
@@ -54,7 +57,7 @@ def open_policy(config: PolicyConfig, *, judging: bool = True) -> OpenedPolicy:
     wanted = config.model.architecture if isinstance(config.model, FreshDecoder) else config.model
     opened = open_decoder(wanted, config.tokenizer, longest, reads="data.max_tokens + sample.max_tokens")
     policy = with_adapters(opened.decoder, config)
-    judges = open_judges(config) if judging else {}
+    judges = judges if judges is not None else open_judges(config) if judging else {}
     kind: ValueKind | None = config.value.kind if config.algorithm.has_values else None
     model = PolicyModel(
         policy,
@@ -109,17 +112,31 @@ def open_judges(config: PolicyConfig) -> dict[str, Judge]:
     Raises:
       UserError: a run folder cannot be opened, or holds no reward model.
     """
-    found = {}
-    for at, reward in enumerate(config.rewards):
-        if not isinstance(reward, RunReward):
-            continue
-        with _named(f"rewards.{at}.run"):
-            served = serve(open_saved_run(reward.run, reward.step))
-            if not hasattr(served, "judge"):
-                task = served.saved.config.task
-                raise UserError(f"{reward.run} is a run of task {task}, which keeps no reward model")
-            found[reward.label] = served.judge()
-    return found
+    return {
+        reward.label: reward_model_of(reward, at)
+        for at, reward in enumerate(config.rewards)
+        if isinstance(reward, RunReward)
+    }
+
+
+def reward_model_of(reward: RunReward, at: int, *, asked: bool = True) -> Judge:
+    """Returns the reward model that a reward of the config names.
+
+    Args:
+      reward: the reward.
+      at: its number in the config.
+      asked: whether it will be asked for scores.
+
+    Raises:
+      UserError: the run folder cannot be opened, or holds no reward model.
+    """
+    with _named(f"rewards.{at}.run"):
+        served = serve(open_saved_run(reward.run, reward.step))
+        if not hasattr(served, "judge"):
+            task = served.saved.config.task
+            raise UserError(f"{reward.run} is a run of task {task}, which keeps no reward model")
+        found: Judge = served.judge(asked=asked)
+        return found
 
 
 @contextlib.contextmanager

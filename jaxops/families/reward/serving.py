@@ -98,15 +98,24 @@ class ServedReward:
         tokens, offsets = reference_of(self.saved)
         return Normaliser.of(self._raw(Documents(tokens, np.zeros(len(tokens), bool), offsets), 64))
 
-    def judge(self) -> Judge:
+    def judge(self, *, asked: bool = True) -> Judge:
         """Returns the model for policy optimisation, where its parameters join those of the policy.
+
+        Args:
+          asked: true where it will be asked for scores. Then the shift and scale that normalise them are computed now,
+            which reads the weights; a plan does not ask.
 
         Raises:
           UserError: the run folder lacks its reference texts.
         """
         with self.saved.source() as source:
             return Judge(
-                self.model, on_model(self.model, self._scores), self._answer_rows, self.normaliser.__call__, source
+                self.model,
+                on_model(self.model, self._scores),
+                self._answer_rows,
+                self.normaliser.__call__ if asked else lambda scores: self.normaliser(scores),
+                source,
+                self.saved.config.data.length,
             )
 
     def heads(self, prompts: Sequence[Any], completions: Sequence[str]) -> Float[np.ndarray, "texts heads"]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
@@ -22,6 +23,7 @@ class Judge:
         is a text or a list of messages.
       normalised: gives scores a mean of 0 and a deviation of 1 on the run's reference texts.
       source: the trained parameters, by their paths in `model`.
+      length: the number of tokens in a row of `rows`.
     """
 
     model: Any
@@ -29,3 +31,9 @@ class Judge:
     rows: Callable[[Sequence[Any], Sequence[str]], tuple[dict[str, np.ndarray], Bool[np.ndarray, " batch"]]]
     normalised: Callable[[Float[np.ndarray, "batch heads"]], Float[np.ndarray, "batch heads"]]
     source: WeightSource
+    length: int
+
+    def abstract_rows(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shapes and dtypes of the rows of `size` texts."""
+        row = jax.ShapeDtypeStruct((size, self.length), np.int32)
+        return dict.fromkeys(("tokens", "segment", "position"), row)

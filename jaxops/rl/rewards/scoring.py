@@ -15,7 +15,9 @@ from jaxops.core.journal import Journal
 from jaxops.core.mesh import batch_axes, batch_shards, serialise_dispatch
 from jaxops.core.rows import gather_rows, owned, owned_rows
 from jaxops.core.sharding import Axes
+from jaxops.core.state import Params
 from jaxops.core.sums import Sum, Sums
+from jaxops.core.turn import Program
 from jaxops.models.policy import REWARDS
 from jaxops.rl.collect import Completed, Scored
 from jaxops.rl.rewards.combine import combined, host_scores, reduced, shaped
@@ -23,7 +25,7 @@ from jaxops.rl.rewards.config import FunctionReward, Reward, RunReward
 from jaxops.rl.rewards.function import Asked
 from jaxops.rl.rewards.host import HostRewards, Unkept
 from jaxops.rl.rewards.judge import Judge
-from jaxops.rl.rollout import placed
+from jaxops.rl.rollout import abstract_placed, placed
 
 AT_ONCE = 64
 """Texts that a device of the mesh scores at a time."""
@@ -102,6 +104,24 @@ class Scoring:
                 sums[f"reward_cut/{reward.label}"] = Sum.of(jnp.asarray(cut, jnp.float32))
         total = combined(found, self._rewards, jnp.asarray(weight)).score
         return Scored(np.asarray(total), weight > 0, {name: np.asarray(found[name]) for name in self.names}, sums)
+
+    def programs(self, params: Params, completions: int) -> list[Program]:
+        """Returns the compiled programs of scoring so many completions: one for each reward model.
+
+        Args:
+          params: the parameters of all models, abstract or not.
+          completions: the number of completions.
+        """
+        at_once = _part(completions, batch_shards(self._mesh))
+        return [
+            Program(
+                f"score_{name}",
+                self._programs[name],
+                (params[REWARDS][name], None, abstract_placed(judge.abstract_rows(at_once), self._mesh)),
+                completions // at_once,
+            )
+            for name, judge in self._judges.items()
+        ]
 
     def _asked(self, completed: Completed, journal: Journal | None, poll: Callable[[], bool]) -> Any:
         """Asks the functions about the rows that this process owns, and exchanges the answers."""

@@ -1,0 +1,1 @@
+"""How a config reaches machines: the table of accelerators."""
