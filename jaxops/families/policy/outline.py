@@ -71,7 +71,7 @@ def _like(decoder: Decoder, length: int) -> Judge:
     def scores(params: Any, batch: Mapping[str, Any]) -> Any:
         return model.scores(params, batch["tokens"], batch["segment"], batch["position"])
 
-    def rows(prompts: Any, texts: Any) -> dict[str, np.ndarray]:
+    def rows(prompts: Any, texts: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
         raise AssertionError("an outline is never asked for scores")
 
     return Judge(model, scores, rows, lambda given: given, WeightSource("nothing", HostArrays({})), length)
