@@ -33,7 +33,7 @@ def test_weights_of_seven_billion_take_no_room(named, tmp_path):
     from jaxops.models.decoder.decoder import Decoder
 
     wanted = jax.tree.leaves(Decoder(found.architecture).shapes)
-    assert sum(math.prod(shape) for shape in shapes.values()) == sum(leaf.size for leaf in wanted)
+    assert sum(math.prod(leaf.shape) for leaf in shapes.values()) == sum(leaf.size for leaf in wanted)
 
 
 def test_what_tells_no_architecture_is_refused(tmp_path):
