@@ -8,6 +8,7 @@ import pytest
 
 from jaxops.core.failures import UserError
 from jaxops.models.decoder.architecture import Architecture
+from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.decoder.huggingface import config_json
 from jaxops.models.decoder.pretrained import open_pretrained
 from jaxops.run.pretrained.config import Pretrained
@@ -30,8 +31,6 @@ def test_weights_of_seven_billion_take_no_room(named, tmp_path):
     assert made.remat == "full" and found.architecture == architecture_at(named)
     assert file.stat().st_size > 13e9 and file.stat().st_blocks * 512 < 1e6
     shapes = found.source.arrays.shapes()
-    from jaxops.models.decoder.decoder import Decoder
-
     wanted = jax.tree.leaves(Decoder(found.architecture).shapes)
     assert sum(math.prod(leaf.shape) for leaf in shapes.values()) == sum(leaf.size for leaf in wanted)
 

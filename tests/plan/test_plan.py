@@ -152,7 +152,7 @@ def test_the_command_prints_json_and_returns_whether_it_fits(capsys):
     [
         (["--on", "v5e-63"], "did you mean 'v5e-64'?"),
         (["--on", "v5q-8"], "no such accelerator"),
-        (["--on", "cpu-8", "mesh={data: 1, fsdp: 3}"], "mesh: fsdp 3 does not fit 8 devices"),
+        (["--on", "cpu-8", "mesh={data: 1, fsdp: 3}", "batch.global=48"], "mesh: fsdp 3 does not fit 8 devices"),
         (["--on", "cpu-8", "batch.global=12"], "12 is no multiple of the mesh's batch shards"),
         (["--on", "cpu-8", "batch.microbatch=3"], "batch.microbatch"),
         (["--on", "cpu-8", "--programs", "train_stop", "--no-compile"], "did you mean 'train_step'?"),

@@ -59,7 +59,7 @@ def test_what_lies_beside_the_state_is_named(programs_on):
     _, _, programs = programs_on(data=8)
     beside = programs["sample_decode"].beside
     assert {*beside} == {"weights of sampling", "KV cache"}
-    layers, keys_and_values, room, dim = 1, 2, 16 + 6, 16
+    layers, keys_and_values, room, dim = 1, 2, 8 + 6, 16  # these prompts are 8 tokens wide at most
     texts = 16 // 8  # slots of a device
     width = 4
     assert (
