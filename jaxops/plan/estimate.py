@@ -1,8 +1,7 @@
 """A rough estimate of the temporaries of a program, read off its jaxpr before anything is compiled.
 
 Counted are the arrays that loops stack up for the backward pass (one for each layer), and three times the largest other
-array: what XLA needs at once of the chain around it. On a 7B model that is within a fifth of what the compiler reports;
-it says whether something is far off, and no more. Tested in tests/plan/test_estimate.py.
+array: what XLA needs at once of the chain around it. It says whether something is far off, and no more. Tested in tests/plan/test_estimate.py.
 """
 
 import dataclasses

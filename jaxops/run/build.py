@@ -56,7 +56,13 @@ def _told_base(path: str | os.PathLike[str], error: ConfigError) -> ConfigError 
     with contextlib.suppress(ConfigError):
         load(SCHEMAS, path, by="task")
         return None  # it runs as it is: what is wrong is what was put over it
-    example = users[0].relative_to(shipped).with_suffix("").as_posix()
+    # One that trains here as it is, where there is one, is the better example than one that needs 64 chips.
+    example = (
+        min(users, key=lambda one: (not one.stem.endswith("tiny"), one.name))
+        .relative_to(shipped)
+        .with_suffix("")
+        .as_posix()
+    )
     message = (
         f"{name} is a base, not a run: alone it is wrong in what is named below. Write `base: {name}` into a config of"
         f" your own and mend that there, as {example} does"
