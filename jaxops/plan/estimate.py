@@ -1,7 +1,8 @@
 """A rough estimate of the temporaries of a program, read off its jaxpr before anything is compiled.
 
 Counted are the arrays that loops stack up for the backward pass (one for each layer), and three times the largest other
-array: what XLA needs at once of the chain around it. It says whether something is far off, and no more. Tested in tests/plan/test_estimate.py.
+array: what XLA needs at once of the chain around it. It says whether something is far off, and no more. Tested in
+tests/plan/test_estimate.py.
 """
 
 import dataclasses
