@@ -16,6 +16,7 @@ from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.lora import LoraConfig
 from jaxops.rl.algorithms import AnyAlgorithm, Ppo
 from jaxops.rl.options import HOTTEST, MOST, MOST_SLOTS, TINIEST, SampleOptions
+from jaxops.rl.ptx import Ptx
 from jaxops.rl.rewards.config import Reward, reward_problems
 from jaxops.rl.watch import Watching
 from jaxops.run.config import MAY_CHANGE_ON_RESUME, EarlyStop, Evaluate, Positive, RunConfig
@@ -147,7 +148,8 @@ class PolicyConfig(RunConfig):
 
     `model` is the policy: a language model's weights, trained whole or by adapters, or a fresh decoder. The reference
     is what it began as, or the language model at `reference`. `rewards` judge its completions, `algorithm` learns from
-    them: `ppo`, `grpo`, `dr_grpo`, `dapo`, `rloo` or `best_of_n`. `watch` raises alarms.
+    them: `ppo`, `grpo`, `dr_grpo`, `dapo`, `rloo` or `best_of_n`. `ptx` mixes the loss on a text of one's own into every
+    update. `watch` raises alarms.
     """
 
     size_of_batch: ClassVar[str] = "batch.prompts"
@@ -162,6 +164,7 @@ class PolicyConfig(RunConfig):
     rewards: tuple[Reward, ...]
     sample: Rollouts = Rollouts()
     algorithm: AnyAlgorithm = Ppo()
+    ptx: Ptx | None = None
     watch: Watching = Watching()
     batch: PolicyBatch = PolicyBatch()  # type: ignore[assignment]
     evaluate: PolicyEvaluate = PolicyEvaluate()
@@ -190,6 +193,9 @@ class PolicyConfig(RunConfig):
             if longest > self.model.length:
                 text = f"with data.max_tokens {longest} tokens, but the model reads {self.model.length} (model.length)"
                 found.append(("sample.max_tokens", text))
+            if self.ptx is not None and self.ptx.data.length > self.model.length:
+                text = f"{self.ptx.data.length} tokens in a row, but the model reads {self.model.length} (model.length)"
+                found.append(("ptx.data.length", text))
         found += reward_problems(self.rewards)
         if self.reference is not None and self.adapters is not None:
             found.append(("reference", "adapters are held against the weights under them; leave it out"))
@@ -201,6 +207,11 @@ class PolicyConfig(RunConfig):
         if "win_rate" in self.evaluate.metrics and self.evaluate.judge is None:
             found.append(("evaluate.metrics", "win_rate needs evaluate.judge, which compares two answers"))
         return found + self.model.problems_in(self) + self.algorithm.problems_in(self)
+
+    @property
+    def mixed_text(self) -> Ptx | None:
+        """The text that updates learn from beside completions; None where there is none, or its weight is 0."""
+        return self.ptx if self.ptx is not None and self.ptx.coef > 0 else None
 
     @property
     def keeps_reference(self) -> bool:
