@@ -17,7 +17,7 @@ from jaxops.models.lora import LoraConfig
 from jaxops.rl.algorithms import AnyAlgorithm, Ppo
 from jaxops.rl.options import HOTTEST, MOST, MOST_SLOTS, TINIEST, SampleOptions
 from jaxops.rl.ptx import Ptx
-from jaxops.rl.rewards.config import Reward, reward_problems
+from jaxops.rl.rewards.config import Reward, further_metrics, reward_problems
 from jaxops.rl.watch import Watching
 from jaxops.run.config import MAY_CHANGE_ON_RESUME, EarlyStop, Evaluate, Positive, RunConfig
 from jaxops.run.pretrained.config import Pretrained
@@ -32,7 +32,7 @@ METRICS: Mapping[str, Metric] = {
     "eos_rate": Metric("eos_rate", "neither", "Share that ended"),
     "distinct_2": Metric("distinct_2", "neither", "Distinct pairs of words"),
 }
-"""The metrics of a policy on held-out prompts; `reward/NAME` of each reward comes beside them."""
+"""The metrics of a policy on held-out prompts; `reward/NAME` of each reward, and what else it measures, come beside."""
 JUDGE = Factory(leading=3, note="a function fn(prompts, completions, references) -> list of 0 to 1", open=True)
 
 
@@ -176,6 +176,8 @@ class PolicyConfig(RunConfig):
           UserError: there is no such metric; the message names the nearest right one.
         """
         known = {f"reward/{reward.label}": Metric(f"reward/{reward.label}", "higher") for reward in self.rewards}
+        further = [f"reward/{name}/{one}" for name, names in further_metrics(self.rewards).items() for one in names]
+        known |= {name: Metric(name, "neither") for name in further}
         return metric_of({**METRICS, **known}, name)
 
     @property

@@ -16,6 +16,8 @@ LOW = "{fn: 'judges_of_policies:low'}"
     [
         (["rewards=[]"], "rewards [override 'rewards=[]']: nothing to learn from"),
         ([f"rewards=[{LOW}, {LOW}]"], "another reward is named 'low' too: set name"),
+        ([f"rewards=[{LOW[:-1]}, metrics: [n, n]}}]"], "'n' is there more than once"),
+        (["evaluate.metrics=[reward/low/n]"], "evaluate.metrics.0"),
         (["rewards=[{kind: missing_eoss, penalty: 1}]"], "did you mean 'missing_eos'"),
         (["rewards=[{fn: 'judges_of_policies:lov'}]"], "has no 'lov'; did you mean 'low'"),
         (["rewards=[{fn: 'judges_of_policiez:low'}]"], "did you mean 'judges_of_policies'"),
