@@ -98,7 +98,9 @@ class RlhfLoop:
         self._judge: PairJudge | None = None
         # What is wrong with a file is said before anything is trained; the policy's own prompts need its tokenizer.
         if self.config.prompts is not None:
-            _ = self._prompts, self._compared
+            _ = self._prompts
+        if self.config.prompts is not None or self.config.compare.prompts is not None:
+            _ = self._compared
 
     @functools.cached_property
     def _prompts(self) -> list[Mapping[str, Any]]:
