@@ -148,8 +148,8 @@ class PolicyConfig(RunConfig):
 
     `model` is the policy: a language model's weights, trained whole or by adapters, or a fresh decoder. The reference
     is what it began as, or the language model at `reference`. `rewards` judge its completions, `algorithm` learns from
-    them: `ppo`, `grpo`, `dr_grpo`, `dapo`, `rloo` or `best_of_n`. `ptx` mixes the loss on a text of one's own into every
-    update. `watch` raises alarms.
+    them: `ppo`, `grpo`, `dr_grpo`, `dapo`, `rloo` or `best_of_n`. `ptx` mixes the loss on a text of one's own into
+    every update. `watch` raises alarms.
     """
 
     size_of_batch: ClassVar[str] = "batch.prompts"

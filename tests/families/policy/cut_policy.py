@@ -35,7 +35,7 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
 
 
 METHODS_OF = (
-    *("core.checkpoint", "core.journal", "core.step", "core.turn", "core.writers"),
+    *("core.answers", "core.checkpoint", "core.journal", "core.metrics_file", "core.step", "core.turn", "core.writers"),
     *("rl.collect", "rl.rewards.calls", "rl.rewards.host", "rl.rewards.scoring", "rl.sample", "rl.slots", "rl.step"),
     *("families.policy.evaluation", "run.saving", "run.validation"),
 )
