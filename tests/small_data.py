@@ -72,7 +72,7 @@ def movielens(patch: pytest.MonkeyPatch) -> None:
         patch.setitem(sources.SOURCES, name, source)
 
 
-def ratings(patch: pytest.MonkeyPatch) -> None:
+def ratings(patch: pytest.MonkeyPatch, name: str = "icwsm14") -> None:
     """Puts a small file in the form of ICWSM-14 where the named data set is kept."""
     words = ("good", "bad", "fine", "dull", "warm")
     rows = [
@@ -80,10 +80,15 @@ def ratings(patch: pytest.MonkeyPatch) -> None:
         for at in range(400)
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    source = dataclasses.replace(sources.find_source("icwsm14"), sha256=hashlib.sha256(text.encode()).hexdigest())
+    source = dataclasses.replace(sources.find_source(name), sha256=hashlib.sha256(text.encode()).hexdigest())
     source.path.parent.mkdir(parents=True, exist_ok=True)
     source.path.write_text(text)
-    patch.setitem(sources.SOURCES, "icwsm14", source)
+    patch.setitem(sources.SOURCES, name, source)
+
+
+def reviews(patch: pytest.MonkeyPatch) -> None:
+    """The same for the reviews of ICWSM-14."""
+    ratings(patch, "icwsm14_reviews")
 
 
 def dialogues(patch: pytest.MonkeyPatch) -> None:
@@ -96,7 +101,11 @@ def dialogues(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(sources.SOURCES, "chitchat", source)
 
 
-NAMED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {"named://icwsm14": ratings, "named://chitchat": dialogues}
+NAMED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "named://icwsm14": ratings,
+    "named://icwsm14_reviews": reviews,
+    "named://chitchat": dialogues,
+}
 """Named data sets that shipped configs read, and what puts a small one in their place."""
 FILES: dict[str, Callable[[Path], None]] = {
     "plays.parquet": plays,

@@ -116,10 +116,14 @@ class PolicyModel:
         """Returns the parameters of the reference, as a decoder's."""
         return self.policy.base(params[POLICY]) if isinstance(self.policy, Lora) else params[REFERENCE]
 
+    def trained(self, params: Params) -> Params:
+        """Returns the parameters of the policy for the methods of its decoder; gradients flow into adapters."""
+        held: Params = params[POLICY]
+        return self.policy.adapted(held) if isinstance(self.policy, Lora) else held
+
     def hidden(self, params: Params, batch: Batch) -> Float[Array, "batch longest dim"]:
         """Returns the policy's hidden state before each token of the completions."""
-        held = params[POLICY]
-        return self._hidden(self.policy.adapted(held) if isinstance(self.policy, Lora) else held, batch)
+        return self._hidden(self.trained(params), batch)
 
     def scores(
         self, params: Params, batch: Batch, temperature: float, hidden: Float[Array, "batch longest dim"]
@@ -132,10 +136,7 @@ class PolicyModel:
           temperature: divides the logits, as it did when the completions were sampled.
           hidden: `hidden(params, batch)`.
         """
-        held = params[POLICY]
-        return self._scores(
-            self.policy.adapted(held) if isinstance(self.policy, Lora) else held, batch, temperature, hidden
-        )
+        return self._scores(self.trained(params), batch, temperature, hidden)
 
     def reference_logprobs(self, params: Params, batch: Batch, temperature: float) -> Float[Array, "batch longest"]:
         """Returns the log-probability of each token of the completions under the reference.
@@ -163,9 +164,7 @@ class PolicyModel:
         if self.value_kind == "trunk":
             hidden = self._hidden(held, batch, beyond)
         elif hidden is None or beyond:
-            policy = params[POLICY]
-            policy = self.policy.adapted(policy) if isinstance(self.policy, Lora) else policy
-            hidden = self._hidden(policy, batch, beyond)
+            hidden = self._hidden(self.trained(params), batch, beyond)
         kernel = constrain(held[SCORE]["kernel"], ("embed", None)).astype(jnp.float32)
         product = jnp.matmul(hidden.astype(jnp.float32), kernel, preferred_element_type=jnp.float32)
         return (product + held[SCORE]["bias"].astype(jnp.float32)[None, None])[..., 0]

@@ -15,7 +15,7 @@ from jaxops.core.journal import Journal
 from jaxops.core.mesh import serialise_dispatch
 from jaxops.core.sharding import parameter_shardings
 from jaxops.core.state import Params
-from jaxops.core.sums import Sums, merge
+from jaxops.core.sums import Sum, Sums, merge
 from jaxops.core.turn import Program, Turn
 from jaxops.models.lora import Lora
 from jaxops.models.policy import PolicyModel
@@ -33,12 +33,27 @@ class Scored(NamedTuple):
       kept: whether a completion has a score.
       each: what each reward said, by name, before weights; 0 where it said nothing.
       sums: metrics of the scoring itself, always of the same names.
+      metrics: further numbers of rewards by `NAME/METRIC`, always of the same names; NaN where there is none.
     """
 
     total: np.ndarray
     kept: np.ndarray
     each: Mapping[str, np.ndarray]
     sums: Sums = {}
+    metrics: Mapping[str, np.ndarray] = {}
+
+    def measured(self, weight: np.ndarray | None = None) -> Sums:
+        """Returns the means of the further numbers as `reward/NAME/METRIC`, over completions that have one.
+
+        Args:
+          weight: is 0 for completions that are left out.
+        """
+        found: Sums = {}
+        for name, values in self.metrics.items():
+            there = ~np.isnan(values) if weight is None else ~np.isnan(values) & (weight > 0)
+            kept = jnp.asarray(there, jnp.float32)
+            found[f"reward/{name}"] = Sum.of(jnp.asarray(np.where(there, values, 0), jnp.float32), kept)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +195,7 @@ class Collector:
         kept = scored.kept.astype(np.float32)
         arrays = {"score": np.where(kept > 0, scored.total, 0.0).astype(np.float32), "kept": kept}
         arrays |= {f"each/{name}": np.asarray(scored.each[name], np.float32) for name in self.names}
-        return Collected(rollout, arrays, dict(scored.sums))
+        return Collected(rollout, arrays, {**scored.sums, **scored.measured()})
 
     def programs(self, params: Params, completions: int) -> list[Program]:
         """Returns the compiled programs of sampling and scoring so many completions."""

@@ -31,6 +31,7 @@ from jaxops.objectives.policy import kl_estimate
 from jaxops.rl.algorithms import Algorithm, Rollout, importance
 from jaxops.rl.collect import Collector, abstract_scores
 from jaxops.rl.kl import adapted
+from jaxops.rl.ptx import PTX, TextRows
 from jaxops.rl.rollout import abstract_placed, abstract_rollout, placed
 
 KL, SCORES = "kl", "scores"
@@ -90,6 +91,7 @@ class PolicyStep:
       collector: samples completions and scores them.
       compute_dtype: the dtype that models compute in.
       logical: mesh axes of logical names, over the defaults.
+      text: the rows of text that updates read beside completions; None where the objective has no `loss/ptx`.
     """
 
     def __init__(
@@ -101,8 +103,10 @@ class PolicyStep:
         *,
         compute_dtype: Any = jnp.float32,
         logical: Mapping[str, Axes] | None = None,
+        text: TextRows | None = None,
     ) -> None:
         self.parts, self.model, self.algorithm, self.collector = parts, model, algorithm, collector
+        self.text = text
         self._dtype, rows = compute_dtype, P(batch_axes(parts.mesh))
         whole = NamedSharding(parts.mesh, P())
         program = lambda name, function, out: jax.jit(on_whole_arrays(f"policy_{name}", function, out, logical))
@@ -129,17 +133,26 @@ class PolicyStep:
         extras = {name: state.extra[name] for name in (KL, SCORES) if name in state.extra}
         ready, outer, kl, extras = self._run(self._advantages, extras, rollout, prepared, scores, jnp.int32(step))
         outer |= collected.sums
+        row = 0 if self.text is None else self.text.begin(state.extra[PTX], turn.cursor)
         if turn.poll():
             raise Interrupted
         # From here on the state is given away, and the step runs to its end.
-        state, inner, turn.updates = self._updated(state, ready, step)
+        state, inner, turn.updates = self._updated(state, ready, step, row)
         kept = self._run(self._adapt, extras, kl)
+        if self.text is not None:
+            kept[PTX] = self.text.after(row, turn.updates, turn.cursor + turn.examples)
         state = dataclasses.replace(state, extra={**state.extra, **kept})
         sums = inner | outer
         return advanced(state), sums if window is None else self._merge(window, sums)
 
-    def _updated(self, state: State, ready: Mapping[str, Array], step: int) -> tuple[State, Sums, int]:
+    def _updated(self, state: State, ready: Mapping[str, Array], step: int, row: int) -> tuple[State, Sums, int]:
         """Goes through the completions in a fresh order each epoch, and stops where the policy has moved enough.
+
+        Args:
+          state: the state, which is given away.
+          ready: what updates read of the completions.
+          step: the step of the loop.
+          row: the row of text that the first update begins with, where there is text.
 
         Returns the new state, the sums of its updates, and their number.
         """
@@ -147,6 +160,8 @@ class PolicyStep:
         made, limit = 0, self.algorithm.target_kl
         for epoch in range(self.algorithm.epochs):
             for part in self._run(self._cut, dict(ready), jnp.int32(step), jnp.int32(epoch)):
+                if self.text is not None:
+                    part[PTX] = self.text.batch(row, made)
                 if limit is None:
                     state, total = self.parts.update(state, part, total)
                     made += 1
@@ -171,6 +186,8 @@ class PolicyStep:
         learnt = (extras, rollout, prepared, scores, number)
         ready = jax.eval_shape(self._advantages, *learnt)[0]
         part = jax.eval_shape(self._cut, ready, number, number)[0]
+        if self.text is not None:
+            part[PTX] = abstract_placed(self.text.abstract(), mesh)
         (update,) = self.parts.update.programs(state, part)
         times = algorithm.epochs * algorithm.minibatches
         return [

@@ -16,9 +16,11 @@ from jaxops.run.build import load_config
 
 OF_7B = ("language/sft_7b", "policy/ppo_7b")
 """Of seven billion parameters: tests/plan/test_plan_tpu.py compiles them."""
-TOO_LARGE = ("language/sft_smollm2", "language/lora_smollm2", "reward/ratings_smollm2", *OF_7B)
-"""Of 135 million parameters, or more. test_smollm2_configs.py and test_frozen_trunk.py run them with a tiny model."""
-RUNNABLE = [name for name in NAMES if name not in (*COMPLETED_BY, *TOO_LARGE)]
+OF_135M = ("language/sft_smollm2", "language/lora_smollm2", "reward/ratings_smollm2", "policy/ppo_smollm2")
+"""Of 135 million parameters. test_smollm2_configs.py and test_frozen_trunk.py run them with a tiny model."""
+CHAINED = ("language/sft_arithmetic", "policy/grpo_arithmetic", "policy/ppo_sentiment", "reward/votes_sentiment")
+"""Begin with a run or with files that come before them; test_sentiment.py runs those on reviews."""
+RUNNABLE = [name for name in NAMES if name not in (*COMPLETED_BY, *OF_7B, *OF_135M, *CHAINED)]
 SHORT = ["run.steps=7", "evaluate.every=3", "evaluate.baselines=false", "run.log_every=2", "run.loggers=[]"]
 
 

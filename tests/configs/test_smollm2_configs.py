@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_data import NAMED
 from tiny_gguf import small_smollm2
@@ -56,3 +57,19 @@ def test_a_run_resumes_and_is_evaluated_sampled_and_exported(place, monkeypatch,
     assert open_pretrained("out").architecture.dim == 32
     merged = jx.load(run).params
     assert set(merged) == {"embed", "layers", "norm"}  # adapters are merged, and beside nothing
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
+def test_ppo_by_heads_on_the_same_model(place, monkeypatch, capsys):
+    for path in ("named://icwsm14", "named://icwsm14_reviews"):
+        NAMED[path](monkeypatch)
+    small = ["run.steps=1", "run.loggers=[]", "precision.compute=float32", "optimizer.schedule=constant"]
+    assert main(["train", "reward/ratings_smollm2", *small, "data.length=32", "batch.global=16"]) == 0
+    few = ["batch.prompts=8", "sample={max_tokens: 6, slots: 8, segment: 3}", "data.max_tokens=48"]
+    few += ["evaluate.judge=null", "evaluate.metrics=[reward, kl]"]  # the judge is an extra that may not be here
+    assert main(["train", "policy/ppo_smollm2", *small, *few, "evaluate.prompts=8", "evaluate.samples=2"]) == 0
+    capsys.readouterr()
+    summary = json.loads(Path("runs/ppo-smollm2/summary.json").read_text())
+    assert summary["step"] == 1 and np.isfinite(summary["valid/reward"])
+    assert main(["sample", "runs/ppo-smollm2", "--prompt", "a good one", "--max-tokens", "4"]) == 0

@@ -78,7 +78,7 @@ def begin(folder: Path) -> Path:
 
 def train_armed(folder: Path, point: Point | None = None, log: Path | None = None) -> subprocess.CompletedProcess:
     """The run in a process of its own, which dies at the point."""
-    path = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     environ = {**os.environ, "PYTHONPATH": path, **armed(folder, point, log)}
     command = [sys.executable, "-c", CODE, *TRAIN]
     return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300)
@@ -174,7 +174,7 @@ for number in (1, 2):
     open(f"runs/{number}/a").close()
 shutil.rmtree("runs/1")
 """
-    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    path = {**os.environ, "PYTHONPATH": str(REPOSITORY / "tests")}
 
     def run(folder: Path, **environ: str) -> int:
         folder.mkdir()

@@ -93,7 +93,7 @@ def rated(at):
 
 def train(folder: Path, *more: str, point: Point | None = None, log: Path | None = None) -> int:
     """The run in processes of its own; returns the exit status."""
-    path = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     environ = {**os.environ, "PYTHONPATH": path, **armed(folder, point, log)}
     command = [sys.executable, "-c", CODE, "train", "my.yaml", *more]
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300)

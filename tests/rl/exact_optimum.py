@@ -26,6 +26,7 @@ from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.models.policy import PolicyModel
 from jaxops.rl.collect import Collector, Scored
 from jaxops.rl.options import SampleOptions
+from jaxops.rl.ptx import PTX, TextRows, ptx_extra, with_ptx
 from jaxops.rl.sample import Sampler
 from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras
 
@@ -89,7 +90,7 @@ class PrefixTable(Decoder):
         power = (WORDS + 1) ** jnp.minimum(place, self.room - 1)
         return jnp.where(place < self.room, (token + 1) * power, 0)
 
-    def hidden(self, params, tokens, segment, position):
+    def hidden(self, params, tokens, segment, position, keys=None):
         number = jnp.cumsum(jnp.where(segment > 0, self.digits(tokens, position), 0), axis=1)
         return params["table"][number]
 
@@ -132,6 +133,8 @@ class Problem:
       layers: of the transformer; 0 takes a table of logits instead.
       mesh: the mesh; one device by default.
       tx: the optimizer, in the place of Adam with a learning rate that falls to zero.
+      text: a source of rows of text, which updates learn from with the weight `coef`.
+      coef: see `text`.
     """
 
     def __init__(
@@ -149,6 +152,8 @@ class Problem:
         clip=1.0,
         layers=2,
         tx=None,
+        text=None,
+        coef=0.5,
     ):
         self.algorithm, self.temperature, self.table = algorithm, temperature, rewards(rewards_seed)
         self.mesh = make_mesh(data=1, devices=jax.devices()[:1]) if mesh is None else mesh
@@ -162,8 +167,12 @@ class Problem:
             optax.linear_schedule(lr, 0.0, steps * algorithm.epochs * algorithm.minibatches), eps=1e-5
         )
         extras = policy_extras(algorithm)
+        objective = algorithm.objective(self.model, temperature, TOKENS)
+        if text is not None:
+            objective, extras = with_ptx(objective, self.model, coef), extras | {PTX: ptx_extra()}
+            text = TextRows(text, batch // algorithm.minibatches, algorithm.epochs * group, self.mesh)
         update = build_step(
-            algorithm.objective(self.model, temperature, TOKENS),
+            objective,
             tx,
             self.mesh,
             seed=seed,
@@ -185,7 +194,8 @@ class Problem:
         collector = Collector(
             self.model, sampler, self.score, width=WIDTH, completions=batch, seed=seed, mesh=self.mesh
         )
-        self.step = PolicyStep(UpdateParts(update, self.mesh, lambda: None), self.model, self.algorithm, collector)
+        parts = UpdateParts(update, self.mesh, lambda: None)
+        self.step = PolicyStep(parts, self.model, self.algorithm, collector, text=text)
 
         def init(key):
             return {name: decoder.spread(part) for name, part in self.model.init(key).items()}

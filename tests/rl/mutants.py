@@ -28,6 +28,7 @@ BEGIN, END = "<!-- planted errors: begin -->", "<!-- planted errors: end -->"
 
 ADVANTAGES, LOSSES = "rl/test_advantages.py", "objectives/test_policy.py"
 GRADIENT, STEP, LEARNT = "rl/test_exact_gradient.py", "rl/test_policy_updates.py", "rl/test_algorithms.py"
+TEXT = "rl/test_ptx.py"
 PPO_TABLE = f"{GRADIENT}::test_ppo_follows_the_gradients_of_its_objective_and_of_the_error_of_its_values[table]"
 PPO_NET = f"{GRADIENT}::test_ppo_follows_the_gradients_of_its_objective_and_of_the_error_of_its_values[transformer]"
 ONE_OBJECTIVE = f"{GRADIENT}::test_without_scaling_all_algorithms_follow_the_gradient_of_one_objective"
@@ -430,6 +431,34 @@ MUTANTS = [
         "copy=first + at",
         "copy=at",
         f"{STEP}::test_a_prompt_that_comes_twice_in_a_batch_gets_completions_of_its_own",
+    ),
+    mutant(
+        "text beside completions is divided by rows, not by tokens",
+        "rl.ptx:with_ptx",
+        "coef * on * nll.total, nll.count",
+        'coef * on * nll.total, jnp.sum(batch[PTX]["weight"])',
+        f"{TEXT}::test_the_text_is_a_mean_over_its_own_tokens_and_the_metric_has_no_coefficient",
+    ),
+    mutant(
+        "text beside completions has the weight 1",
+        "rl.ptx:with_ptx",
+        "coef * on * nll.total",
+        "on * nll.total",
+        f"{TEXT}::test_the_text_is_a_mean_over_its_own_tokens_and_the_metric_has_no_coefficient",
+    ),
+    mutant(
+        "every update reads the same rows of text",
+        "rl.ptx:TextRows.batch",
+        "row + update * self._rows",
+        "row",
+        f"{TEXT}::test_each_update_reads_the_next_rows_and_the_state_says_where_they_are",
+    ),
+    mutant(
+        "updates that are left out take their text with them",
+        "rl.step:PolicyStep.__call__",
+        "self.text.after(row, turn.updates,",
+        "self.text.after(row, self.algorithm.epochs * self.algorithm.minibatches,",
+        f"{TEXT}::test_updates_that_an_early_stop_leaves_out_take_no_text",
     ),
 ]
 """All planted errors; an equivalent change, which no test can find, would be no error and is not here."""

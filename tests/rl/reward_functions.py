@@ -34,6 +34,25 @@ def length(prompts, completions, **columns):
     return [len(completion) for completion in completions]
 
 
+def measures(prompts, completions):
+    """A reward and further metrics; completions say what goes wrong with these."""
+    ASKED.append(list(completions))
+    vowels = [sum(one in "aeiou" for one in text) / len(text) if text else None for text in completions]
+    words = [len(text.split()) for text in completions]
+    if "short" in completions:
+        words.pop()
+    if "nan" in completions:
+        words[completions.index("nan")] = float("nan")
+    found = {"words": np.array(words), "vowels": vowels, "of no interest": words}
+    if "less" in completions:
+        del found["vowels"]
+    return [float(len(text)) for text in completions], found
+
+
+async def measures_later(prompts, completions):
+    return measures(prompts, completions)
+
+
 async def length_later(prompts, completions):
     ASKED.append(list(completions))
     await asyncio.sleep(0)

@@ -171,4 +171,4 @@ def test_one_process_has_all_rows(tmp_path):
     mine = host.score(questions, never)
     assert host.all(mesh, 8, mine) == mine
     nothing = HostRewards([], Journal(tmp_path / "other"))
-    assert nothing.all(mesh, 8, nothing.score(questions, never)) == [({}, {})] * 8
+    assert nothing.all(mesh, 8, nothing.score(questions, never)) == [({}, {}, {})] * 8

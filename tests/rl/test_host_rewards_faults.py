@@ -111,7 +111,7 @@ def test_a_long_prompt_is_shown_by_its_beginning(tmp_path):
 def test_none_is_an_answer_and_no_fault(tmp_path):
     host, said = host_of(tmp_path, reward("bad_where"))
     (found,) = host.score(asked("none"), never)
-    assert found == ({"bad_where": None}, {}) and not said
+    assert found == ({"bad_where": None}, {}, {}) and not said
 
 
 def test_an_async_function_that_hangs_is_cancelled_and_one_that_raises_is_said(tmp_path):

@@ -16,7 +16,8 @@ from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.lora import LoraConfig
 from jaxops.rl.algorithms import AnyAlgorithm, Ppo
 from jaxops.rl.options import HOTTEST, MOST, MOST_SLOTS, TINIEST, SampleOptions
-from jaxops.rl.rewards.config import Reward, reward_problems
+from jaxops.rl.ptx import Ptx
+from jaxops.rl.rewards.config import Reward, further_metrics, reward_problems
 from jaxops.rl.watch import Watching
 from jaxops.run.config import MAY_CHANGE_ON_RESUME, EarlyStop, Evaluate, Positive, RunConfig
 from jaxops.run.pretrained.config import Pretrained
@@ -31,7 +32,7 @@ METRICS: Mapping[str, Metric] = {
     "eos_rate": Metric("eos_rate", "neither", "Share that ended"),
     "distinct_2": Metric("distinct_2", "neither", "Distinct pairs of words"),
 }
-"""The metrics of a policy on held-out prompts; `reward/NAME` of each reward comes beside them."""
+"""The metrics of a policy on held-out prompts; `reward/NAME` of each reward, and what else it measures, come beside."""
 JUDGE = Factory(leading=3, note="a function fn(prompts, completions, references) -> list of 0 to 1", open=True)
 
 
@@ -147,7 +148,8 @@ class PolicyConfig(RunConfig):
 
     `model` is the policy: a language model's weights, trained whole or by adapters, or a fresh decoder. The reference
     is what it began as, or the language model at `reference`. `rewards` judge its completions, `algorithm` learns from
-    them: `ppo`, `grpo`, `dr_grpo`, `dapo`, `rloo` or `best_of_n`. `watch` raises alarms.
+    them: `ppo`, `grpo`, `dr_grpo`, `dapo`, `rloo` or `best_of_n`. `ptx` mixes the loss on a text of one's own into
+    every update. `watch` raises alarms.
     """
 
     size_of_batch: ClassVar[str] = "batch.prompts"
@@ -162,6 +164,7 @@ class PolicyConfig(RunConfig):
     rewards: tuple[Reward, ...]
     sample: Rollouts = Rollouts()
     algorithm: AnyAlgorithm = Ppo()
+    ptx: Ptx | None = None
     watch: Watching = Watching()
     batch: PolicyBatch = PolicyBatch()  # type: ignore[assignment]
     evaluate: PolicyEvaluate = PolicyEvaluate()
@@ -173,6 +176,8 @@ class PolicyConfig(RunConfig):
           UserError: there is no such metric; the message names the nearest right one.
         """
         known = {f"reward/{reward.label}": Metric(f"reward/{reward.label}", "higher") for reward in self.rewards}
+        further = [f"reward/{name}/{one}" for name, names in further_metrics(self.rewards).items() for one in names]
+        known |= {name: Metric(name, "neither") for name in further}
         return metric_of({**METRICS, **known}, name)
 
     @property
@@ -190,6 +195,9 @@ class PolicyConfig(RunConfig):
             if longest > self.model.length:
                 text = f"with data.max_tokens {longest} tokens, but the model reads {self.model.length} (model.length)"
                 found.append(("sample.max_tokens", text))
+            if self.ptx is not None and self.ptx.data.length > self.model.length:
+                text = f"{self.ptx.data.length} tokens in a row, but the model reads {self.model.length} (model.length)"
+                found.append(("ptx.data.length", text))
         found += reward_problems(self.rewards)
         if self.reference is not None and self.adapters is not None:
             found.append(("reference", "adapters are held against the weights under them; leave it out"))
@@ -201,6 +209,11 @@ class PolicyConfig(RunConfig):
         if "win_rate" in self.evaluate.metrics and self.evaluate.judge is None:
             found.append(("evaluate.metrics", "win_rate needs evaluate.judge, which compares two answers"))
         return found + self.model.problems_in(self) + self.algorithm.problems_in(self)
+
+    @property
+    def mixed_text(self) -> Ptx | None:
+        """The text that updates learn from beside completions; None where there is none, or its weight is 0."""
+        return self.ptx if self.ptx is not None and self.ptx.coef > 0 else None
 
     @property
     def keeps_reference(self) -> bool:

@@ -85,6 +85,7 @@ class _Measurement:
             raise RunFailed(f"evaluation at step {step}: no answer has a score")
         sums: Sums = {"reward": _mean(scored.total, kept)}
         sums |= {f"reward/{name}": _mean(values, kept) for name, values in scored.each.items()}
+        sums |= scored.measured(real)
         sums |= {
             "length": _mean(sampled.lengths, real),
             "eos_rate": _mean(rollout["ended"], real),

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,6 +17,8 @@ from jaxops.core.step import Step
 from jaxops.data import notes
 from jaxops.data.prompts.open import OpenedPrompts, open_prompts
 from jaxops.data.prompts.source import Prompts
+from jaxops.data.protocol import Source
+from jaxops.data.text.open import TextParts, open_text
 from jaxops.families.policy.config import PolicyConfig, ValueHead
 from jaxops.families.policy.data_commands import inspect_data, preview_data
 from jaxops.families.policy.evaluation import PolicyEvaluation
@@ -26,6 +30,7 @@ from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.models.policy import POLICY
 from jaxops.rl.collect import Collector
 from jaxops.rl.options import SampleOptions
+from jaxops.rl.ptx import PTX, TextRows, ptx_extra, text_shapes, with_ptx
 from jaxops.rl.rewards.function import check_columns
 from jaxops.rl.rewards.scoring import Scoring
 from jaxops.rl.sample import Sampler
@@ -74,16 +79,20 @@ def outline(loaded: Loaded[PolicyConfig], given: Given, folder: Path) -> Task:
 
 def _task(loaded: Loaded[PolicyConfig], given: Given, opened: OpenedPolicy, prompts: OpenedPrompts) -> Task:
     config = loaded.config
-    parts = _Parts(config, opened, prompts)
+    text = _open_ptx(config, opened)
+    parts = _Parts(config, opened, prompts, text)
     algorithm, model = config.algorithm, opened.model
     longest = config.sample.max_tokens
     objective = algorithm.objective(model, config.sample.temperature, longest)
+    extras = policy_extras(algorithm)
+    if config.mixed_text is not None:
+        objective, extras = with_ptx(objective, model, config.mixed_text.coef), extras | {PTX: ptx_extra()}
     return Task(
         **of_config(config, loaded.resolved, model),
         objective=objective if given.objective is None else given.objective(model),
         source=prompts.train,
         evaluation=NoEvaluation() if prompts.valid is None else parts.evaluation(prompts.valid),
-        extras=policy_extras(algorithm),
+        extras=extras,
         frozen=model.frozen,
         reads=(f"^{POLICY}/",) if model.frozen and not model.copies_reference else (),
         dtypes=model.dtypes,
@@ -91,7 +100,7 @@ def _task(loaded: Loaded[PolicyConfig], given: Given, opened: OpenedPolicy, prom
         copies=opened.copies,
         step=parts.step,
         update_batch=parts.update_batch,
-        inspection={**prompts.inspection, "split": {"sha256": prompts.inspection["digest"]}},
+        inspection=_inspection(prompts, text),
         transform=stored(model.decoder.config, opened.tokenizer),
         about=_about(config, opened, prompts),
         alarms=parts.alarms(),
@@ -105,11 +114,40 @@ _AGAINST_REFERENCE = ("kl", "kl_token", "win_rate")
 _NO_REFERENCE = "algorithm.kl.coef is 0, so that no reference is kept"
 
 
+def _open_ptx(config: PolicyConfig, opened: OpenedPolicy) -> TextParts | None:
+    """Opens the text that updates learn from beside completions.
+
+    Raises:
+      UserError: it cannot be opened, or its rows are longer than the policy reads.
+    """
+    if config.mixed_text is None:
+        return None
+    length, room = config.mixed_text.data.length, opened.model.decoder.config.length
+    if length > room:
+        raise UserError(f"ptx.data.length: {length} tokens in a row, but the policy reads {room} at most")
+    try:
+        return open_text(config.mixed_text.data, opened.tokenizer)
+    except UserError as error:
+        raise UserError(f"ptx.data: {error}") from None
+
+
+def _inspection(prompts: OpenedPrompts, text: TextParts | None) -> dict[str, Any]:
+    """Returns the description of the data; what tells them apart covers the text too."""
+    digest, found = prompts.inspection["digest"], dict(prompts.inspection)
+    if text is not None:
+        found[PTX] = text.inspection
+        digest = hashlib.sha256(f"{digest} {text.inspection['digest']}".encode()).hexdigest()
+    return {**found, "split": {"sha256": digest}}
+
+
 class _Parts:
     """The parts of a task that are built on a mesh."""
 
-    def __init__(self, config: PolicyConfig, opened: OpenedPolicy, prompts: OpenedPrompts) -> None:
+    def __init__(
+        self, config: PolicyConfig, opened: OpenedPolicy, prompts: OpenedPrompts, text: TextParts | None
+    ) -> None:
         self._config, self._opened, self._prompts = config, opened, prompts
+        self._text: Source | None = None if text is None else text.source(config.run.seed)
         held_out = 0 if prompts.valid is None else prompts.valid.width
         self.width = max(prompts.train.width, held_out)
         self._samplers: dict[Any, Sampler] = {}
@@ -126,14 +164,30 @@ class _Parts:
             collector,
             compute_dtype=np.dtype(config.precision.compute),
             logical=config.sharding.logical,
+            text=self._text_rows(parts.mesh),
         )
+
+    def _text_rows(self, mesh: Mesh) -> TextRows | None:
+        """Returns the rows of text of the updates of a step."""
+        config, given = self._config, self._config.mixed_text
+        if self._text is None or given is None:
+            return None
+        share = config.algorithm.epochs * config.algorithm.completions * given.rows_per_completion
+        return TextRows(self._text, self._rows_of_text(config.completions), share, mesh)
+
+    def _rows_of_text(self, completions: int) -> int:
+        """Returns the number of rows of text of an update of a step with so many completions."""
+        assert self._config.mixed_text is not None
+        return completions // self._config.algorithm.minibatches * self._config.mixed_text.rows_per_completion
 
     def update_batch(self, size: int) -> Mapping[str, Any]:
         """Returns a batch as the update reads it, of which shapes and dtypes count."""
         algorithm = self._config.algorithm
         completions = size * algorithm.completions
-        shapes = ready_shapes(algorithm, completions, self.width, self._config.sample.max_tokens)
-        found = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+        shapes: dict[str, Any] = ready_shapes(algorithm, completions, self.width, self._config.sample.max_tokens)
+        if self._text is not None:
+            shapes |= {PTX: text_shapes(self._text, self._rows_of_text(completions))}
+        found: dict[str, Any] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         return found | {"length": found["length"] + 1, "end": found["end"] + 2}
 
     def evaluation(self, held_out: Prompts) -> PolicyEvaluation:
@@ -214,7 +268,7 @@ class _Parts:
 
 
 def _about(config: PolicyConfig, opened: OpenedPolicy, prompts: OpenedPrompts) -> About:
-    model = config.model.weights if isinstance(config.model, Pretrained) else "decoder"
+    model, text = config.model.weights if isinstance(config.model, Pretrained) else "decoder", config.mixed_text
     rows = [
         ("tokenizer", f"{opened.tokenizer.kind}, {opened.tokenizer.vocab:,} ids"),
         ("prompts", f"{prompts.train.examples:,}"),
@@ -222,6 +276,7 @@ def _about(config: PolicyConfig, opened: OpenedPolicy, prompts: OpenedPrompts) -
         ("completions of a step", f"{config.completions:,} of up to {config.sample.max_tokens:,} tokens"),
         ("rewards", ", ".join(reward.label for reward in config.rewards)),
         ("algorithm", config.algorithm.kind),
+        *([("text beside them", f"{text.data.kind}, weight {text.coef:g}")] if text is not None else []),
     ]
     note = "The reward is what the policy is trained for; people or another judge say whether answers are better."
     curves = [("kl", "reward"), ("kl", "win_rate")]

@@ -79,7 +79,10 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compared:
-    """How the policies of two rounds are compared: `count` prompts of `prompts`, or of the loop's own without that."""
+    """How the policies of two rounds are compared: on `count` prompts of `prompts`.
+
+    By default they are the loop's own, or what the policy's data hold out where the loop has none of its own.
+    """
 
     prompts: str | None = None
     count: Positive = 100
@@ -103,7 +106,10 @@ class RlhfConfig:
       policy: the config of a policy's run, whose `model.weights` the loop begins with. Exactly one of its rewards is
         `{run: ...}`; in its place each round has the reward model of that round.
       reward: the config of a reward model's run; its data are the votes of all rounds.
-      prompts: the prompts that pairs of answers are sampled for: a file with a column `prompt` or `messages`.
+      prompts: the prompts that pairs of answers are sampled for: a file with a column `prompt` or `messages`. By
+        default they are those that the policy is trained on.
+      prepare: configs of runs that are trained before the first round, in this order: what the policy begins with, and
+        the reward model of a panel.
       start: what a round's policy begins as: the `last` round's policy, or always the `first` model.
     """
 
@@ -111,7 +117,8 @@ class RlhfConfig:
     rounds: Positive = 1
     policy: str
     reward: str
-    prompts: str
+    prompts: str | None = None
+    prepare: tuple[str, ...] = ()
     pairs: PairSampling = PairSampling()
     judge: FileJudge | PanelJudge | FunctionJudge
     answers: Answers = Answers()

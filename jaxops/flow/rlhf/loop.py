@@ -6,6 +6,7 @@ what is missing. Tested in tests/flow/test_rlhf.py.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -20,13 +21,16 @@ from jaxops.config.dump import diff
 from jaxops.config.load import Loaded
 from jaxops.core import stores
 from jaxops.core.failures import UserError
+from jaxops.data.prompts.open import OpenedPrompts, open_prompts
+from jaxops.data.prompts.source import Prompts
 from jaxops.evaluate.win_rate import WinRate, win_rate
+from jaxops.families.policy.opened import open_policy
 from jaxops.flow.rlhf.compare import compared, outcomes
 from jaxops.flow.rlhf.config import FileJudge, RlhfConfig
 from jaxops.flow.rlhf.judges import PairJudge, judge_of
 from jaxops.flow.rlhf.lineage import digest_of_file, weights_of
 from jaxops.flow.rlhf.pairs import AnswerPair, Vote, preferences, read_pairs, write_lines
-from jaxops.run.build import build_task, config_from_dict, load_config
+from jaxops.run.build import build_task, completed, config_from_dict, load_config
 from jaxops.run.fit import fit
 from jaxops.run.folder.run_folder import shown_value
 from jaxops.run.load import load
@@ -90,11 +94,34 @@ class RlhfLoop:
         self._policy, self._reward = load_config(self.config.policy), load_config(self.config.reward)
         self._check()
         self._first = str(self._policy.config.model.weights)
-        self._prompts = [row for _, row in prompt_rows(self.config.prompts)]
-        compared = self.config.compare.prompts
-        self._compared = self._prompts if compared is None else [row for _, row in prompt_rows(compared)]
         self._resolved = loaded.resolved
         self._judge: PairJudge | None = None
+        # What is wrong with a file is said before anything is trained; the policy's own prompts need its tokenizer.
+        if self.config.prompts is not None:
+            _ = self._prompts
+        if self.config.prompts is not None or self.config.compare.prompts is not None:
+            _ = self._compared
+
+    @functools.cached_property
+    def _prompts(self) -> list[Mapping[str, Any]]:
+        """The prompts that pairs of answers are sampled for."""
+        given = self.config.prompts
+        return _rows_in(given) if given is not None else _rows_of(self._of_policy.train)
+
+    @functools.cached_property
+    def _compared(self) -> list[Mapping[str, Any]]:
+        """The prompts that policies are compared on."""
+        if (given := self.config.compare.prompts) is not None:
+            return _rows_in(given)
+        if self.config.prompts is None and self._of_policy.valid is not None:
+            return _rows_of(self._of_policy.valid)
+        return self._prompts
+
+    @functools.cached_property
+    def _of_policy(self) -> OpenedPrompts:
+        """The prompts of the policy's config."""
+        config = self._policy.config
+        return open_prompts(config.data, open_policy(config, judging=False).tokenizer, config.run.seed)
 
     def _check(self) -> None:
         if jax.process_count() > 1:
@@ -128,6 +155,9 @@ class RlhfLoop:
           UserError, RunFailed: what training and sampling raise.
         """
         self._begin()
+        for config in self.config.prepare:
+            self._say(f"before the first round: {config}")
+            _trained(load_config(config))
         found, before = [], None
         for number in range(1, self.config.rounds + 1):
             folder = self.folder / f"round-{number}"
@@ -163,6 +193,9 @@ class RlhfLoop:
         before, here = json.loads(there.read_text(encoding="utf-8")), json.loads(json.dumps(kept))
         if before.keys() != here.keys():
             raise UserError(f"{there} is not of this version of jaxops; set run.name to begin another loop")
+        # Fields that are newer than the loop.
+        before["loop"] = {"prepare": [], **before["loop"]}
+        before |= {part: json.loads(json.dumps(completed(before[part], part))) for part in ("policy", "reward")}
         changed = [
             f"  {part}: {path}: {shown_value(old)} there, {shown_value(new)} here"
             for part, free in may_change.items()
@@ -303,9 +336,7 @@ class RlhfLoop:
             for part in above:
                 inside = inside[part]
             inside[name] = value
-        run = fit(build_task(config_from_dict(values, source="the loop's config")))
-        if run.state != "finished":
-            raise Stopped
+        _trained(config_from_dict(values, source="the loop's config"))
 
     def _compare(self, now: Round) -> WinRate | None:
         """Returns how often the judge prefers the round's policy to what it began as; None where nobody has said."""
@@ -329,6 +360,26 @@ class RlhfLoop:
             f" comparisons) over {now.start}, {rate.comparisons} prompts compared"
         )
         return rate
+
+
+def _trained(loaded: Loaded[Any]) -> None:
+    """Trains a run to its end; one that is finished stays as it is.
+
+    Raises:
+      Stopped: it was stopped by a signal.
+    """
+    if fit(build_task(loaded)).state != "finished":
+        raise Stopped
+
+
+def _rows_in(path: str) -> list[Mapping[str, Any]]:
+    return [row for _, row in prompt_rows(path)]
+
+
+def _rows_of(prompts: Prompts) -> list[Mapping[str, Any]]:
+    """Returns the prompts of a policy's data as rows of a file of prompts."""
+    written = [prompts.text(example) for example in range(prompts.examples)]
+    return [{"prompt" if isinstance(text, str) else "messages": text} for text in written]
 
 
 def _is_text(answer: str) -> bool:

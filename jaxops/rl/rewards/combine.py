@@ -62,18 +62,29 @@ def shaped(
 
 
 class HostScores(NamedTuple):
-    """The answers of functions as arrays: by name, 0 where a sample is dropped, and the weights of the samples."""
+    """The answers of functions as arrays: by name, 0 where a sample is dropped, and the weights of the samples.
+
+    Further metrics are by `NAME/METRIC`, and NaN where a function had none.
+    """
 
     scores: dict[str, Float[np.ndarray, " batch"]]
     weight: Float[np.ndarray, " batch"]
     sums: Sums
+    metrics: dict[str, Float[np.ndarray, " batch"]]
 
 
-def host_scores(scored: Sequence[FunctionScores], names: Sequence[str]) -> HostScores:
+def host_scores(
+    scored: Sequence[FunctionScores], names: Sequence[str], further: Mapping[str, Sequence[str]] | None = None
+) -> HostScores:
     """Returns the answers of functions as float32 arrays, and how often each had none.
 
-    A sample that any function drops has the weight 0. The metrics are shares of all samples: `reward_errors/NAME`,
+    A sample that any function drops has the weight 0. The sums are shares of all samples: `reward_errors/NAME`,
     `reward_timeouts/NAME` and `reward_dropped/NAME`.
+
+    Args:
+      scored: what the functions said of each sample.
+      names: the names of the functions.
+      further: the names of the further metrics of each function.
     """
     answers = {name: [one.scores[name] for one in scored] for name in names}
     kept = np.ones(len(scored), bool)
@@ -89,7 +100,13 @@ def host_scores(scored: Sequence[FunctionScores], names: Sequence[str]) -> HostS
         sums[f"reward_errors/{name}"] = _share(faults.count("error"), len(scored))
         sums[f"reward_timeouts/{name}"] = _share(faults.count("timeout"), len(scored))
         sums[f"reward_dropped/{name}"] = _share(answers[name].count(None), len(scored))
-    return HostScores(scores, kept.astype(np.float32), sums)
+    number = lambda value: np.nan if value is None else value
+    metrics = {
+        f"{name}/{metric}": np.array([number(one.metrics.get(name, {}).get(metric)) for one in scored], np.float32)
+        for name, known in (further or {}).items()
+        for metric in known
+    }
+    return HostScores(scores, kept.astype(np.float32), sums, metrics)
 
 
 def _share(part: int, whole: int) -> Sum:

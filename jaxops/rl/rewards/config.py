@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,7 @@ class FunctionReward:
 
     It is called as `fn(prompts, completions, **columns)` with lists of one length, and returns a list of that length:
     a finite number, or None, which drops the sample. A function without `**columns` gets the columns that it names.
+    With `metrics` it returns `(list, {name: list})`: further numbers, which are logged and not learnt from.
 
     Attributes:
       fn: its import path, or `{fn: path, keyword: value}`, whose keywords are handed on with every call.
@@ -42,6 +43,8 @@ class FunctionReward:
       workers: the number of calls that run at a time, each with some of the samples.
       on_error: what becomes of a sample that the function cannot judge, because it raises, hangs, or returns something
         else than a finite number: `drop` the sample, score it as `zero`, or `stop` the run.
+      metrics: the names of further metrics that it returns, each logged as `reward/NAME/METRIC`; None as a value leaves
+        the completion out of the mean.
     """
 
     fn: Annotated[ByPath, CALLED]
@@ -51,11 +54,17 @@ class FunctionReward:
     timeout: Duration = Duration(300.0)
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     on_error: OnError = "stop"
+    metrics: tuple[Name, ...] = ()
 
     @property
     def label(self) -> str:
         """Its name in metrics and messages."""
         return self.name or self.fn.fn.rpartition(":")[2].rpartition(".")[2]
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, message) where the fields do not go together."""
+        if twice := [name for name, times in Counter(self.metrics).items() if times > 1]:
+            yield "metrics", f"{twice[0]!r} is there more than once"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +157,11 @@ class Overlong:
         """Yields (field, message) where the fields do not go together."""
         if self.buffer > self.longest:
             yield "buffer", f"must be at most longest ({self.longest})"
+
+
+def further_metrics(rewards: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+    """Returns the names of the further metrics of each function among `rewards`, by the function's name."""
+    return {reward.label: reward.metrics for reward in rewards if isinstance(reward, FunctionReward)}
 
 
 Reward = FunctionReward | RunReward | MissingEos | LengthPenalty | Overlong

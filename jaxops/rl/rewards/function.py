@@ -45,8 +45,20 @@ class Fault(NamedTuple):
     what: str
 
 
-Answer = float | None | Fault
-"""The reward of a completion, None where the function drops the sample, or why there is no answer."""
+class Judged(NamedTuple):
+    """What a function says of a completion.
+
+    Attributes:
+      score: the reward; None drops the sample.
+      metrics: further numbers by name; None where it has none of that name for this completion.
+    """
+
+    score: float | None
+    metrics: Mapping[str, float | None] = {}
+
+
+Answer = Judged | Fault
+"""What a function says of a completion, or why there is no answer."""
 
 
 class UserFunction:
@@ -146,20 +158,66 @@ def _seen(found: Any, config: FunctionReward, columns: Sequence[str]) -> tuple[s
     )
 
 
-def answers_of(result: Any, count: int) -> list[Answer] | Fault:
-    """Returns the answers in what a function returned for `count` completions, or one fault of the whole result."""
+def answers_of(result: Any, count: int, metrics: Sequence[str] = ()) -> list[Answer] | Fault:
+    """Returns the answers in what a function returned, or one fault of the whole result.
+
+    Args:
+      result: a list of rewards, or (list of rewards, list by name of further metric).
+      count: the number of completions that it was asked about.
+      metrics: the names of the further metrics that it must return.
+    """
+    scores, further = _divided(result)
+    values = _numbers(scores, count, "answers")
+    if isinstance(values, Fault):
+        return values
+    columns: dict[str, list[float | Fault | None]] = {}
+    for name in metrics:
+        if name not in further:
+            there = f"only {', '.join(map(_short, map(str, further)))}" if further else "none"
+            return Fault("error", f"it returned no metric {name!r}, which its config names, but {there}")
+        column = _numbers(further[name], count, f"values of the metric {name!r}")
+        if isinstance(column, Fault):
+            return column
+        columns[name] = column
+    return [_judged(value, {name: column[row] for name, column in columns.items()}) for row, value in enumerate(values)]
+
+
+def unnamed_metrics(result: Any, metrics: Sequence[str]) -> list[str]:
+    """Returns the names of metrics that a function returned and its config does not name."""
+    return [_short(str(name)) for name in _divided(result)[1] if name not in metrics]
+
+
+def _divided(result: Any) -> tuple[Any, Mapping[Any, Any]]:
+    """Returns rewards and further metrics; a tuple of two whose second is no mapping is a tuple of two rewards."""
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+        return result
+    return result, {}
+
+
+def _judged(value: float | Fault | None, metrics: Mapping[str, float | Fault | None]) -> Answer:
+    if isinstance(value, Fault):
+        return value
+    for name, number in metrics.items():
+        if isinstance(number, Fault):
+            return Fault(number.sort, f"metric {name!r}: {number.what}")
+    return Judged(value, metrics)  # type: ignore[arg-type]
+
+
+def _numbers(result: Any, count: int, what: str) -> list[float | Fault | None] | Fault:
+    """Returns the numbers in a list for `count` completions, or one fault of the whole list."""
+    it = "it returned" if what == "answers" else f"it returned, as {what},"
     if isinstance(result, str | bytes | Mapping | set | frozenset) or not hasattr(result, "__len__"):
-        return Fault("error", f"it returned {_show(result)}, not a list of {count}")
+        return Fault("error", f"{it} {_show(result)}, not a list of {count}")
     try:
         values = list(result)
     except Exception as error:
-        return Fault("error", f"it returned {_show(result)}, which cannot be read as a list: {error}")
+        return Fault("error", f"{it} {_show(result)}, which cannot be read as a list: {error}")
     if len(values) != count:
-        return Fault("error", f"it returned {len(values)} answers for {count} completion{'s' if count > 1 else ''}")
-    return [_answer(value) for value in values]
+        return Fault("error", f"it returned {len(values)} {what} for {count} completion{'s' if count > 1 else ''}")
+    return [_number(value) for value in values]
 
 
-def _answer(value: Any) -> Answer:
+def _number(value: Any) -> float | Fault | None:
     if value is not None and not isinstance(value, int | float) and getattr(value, "ndim", None) == 0:
         try:
             value = value.item()  # a scalar of numpy, jax or torch

@@ -25,7 +25,7 @@ from jaxops.core.journal import MISSING, exchange
 from jaxops.core.secret_text import printable, without_secrets
 from jaxops.rl.rewards.calls import Calls, EndedCall, EventLoop, Limits, TimeOut
 from jaxops.rl.rewards.config import FunctionReward, Reward
-from jaxops.rl.rewards.function import Answer, Asked, Fault, UserFunction, answers_of
+from jaxops.rl.rewards.function import Answer, Asked, Fault, Judged, UserFunction, answers_of, unnamed_metrics
 
 ROUNDS = 4
 """How many parts the samples are asked in, one after the other; `poll` is called before each.
@@ -42,10 +42,12 @@ class FunctionScores(NamedTuple):
     Attributes:
       scores: the answer of each function, by name; None drops the sample.
       faults: `error` or `timeout` by name, of the functions that had no answer.
+      metrics: the further metrics of each function that has any and had an answer, by the names of both.
     """
 
     scores: Mapping[str, float | None]
     faults: Mapping[str, str]
+    metrics: Mapping[str, Mapping[str, float | None]] = {}
 
 
 class KnownAnswers(Protocol):
@@ -89,6 +91,12 @@ class _Row:
     digest: str
     scores: dict[str, float | None]
     faults: dict[str, str]
+    metrics: dict[str, Mapping[str, float | None]]
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """What the journal keeps of it."""
+        return _answer_of(FunctionScores(self.scores, self.faults, self.metrics))
 
 
 def _warn(text: str) -> None:
@@ -154,7 +162,7 @@ class HostRewards:
                 self._ask(rows[part * len(rows) // ROUNDS : (part + 1) * len(rows) // ROUNDS])
         finally:
             self._journal.flush()
-        return [FunctionScores(row.scores, row.faults) for row in rows]
+        return [FunctionScores(row.scores, row.faults, row.metrics) for row in rows]
 
     def all(self, mesh: Mesh, size: int, mine: Sequence[FunctionScores]) -> list[FunctionScores]:
         """Returns what was said of all `size` completions, in global order, on every process; see `journal.exchange`.
@@ -166,12 +174,12 @@ class HostRewards:
         """
         if not self._functions:
             return [FunctionScores({}, {})] * size
-        answers = exchange(mesh, size, [_answer_of(one.scores, one.faults) for one in mine])
+        answers = exchange(mesh, size, [_answer_of(one) for one in mine])
         return [FunctionScores(*_scored_in(answer)) for answer in answers]
 
     def _known(self, asked: Asked) -> _Row:
         if not self._functions:
-            return _Row(asked, "", {}, {})
+            return _Row(asked, "", {}, {}, {})
         digest = self._digest(asked)
         return _Row(asked, digest, *_scored_in(self._journal.lookup(asked.key, digest)))
 
@@ -246,7 +254,13 @@ class HostRewards:
             return Fault("timeout", f"it did not answer within {function.config.timeout.to_config()}")
         if ended.error is not None:
             return function.raised(ended.error)
-        return answers_of(ended.result, len(ended.tag))
+        named = function.config.metrics
+        if (more := unnamed_metrics(ended.result, named)) and self._is_news(ended.group, "metrics"):
+            self._say(
+                f"reward {ended.group}: it returns metrics that its config does not name, and that are left out:"
+                f" {', '.join(more)}. `metrics: [{more[0]}]` beside its `fn` has them logged."
+            )
+        return answers_of(ended.result, len(ended.tag), named)
 
     def _take(self, name: str, row: _Row, answer: Answer) -> str | None:
         """Records an answer as the journal's, or what becomes of a fault; returns the message that stops the run."""
@@ -257,9 +271,11 @@ class HostRewards:
                 return f"{self._told(name, row, answer)}\n{advice}"
             self._note(name, row, answer)
             row.faults[name] = answer.sort
-            answer = None if on_error == "drop" else 0.0
-        row.scores[name] = answer
-        self._journal.record(row.asked.key, row.digest, _answer_of(row.scores, row.faults))
+            answer = Judged(None if on_error == "drop" else 0.0)
+        row.scores[name] = answer.score
+        if answer.metrics:
+            row.metrics[name] = answer.metrics
+        self._journal.record(row.asked.key, row.digest, row.answer)
         return None
 
     def _note(self, name: str, row: _Row, fault: Fault) -> None:
@@ -303,15 +319,16 @@ def _chunks(rows: Sequence[_Row], count: int) -> Iterator[list[_Row]]:
         yield list(rows[part * len(rows) // count : (part + 1) * len(rows) // count])
 
 
-def _answer_of(scores: Mapping[str, float | None], faults: Mapping[str, str]) -> dict[str, Any]:
-    return {"scores": dict(scores), "faults": dict(faults)}
+def _answer_of(said: FunctionScores) -> dict[str, Any]:
+    metrics = {name: dict(found) for name, found in said.metrics.items()}
+    return {"scores": dict(said.scores), "faults": dict(said.faults), **({"metrics": metrics} if metrics else {})}
 
 
-def _scored_in(answer: Any) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Returns scores and faults of an answer of the journal; nothing where it is none of ours."""
+def _scored_in(answer: Any) -> tuple[dict[str, float | None], dict[str, str], dict[str, Mapping[str, float | None]]]:
+    """Returns scores, faults and metrics of an answer of the journal; nothing where it is none of ours."""
     if not isinstance(answer, Mapping) or not isinstance(answer.get("scores"), Mapping):
-        return {}, {}
-    return dict(answer["scores"]), dict(answer.get("faults") or {})
+        return {}, {}, {}
+    return dict(answer["scores"]), dict(answer.get("faults") or {}), dict(answer.get("metrics") or {})
 
 
 def _jsonable(value: Any) -> Any:

@@ -20,8 +20,8 @@ from jaxops.core.sums import Sum, Sums
 from jaxops.core.turn import Program
 from jaxops.models.policy import REWARDS
 from jaxops.rl.collect import Completed, Scored
-from jaxops.rl.rewards.combine import combined, host_scores, reduced, shaped
-from jaxops.rl.rewards.config import FunctionReward, Reward, RunReward
+from jaxops.rl.rewards.combine import HostScores, combined, host_scores, reduced, shaped
+from jaxops.rl.rewards.config import FunctionReward, Reward, RunReward, further_metrics
 from jaxops.rl.rewards.function import Asked
 from jaxops.rl.rewards.host import HostRewards, Unkept
 from jaxops.rl.rewards.judge import Judge
@@ -88,11 +88,11 @@ class Scoring:
         """
         size = len(completed.prompts)
         found: dict[str, Any] = {}
-        weight, sums = np.ones(size, np.float32), Sums()
+        weight, sums, metrics = np.ones(size, np.float32), Sums(), dict[str, np.ndarray]()
         if self._functions:
             host = self._asked(completed, journal, poll)
             found |= host.scores
-            weight, sums = host.weight, host.sums
+            weight, sums, metrics = host.weight, host.sums, host.metrics
         lengths = np.asarray(completed.sampled.lengths)
         found |= shaped(self._rewards, jnp.asarray(lengths), jnp.asarray(~completed.rollout["ended"]))
         for reward in self._rewards:
@@ -103,7 +103,8 @@ class Scoring:
                 sums[f"disagreement/{reward.label}"] = Sum.of(apart)
                 sums[f"reward_cut/{reward.label}"] = Sum.of(jnp.asarray(cut, jnp.float32))
         total = combined(found, self._rewards, jnp.asarray(weight)).score
-        return Scored(np.asarray(total), weight > 0, {name: np.asarray(found[name]) for name in self.names}, sums)
+        each = {name: np.asarray(found[name]) for name in self.names}
+        return Scored(np.asarray(total), weight > 0, each, sums, metrics)
 
     def programs(self, params: Params, completions: int) -> list[Program]:
         """Returns the compiled programs of scoring so many completions: one for each reward model.
@@ -123,7 +124,7 @@ class Scoring:
             for name, judge in self._judges.items()
         ]
 
-    def _asked(self, completed: Completed, journal: Journal | None, poll: Callable[[], bool]) -> Any:
+    def _asked(self, completed: Completed, journal: Journal | None, poll: Callable[[], bool]) -> HostScores:
         """Asks the functions about the rows that this process owns, and exchanges the answers."""
         if self._host is None or journal is not self._journal:
             kept = Unkept() if journal is None else journal
@@ -142,7 +143,8 @@ class Scoring:
                     self._prompts.columns(prompt.example),
                 )
             )
-        return host_scores(self._host.all(self._mesh, size, self._host.score(asked, poll)), self._functions)
+        everything = self._host.all(self._mesh, size, self._host.score(asked, poll))
+        return host_scores(everything, self._functions, further_metrics(self._rewards))
 
     def _heads(self, name: str, completed: Completed) -> tuple[np.ndarray, np.ndarray]:
         """Returns the normalised score of each head of a reward model, [rows, heads], on every process.

@@ -2,8 +2,13 @@
 
 The count-th time that the moment comes, the process signals itself. A kill is met there and then; a SIGTERM is what a
 preempted machine gets: the run goes on to where it may stop, saves and ends with 75.
+
+With the environment of `kill_points.armed` it kills itself at any change of its files, or any call of a method of
+`METHODS_OF`, or writes down all of those.
 """
 
+import functools
+import importlib
 import os
 import signal
 import sys
@@ -11,6 +16,8 @@ import types
 from typing import Any
 
 sys.modules["jaxops.report.page"] = types.SimpleNamespace(write_report=lambda run: None)  # type: ignore[assignment]
+
+import kill_points  # noqa: E402
 
 from jaxops.core.step import TrainStep  # noqa: E402
 from jaxops.rl.rewards.host import HostRewards  # noqa: E402
@@ -25,6 +32,34 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "after_update": (PolicyStep, "_updated", True),
 }
 """By name: the method that marks the moment, and whether the moment is after it."""
+
+
+METHODS_OF = (
+    *("core.answers", "core.checkpoint", "core.journal", "core.metrics_file", "core.step", "core.turn", "core.writers"),
+    *("rl.collect", "rl.rewards.calls", "rl.rewards.host", "rl.rewards.scoring", "rl.sample", "rl.slots", "rl.step"),
+    *("families.policy.evaluation", "run.saving", "run.validation"),
+)
+"""The modules whose methods are moments: what an iteration, an evaluation and a save go through."""
+CALL = "call"
+
+
+def count_calls(counter: kill_points.Counter) -> None:
+    """Counts the calls of methods too, each right before it runs, in whatever thread."""
+    for name in METHODS_OF:
+        module = importlib.import_module(f"jaxops.{name}")
+        for holder in [one for one in vars(module).values() if isinstance(one, type)]:
+            for attribute, method in list(vars(holder).items()):
+                if isinstance(method, types.FunctionType) and method.__module__ == module.__name__:
+                    setattr(holder, attribute, _counted(counter, method))
+
+
+def _counted(counter: kill_points.Counter, method: Any) -> Any:
+    @functools.wraps(method)
+    def counted(*given: Any, **named: Any) -> Any:
+        counter.met(CALL, [f"{counter.under}{method.__qualname__}"])
+        return method(*given, **named)
+
+    return counted
 
 
 def arm(moment: str, count: str, number: str) -> None:
@@ -48,6 +83,10 @@ def arm(moment: str, count: str, number: str) -> None:
 if __name__ == "__main__":
     if "CUT" in os.environ:
         arm(*os.environ["CUT"].split(":"))
+    if kill_points.UNDER in os.environ:
+        counter = kill_points.arm()
+        counter.count_lines()
+        count_calls(counter)
     from jaxops.cli.main import script
 
     sys.argv[0] = "jaxops"

@@ -10,6 +10,11 @@ def low(prompts, completions):
     return [sum(ord(c) < 64 for c in text) / max(len(text), 1) for text in completions]
 
 
+def measured(prompts, completions):
+    """The same, with the number of characters as a further metric; of long completions there is none."""
+    return low(prompts, completions), {"characters": [len(text) if len(text) < 6 else None for text in completions]}
+
+
 def note(prompts, completions):
     if place := os.environ.get("ASKED"):
         with open(place, "a") as file:

@@ -16,6 +16,8 @@ LOW = "{fn: 'judges_of_policies:low'}"
     [
         (["rewards=[]"], "rewards [override 'rewards=[]']: nothing to learn from"),
         ([f"rewards=[{LOW}, {LOW}]"], "another reward is named 'low' too: set name"),
+        ([f"rewards=[{LOW[:-1]}, metrics: [n, n]}}]"], "'n' is there more than once"),
+        (["evaluate.metrics=[reward/low/n]"], "evaluate.metrics.0"),
         (["rewards=[{kind: missing_eoss, penalty: 1}]"], "did you mean 'missing_eos'"),
         (["rewards=[{fn: 'judges_of_policies:lov'}]"], "has no 'lov'; did you mean 'low'"),
         (["rewards=[{fn: 'judges_of_policiez:low'}]"], "did you mean 'judges_of_policies'"),
@@ -31,6 +33,14 @@ LOW = "{fn: 'judges_of_policies:low'}"
         (["algorithm={kind: best_of_n, group: 4, keep: 4}"], "algorithm.keep"),
         (["algorithm={kind: best_of_n, clip: 0.1}"], "no ratio of probabilities"),
         (["sample.max_tokens=30"], "+ sample.max_tokens: 46 tokens"),
+        (["ptx={coef: -1, data: {kind: text, path: prompts.jsonl}}"], "ptx.coef"),
+        (["ptx={coef: 1, data: {kind: prompts, path: prompts.jsonl}}"], "ptx.data.kind"),
+        (["ptx={coef: 1, data: {kind: text, path: nowhere.jsonl, length: 8}}"], "ptx.data: "),
+        (["ptx={coef: 1, data: {kind: text, path: prompts.jsonl, length: 41}}"], "41 tokens in a row, but the policy"),
+        (
+            ["model={kind: decoder}", "ptx={coef: 1, data: {kind: text, path: prompts.jsonl, length: 512}}"],
+            "512 tokens in a row, but the model reads 128 (model.length)",
+        ),
         (["tokenizer=null"], "base comes without one"),
         (["model={kind: decoder, length: 20}"], "22 tokens, but the model reads 20"),
         (["model={kind: decoder}", "tokenizer=null"], "a model with fresh parameters has none"),

@@ -59,6 +59,20 @@ def test_a_run_writes_metrics_and_samples(there):
     assert summary("ppo")["step"] == 2 and summary("ppo")["valid/reward"] == measured("ppo")["valid/reward"]
 
 
+def test_what_else_a_reward_measures_is_logged_and_evaluated(there, tmp_path, monkeypatch):
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    rewards = "rewards=[{fn: 'judges_of_policies:measured', metrics: [characters]}]"
+    trained("measured", rewards, "evaluate.metrics=[reward, reward/measured/characters]", "sample.max_tokens=3")
+    asked = [len(json.loads(line)[1]) for line in (tmp_path / "asked").read_text().splitlines()]
+    for step, line in enumerate(windows("measured")):
+        each = asked[16 * step : 16 * (step + 1)]
+        assert line["train/reward/measured/characters"] == pytest.approx(np.mean(each)) and max(each) < 6
+    lines = Path("runs/measured/samples.jsonl").read_text().splitlines()
+    lengths = [len(json.loads(line)["completion"]) for line in lines]
+    assert summary("measured")["valid/reward/measured/characters"] == pytest.approx(np.mean(lengths))
+    assert lengths and summary("measured")["valid/reward"] > 0
+
+
 def test_a_served_policy_reads_nothing_but_the_policy(there, monkeypatch):
     def only_policy(checkpoints, step, prefix="params", *rest, **more):
         assert prefix.split("/")[1:] == ["policy"], prefix

@@ -7,6 +7,7 @@ holds. Two processes train as one does, and go on as one.
 import collections
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cut_policy import CALL
+from kill_points import Point, armed, read_log
 from policy_runs import furnish
 from processes import ROOT
 from run_records import records, state, summary
@@ -36,7 +39,8 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("JAXOPS_CACHE", str(folder / "cache"))
-        assert train("whole") == [0]
+        (folder / "runs").mkdir()  # else this run alone would make it, and count one change more than the others
+        assert train("whole", **armed(folder / "runs", log=folder / "points")) == [0]
     return folder
 
 
@@ -45,12 +49,16 @@ def _there(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
 
-def train(run: str, *overrides: str, cut: str | None = None, processes: int = 1, who: int | None = None) -> list[int]:
+def train(
+    run: str, *overrides: str, cut: str | None = None, processes: int = 1, who: int | None = None, **more: str
+) -> list[int]:
     """Trains in processes of their own, of two devices in all, and returns their exit statuses.
 
-    `cut` is for the process `who`, or for all.
+    `cut` is for the process `who`, or for all; `more` is added to the environment. All share what they have compiled.
     """
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "ASKED": f"{run}.asked"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "ASKED": f"{run}.asked"}
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(Path("compiled").absolute()), **more}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
     argv = [sys.executable, str(CUT), "train", "ppo.yaml", "--cpu-devices", str(2 // processes), f"run.name={run}"]
     started = []
     for rank in range(processes):
@@ -64,7 +72,7 @@ def train(run: str, *overrides: str, cut: str | None = None, processes: int = 1,
             words = [*argv, *ALWAYS, *overrides]
             started.append(subprocess.Popen(words, env=own, stdout=log, stderr=subprocess.STDOUT))
     try:
-        return [process.wait(300) for process in started]
+        return [process.wait(900) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -86,11 +94,11 @@ def samples(run: str) -> list[dict]:
     return [{name: value for name, value in line.items() if name != "time"} for line in lines]
 
 
-def assert_same(run: str) -> None:
-    assert state(f"runs/{run}") == state("runs/whole")
-    assert records(f"runs/{run}") == records("runs/whole")
-    assert samples(run) == samples("whole")
-    assert summary(f"runs/{run}")["valid/reward"] == summary("runs/whole")["valid/reward"]
+def assert_same(run: str, whole: str = "whole") -> None:
+    assert state(f"runs/{run}") == state(f"runs/{whole}")
+    assert records(f"runs/{run}") == records(f"runs/{whole}")
+    assert samples(run) == samples(whole)
+    assert summary(f"runs/{run}")["valid/reward"] == summary(f"runs/{whole}")["valid/reward"]
 
 
 def test_the_whole_run_asks_once_for_each_completion():
@@ -119,6 +127,36 @@ def test_cut_off_it_goes_on_as_if_nothing_had_been(moment, number):
     twice = asked(run) - asked("whole")
     # A kill between two calls may meet the other worker's in the middle: its answers are on no disk yet.
     assert twice.total() <= (2 if number == "SIGKILL" and moment.startswith("between") else 0), twice
+
+
+def points(seed: int) -> list[Point]:
+    """The moments of the undisturbed run from its first step on: calls of methods, or changes of its files.
+
+    Signs of life (`processes/`) are left out, since the clock decides how many there are.
+    """
+    found = read_log(Path("points"))
+    found = found[found.index(Point(f"{CALL} PolicyStep.__call__", 1)) :]
+    found = [point for point in found if "/processes/" not in point.kind]
+    found = [point for point in found if point.kind.startswith(f"{CALL} ") == (seed % 2 == 0)]
+    return [point._replace(kind=point.kind.replace("whole", "random-N")) for point in found]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_a_random_moment_it_goes_on_as_if_nothing_had_been(folder, seed):
+    run = f"random-{seed}"
+    point = random.Random(seed).choice(points(seed))
+    print(f"seed {seed}: {point}")
+    assert train(run, **armed(folder / "runs", point)) == [-signal.SIGKILL], f"{point}\n{said(run)}"
+    assert train(run) == [0], f"{point}\n{said(run)}"
+    assert_same(run)
+
+
+def test_killed_between_two_updates_it_reads_the_text_that_it_would_have_read():
+    mixed = "ptx={coef: 1, data: {kind: text, path: prompts.jsonl, columns: {text: prompt}, length: 12}}"
+    assert train("text-whole", mixed) == [0], said("text-whole")
+    assert train("text", mixed, cut="mid_epoch:10:SIGKILL") == [-signal.SIGKILL], said("text")
+    assert train("text", mixed) == [0], said("text")
+    assert_same("text", "text-whole")
 
 
 def parameters(run: str) -> dict[str, np.ndarray]:
