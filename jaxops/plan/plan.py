@@ -45,7 +45,7 @@ MOST_HALVINGS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a run before it begins.
+    """A run as it is known before it begins.
 
     Attributes:
       accelerator: where it would run.

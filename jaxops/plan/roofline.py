@@ -36,7 +36,7 @@ class Bound:
 
     @property
     def by(self) -> str:
-        """What bounds it."""
+        """The name of the one that bounds it."""
         return max(("products", "memory", "exchange"), key=lambda name: getattr(self, name))
 
 

@@ -67,7 +67,7 @@ def with_ptx(objective: Objective, model: PolicyModel, coef: float) -> Objective
     return mixed
 
 
-class TextRows:
+class PtxRows:
     """The rows of text that updates read, in the order of the source and from where the state says.
 
     Args:

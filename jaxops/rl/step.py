@@ -31,7 +31,7 @@ from jaxops.objectives.policy import kl_estimate
 from jaxops.rl.algorithms import Algorithm, Rollout, importance
 from jaxops.rl.collect import Collector, abstract_scores
 from jaxops.rl.kl import adapted
-from jaxops.rl.ptx import PTX, TextRows
+from jaxops.rl.ptx import PTX, PtxRows
 from jaxops.rl.rollout import abstract_placed, abstract_rollout, placed
 
 KL, SCORES = "kl", "scores"
@@ -103,7 +103,7 @@ class PolicyStep:
         *,
         compute_dtype: Any = jnp.float32,
         logical: Mapping[str, Axes] | None = None,
-        text: TextRows | None = None,
+        text: PtxRows | None = None,
     ) -> None:
         self.parts, self.model, self.algorithm, self.collector = parts, model, algorithm, collector
         self.text = text

@@ -26,7 +26,7 @@ from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.models.policy import PolicyModel
 from jaxops.rl.collect import Collector, Scored
 from jaxops.rl.options import SampleOptions
-from jaxops.rl.ptx import PTX, TextRows, ptx_extra, with_ptx
+from jaxops.rl.ptx import PTX, PtxRows, ptx_extra, with_ptx
 from jaxops.rl.sample import Sampler
 from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras
 
@@ -170,7 +170,7 @@ class Problem:
         objective = algorithm.objective(self.model, temperature, TOKENS)
         if text is not None:
             objective, extras = with_ptx(objective, self.model, coef), extras | {PTX: ptx_extra()}
-            text = TextRows(text, batch // algorithm.minibatches, algorithm.epochs * group, self.mesh)
+            text = PtxRows(text, batch // algorithm.minibatches, algorithm.epochs * group, self.mesh)
         update = build_step(
             objective,
             tx,

@@ -13,9 +13,11 @@ from exact_optimum import PROMPTS, Problem
 from jaxops.core.sums import merge
 from jaxops.core.turn import Turn
 from jaxops.objectives.token_logprobs import TokenScores
-from jaxops.rl.algorithms import BestOfN, Gae, Ppo, Rollout, importance
+from jaxops.rl.algorithms import Rollout, importance
 from jaxops.rl.collect import Scored
+from jaxops.rl.groups import BestOfN
 from jaxops.rl.kl import Kl
+from jaxops.rl.ppo import Gae, Ppo
 
 ROWS_OF_BATCH, LONGEST = 6, 5
 

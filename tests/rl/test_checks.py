@@ -17,9 +17,11 @@ from jaxops.core.sums import finalize
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.policy import PolicyModel
-from jaxops.rl.algorithms import Grpo, Ppo, Rollout
+from jaxops.rl.algorithms import Rollout
 from jaxops.rl.collect import Collector
+from jaxops.rl.groups import Grpo
 from jaxops.rl.kl import Kl
+from jaxops.rl.ppo import Ppo
 from jaxops.rl.rollout import rollout_of
 from jaxops.rl.sampled import Growing, Prompt
 from jaxops.rl.step import PolicyStep

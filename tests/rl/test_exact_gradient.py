@@ -11,8 +11,9 @@ import pytest
 from exact_gradient import LENGTHS, STATE, apart, grouped, updated
 from exact_optimum import TOKENS
 
-from jaxops.rl.algorithms import Gae, Grpo, Ppo
+from jaxops.rl.groups import Grpo
 from jaxops.rl.kl import Kl
+from jaxops.rl.ppo import Gae, Ppo
 
 IN_REWARD = Kl(coef=0.5)
 PPO = Ppo(gae=Gae(lambda_=1.0), whiten="none", kl=IN_REWARD, value_weight=0.5)

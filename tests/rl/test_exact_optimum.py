@@ -13,8 +13,9 @@ import pytest
 from exact_gradient import INSIDE, LENGTHS, OWN, STATE, STATES, WORD, Exact, grouped
 from exact_optimum import PROMPTS, WORDS, Problem
 
-from jaxops.rl.algorithms import Gae, Grpo, Ppo
+from jaxops.rl.groups import Grpo
 from jaxops.rl.kl import Kl
+from jaxops.rl.ppo import Gae, Ppo
 
 BETA, OF_GRPO = 0.5, 1.5
 TABLE = {"value": "trunk", "layers": 0, "lr": 2e-2, "temperature": 0.7}

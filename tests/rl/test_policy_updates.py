@@ -13,9 +13,10 @@ from jaxops.core.mesh import make_mesh
 from jaxops.core.sharding import named_leaves
 from jaxops.core.sums import merge
 from jaxops.core.turn import Turn
-from jaxops.rl.algorithms import Grpo, Ppo
 from jaxops.rl.collect import Scored
+from jaxops.rl.groups import Grpo
 from jaxops.rl.kl import Kl
+from jaxops.rl.ppo import Ppo
 
 SLOW = pytest.mark.slow
 PPO = Ppo(epochs=2, minibatches=2, kl=Kl(coef=0.1), value_weight=0.5)

@@ -18,8 +18,9 @@ from jaxops.models.decoder.decoder import Decoder
 from jaxops.models.lora import Lora, LoraConfig
 from jaxops.models.policy import PolicyModel
 from jaxops.objectives.language import next_token
-from jaxops.rl.algorithms import Grpo, Ppo
+from jaxops.rl.groups import Grpo
 from jaxops.rl.kl import Kl
+from jaxops.rl.ppo import Ppo
 from jaxops.rl.ptx import PTX, with_ptx
 
 PPO = Ppo(epochs=2, minibatches=2, kl=Kl(coef=0.1), value_weight=0.5)

@@ -11,7 +11,7 @@ from jaxops.core.mesh import make_mesh
 from jaxops.rl.collect import Scored
 from jaxops.rl.rewards.combine import host_scores
 from jaxops.rl.rewards.config import FunctionReward, further_metrics
-from jaxops.rl.rewards.function import Fault, Judged, answers_of
+from jaxops.rl.rewards.function import Fault, FunctionAnswer, answers_of
 from jaxops.rl.rewards.host import HostRewards
 
 never = lambda: False
@@ -72,8 +72,8 @@ def test_a_wrong_metric_is_told_with_name_and_sample_and_costs_no_other_answer(t
 
 
 def test_a_tuple_of_two_rewards_is_no_reward_with_metrics():
-    assert answers_of((1.0, None), 2) == [Judged(1.0), Judged(None)]
-    assert answers_of(([1.0], {"n": [2]}), 1, ["n"]) == [Judged(1.0, {"n": 2.0})]
+    assert answers_of((1.0, None), 2) == [FunctionAnswer(1.0), FunctionAnswer(None)]
+    assert answers_of(([1.0], {"n": [2]}), 1, ["n"]) == [FunctionAnswer(1.0, {"n": 2.0})]
     fault = answers_of([1.0], 1, ["n"])
     assert isinstance(fault, Fault) and "it returned no metric 'n', which its config names, but none" in fault.what
     wrong = answers_of(([1.0], {"n": "2"}), 1, ["n"])

@@ -14,8 +14,9 @@ from jaxops.core.metric import Metric, metric_of
 from jaxops.data.prompts.spec import AnyPrompts
 from jaxops.models.decoder.architecture import Architecture
 from jaxops.models.lora import LoraConfig
-from jaxops.rl.algorithms import AnyAlgorithm, Ppo
+from jaxops.rl.groups import BestOfN, Grpo
 from jaxops.rl.options import HOTTEST, MOST, MOST_SLOTS, TINIEST, SampleOptions
+from jaxops.rl.ppo import Ppo
 from jaxops.rl.ptx import Ptx
 from jaxops.rl.rewards.config import Reward, further_metrics, reward_problems
 from jaxops.rl.watch import Watching
@@ -163,7 +164,7 @@ class PolicyConfig(RunConfig):
     data: AnyPrompts
     rewards: tuple[Reward, ...]
     sample: Rollouts = Rollouts()
-    algorithm: AnyAlgorithm = Ppo()
+    algorithm: Ppo | Grpo | BestOfN = Ppo()
     ptx: Ptx | None = None
     watch: Watching = Watching()
     batch: PolicyBatch = PolicyBatch()  # type: ignore[assignment]

@@ -30,7 +30,7 @@ from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.models.policy import POLICY
 from jaxops.rl.collect import Collector
 from jaxops.rl.options import SampleOptions
-from jaxops.rl.ptx import PTX, TextRows, ptx_extra, text_shapes, with_ptx
+from jaxops.rl.ptx import PTX, PtxRows, ptx_extra, text_shapes, with_ptx
 from jaxops.rl.rewards.function import check_columns
 from jaxops.rl.rewards.scoring import Scoring
 from jaxops.rl.sample import Sampler
@@ -167,13 +167,13 @@ class _Parts:
             text=self._text_rows(parts.mesh),
         )
 
-    def _text_rows(self, mesh: Mesh) -> TextRows | None:
+    def _text_rows(self, mesh: Mesh) -> PtxRows | None:
         """Returns the rows of text of the updates of a step."""
         config, given = self._config, self._config.mixed_text
         if self._text is None or given is None:
             return None
         share = config.algorithm.epochs * config.algorithm.completions * given.rows_per_completion
-        return TextRows(self._text, self._rows_of_text(config.completions), share, mesh)
+        return PtxRows(self._text, self._rows_of_text(config.completions), share, mesh)
 
     def _rows_of_text(self, completions: int) -> int:
         """Returns the number of rows of text of an update of a step with so many completions."""

@@ -45,8 +45,8 @@ class Fault(NamedTuple):
     what: str
 
 
-class Judged(NamedTuple):
-    """What a function says of a completion.
+class FunctionAnswer(NamedTuple):
+    """The answer of a function about a completion.
 
     Attributes:
       score: the reward; None drops the sample.
@@ -57,7 +57,7 @@ class Judged(NamedTuple):
     metrics: Mapping[str, float | None] = {}
 
 
-Answer = Judged | Fault
+Answer = FunctionAnswer | Fault
 """What a function says of a completion, or why there is no answer."""
 
 
@@ -200,7 +200,7 @@ def _judged(value: float | Fault | None, metrics: Mapping[str, float | Fault | N
     for name, number in metrics.items():
         if isinstance(number, Fault):
             return Fault(number.sort, f"metric {name!r}: {number.what}")
-    return Judged(value, metrics)  # type: ignore[arg-type]
+    return FunctionAnswer(value, metrics)  # type: ignore[arg-type]
 
 
 def _numbers(result: Any, count: int, what: str) -> list[float | Fault | None] | Fault:

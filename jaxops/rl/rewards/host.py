@@ -25,7 +25,7 @@ from jaxops.core.journal import MISSING, exchange
 from jaxops.core.secret_text import printable, without_secrets
 from jaxops.rl.rewards.calls import Calls, EndedCall, EventLoop, Limits, TimeOut
 from jaxops.rl.rewards.config import FunctionReward, Reward
-from jaxops.rl.rewards.function import Answer, Asked, Fault, Judged, UserFunction, answers_of, unnamed_metrics
+from jaxops.rl.rewards.function import Answer, Asked, Fault, FunctionAnswer, UserFunction, answers_of, unnamed_metrics
 
 ROUNDS = 4
 """How many parts the samples are asked in, one after the other; `poll` is called before each.
@@ -271,7 +271,7 @@ class HostRewards:
                 return f"{self._told(name, row, answer)}\n{advice}"
             self._note(name, row, answer)
             row.faults[name] = answer.sort
-            answer = Judged(None if on_error == "drop" else 0.0)
+            answer = FunctionAnswer(None if on_error == "drop" else 0.0)
         row.scores[name] = answer.score
         if answer.metrics:
             row.metrics[name] = answer.metrics
