@@ -13,7 +13,7 @@ import pytest
 from exact_gradient import INSIDE, LENGTHS, OWN, STATE, STATES, WORD, Exact, grouped
 from exact_optimum import PROMPTS, WORDS, Problem
 
-from jaxops.rl.algorithms import Grpo, Ppo
+from jaxops.rl.algorithms import Gae, Grpo, Ppo
 from jaxops.rl.kl import Kl
 
 BETA, OF_GRPO = 0.5, 1.5
@@ -89,12 +89,15 @@ def test_the_fixed_point_of_the_objective_is_its_optimum_and_grpo_promises_other
 
 
 @pytest.mark.slow
-def test_ppo_comes_near_the_optimum_with_a_transformer():
-    """A network learns 26 distributions more slowly than a table, and 150 steps bring it near them (docs/rlhf.md)."""
-    algorithm = Ppo(epochs=2, minibatches=4, kl=Kl(coef=BETA), value_weight=1.0)
-    found = Problem(algorithm, value="trunk", layers=1, temperature=0.7, lr=2e-3, steps=150).run()
-    print(found.kl, found.gain, found.ratio0)
-    assert found.ratio0 < 1e-4 and found.kl < 0.05 and found.gain > 0.96
+def test_ppo_reaches_the_optimum_with_a_transformer():
+    """Lambda is 1: while values are still wrong, a smaller one turns their errors into a bias of the policy."""
+    algorithm = Ppo(epochs=2, minibatches=4, kl=Kl(coef=BETA), value_weight=1.0, gae=Gae(lambda_=1.0))
+    settings = {"value": "trunk", "layers": 1, "temperature": 0.7, "lr": 1.5e-3, "batch": 512, "steps": 150}
+    found = [Problem(algorithm, **settings, seed=seed).run() for seed in range(3)]
+    print(*((one.kl, one.gain, one.ratio0) for one in found), sep="\n")
+    assert max(one.ratio0 for one in found) < 1e-4
+    assert np.mean([one.kl for one in found]) <= 0.03
+    assert np.mean([one.gain for one in found]) >= 0.98
 
 
 @pytest.mark.slow

@@ -27,14 +27,16 @@ def test_a_config_names_it_and_the_data_need_its_column():
         UserFunction(reward, ["answers"])
 
 
-def test_additions_are_all_right_and_no_sum_straddles_the_split():
-    train, valid = additions.additions(most=12, held_out=10, seed=3)
-    pairs = []
+@pytest.mark.parametrize(("most", "terms"), [(12, 2), (3, 4)])
+def test_additions_are_all_right_and_no_sum_straddles_the_split(most, terms):
+    train, valid = additions.additions(most=most, held_out=10, seed=3, terms=terms)
+    sets = []
     for part in (train, valid):
         rows = [tuple(map(int, row["prompt"].removesuffix("=").split("+"))) for row in part]
-        assert all(str(a + b) == row["answer"] == row["completion"] for (a, b), row in zip(rows, part, strict=True))
-        pairs.append({(min(row), max(row)) for row in rows})
-    assert len(train) + len(valid) == 13 * 13 and len(pairs[1]) == 10 and not pairs[0] & pairs[1]
+        assert all(str(sum(row)) == one["answer"] == one["completion"] for row, one in zip(rows, part, strict=True))
+        assert len(set(rows)) == len(rows) and all(len(row) == terms for row in rows)
+        sets.append({tuple(sorted(row)) for row in rows})
+    assert len(train) + len(valid) == (most + 1) ** terms and len(sets[1]) == 10 and not sets[0] & sets[1]
 
 
 def test_the_command_writes_the_same_files_again(tmp_path, monkeypatch, capsys):
@@ -46,7 +48,10 @@ def test_the_command_writes_the_same_files_again(tmp_path, monkeypatch, capsys):
     first = written(tmp_path / "a")
     assert first == written(tmp_path / "b") != written(tmp_path / "c", "--seed", "1")
     assert set(json.loads(first[1].splitlines()[0])) == {"prompt", "completion", "answer"}
-    for wrong in (("--held-out", "55"), ("--most", "0"), ("--seed", "-1")):
+    third = written(tmp_path / "e", "--terms", "3")
+    assert json.loads(third[0].splitlines()[0])["prompt"].count("+") == 2
+    wrong = {("--held-out", "55"): "than the 55 sets", ("--held-out", "0"): "1 or more", ("--most", "0"): "--most of"}
+    for more, message in {**wrong, ("--seed", "-1"): "--seed of at least 0", ("--terms", "1"): "at least 2"}.items():
         with pytest.raises(SystemExit):
-            written(tmp_path / "d", *wrong)
-        assert "expected --most" in capsys.readouterr().err
+            written(tmp_path / "d", *more)
+        assert message in capsys.readouterr().err
