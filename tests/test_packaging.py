@@ -101,6 +101,7 @@ def test_the_extras_are_there():
         "hf",
         "gguf",
         "judge",
+        "plan",
         "dev",
     }
 

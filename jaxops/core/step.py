@@ -150,8 +150,6 @@ class TrainStep:
     def programs(self, state: PyTree, batch: PyTree) -> list[Program]:
         """Returns the jitted program with its arguments, for FLOPs, plan, audit and warm-up."""
         state, _ = self._needed(state)
-        rows = batch_sharding(self.mesh)
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
         shapes = jax.eval_shape(self.update, state, batch)[1]
         window = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(self.mesh, P())), shapes

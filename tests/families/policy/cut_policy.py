@@ -15,14 +15,15 @@ import sys
 import types
 from typing import Any
 
-sys.modules["jaxops.report.page"] = types.SimpleNamespace(write_report=lambda run: None)  # type: ignore[assignment]
+if __name__ == "__main__":  # tests read what is named here, and want their reports
+    sys.modules["jaxops.report.page"] = types.SimpleNamespace(write_report=lambda run: None)  # type: ignore[assignment]
 
-import kill_points  # noqa: E402
+import kill_points
 
-from jaxops.core.step import TrainStep  # noqa: E402
-from jaxops.rl.rewards.host import HostRewards  # noqa: E402
-from jaxops.rl.slots import Programs  # noqa: E402
-from jaxops.rl.step import PolicyStep  # noqa: E402
+from jaxops.core.step import TrainStep
+from jaxops.rl.rewards.host import HostRewards
+from jaxops.rl.slots import Programs
+from jaxops.rl.step import PolicyStep
 
 MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "sampling": (Programs, "decode", False),

@@ -8,7 +8,7 @@ from policy_runs import lines, trained
 from run_records import assert_same_records, state
 
 from jaxops.cli.main import main
-from jaxops.core.writers import read_metrics
+from jaxops.core.metrics_file import read_metrics
 
 TEXT = "{kind: text, path: texts.jsonl, length: 12}"
 
