@@ -101,6 +101,12 @@ def local_batches(
         yield place(finish({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}))
 
 
+def abstract_placed(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Returns the shapes and dtypes of a batch with the sharding of its rows; entries may be nested."""
+    rows = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), dict(batch))
+
+
 def put(value: np.ndarray, like: jax.Array) -> jax.Array:
     """Makes one global array, sharded as `like` is, from a host array that is the same on every process."""
     return cast(jax.Array, jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index]))

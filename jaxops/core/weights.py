@@ -65,7 +65,7 @@ class WeightSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """The decision for each target: loaded from a source, skipped, or left as it is.
 
     Attributes:
@@ -142,7 +142,7 @@ def targets_of(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def plan(targets: Targets, sources: Sequence[WeightSource]) -> Plan:
+def plan(targets: Targets, sources: Sequence[WeightSource]) -> LoadPlan:
     """Decides which array of which source goes to each target, from names, shapes and dtypes alone.
 
     Raises:
@@ -177,14 +177,14 @@ def plan(targets: Targets, sources: Sequence[WeightSource]) -> Plan:
             )
         loaded[target] = claim
     left = tuple(target for target in targets if target not in loaded and target not in skipped)
-    found = Plan(loaded, skipped, left, tuple(source.name for source in sources))
+    found = LoadPlan(loaded, skipped, left, tuple(source.name for source in sources))
     for at, source in enumerate(sources):
         if not any(index == at for index, _, _ in loaded.values()):
             raise UserError(_nothing_fits(source, list(shapes[at]), list(targets), found))
     return found
 
 
-def load_weights(targets: Targets, sources: Sequence[WeightSource]) -> tuple[dict[str, Any], Plan]:
+def load_weights(targets: Targets, sources: Sequence[WeightSource]) -> tuple[dict[str, Any], LoadPlan]:
     """Loads the arrays that `sources` have for `targets`, and returns them by path, with the plan.
 
     Each array has the dtype and sharding of its target. Every process of a job must call this function, and each reads
@@ -282,7 +282,7 @@ def _castable(there: Any, here: Any) -> bool:
     return there == here
 
 
-def _nothing_fits(source: WeightSource, names: list[str], targets: list[str], found: Plan) -> str:
+def _nothing_fits(source: WeightSource, names: list[str], targets: list[str], found: LoadPlan) -> str:
     matching = [name for name in names if _found(source, source.match, name)]
     text = f"weights: nothing of {source.name} fits"
     if found.skipped:

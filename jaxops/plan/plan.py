@@ -18,7 +18,8 @@ from jaxops.config.load import Loaded
 from jaxops.core.failures import UserError, nearest
 from jaxops.core.flops import peak_flops
 from jaxops.core.memory import WAYS_OUT, bytes_per_device, device_memory, readable, state_groups
-from jaxops.core.mesh import batch_sharding, batch_shards, make_mesh
+from jaxops.core.mesh import batch_shards, make_mesh
+from jaxops.core.rows import abstract_placed
 from jaxops.core.state import State
 from jaxops.core.step import Step
 from jaxops.launch.accelerators import Accelerator
@@ -247,15 +248,9 @@ def _built(task: Task, mesh: Mesh, count: int) -> tuple[Training, Step, State]:
 
 def _estimated(task: Task, mesh: Mesh, training: Training, state: State, count: int) -> int:
     """Returns the estimated bytes of an update on a device."""
-    (program,) = training.update.programs(state, _placed(abstract_update_batch(task, training.tables), mesh))
+    (program,) = training.update.programs(state, abstract_placed(abstract_update_batch(task, training.tables), mesh))
     one = Traced(program, state, mesh, _shards(task, mesh, state, count)).plan
     return bytes_per_device(state) + one.inputs + one.gradients + one.temporaries
-
-
-def _placed(batch: Any, mesh: Mesh) -> Any:
-    """Returns the shapes of a batch with its sharding, which the devices of this machine would not tell."""
-    rows = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
 
 
 def _shards(task: Task, mesh: Mesh, state: State, count: int) -> Any:
@@ -265,7 +260,7 @@ def _shards(task: Task, mesh: Mesh, state: State, count: int) -> Any:
 
 
 def _traced(task: Task, mesh: Mesh, step: Step, state: State, batch: Any, count: int) -> Iterator[Traced]:
-    for program in step.programs(state, _placed(batch, mesh)):
+    for program in step.programs(state, abstract_placed(batch, mesh)):
         yield Traced(program, state, mesh, _shards(task, mesh, state, count))
 
 

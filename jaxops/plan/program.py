@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from jaxops.core.memory import bytes_per_device
 from jaxops.core.sharding import named_leaves
 from jaxops.core.state import State
 from jaxops.core.turn import Program
+from jaxops.core.whole_files import replace_file
 from jaxops.plan.collectives import Collective, collectives
 from jaxops.plan.estimate import Shards, temporaries
 
@@ -193,9 +193,7 @@ def _keep(path: Path, found: Compiled) -> None:
     """Writes what the compiler said, for the next plan; a full disk or a cache that is read-only is no trouble."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(dataclasses.asdict(found)))
-        beside.replace(path)
+        replace_file(path, [json.dumps(dataclasses.asdict(found)).encode()])
 
 
 def _read(path: Path) -> Compiled | None:

@@ -121,7 +121,7 @@ def _verdict(plan: Plan) -> Iterator[str]:
     elif peak <= plan.memory:
         yield f"should fit: {share}, by the estimate; nothing was compiled"
     else:
-        yield f"may not fit: {share}, by the estimate, which counts high; nothing was compiled"
+        yield f"may not fit: {share}, by the estimate, which is rough; nothing was compiled"
 
 
 def _names(plan: Plan) -> str:

@@ -65,12 +65,6 @@ def placed(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     return dict(global_arrays(mesh, size)(mine))
 
 
-def abstract_placed(batch: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes and dtypes of rows with the shardings that `placed` gives them."""
-    where = batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in batch.items()}
-
-
 def abstract_rollout(size: int, width: int, longest: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and dtypes of a rollout of `size` completions."""
     rows = lambda dtype, *more: jax.ShapeDtypeStruct((size, *more), dtype)

@@ -21,6 +21,7 @@ from jaxops.core.accumulate import microbatches
 from jaxops.core.interrupt import Interrupted
 from jaxops.core.journal import Journal
 from jaxops.core.mesh import batch_axes, serialise_dispatch
+from jaxops.core.rows import abstract_placed
 from jaxops.core.sharding import Axes, on_whole_arrays
 from jaxops.core.state import Params, State, join
 from jaxops.core.step import Extra, TrainStep, cast
@@ -32,7 +33,7 @@ from jaxops.rl.algorithms import Algorithm, Rollout, importance
 from jaxops.rl.collect import Collector, abstract_scores
 from jaxops.rl.kl import adapted
 from jaxops.rl.ptx import PTX, PtxRows
-from jaxops.rl.rollout import abstract_placed, abstract_rollout, placed
+from jaxops.rl.rollout import abstract_rollout, placed
 
 KL, SCORES = "kl", "scores"
 """The names of the KL coefficient and of the running statistics of scores in `State.extra`."""

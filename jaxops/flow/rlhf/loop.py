@@ -6,9 +6,7 @@ what is missing. Tested in tests/flow/test_rlhf.py.
 """
 
 import dataclasses
-import functools
 import json
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,20 +19,18 @@ from jaxops.config.dump import diff
 from jaxops.config.load import Loaded
 from jaxops.core import stores
 from jaxops.core.failures import UserError
-from jaxops.data.prompts.open import OpenedPrompts, open_prompts
-from jaxops.data.prompts.source import Prompts
+from jaxops.core.whole_files import replace_file
 from jaxops.evaluate.win_rate import WinRate, win_rate
-from jaxops.families.policy.opened import open_policy
 from jaxops.flow.rlhf.compare import compared, outcomes
 from jaxops.flow.rlhf.config import FileJudge, RlhfConfig
 from jaxops.flow.rlhf.judges import PairJudge, judge_of
 from jaxops.flow.rlhf.lineage import digest_of_file, weights_of
 from jaxops.flow.rlhf.pairs import AnswerPair, Vote, preferences, read_pairs, write_lines
+from jaxops.flow.rlhf.prompts import LoopPrompts, asked
 from jaxops.run.build import build_task, completed, config_from_dict, load_config
 from jaxops.run.fit import fit
 from jaxops.run.folder.run_folder import shown_value
 from jaxops.run.load import load
-from jaxops.run.pretrained.given_prompts import prompt_rows
 
 PAIRS, VOTES, COMPARED, ROUND, LINEAGE = (
     "pairs.jsonl",
@@ -96,32 +92,7 @@ class RlhfLoop:
         self._first = str(self._policy.config.model.weights)
         self._resolved = loaded.resolved
         self._judge: PairJudge | None = None
-        # What is wrong with a file is said before anything is trained; the policy's own prompts need its tokenizer.
-        if self.config.prompts is not None:
-            _ = self._prompts
-        if self.config.prompts is not None or self.config.compare.prompts is not None:
-            _ = self._compared
-
-    @functools.cached_property
-    def _prompts(self) -> list[Mapping[str, Any]]:
-        """The prompts that pairs of answers are sampled for."""
-        given = self.config.prompts
-        return _rows_in(given) if given is not None else _rows_of(self._of_policy.train)
-
-    @functools.cached_property
-    def _compared(self) -> list[Mapping[str, Any]]:
-        """The prompts that policies are compared on."""
-        if (given := self.config.compare.prompts) is not None:
-            return _rows_in(given)
-        if self.config.prompts is None and self._of_policy.valid is not None:
-            return _rows_of(self._of_policy.valid)
-        return self._prompts
-
-    @functools.cached_property
-    def _of_policy(self) -> OpenedPrompts:
-        """The prompts of the policy's config."""
-        config = self._policy.config
-        return open_prompts(config.data, open_policy(config, judging=False).tokenizer, config.run.seed)
+        self._prompts = LoopPrompts(self.config, self._policy.config)
 
     def _check(self) -> None:
         if jax.process_count() > 1:
@@ -244,17 +215,17 @@ class RlhfLoop:
             judged = self.config.pairs.choose == "disagreement" and now.before is not None
             many = wanted * (self.config.pairs.candidates if judged else 1)
             rng = random.Random(f"{self.config.run.seed} {now.number}")
-            draw = rng.sample if many <= len(self._prompts) else lambda prompts, k: rng.choices(prompts, k=k)
-            asked = draw(self._prompts, many)
+            prompts = self._prompts.sampled
+            rows = rng.sample(prompts, many) if many <= len(prompts) else rng.choices(prompts, k=many)
             self._say(f"round {now.number}: sampling {many} pairs of answers")
             models = [now.start if side == "policy" else self._first for side in self.config.pairs.from_]
-            sides = self._answers(models, asked, [now.number * 2 + at for at in range(len(models))])
+            sides = self._answers(models, rows, [now.number * 2 + at for at in range(len(models))])
             found, left = [], 0
-            for at, (row, a, b) in enumerate(zip(asked, *sides, strict=True)):
+            for at, (row, a, b) in enumerate(zip(rows, *sides, strict=True)):
                 if a == b or not (_is_text(a) and _is_text(b)):
                     left += 1
                 else:
-                    found.append(AnswerPair(f"{self.config.run.name}-{now.number}-{at:06}", _prompt(row), a, b))
+                    found.append(AnswerPair(f"{self.config.run.name}-{now.number}-{at:06}", asked(row), a, b))
             if left:
                 self._say(
                     f"round {now.number}: {left} of {many} pairs are left out: answers are equal, blank or no text"
@@ -343,11 +314,11 @@ class RlhfLoop:
         path = now.folder / COMPARED
         if not path.exists():
             rng = random.Random(f"{self.config.run.seed} compare {now.number}")
-            count = min(self.config.compare.count, len(self._compared))
-            asked = rng.sample(self._compared, count)
-            new, old = self._answers([str(now.policy), now.start], asked, [500 + now.number, 600 + now.number])
+            count = min(self.config.compare.count, len(self._prompts.compared))
+            rows = rng.sample(self._prompts.compared, count)
+            new, old = self._answers([str(now.policy), now.start], rows, [500 + now.number, 600 + now.number])
             name = f"{self.config.run.name}-{now.number}"
-            found = compared(name, [_prompt(row) for row in asked], new, old, self.config.run.seed)
+            found = compared(name, [asked(row) for row in rows], new, old, self.config.run.seed)
             write_lines(path, map(dataclasses.asdict, found))
         pairs = read_pairs(path)
         votes = self._judging.votes([pair for pair in pairs if pair.a != pair.b], required=False)
@@ -372,29 +343,10 @@ def _trained(loaded: Loaded[Any]) -> None:
         raise Stopped
 
 
-def _rows_in(path: str) -> list[Mapping[str, Any]]:
-    return [row for _, row in prompt_rows(path)]
-
-
-def _rows_of(prompts: Prompts) -> list[Mapping[str, Any]]:
-    """Returns the prompts of a policy's data as rows of a file of prompts."""
-    written = [prompts.text(example) for example in range(prompts.examples)]
-    return [{"prompt" if isinstance(text, str) else "messages": text} for text in written]
-
-
 def _is_text(answer: str) -> bool:
     """Returns whether an answer can be shown to people and learnt from."""
     return bool(answer.strip()) and "\0" not in answer
 
 
-def _prompt(row: Mapping[str, Any]) -> Any:
-    return row["messages"] if row.get("messages") is not None else row["prompt"]
-
-
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(path, [json.dumps(value, indent=1, sort_keys=True).encode()])

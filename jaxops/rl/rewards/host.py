@@ -95,7 +95,7 @@ class _Row:
 
     @property
     def answer(self) -> dict[str, Any]:
-        """What the journal keeps of it."""
+        """The sample's answers as the journal keeps them."""
         return _answer_of(FunctionScores(self.scores, self.faults, self.metrics))
 
 

@@ -13,7 +13,7 @@ from jaxops.core.answers import Key
 from jaxops.core.evaluation import on_batches
 from jaxops.core.journal import Journal
 from jaxops.core.mesh import batch_axes, batch_shards, serialise_dispatch
-from jaxops.core.rows import gather_rows, owned, owned_rows
+from jaxops.core.rows import abstract_placed, gather_rows, owned, owned_rows
 from jaxops.core.sharding import Axes
 from jaxops.core.state import Params
 from jaxops.core.sums import Sum, Sums
@@ -25,7 +25,7 @@ from jaxops.rl.rewards.config import FunctionReward, Reward, RunReward, further_
 from jaxops.rl.rewards.function import Asked
 from jaxops.rl.rewards.host import HostRewards, Unkept
 from jaxops.rl.rewards.judge import Judge
-from jaxops.rl.rollout import abstract_placed, placed
+from jaxops.rl.rollout import placed
 
 AT_ONCE = 64
 """Texts that a device of the mesh scores at a time."""
