@@ -113,7 +113,7 @@ class DCNv2:
         width = sum(feature.dim for feature in inputs) + numeric
         if not width:
             raise UserError("dcnv2 crosses features with each other: expected at least one feature or number")
-        self._pure = Functional(lambda rngs: _DCNv2(config, width, outputs, rngs))
+        self._pure = Functional.of(_DCNv2, config, width, outputs)
         self.rules: list[Rule] = MLP_RULES
         self.shapes = self._pure.shapes
 

@@ -94,7 +94,7 @@ class DLRM:
                 f"dlrm multiplies features with each other: expected two or more of one width, got {widths}"
             )
         self.config, self.inputs, self.numeric = config, tuple(inputs), numeric
-        self._pure = Functional(lambda rngs: _DLRM(config, inputs[0].dim, vectors, numeric, outputs, rngs))
+        self._pure = Functional.of(_DLRM, config, inputs[0].dim, vectors, numeric, outputs)
         self.rules, self.shapes = MLP_RULES, self._pure.shapes
 
     def init(self, key: Key[Array, ""]) -> Params:

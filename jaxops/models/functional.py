@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -34,6 +34,16 @@ class Functional:
         self.shapes: PyTree = nnx.to_pure_dict(params)
         # A run traces `init` several times (shapes, abstract state, state); building the module is the dear part of it.
         self._traced = jax.jit(self._fresh, inline=True)
+
+    @classmethod
+    @functools.lru_cache(maxsize=64)
+    def of(cls, module: Callable[..., nnx.Module], *args: Hashable) -> "Functional":
+        """Returns `module(*args, rngs)` made pure, the same value for the same arguments.
+
+        Building a module is a third of a second for a decoder, and one run asks for the same one several times: when it
+        trains, evaluates, is loaded and is served.
+        """
+        return cls(lambda rngs: module(*args, rngs))
 
     def init(self, key: Array) -> Params:
         """Draws fresh parameters, as nested dicts."""

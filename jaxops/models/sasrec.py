@@ -165,7 +165,7 @@ class SASRec:
         self.config, self.n_items, self.length, self._pools = config, n_items, config.length, pools or {}
         self.on_tables = on_tables = bool(config.inputs)
         self.rows = n_items + 1 if on_tables else -(-(n_items + 1) // PAD_ROWS) * PAD_ROWS
-        self._pure = Functional(lambda rngs: _SASRec(config, self.rows, rngs))
+        self._pure = Functional.of(_SASRec, config, self.rows)
         self.rules: list[Rule] = [
             (r"^item/embedding$", ("tensor", "fsdp")),
             (r"^position/embedding$", (None, "fsdp")),

@@ -74,7 +74,7 @@ class TwoTower:
     def __init__(self, config: TwoTowerConfig, user_inputs: Sequence[Input], item_inputs: Sequence[Input]):
         self.config, self.user_inputs, self.item_inputs = config, tuple(user_inputs), tuple(item_inputs)
         widths = [sum(feature.dim for feature in inputs) for inputs in (user_inputs, item_inputs)]
-        self._pure = Functional(lambda rngs: _Towers(config, widths[0], widths[1], rngs))
+        self._pure = Functional.of(_Towers, config, *widths)
         self.rules: list[Rule] = MLP_RULES
         self.shapes = self._pure.shapes
 

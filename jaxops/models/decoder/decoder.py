@@ -89,8 +89,8 @@ class Decoder:
             raise UserError("\n".join(f"model.{path}: {message}" for path, message in bad))
         self.config, self.real_vocab, self.soft_cap = config, config.vocab, config.final_cap
         self.rows = -(-config.vocab // PAD_ROWS) * PAD_ROWS
-        self._ends = Functional(lambda rngs: _Ends(config, self.rows, rngs))
-        self._block = Functional(lambda rngs: DecoderBlock(config, rngs))
+        self._ends = Functional.of(_Ends, config, self.rows)
+        self._block = Functional.of(DecoderBlock, config)
         self._norm = Functional(lambda rngs: Norm(config, config.dim, rngs=rngs))
         self.rules: list[Rule] = [
             (r"^embed/embedding$", ("tensor", "fsdp")),
