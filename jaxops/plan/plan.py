@@ -55,6 +55,7 @@ class Plan:
       groups: bytes of the state on a device, by group.
       gradients: bytes of the gradients on a device.
       microbatches: number of microbatches of an update.
+      microbatch_sizes: the sizes that a microbatch may have on this mesh, in examples, ascending.
       programs: the programs of a step.
       roofline: a lower bound of the time of a step.
       rows: examples that a step consumes.
@@ -70,6 +71,7 @@ class Plan:
     groups: Mapping[str, int]
     gradients: int
     microbatches: int
+    microbatch_sizes: Sequence[int]
     programs: Sequence[ProgramPlan]
     roofline: Roofline | None
     rows: int
@@ -77,6 +79,11 @@ class Plan:
     steps: int | None
     notes: Sequence[str]
     compiles: bool
+
+    @property
+    def update(self) -> ProgramPlan:
+        """The program that makes an update, the only one that accumulates."""
+        return next(program for program in self.programs if program.gradients)
 
     @property
     def state(self) -> int:
@@ -189,6 +196,7 @@ def _planned(
         groups,
         bytes_per_device(state.params),
         count,
+        _microbatch_sizes(task, mesh),
         [one.plan for one in traced],
         None,
         rows,
@@ -237,6 +245,12 @@ def _fitting(task: Task, mesh: Mesh, memory: int | None, notes: list[str]) -> tu
         " until an update fits"
     )
     return count, *built
+
+
+def _microbatch_sizes(task: Task, mesh: Mesh) -> list[int]:
+    """Returns the divisors of an update's examples that the mesh and the objective's blocks divide."""
+    rows, unit = update_rows(task), batch_shards(mesh) * task.block
+    return [size for size in range(unit, rows + 1, unit) if rows % size == 0]
 
 
 def _built(task: Task, mesh: Mesh, count: int) -> tuple[Training, Step, State]:

@@ -1,13 +1,14 @@
 """A plan as lines for people and as plain values for programs."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxops.core.memory import readable
 from jaxops.plan.plan import Plan
 from jaxops.plan.program import ProgramPlan
 from jaxops.plan.roofline import ASSUMPTIONS
+from jaxops.plan.search import Layout, Microbatch
 
 HOUR = 3600.0
 
@@ -182,3 +183,40 @@ def _program(plan: Plan, one: ProgramPlan) -> dict[str, Any]:
     if one.compiled is not None:
         found["compiled"] |= {"peak": one.compiled.peak, "donation_works": one.compiled.donation_works}
     return found
+
+
+def layout_lines(layouts: Sequence[Layout]) -> list[str]:
+    """Returns a line for each of several layouts, in the order they have."""
+    found = []
+    for number, layout in enumerate(layouts, start=1):
+        name = " ".join(layout.overrides)
+        if layout.plan is None or layout.problem is not None:
+            found.append(f"{number}. {name}: does not fit: {layout.problem}")
+            continue
+        plan, bound = layout.plan, layout.plan.roofline
+        peak = max(map(plan.peak, plan.programs))
+        share = "" if plan.memory is None else f" of {readable(plan.memory)} ({100 * peak / plan.memory:.0f} %)"
+        time = ""
+        if bound is not None and bound.seconds:
+            slowest = max(bound.bounds, key=lambda one: one.seconds)
+            time = (
+                f", a step at least {bound.seconds:.3g} s (bound by {slowest.by}), MFU at most {100 * bound.mfu:.0f} %"
+            )
+        found.append(f"{number}. {name}: {readable(peak)}{share}{time}")
+    planned = [layout.plan for layout in layouts if layout.plan is not None]
+    if any(one.compiled is None for plan in planned for one in plan.programs):
+        found.append(
+            "not all programs were compiled: memory is an estimate, and exchanges between chips count as nothing"
+        )
+    return found
+
+
+def microbatch_line(found: Microbatch) -> str:
+    """Returns the line that says how large a microbatch may be."""
+    size = lambda many: "more than the compiler takes" if many is None else readable(many)
+    if found.size is None:
+        return f"no microbatch fits: the smallest, {found.next}, takes {size(found.needs)}"
+    beyond = (
+        "the whole update at once" if found.next is None else f"the next, {found.next}, would take {size(found.needs)}"
+    )
+    return f"largest microbatch that fits, as compiled: batch.microbatch={found.size} ({size(found.peak)}); {beyond}"
