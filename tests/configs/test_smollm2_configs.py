@@ -66,7 +66,12 @@ def test_ppo_by_heads_on_the_same_model(place, monkeypatch, capsys):
         NAMED[path](monkeypatch)
     small = ["run.steps=1", "run.loggers=[]", "precision.compute=float32", "optimizer.schedule=constant"]
     assert main(["train", "reward/ratings_smollm2", *small, "data.length=32", "batch.global=16"]) == 0
-    few = ["batch.prompts=8", "sample={max_tokens: 6, slots: 8, segment: 3}", "data.max_tokens=48"]
+    few = [
+        "batch.prompts=8",
+        "algorithm.minibatches=1",
+        "sample={max_tokens: 6, slots: 8, segment: 3}",
+        "data.max_tokens=48",
+    ]
     few += ["evaluate.judge=null", "evaluate.metrics=[reward, kl]"]  # the judge is an extra that may not be here
     assert main(["train", "policy/ppo_smollm2", *small, *few, "evaluate.prompts=8", "evaluate.samples=2"]) == 0
     capsys.readouterr()

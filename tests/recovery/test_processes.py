@@ -55,10 +55,6 @@ def moved(steps: int, *counts: int) -> None:
     assert events("moved").count("resumed") == len(counts) - 1
 
 
-def test_two_processes_then_one_are_the_run_of_one(folder):
-    moved(8, 2, 1)
-
-
 @pytest.mark.slow
 def test_two_then_one_then_four_processes_are_the_run_of_one(folder):
     moved(12, 2, 1, 4)

@@ -20,7 +20,7 @@ PPO = Ppo(gae=Gae(lambda_=1.0), whiten="none", kl=IN_REWARD, value_weight=0.5)
 NEAR = 0.03
 
 
-@pytest.mark.parametrize("layers", [1, 0], ids=["transformer", "table"])
+@pytest.mark.parametrize("layers", [pytest.param(1, marks=pytest.mark.slow), 0], ids=["transformer", "table"])
 def test_ppo_follows_the_gradients_of_its_objective_and_of_the_error_of_its_values(layers):
     found = updated(PPO, layers)
     # The loss is a mean over tokens, and J one over completions.

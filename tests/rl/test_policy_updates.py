@@ -19,6 +19,7 @@ from jaxops.rl.kl import Kl
 from jaxops.rl.ppo import Ppo
 
 SLOW = pytest.mark.slow
+CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 PPO = Ppo(epochs=2, minibatches=2, kl=Kl(coef=0.1), value_weight=0.5)
 
 
@@ -106,7 +107,9 @@ def test_interrupted_before_its_first_update_a_step_has_not_been(at):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=path)
 
 
-@pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [pytest.param({"data": 8}, marks=SLOW), pytest.param({"fsdp": 8}, marks=SLOW), CUBE], ids=str
+)
 def test_from_recorded_rollouts_every_mesh_makes_the_same_updates(axes):
     alone = fresh(PPO, "trunk")
     recorded = []

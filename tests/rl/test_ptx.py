@@ -82,12 +82,13 @@ def test_the_text_is_a_mean_over_its_own_tokens_and_the_metric_has_no_coefficien
     batch = update_batch(20)
     sums = with_ptx(PPO.objective(model, T, LONGEST), model, 2.5)(params, batch, jax.random.key(0))
     text = {name: np.asarray(x) for name, x in batch[PTX].items()}
+    hidden_of = jax.jit(model.decoder.hidden)  # compiled once for each of the seven lengths
     total, count = 0.0, 0
     for row in range(len(text["id"])):
         size = int(text["mask"][row].sum())
         one = jnp.asarray(text["tokens"][row : row + 1, :size])
         place = jnp.arange(size, dtype=jnp.int32)[None]
-        hidden = model.decoder.hidden(params["policy"], one, jnp.ones_like(one), place)
+        hidden = hidden_of(params["policy"], one, jnp.ones_like(one), place)
         logits = np.asarray(hidden @ model.decoder.head(params["policy"]), np.float64)[0, :, :20]
         logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         total -= logprobs[np.arange(size), text["targets"][row, :size]].sum()
@@ -155,7 +156,8 @@ def test_an_interrupted_step_has_read_no_text():
     assert position(problem) == {"row": 0, "example": 0}
 
 
-@pytest.mark.parametrize("axes", [{"data": 8}, pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=SLOW)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_from_recorded_rollouts_every_mesh_makes_the_same_updates(axes):
     alone = Problem(PPO, value="trunk", batch=16, layers=1, text=Lines())
     recorded, collect = [], alone.step.collector.collect

@@ -92,7 +92,8 @@ def test_devices_and_processes_train_alike_and_each_sample_is_judged_once(folder
     assert summary["step"] == STEPS
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_cut_off_between_two_answers_it_goes_on_and_asks_nothing_twice(folder, number):
     """Two processes, a tensor axis across them, slow answers; its end is bit for bit that of one whole process."""
     mesh = "mesh={data: 1, tensor: 2}"

@@ -155,7 +155,8 @@ def numpy_logprob(model, params, row):
 SMOOTHED, SQUARED = "{kind: dpo, beta: 0.2, label_smoothing: 0.1}", "{kind: ipo, beta: 0.2}"
 
 
-@pytest.mark.parametrize("objective", [SMOOTHED, pytest.param(SQUARED, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", [SMOOTHED, SQUARED])
 def test_an_update_goes_down_the_loss_of_numpy_in_float64(whole, objective):
     """The update's product with a direction is the slope of the loss along it, by differences of numpy's loss."""
     task = task_of(f"objective={objective}", "model.dim=8")

@@ -164,9 +164,8 @@ def judged(result):
     return found
 
 
-@pytest.mark.parametrize(
-    "name", ["two_tower", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sasrec", "clicks"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_run_goes_on_where_it_stopped_on_another_mesh(name, whole):
     parted = f"run.name={name}-parted"
     jx.fit(task(name, parted, "run.steps=4"), quiet=True)
