@@ -25,6 +25,8 @@ _CALLS = re.compile(r"\b(body|condition|calls|to_apply)=%?([\w.\-]+)|\b(?:branch
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LESS = re.compile(r"^\s+ROOT .*\bcompare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_SOURCE = re.compile(r'\bop_name="([^"]*)"')
+_FUSION = re.compile(r" fusion\(.*\bcalls=%?([\w.\-]+)")
 _FUSED_SCATTER = "all-reduce-scatter"
 """Begins the name of a fusion that reduces and keeps a part: a reduce-scatter, whatever the operation inside."""
 _ARRAY = re.compile(r"\b(f8\w+|[a-z]+\d*)\[([\d,]*)\]")
@@ -65,18 +67,20 @@ def collectives(text: str, axes: Mapping[str, int], slices: int = 1) -> list[Col
     computations, times, loops = _read(text)
     sizes = tuple(axes.values())
     found: dict[tuple[str, tuple[str, ...], bool, bool], list[tuple[int, int]]] = collections.defaultdict(list)
-    seen: set[tuple[str, str]] = set()
-    for name, lines in computations.items():
-        for line in lines:
+    fused = {name for body in computations.values() for line in body for name in _FUSION.findall(line)}
+    seen: set[tuple[str, ...]] = set()
+    for name in sorted(computations, key=lambda name: name in fused):
+        for line in computations[name]:
             match = _COLLECTIVE.match(line)
             if match is None:
                 continue
-            channel = _CHANNEL.search(line)
-            if channel and match["kind"] != "all-reduce":
-                # A gather that other work overlaps is written in each of the fusions that it is spread over.
-                if (match["kind"], channel[1]) in seen:
+            if (channel := _CHANNEL.search(line)) and match["kind"] != "all-reduce":
+                # A gather that other work overlaps is written again in each of the fusions that it is spread over. Its
+                # channel alone does not tell: all that `shard_map` exchanges has channel 1.
+                copy = (match["kind"], channel[1], _shape(match["result"]), *_SOURCE.findall(line))
+                if name in fused and copy in seen:
                     continue
-                seen.add((match["kind"], channel[1]))
+                seen.add(copy)
             groups = _groups(line, math.prod(sizes))
             along = tuple(axis for axis, differs in zip(axes, _differ(groups, sizes), strict=True) if differs)
             if not along:

@@ -76,6 +76,7 @@ class ProgramPlan:
       uncounted: what of it could not be counted.
       arguments: predicted bytes of the arguments that it reads, on a device.
       of_state: those of them that are of the state.
+      of_tables: those of the state that are of embedding tables, of which a step reads and writes some rows alone.
       beside: by name, predicted bytes that lie beside the state while it runs.
       inputs: predicted bytes of its other arguments.
       gradients: bytes of gradients, where it is an update.
@@ -89,6 +90,7 @@ class ProgramPlan:
     uncounted: tuple[str, ...]
     arguments: int
     of_state: int
+    of_tables: int
     beside: Mapping[str, int]
     inputs: int
     gradients: int
@@ -130,6 +132,8 @@ class Traced:
         size = lambda leaf: bytes_per_device(placed(leaf, mesh))
         flops = count_flops(jaxpr)
         of_state = sum(size(leaf) for leaf, reads in leaves if reads and id(leaf) in own)
+        rows = {id(leaf) for leaf in jax.tree.leaves(state.tables)}
+        of_tables = sum(size(leaf) for leaf, reads in leaves if reads and id(leaf) in rows)
         held = {name: sum(size(leaf) for leaf, _ in leaves if id(leaf) in ids) for name, ids in beside.items()}
         known = own.union(*beside.values())
         inputs = sum(size(leaf) for leaf, reads in leaves if reads and id(leaf) not in known)
@@ -141,6 +145,7 @@ class Traced:
             tuple(name for name in flops.unknown if not name.startswith("while loop")),
             sum(size(leaf) for leaf, reads in leaves if reads),
             of_state,
+            of_tables,
             held,
             inputs,
             bytes_per_device(program.args[0].params) if update else 0,

@@ -90,6 +90,26 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
     assert (found.count, found.bytes, found.in_loop, found.largest) == (1, 12 * 64, True, 64)
 
 
+def test_exchanges_of_shard_map_have_one_channel_and_each_counts():
+    """A recommender's look-up: ids and rows, there and back, all on channel 1; a fusion repeats one of them."""
+    exchange = "all-to-all(%p), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}, metadata={op_name="
+    text = f"""HloModule m
+
+%repeated (p: f32[8]) -> f32[8] {{
+  %a = f32[16,4]{{1,0:T(8,128)S(1)}} {exchange}"lookup/all_to_all"}}
+}}
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %b = s32[16,1]{{1,0:T(1,128)S(1)}} {exchange}"lookup/all_to_all"}}
+  %c = f32[16,4]{{1,0:T(8,128)S(1)}} {exchange}"lookup/all_to_all"}}
+  %d = s32[16,1]{{1,0:T(1,128)S(1)}} {exchange}"lookup/all_to_all"}}
+  %f = f32[8]{{0}} fusion(%c), kind=kLoop, calls=%repeated
+}}
+"""
+    (found,) = collectives(text, AXES)
+    assert (found.count, found.bytes, found.largest) == (3, 64 + 256 + 64, 256)
+
+
 def test_a_program_of_ours_gathers_over_fsdp_and_reduces_over_tensor():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     place = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
