@@ -77,7 +77,7 @@ lock: ## regenerate requirements.lock (UPGRADE=1 for the newest versions)
 	$(LOCK) $(if $(UPGRADE),--upgrade)
 
 clean: ## remove caches and built packages
-	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .compiled-tests
 	find jaxops tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
 clean-all: clean ## remove the virtual environments too

@@ -66,7 +66,8 @@ def test_two_processes_whose_run_folder_goes_save_together_elsewhere(folder):
     assert max(after) == 40 and all(abs(loss - losses[at]) < 1e-5 for at, loss in after.items())
 
 
-@pytest.mark.parametrize(("rank", "row"), [(1, 108), pytest.param(0, 100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "row"), [(1, 108), (0, 100)])
 def test_an_exception_in_one_process_ends_all_at_once(folder, rank, row):
     began = time.monotonic()
     with Job("bad", OWN, "run.steps=400", OWNPKG_FAIL=f"{rank}:{row}") as job:
@@ -110,6 +111,7 @@ def test_who_does_not_come_at_all_is_waited_for_within_bounds(folder):
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_stands_still_says_where(folder):
     with Job("still", OWN, "run.steps=400", processes=1, JAXOPS_STALL_SECONDS="2", OWNPKG_HANG="160") as job:
         job.reach(5)
@@ -169,6 +171,7 @@ class small_disk:
         subprocess.run(["umount", "-l", str(self.path)], check=True)
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_fails_the_run_in_words(folder):
     """The limit of a quota, for machines where nothing can be mounted: no file may pass 10 kB."""
 

@@ -54,7 +54,7 @@ def update_batch(vocab, on=1.0):
 @pytest.mark.parametrize(
     "algorithm, axes, accumulation",
     [
-        (PPO, {}, 1),
+        pytest.param(PPO, {}, 1, marks=SLOW),
         (PPO, {"data": 8}, 4),
         pytest.param(PPO, {}, 4, marks=SLOW),
         pytest.param(PPO, {"data": 2, "fsdp": 2, "tensor": 2}, 2, marks=SLOW),

@@ -72,6 +72,7 @@ def test_ten_and_ten_steps_are_twenty_bit_for_bit(folder):
 
 
 @pytest.mark.latest
+@pytest.mark.slow
 def test_on_other_meshes_the_batches_are_the_same_and_the_losses_agree(folder):
     sources = Path("ids.txt")
     train(OWN, "run.name=whole", "run.steps=15")

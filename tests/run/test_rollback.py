@@ -95,6 +95,7 @@ def test_before_the_first_checkpoint_it_goes_back_to_the_beginning(folder):
     assert "back to step 0, without the examples before 32" in events("first")[0][1]
 
 
+@pytest.mark.slow
 def test_the_beginning_that_it_goes_back_to_has_the_weights_that_the_run_began_with(folder):
     train("other", "run.steps=4")
     still = ["init_from.run=runs/other", "optimizer.lr=1e-12", "run.steps=3"]

@@ -195,6 +195,7 @@ def test_a_batch_larger_than_an_epoch_is_said(whole):
     assert short_epochs(task_of()) == []
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_and_the_weights_are_not(whole, tmp_path):
     lora = "model: {weights: runs/whole, lora: {rank: 2}}"
     (tmp_path / "own.yaml").write_text(CONFIG.replace(CONFIG.splitlines()[3], lora))

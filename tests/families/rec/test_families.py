@@ -123,7 +123,9 @@ def agree(name, layouts, accumulations):
     jx.testing.check(task(name, *override), layouts=layouts, accumulations=accumulations, batch_size=128, steps=2)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", ["sasrec", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two_tower", "clicks"))]
+)
 def test_a_layout_agrees_with_one_device(name):
     agree(name, ({"replica": 2, "fsdp": 4},), (2,))
 
