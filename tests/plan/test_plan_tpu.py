@@ -83,6 +83,22 @@ def test_a_7b_step_that_cannot_fit_is_refused_in_seconds(tmp_path):
     assert all(program["compiled"] is None for program in plan["programs"])
 
 
+def test_a_recommender_with_a_hundred_million_rows(tmp_path):
+    command = [sys.executable, "-m", "jaxops.data.clicks.criteo", "criteo.tsv", "--rows", "20000"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    table = ["tables.category.rows=100_000_000", "tables.category.dim=64", "batch.global=65536"]
+    plan = planned(tmp_path, "rec/criteo_dcnv2", "data.path=criteo.tsv", *table, "--on", "v5e-64")
+    (step,) = plan["programs"]
+    require_compiled(plan, step)
+    assert plan["state"]["tables"] == pytest.approx(
+        100e6 * 65 * 4 / 64, rel=0.01
+    )  # 64 numbers and one of the optimizer
+    assert axes_of(step) == {("data",)}
+    exchanged = step["compiled"]["collectives"]
+    assert sum(one["count"] for one in exchanged if one["kind"] == "all-to-all") >= 6  # ids and rows, there and back
+    assert max(one["largest"] for one in exchanged) < 2**24  # nothing of the table's size
+
+
 @pytest.mark.parametrize(("on", "overrides"), [("v5p-128", []), ("v5e-256", ["mesh.tensor=16"])])
 def test_ppo_of_a_7b_policy_with_value_reference_and_reward_model(tmp_path, on, overrides):
     (tmp_path / "weights").mkdir()
