@@ -8,7 +8,7 @@ from jaxops.core.memory import readable
 from jaxops.plan.plan import Plan
 from jaxops.plan.program import ProgramPlan
 from jaxops.plan.roofline import ASSUMPTIONS
-from jaxops.plan.search import Layout, Microbatch
+from jaxops.plan.search import LayoutPlan, Microbatch
 
 HOUR = 3600.0
 
@@ -185,7 +185,7 @@ def _program(plan: Plan, one: ProgramPlan) -> dict[str, Any]:
     return found
 
 
-def layout_lines(layouts: Sequence[Layout]) -> list[str]:
+def layout_lines(layouts: Sequence[LayoutPlan]) -> list[str]:
     """Returns a line for each of several layouts, in the order they have."""
     found = []
     for number, layout in enumerate(layouts, start=1):

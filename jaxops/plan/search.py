@@ -12,7 +12,7 @@ Planner = Callable[[Sequence[str]], Plan]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class LayoutPlan:
     """One of several layouts.
 
     Attributes:
@@ -27,7 +27,7 @@ class Layout:
 
     @property
     def rank(self) -> tuple[int, float, int]:
-        """What fits comes first, then what is too large, then what cannot be; among equals time counts, then memory."""
+        """The key of the order: plans that fit, then too large ones, then impossible ones; by time, then memory."""
         if self.plan is None:
             return 2, float("inf"), 0
         bound = self.plan.roofline
@@ -57,7 +57,7 @@ def read_layout(text: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def compare(planned: Planner, layouts: Sequence[Sequence[str]]) -> list[Layout]:
+def compare(planned: Planner, layouts: Sequence[Sequence[str]]) -> list[LayoutPlan]:
     """Plans a config in each of several layouts and returns them, the best first.
 
     Args:
@@ -69,9 +69,9 @@ def compare(planned: Planner, layouts: Sequence[Sequence[str]]) -> list[Layout]:
         try:
             one = planned(overrides)
         except UserError as error:
-            found.append(Layout(tuple(overrides), None, str(error)))
+            found.append(LayoutPlan(tuple(overrides), None, str(error)))
         else:
-            found.append(Layout(tuple(overrides), one, one.problem))
+            found.append(LayoutPlan(tuple(overrides), one, one.problem))
     return sorted(found, key=lambda layout: layout.rank)
 
 
