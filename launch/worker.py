@@ -18,17 +18,13 @@ SIGTERM, so that it saves, and `grace` seconds later SIGKILL.
 """
 
 import fcntl
-import hashlib
 import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
 import sys
-import tarfile
 import time
-import uuid
+
+# Other modules are imported where they are used: `poll` is called every few seconds, beside what trains.
 
 MOST_LOG = 256 << 10
 """Bytes of a log that one poll returns."""
@@ -60,6 +56,8 @@ def start(attempt):
 
 def _supervise(attempt, spec, tell):
     """Runs the worker to its end and notes its exit status; never returns."""
+    import subprocess
+
     try:
         alive = os.open(os.path.join(attempt, "alive"), os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(alive, fcntl.LOCK_EX)
@@ -160,6 +158,8 @@ def _is_alive(attempt):
 
 def keep(path, digest):
     """Writes stdin to a file, if its SHA-256 is right; a file that is there with this digest is left alone."""
+    import hashlib
+
     data = sys.stdin.buffer.read()
     if data and hashlib.sha256(data).hexdigest() != digest:
         return {"error": f"{path}: what arrived is damaged (its SHA-256 is not {digest})"}
@@ -174,12 +174,15 @@ def keep(path, digest):
 
 def unpack(tar, digest, folder):
     """Unpacks a tar whose SHA-256 is right into a folder, which appears whole or not at all."""
+    import shutil
+    import tarfile
+
     if os.path.isdir(folder):
         return {"unpacked": folder}
     found = _digest(tar)
     if found != digest:
         return {"error": "{}: its SHA-256 is {}, expected {}".format(tar, found or "of no file", digest)}
-    scratch = f"{folder}.{uuid.uuid4().hex}"
+    scratch = f"{folder}.{os.urandom(8).hex()}"
     with tarfile.open(tar) as file:
         names = file.getnames()
         if any(name.startswith("/") or ".." in name.split("/") for name in names):
@@ -207,6 +210,8 @@ def shared(folder, action, token):
 
 def port():
     """Returns a port that is free now."""
+    import socket
+
     with socket.socket() as free:
         free.bind(("", 0))
         return {"port": free.getsockname()[1]}
@@ -214,6 +219,8 @@ def port():
 
 def remove(folder):
     """Removes the folder of a launch, unless one of its workers is alive."""
+    import shutil
+
     for path, _, names in os.walk(folder):
         if "alive" in names and _is_alive(path):
             return {"error": f"{path}: its worker is still alive"}
@@ -231,6 +238,8 @@ def _read(path):
 
 def _digest(path):
     """Returns the SHA-256 of a file; empty where there is none."""
+    import hashlib
+
     total = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -243,7 +252,7 @@ def _digest(path):
 
 def _write(path, data):
     """Writes a whole file: a reader, or a kill, finds the old one or the new one."""
-    scratch = f"{path}.{uuid.uuid4().hex}"
+    scratch = f"{path}.{os.urandom(8).hex()}"
     with open(scratch, "wb") as file:
         file.write(data)
         file.flush()
