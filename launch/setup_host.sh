@@ -5,8 +5,8 @@
 #
 # LOCK is a requirements file with every package pinned; where it has hashes they are checked. ENV is the folder to
 # make. WHEELHOUSE is a folder of wheels for hosts that reach no package index. ACCEL=tpu adds jax's plugin for TPUs.
-# uv is used where there is one, and else pip; both respect HTTPS_PROXY, PIP_INDEX_URL, UV_INDEX_URL and their like.
-# The host's own Python may be too old: uv then brings one of its own.
+# uv is used where there is one, and else pip (UV= keeps uv out of it); both respect HTTPS_PROXY and their own settings.
+# PYTHON names the interpreter. The host's own may be too old: uv then brings one of its own.
 set -eu
 
 lock=$1
@@ -30,7 +30,7 @@ for name in "${PYTHON:-}" python3.12 python3.11 python3.13 python3; do
     found=$(command -v "${name:-false}" 2>/dev/null) || continue
     if new_enough "$found"; then python=$found && break; fi
 done
-uv=$(command -v uv 2>/dev/null || true)
+uv=$(command -v "${UV-uv}" 2>/dev/null || true)
 if [ -n "$uv" ] && ! "$uv" --version >/dev/null 2>&1; then uv=; fi
 if [ -z "$python$uv" ] && [ -z "$wheelhouse" ]; then
     say "no Python 3.11 or newer here: fetching uv, which brings one"

@@ -6,10 +6,12 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxops.core.failures import EXIT_OK, UserError
+from jaxops.core.secret_text import remember_secret
 
 if TYPE_CHECKING:
     from jaxops.launch.session import Session
@@ -82,6 +84,7 @@ def launch(args: argparse.Namespace) -> int:
     loaded = load_config(args.config, args.overrides)
     code = bundle(Path.cwd())
     fresh = Record(spec=make_spec(request, loaded, code), grace=args.grace, retries=args.retries)
+    _hide(fresh.spec.secrets)
     folder, hours = LaunchFolder(fresh.spec.id), float(args.max_hours)
     if args.dry_run:
         started(Session(folder, fresh, _say, dry=True), code, fresh, hours)
@@ -118,6 +121,13 @@ def _detach(session: "Session") -> int:
     return EXIT_OK
 
 
+def _hide(names: Sequence[str]) -> None:
+    """Keeps the values of these variables out of all that is printed here."""
+    for name in names:
+        if value := os.environ.get(name):
+            remember_secret(value, f"${{secret:{name}}}")
+
+
 def _pause(session: "Session") -> float:
     return 0.5 if session.record.spec.backend == "local" else 3.0
 
@@ -134,6 +144,7 @@ def job(args: argparse.Namespace) -> int:
     if args.action == "list":
         return _list(args)
     session = Session(*find_launch(args.name), _say)
+    _hide(session.record.spec.secrets)
     worker = getattr(args, "worker", None)
     if worker is not None and not 0 <= worker < len(session.hosts):
         raise UserError(f"--worker {worker}: this launch has workers 0 to {len(session.hosts) - 1}")
@@ -187,7 +198,7 @@ def _status(session: "Session", args: argparse.Namespace) -> int:
 
 
 def _logs(session: "Session", args: argparse.Namespace) -> int:
-    from jaxops.core.secret_text import printable
+    from jaxops.core.secret_text import printable, without_secrets
 
     offsets = [0] * len(session.hosts)
     while True:
@@ -195,7 +206,7 @@ def _logs(session: "Session", args: argparse.Namespace) -> int:
         for worker in range(len(session.hosts)):
             if args.worker in (None, worker):
                 poll = session.poll(worker, offsets[worker])
-                for line in printable(poll["text"]).splitlines():
+                for line in printable(without_secrets(poll["text"])).splitlines():
                     print(f"[{worker}] {line}", flush=True)
                 offsets[worker] = poll["offset"]
                 busy |= bool(poll["text"]) or (args.follow and poll["state"] in ("running", "unreachable"))

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_OK, RunFailed, UserError
 from jaxops.launch.code import Code
-from jaxops.launch.hosts import each
 from jaxops.launch.record import LaunchFolder, Record
 from jaxops.launch.session import Session
 from jaxops.launch.stages import prepare, start_attempt, start_workers
@@ -28,8 +27,10 @@ def open_session(folder: LaunchFolder, fresh: Record, say: Callable[[str], None]
       UserError: a launch of this run is there which is another one: it is alive, or it lies on other hosts.
     """
     old, spec = folder.load(), fresh.spec
-    if old is None or old.spec == spec:
-        return Session(folder, old or fresh, say)
+    if old is None or not old.roots:  # nothing has been made
+        return Session(folder, fresh, say)
+    if old.spec == spec:
+        return Session(folder, old, say)
     names = [name for name in vars(spec) if getattr(spec, name) != getattr(old.spec, name)]
     told = f"run {spec.name} in {spec.run_dir} was launched with another {', '.join(names)}"
     if (old.spec.backend, old.spec.hosts) != (spec.backend, spec.hosts):
@@ -186,8 +187,8 @@ def remove(session: Session) -> list[str]:
     Raises:
       RunFailed: a worker lives, or a host does not answer.
     """
-    if session.record.roots:
-        each(lambda worker, _: session.ask(worker, "remove", session.record.roots[worker], timeout=300), session.hosts)
+    for worker in range(len(session.record.roots)):  # one after another: hosts that share a home share the folder
+        session.remove_folder(worker)
     session.folder.remove()
     spec = session.record.spec
     left = [f"the run itself: {spec.run_dir}/{spec.name}", f"its code: {spec.run_dir}/code/{session.record.code}.tar"]

@@ -99,6 +99,19 @@ class Session:
         except Unreachable as error:
             return {"state": "unreachable", "code": None, "why": str(error), "text": "", "offset": offset}
 
+    def remove_folder(self, worker: int) -> None:
+        """Removes the folder of the launch on a worker's host.
+
+        Raises:
+          RunFailed: a worker is alive there, or the host does not answer.
+        """
+        host, root = self.hosts[worker], self.record.roots[worker]
+        # Without its script it has been removed before, if not to the end: no worker was alive then.
+        lines = 'if [ -e "$2/worker.py" ]; then "$1" -S "$2/worker.py" remove "$2"; else rm -rf "$2"; fi'
+        done = self.run(host, ["sh", "-c", lines, "sh", self._python(), root], timeout=300)
+        if done.code or "error" in done.out:
+            raise RunFailed(f"{host.name}: {root} could not be removed: {done.last_words}")
+
     def polls(self) -> list[Mapping[str, Any]]:
         """Returns how every worker is, without what it said."""
         return each(lambda worker, _: self.poll(worker, -1), self.hosts)

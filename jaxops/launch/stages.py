@@ -15,7 +15,7 @@ from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.store_paths import path as store_path
 from jaxops.launch.accelerators import find_accelerator
 from jaxops.launch.code import Code
-from jaxops.launch.hosts import Host, each
+from jaxops.launch.hosts import Host, Unreachable, each
 from jaxops.launch.session import Session
 
 SETUP_SECONDS = 3600.0
@@ -34,7 +34,10 @@ def prepare(session: Session, code: Code) -> None:
     session.note(state="preparing", code=code.sha256, inside=code.inside, status=None, why="")
     several = f"{len(session.hosts)} workers on {', '.join(host.name for host in session.hosts)}"
     session.say(f"reaching {several}")
-    session.note(roots=tuple(each(lambda _, host: session.put(host, "worker.py"), session.hosts)))
+    try:
+        session.note(roots=tuple(each(lambda _, host: session.put(host, "worker.py"), session.hosts)))
+    except Unreachable as error:  # not while it runs: the name, or the way there, is wrong
+        raise UserError(str(error)) from None
     see_shared_folder(session)
     session.say(f"code: {len(code.files)} files, {len(code.tar) / 2**20:.1f} MiB, SHA-256 {code.sha256[:16]}")
     bring_code(session, code)
