@@ -97,7 +97,7 @@ def launch(args: argparse.Namespace) -> int:
             _say(f"`jaxops job down {folder.id}` ends and removes what is on {', '.join(fresh.spec.hosts)}")
             raise
         if not args.detach:
-            return supervise(session, _pause(session), adopted)
+            return supervise(session, code, _pause(session), adopted)
     return _detach(session)
 
 

@@ -9,11 +9,12 @@ import os
 import time
 from collections.abc import Callable
 
-from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_OK, RunFailed, UserError
+from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_OK, Lost, RunFailed, UserError
 from jaxops.launch.code import Code
+from jaxops.launch.hosts import each
 from jaxops.launch.record import LaunchFolder, Record
 from jaxops.launch.session import Session
-from jaxops.launch.stages import prepare, start_attempt, start_workers
+from jaxops.launch.stages import prepare, restore_hosts, start_attempt, start_workers
 from jaxops.launch.watch import Watch
 
 MOST_PAUSE = 60.0
@@ -85,6 +86,7 @@ def launch(
 def _adopt(session: Session, code: Code) -> bool:
     """Goes on with workers that are alive, or were about to be started; returns whether there are any."""
     record = session.record
+    each(lambda _, host: session.put(host, "worker.py"), session.hosts)
     states = [str(poll["state"]) for poll in session.polls()]
     if "unreachable" in states:
         away = [host.name for host, state in zip(session.hosts, states, strict=True) if state == "unreachable"]
@@ -116,11 +118,18 @@ def end_before(session: Session) -> None:
         if not {"running", "unreachable"} & set(states):
             return
         time.sleep(1)
-    raise RunFailed(f"a worker of attempt {session.record.attempt} may still be alive ({', '.join(states)}); try again")
+    raise Lost(f"a worker of attempt {session.record.attempt} may still be alive ({', '.join(states)}); try again")
 
 
-def supervise(session: Session, pause: float = 1.0, adopted: bool = False) -> int:
-    """Watches attempts to their end, tries again where that helps, and returns the exit status."""
+def supervise(session: Session, code: Code, pause: float = 1.0, adopted: bool = False) -> int:
+    """Watches attempts to their end, tries again where that helps, and returns the exit status.
+
+    Args:
+      session: the launch, whose workers have been started.
+      code: what a host gets again that has lost its disk.
+      pause: the time between two looks, in seconds.
+      adopted: whether the workers are those of an earlier launcher.
+    """
     while True:
         watch, adopted = Watch(session, pause, adopted), False
         try:
@@ -140,10 +149,13 @@ def supervise(session: Session, pause: float = 1.0, adopted: bool = False) -> in
         wait = min(2.0**record.retried, MOST_PAUSE) * min(pause, 1.0)
         session.say(f"attempt {record.attempt}: {verdict.why}; trying again in {wait:.0f} s")
         try:
-            time.sleep(wait)
-            end_before(session)
             session.note(retried=record.retried + 1)
+            time.sleep(wait)
+            restore_hosts(session, code)
+            end_before(session)
             start_attempt(session)
+        except RunFailed as error:  # the next look finds the same end, and counts
+            session.say(str(error))
         except KeyboardInterrupt as error:
             session.folder.ask_to_stop()
             session.stop("TERM")

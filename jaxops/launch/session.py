@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxops.core.cache import state_root
 from jaxops.core.failures import RunFailed
-from jaxops.launch.hosts import Host, Output, Unreachable, each
+from jaxops.launch.hosts import Host, Output, each
 from jaxops.launch.record import LaunchFolder, Record
 from jaxops.launch.request import hosts_of
 from jaxops.launch.scripts import script
@@ -91,12 +91,15 @@ class Session:
         return sys.executable if spec.backend == "local" else spec.python or "python3"
 
     def poll(self, worker: int, offset: int = 0) -> Mapping[str, Any]:
-        """Returns how a worker is, as `launch/worker.py poll` has it; state `unreachable` where its host is."""
+        """Returns how a worker is, as `launch/worker.py poll` has it.
+
+        The state is `unreachable` where nobody knows: its host does not answer, or has lost its disk.
+        """
         if not self.record.roots or not self.record.attempt:
             return {"state": "absent", "code": None, "why": "", "text": "", "offset": 0}
         try:
             return self.ask(worker, "poll", self.record.folder(worker), str(offset))
-        except Unreachable as error:
+        except RunFailed as error:
             return {"state": "unreachable", "code": None, "why": str(error), "text": "", "offset": offset}
 
     def remove_folder(self, worker: int) -> None:
@@ -124,7 +127,7 @@ class Session:
             if worker in chosen:
                 try:
                     self.ask(worker, "stop", self.record.folder(worker), name)
-                except Unreachable as error:
+                except RunFailed as error:
                     self.say(str(error))
 
         if self.record.roots and self.record.attempt:

@@ -8,6 +8,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from jaxops.core import stores
@@ -74,27 +75,33 @@ def see_shared_folder(session: Session) -> None:
 
 
 def bring_code(session: Session, code: Code) -> None:
-    """Stores the tar at run.dir/code/SHA256.tar, and has every worker verify and unpack it."""
-    spec, name = session.record.spec, f"code/{code.sha256}.tar"
+    """Stores the tar at run.dir/code/SHA256.tar, and has every worker verify and unpack it.
+
+    Raises:
+      RunFailed: a host lacks the code of this launch, which has changed here since.
+    """
+    spec, digest = session.record.spec, session.record.code
+    name = f"code/{digest}.tar"
     if stores.is_url(spec.run_dir):
+        keepers, places = range(len(session.hosts)), [f"{root}/{name}" for root in session.record.roots]
         if session.dry:
             print(f"write {spec.run_dir}/{name}")
-        else:
+        elif code.sha256 == digest:
             store_path(f"{spec.run_dir}/{name}").write_bytes(code.tar)
-        keepers, places = range(len(session.hosts)), [f"{root}/{name}" for root in session.record.roots]
     else:
         keepers, places = range(1), [f"{spec.run_dir}/{name}"] * len(session.hosts)
 
     def bring(worker: int, host: Host) -> None:
-        if worker in keepers and not session.ask(worker, "keep", places[worker], code.sha256, kept=False)["kept"]:
-            source, limit = f"{len(code.files)} files of {code.folder}, as a tar", 60 + len(code.tar) / 2**17
-            session.ask(
-                worker, "keep", places[worker], code.sha256, stdin=code.tar, source=source, timeout=limit, kept=True
-            )
+        if session.ask(worker, "keep", places[worker], digest, kept=False)["kept"]:
+            return
+        if code.sha256 != digest:
+            raise RunFailed(f"{host.name}: the code of this launch is gone there, and has changed here: launch again")
+        source, limit = f"{len(code.files)} files of {code.folder}, as a tar", 60 + len(code.tar) / 2**17
+        session.ask(worker, "keep", places[worker], digest, stdin=code.tar, source=source, timeout=limit, kept=True)
 
     each(bring, session.hosts[: len(keepers)])
     unpack = lambda worker, _: session.ask(
-        worker, "unpack", places[worker], code.sha256, code_folder(session, worker), timeout=600
+        worker, "unpack", places[worker], digest, code_folder(session, worker), timeout=600
     )
     each(unpack, session.hosts)
 
@@ -118,17 +125,34 @@ def make_environment(session: Session, code: Code) -> tuple[str, ...]:
     digest = hashlib.sha256(b"\0".join([lock, tpu.encode(), spec.wheelhouse.encode()])).hexdigest()[:16]
     session.say(f"environment: from {spec.lock}; the first time takes minutes")
 
-    def make(worker: int, host: Host) -> str:
-        root = session.put(host, "setup_host.sh")
-        folder = f"{os.path.dirname(root)}/env/{digest}"
-        argv = ["env", f"ACCEL={tpu}", "sh", f"{root}/setup_host.sh", f"{code_folder(session, worker)}/{spec.lock}"]
-        argv += [folder, *filter(None, [spec.wheelhouse])]
-        done = session.run(host, argv, timeout=SETUP_SECONDS)
-        if done.code:
-            raise RunFailed(f"{host.name}: setup_host.sh ended with {done.code}: {done.last_words}")
-        return f"{folder}/bin/python"
-
+    make = lambda worker, host: _set_up(session, worker, host, lambda root: f"{os.path.dirname(root)}/env/{digest}")
     return tuple(each(make, session.hosts))
+
+
+def _set_up(session: Session, worker: int, host: Host, folder_of: Callable[[str], str]) -> str:
+    """Runs `setup_host.sh` on a host, and returns the interpreter of the environment."""
+    spec, root = session.record.spec, session.put(host, "setup_host.sh")
+    tpu = "cpu" if find_accelerator(spec.type).chip is None else "tpu"
+    folder = folder_of(root)
+    argv = ["env", f"ACCEL={tpu}", "sh", f"{root}/setup_host.sh", f"{code_folder(session, worker)}/{spec.lock}"]
+    done = session.run(host, [*argv, folder, *filter(None, [spec.wheelhouse])], timeout=SETUP_SECONDS)
+    if done.code:
+        raise RunFailed(f"{host.name}: setup_host.sh ended with {done.code}: {done.last_words}")
+    return f"{folder}/bin/python"
+
+
+def restore_hosts(session: Session, code: Code) -> None:
+    """Brings again what a host may have lost with its disk: its script, the code, the environment.
+
+    Raises:
+      RunFailed: it cannot be brought; the message names the host.
+    """
+    each(lambda _, host: session.put(host, "worker.py"), session.hosts)
+    bring_code(session, code)
+    if not session.record.spec.python:
+        pythons = session.record.python
+        folder = lambda worker: os.path.dirname(os.path.dirname(pythons[worker]))
+        each(lambda worker, host: _set_up(session, worker, host, lambda _: folder(worker)), session.hosts)
 
 
 def check_hosts(session: Session) -> None:
@@ -179,7 +203,8 @@ def _checked(session: Session, argv: list[str], asked: Any, limit: float) -> lis
         # The path of imports begins with the code, as the worker's own will.
         lines = 'cd "$1" && PYTHONPATH="$2${PYTHONPATH:+:$PYTHONPATH}" exec "$3" -m jaxops.launch.preflight "$4"'
         command = ["sh", "-c", lines, "sh", f"{code}/{session.record.inside}", code, python, *argv]
-        question = json.dumps({**asked(worker), "limit": limit, "asked": time.time(), "code": code}).encode()
+        known = {"limit": limit, "asked": time.time(), "code": code, "secrets": _secrets(session)}
+        question = json.dumps({**asked(worker), **known}).encode()
         done = session.run(host, command, stdin=question, source="what to check (JSON)", timeout=limit + 30)
         try:
             answer: dict[str, Any] = json.loads(done.out.strip().splitlines()[-1])
@@ -216,17 +241,24 @@ def environment(session: Session, worker: int) -> dict[str, str]:
     return env
 
 
+def _secrets(session: Session) -> dict[str, str]:
+    """Returns the variables that are handed to the workers; they go over stdin alone."""
+    return {name: os.environ.get(name, "") for name in session.record.spec.secrets}
+
+
 def start_attempt(session: Session) -> None:
-    """Begins a new attempt: notes it, and starts its workers."""
+    """Begins a new attempt: notes it, and starts its workers. One that cannot be started is found missing later."""
     where = _meeting_point(session)
     session.note(state="running", attempt=session.record.attempt + 1, coordinator=where, status=None, why="")
-    start_workers(session)
+    try:
+        start_workers(session)
+    except Unreachable as error:
+        session.say(f"{error}; its worker counts as lost")
 
 
 def start_workers(session: Session) -> None:
     """Starts the workers of the noted attempt; those that have been started before are left alone."""
     record = session.record
-    secrets = {name: os.environ.get(name, "") for name in record.spec.secrets}
 
     def start(worker: int, host: Host) -> None:
         spec = {
@@ -238,7 +270,7 @@ def start_workers(session: Session) -> None:
         }
         if session.dry:
             print(f"# worker {worker} on {host.name}: {json.dumps(spec)}")
-        spec["secrets"] = secrets
+        spec["secrets"] = _secrets(session)
         source = "the worker (JSON)"
         answer = session.ask(worker, "start", record.folder(worker), stdin=json.dumps(spec).encode(), source=source)
         if answer.get("error"):

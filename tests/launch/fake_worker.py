@@ -108,7 +108,7 @@ class Scene:
         with folder.held():
             session = open_session(folder, fresh, lambda line: print(line, file=sys.stderr, flush=True))
             adopted = launch(session, self.code(), fresh, hours)
-            return session, supervise(session, 0.05, adopted) if watch else None
+            return session, supervise(session, self.code(), 0.05, adopted) if watch else None
 
     def session(self) -> Session:
         """The launch as `jaxops job` finds it."""

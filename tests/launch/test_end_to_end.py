@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from children import CODE
+from object_stores import needs_moto, objects, s3  # noqa: F401
 from run_records import records, state
 from sshd import sshd
 from tiny_runs import furnish
@@ -27,7 +28,7 @@ OVERRIDES = [
     "checkpoint.every=4",
     "run.steps=40",
 ]
-OVERRIDES += ["data={fn: 'ownpkg.data:make'}"]
+OVERRIDES += ["data={fn: 'ownpkg.data:make'}", "run.seed=${env:LAUNCH_SEED}"]
 """A batch takes OWNPKG_SLEEP seconds, so that a test can meet the run in the middle."""
 
 
@@ -40,6 +41,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "code" / ".gitignore").write_text("__pycache__/\n")
     for name, value in variables(tmp_path).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LAUNCH_SEED", "3")  # which hosts over ssh have by --secret alone
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.chdir(tmp_path / "code")
     return tmp_path
@@ -64,12 +66,13 @@ def hosts(backend: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 class Launcher:
     """`jaxops launch` of the tiny run, as a process of its own, with what it says in files."""
 
-    def __init__(self, home: Path, where: list[str], name: str, *more: str):
-        self.folder = LaunchFolder(launch_id(str(home / "runs"), name))
+    def __init__(self, home: Path, where: list[str], name: str, *more: str, runs: str = ""):
+        runs = runs or str(home / "runs")
+        self.folder = LaunchFolder(launch_id(runs, name))
         self.metrics = home / "runs" / name / "metrics.jsonl"
         self.log = home / f"{name}.log"
-        argv = [sys.executable, "-c", CODE, "launch", "my.yaml", f"run.name={name}", f"run.dir={home / 'runs'}"]
-        argv += [*OVERRIDES, "--on", "cpu-4", "--max-hours", "0.5", *where, *more]
+        argv = [sys.executable, "-c", CODE, "launch", "my.yaml", f"run.name={name}", f"run.dir={runs}"]
+        argv += [*OVERRIDES, "--on", "cpu-4", "--max-hours", "0.5", "--secret", "LAUNCH_SEED", *where, *more]
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
 
@@ -126,7 +129,7 @@ def test_preempted_by_term_and_by_kill_it_becomes_the_undisturbed_run(backend, h
         assert "resumed from step" in said and "attempt 3: done" in said
         whole_run, cut_run = home / "runs" / "whole", home / "runs" / "cut"
         assert records(cut_run) == records(whole_run) and len(records(cut_run)) >= 40
-        assert state(cut_run) == state(whole_run)
+        assert state(cut_run) == state(whole_run) and "seed: 3" in (cut_run / "config.yaml").read_text()
         status = json.loads(job("status", "cut", "--json").stdout)
         assert [one["state"] for one in status["workers"]] == ["ended", "ended"] and status["retried"] == 2
         logs = job("logs", "cut", "--worker", "1").stdout
@@ -150,3 +153,15 @@ def test_a_detached_launcher_sees_it_to_its_end(home):
     assert (status["status"], status["attempt"], status["why"]) == (0, 1, "done")
     assert "found attempt 1 of this run" in launcher.folder.log.read_text()
     assert job("down", "far").returncode == 0
+
+
+@needs_moto
+@pytest.mark.slow
+def test_the_folder_of_runs_may_be_an_object_store(home, s3):  # noqa: F811
+    launcher = Launcher(home, ["--workers", "2"], "stored", "run.steps=8", runs=f"{s3}/runs")
+    said = launcher.end()
+    record = launcher.folder.load()
+    assert "attempt 1: done" in said and record is not None
+    names = set(objects(s3))
+    assert f"runs/code/{record.code}.tar" in names and "runs/stored/summary.json" in names
+    assert job("down", "stored").returncode == 0 and set(objects(s3)) == names

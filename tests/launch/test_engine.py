@@ -12,7 +12,7 @@ from fake_worker import STEPS, Scene
 
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.launch import watch
-from jaxops.launch.engine import remove, stop_and_wait
+from jaxops.launch.engine import remove, stop_and_wait, supervise
 from jaxops.launch.record import find_launch, launches
 from jaxops.launch.session import Session
 
@@ -61,6 +61,28 @@ def test_one_preempted_worker_makes_all_preempted_and_all_go_on(scene, capsys, n
     assert (scene.starts(0), scene.starts(1), scene.steps(0), scene.steps(1)) == (2, 2, STEPS, STEPS)
     assert f"attempt 1: worker 1 (local-1) was {'told to stop, and saved' if saved else 'killed'}" in err
     assert out.count("[1] from step 0\n") == 1 and out.count("[1] from step") == 2  # it went on, not anew
+
+
+def test_a_host_that_lost_its_disk_gets_all_again(scene, monkeypatch, tmp_path):
+    monkeypatch.setattr(watch, "UNREACHABLE_SECONDS", 0.2)
+    scene.launch(watch=False)
+    while not scene.steps() >= 3:
+        time.sleep(0.02)
+    ask = Session.ask
+
+    def one_disk_is_gone(self, worker, verb, *args, **more):
+        if worker == 1 and verb == "poll" and gone.exists():
+            raise RunFailed("local-1: poll failed: there is no worker.py")
+        if verb == "unpack":
+            gone.unlink(missing_ok=True)
+        return ask(self, worker, verb, *args, **more)
+
+    gone = tmp_path / "gone"
+    gone.touch()
+    monkeypatch.setattr(Session, "ask", one_disk_is_gone)
+    with scene.folder.held():
+        assert supervise(scene.session(), scene.code(), 0.05, adopted=True) == 0
+    assert scene.folder.load().attempt == 2 and scene.steps(1) == STEPS
 
 
 @pytest.mark.parametrize("code", [1, pytest.param(2, marks=pytest.mark.slow)])
