@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +70,21 @@ def _versions() -> dict[str, str]:
 
 
 def _digests(asked: Mapping[str, Any]) -> dict[str, str]:
-    """Returns digests of the code as it lies here, of the jaxops that is imported, and of the lock file."""
-    code, lock = Path(asked["code"]), Path(asked["code"]) / asked["lock"]
-    found = {"the code": _digest(code, "*"), "jaxops": _digest(Path(__file__).parents[1], "*.py")}
-    return found | ({"the lock file": hashlib.sha256(lock.read_bytes()).hexdigest()[:16]} if lock.is_file() else {})
+    """Returns digests of the code as it lies here, of the jaxops that is imported, and of the lock file.
+
+    Of the code the files that were brought: an earlier attempt may have left others beside them.
+    """
+    code, package = Path(asked["code"]), Path(__file__).parents[1]
+    own = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
+    found = {"the code": _digest(code, asked["files"]), "jaxops": _digest(package, own)}
+    return found | ({"the lock file": _digest(code, [asked["lock"]])} if (code / asked["lock"]).is_file() else {})
 
 
-def _digest(folder: Path, pattern: str) -> str:
+def _digest(folder: Path, names: Sequence[str]) -> str:
     total = hashlib.sha256()
-    for path in sorted(folder.rglob(pattern)):
-        if path.is_file() and "__pycache__" not in path.parts:
-            content = path.read_bytes()
-            total.update(f"{path.relative_to(folder)}\0{len(content)}\0".encode() + content)
+    for name in names:
+        content = (folder / name).read_bytes() if (folder / name).is_file() else b"-"
+        total.update(f"{name}\0{len(content)}\0".encode() + content)
     return total.hexdigest()[:16]
 
 

@@ -44,7 +44,7 @@ def prepare(session: Session, code: Code) -> None:
     bring_code(session, code)
     session.note(python=make_environment(session, code))
     session.say("preflight: versions, code, run.dir, data, disk, memory, clock")
-    check_hosts(session)
+    check_hosts(session, code)
     session.say("preflight: devices, and a collective on each mesh axis")
     check_devices(session)
 
@@ -155,7 +155,7 @@ def restore_hosts(session: Session, code: Code) -> None:
         each(lambda worker, host: _set_up(session, worker, host, lambda _: folder(worker)), session.hosts)
 
 
-def check_hosts(session: Session) -> None:
+def check_hosts(session: Session, code: Code) -> None:
     """Runs the checks of jaxops/launch/preflight.py on each host, and compares what they found.
 
     Raises:
@@ -163,8 +163,12 @@ def check_hosts(session: Session) -> None:
     """
     spec = session.record.spec
     words = [word for word in spec.argv[1:] if not word.startswith("--")]
-    asked = {"config": words[0], "overrides": [w for w in words[1:] if "=" in w], "run_dir": spec.run_dir}
-    asked["lock"] = spec.lock
+    asked: dict[str, Any] = {
+        "config": words[0],
+        "overrides": [w for w in words[1:] if "=" in w],
+        "run_dir": spec.run_dir,
+    }
+    asked |= {"run_dir": spec.run_dir, "lock": spec.lock, "files": code.files}
     found = _checked(session, ["hosts"], lambda worker: asked, CHECK_SECONDS)
     if session.dry:
         return
@@ -235,10 +239,10 @@ def environment(session: Session, worker: int) -> dict[str, str]:
     env = {"PYTHONPATH": code_folder(session, worker), "PYTHONUNBUFFERED": "1"}
     if spec.devices is not None:
         env["JAX_PLATFORMS"] = "cpu"
-    if session.record.coordinator:
-        env |= {"JAXOPS_COORDINATOR": session.record.coordinator, "JAXOPS_NUM_PROCESSES": str(len(session.hosts))}
-        env |= {"JAXOPS_PROCESS_ID": str(worker)}
-    return env
+    count = len(session.hosts)
+    # One worker alone is part of no job, even where the launcher is.
+    place = (session.record.coordinator, str(count), str(worker)) if count > 1 else ("", "", "")
+    return env | dict(zip(("JAXOPS_COORDINATOR", "JAXOPS_NUM_PROCESSES", "JAXOPS_PROCESS_ID"), place, strict=True))
 
 
 def _secrets(session: Session) -> dict[str, str]:

@@ -32,6 +32,9 @@ OVERRIDES += ["data={fn: 'ownpkg.data:make'}", "run.seed=${env:LAUNCH_SEED}"]
 """A batch takes OWNPKG_SLEEP seconds, so that a test can meet the run in the middle."""
 
 
+started: list["Launcher"] = []
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A repository with a tiny run, whose launches, workers and hosts keep to this folder."""
@@ -44,7 +47,13 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("LAUNCH_SEED", "3")  # which hosts over ssh have by --secret alone
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.chdir(tmp_path / "code")
-    return tmp_path
+    yield tmp_path
+    while started:
+        launcher = started.pop()
+        launcher.process.kill()
+        launcher.process.wait()
+        if (record := launcher.folder.load()) is not None and record.spec.backend == "local":
+            Session(launcher.folder, record, print).stop("KILL")
 
 
 def variables(home: Path) -> dict[str, str]:
@@ -60,7 +69,13 @@ def hosts(backend: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         return
     with sshd(home / "sshd", variables(home)) as path:
         monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
-        yield ["--backend", "ssh", "--hosts", "alpha,beta", "--python", sys.executable]
+        try:
+            yield ["--backend", "ssh", "--hosts", "alpha,beta", "--python", sys.executable]
+        finally:
+            for launcher in started:  # while there is an sshd
+                launcher.process.kill()
+                if (record := launcher.folder.load()) is not None:
+                    Session(launcher.folder, record, print).stop("KILL")
 
 
 class Launcher:
@@ -75,6 +90,7 @@ class Launcher:
         argv += [*OVERRIDES, "--on", "cpu-4", "--max-hours", "0.5", "--secret", "LAUNCH_SEED", *where, *more]
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
+        started.append(self)
 
     def reach(self, attempt: int) -> None:
         """Returns once this attempt has logged three steps."""

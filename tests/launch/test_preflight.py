@@ -17,7 +17,7 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_dir = tmp_path / "runs"
     question = {"config": "my.yaml", "overrides": [], "run_dir": str(run_dir), "lock": "requirements.lock"}
-    return {**question, "code": str(tmp_path), "asked": 1.0, "limit": 60}
+    return {**question, "code": str(tmp_path), "files": ["my.yaml", "plays.csv"], "asked": 1.0, "limit": 60}
 
 
 def test_a_host_that_is_well_says_what_all_must_share(asked, tmp_path):
@@ -27,8 +27,9 @@ def test_a_host_that_is_well_says_what_all_must_share(asked, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
     (tmp_path / "requirements.lock").write_text("jax==0\n")
     other = preflight.examine_host(asked)["facts"]
-    assert other["the lock file"] and other["the code"] != found["facts"]["the code"]
-    assert other["jaxops"] == found["facts"]["jaxops"]
+    assert other["the lock file"] and {**other, "the lock file": None} == {**found["facts"], "the lock file": None}
+    (tmp_path / "plays.csv").write_text("user,item,time\nu,i,1\n")
+    assert preflight.examine_host(asked)["facts"]["the code"] != other["the code"]
 
 
 @pytest.mark.parametrize(
