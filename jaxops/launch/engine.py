@@ -171,18 +171,20 @@ def stop_and_wait(session: Session, pause: float = 1.0) -> int:
       RunFailed: a host does not answer.
     """
     session.folder.ask_to_stop()
-    begun, pressed = time.monotonic(), False
+    begun = time.monotonic()
+    told: set[int] = set()
+    session.say("stopping: the workers save")
     while True:
         states = [str(poll["state"]) for poll in session.polls()]
         if "unreachable" in states:
             raise RunFailed(f"a host does not answer ({', '.join(states)}), so its worker may go on; try again")
         if "running" not in states and not session.folder.supervised():
             break
-        late = time.monotonic() - begun > session.record.grace
-        if not pressed or late:
-            session.say("stopping: the workers save" if not pressed else "no save in time: ending the workers")
-            session.stop("KILL" if pressed else "TERM")
-            pressed = True
+        left = [worker for worker, state in enumerate(states) if state == "running" and worker not in told]
+        if time.monotonic() - begun > session.record.grace:
+            session.stop("KILL")
+        elif left:
+            told |= set(left) - set(session.stop("TERM", left))
         time.sleep(pause)
     with session.folder.held():
         record = session.folder.load()

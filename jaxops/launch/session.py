@@ -119,16 +119,22 @@ class Session:
         """Returns how every worker is, without what it said."""
         return each(lambda worker, _: self.poll(worker, -1), self.hosts)
 
-    def stop(self, name: str, workers: list[int] | None = None) -> None:
-        """Sends TERM or KILL to these workers, or to all; where a host does not answer, nothing happens."""
-        chosen = range(len(self.hosts)) if workers is None else workers
+    def stop(self, name: str, workers: list[int] | None = None) -> list[int]:
+        """Sends TERM or KILL to these workers, or to all, and returns those that it did not reach.
 
-        def tell(worker: int, host: Host) -> None:
-            if worker in chosen:
-                try:
-                    self.ask(worker, "stop", self.record.folder(worker), name)
-                except RunFailed as error:
-                    self.say(str(error))
+        A worker is not reached where it has ended, where it is only being started, or where its host does not answer.
+        """
+        chosen = list(range(len(self.hosts))) if workers is None else workers
 
-        if self.record.roots and self.record.attempt:
-            each(tell, self.hosts)
+        def tell(worker: int, host: Host) -> bool:
+            if worker not in chosen:
+                return True
+            try:
+                return bool(self.ask(worker, "stop", self.record.folder(worker), name, stopped=True)["stopped"])
+            except RunFailed as error:
+                self.say(str(error))
+                return False
+
+        if not self.record.roots or not self.record.attempt:
+            return chosen
+        return [worker for worker, reached in enumerate(each(tell, self.hosts)) if not reached]

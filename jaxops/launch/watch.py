@@ -32,6 +32,7 @@ class Watch:
         self._silent: list[float | None] = [None] * count
         self._asked: set[int] = set()
         self._begun: dict[str, float] = {}
+        self._told: dict[str, set[int]] = {}
         self._stopping = False
 
     def attempt(self) -> Verdict:
@@ -94,12 +95,11 @@ class Watch:
             self._press("others", SETTLE_SECONDS)
 
     def _press(self, what: str, settle: float) -> None:
-        """Sends TERM after `settle` seconds and KILL a grace period later, each once."""
-        alive = [worker for worker, end in enumerate(self._ends) if end is None]
+        """Sends TERM after `settle` seconds and KILL a grace period later, to each worker until it is reached."""
         begun = self._begun.setdefault(what, time.monotonic())
         for name, after in (("TERM", settle), ("KILL", settle + self._session.record.grace)):
-            key = f"{what} {name}"
-            if alive and key not in self._begun and time.monotonic() - begun >= after:
-                self._begun[key] = time.monotonic()
-                self._asked |= set(alive)
-                self._session.stop(name, alive)
+            told = self._told.setdefault(f"{what} {name}", set())
+            left = [worker for worker, end in enumerate(self._ends) if end is None and worker not in told]
+            if left and time.monotonic() - begun >= after:
+                self._asked |= set(left)
+                told |= set(left) - set(self._session.stop(name, left))
