@@ -93,6 +93,8 @@ def make_spec(request: Request, loaded: Any, code: Code) -> Spec:
     hosts = _hosts(request, accelerator)
     run = loaded.config.run
     local = request.backend == "local"
+    if run.name == "code":
+        raise UserError("run.name=code: `code` in run.dir is where launches keep their code; name the run otherwise")
     run_dir = _run_dir(run.dir, local)
     if accelerator.devices % len(hosts):
         raise UserError(

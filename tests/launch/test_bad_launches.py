@@ -63,6 +63,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         [*FAR, "--coordinator", "alpha:80"],
         "--coordinator 'alpha:80': expected a host",
     ),
+    "the name of the code's folder": (["run.name=code", *GOOD], "run.name=code: `code` in run.dir is where launches"),
     "a dirty name": (["run.name=a;b", *GOOD], "run.name"),
     "a name of a folder above": (["run.name=../x", *GOOD], "run.name"),
     "a config that is wrong": (["optimizer.lrr=1", *GOOD], "did you mean 'lr'?"),
