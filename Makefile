@@ -29,7 +29,7 @@ plan-env: ## .venv-plan, with the compiler for TPUs that `jaxops plan` asks (Lin
 	@$(INSTALL) .venv-plan tpu
 
 test-plan: plan-env ## the checks that compile for TPUs that are not here (an hour on two cores)
-	.venv-plan/bin/python -m pytest -m slow tests/plan tests/launch
+	.venv-plan/bin/python -m pytest -m slow tests/plan tests/launch/test_accelerators.py
 
 test: install ## the test suite
 	$(BIN)/python -m pytest -n $(JOBS)

@@ -213,7 +213,9 @@ def test_the_wheel_is_whole_and_works_elsewhere(tmp_path):
     configs = list(ROOT.joinpath("configs").rglob("*.yaml"))
     expected = {p.relative_to(ROOT).as_posix() for p in files}
     expected |= {"jaxops/" + p.relative_to(ROOT).as_posix() for p in configs}
-    assert configs and expected <= inside, sorted(expected - inside)
+    scripts = [p for p in ROOT.joinpath("launch").iterdir() if p.is_file()]
+    expected |= {f"jaxops/launch/scripts/{p.name}" for p in scripts}
+    assert configs and scripts and expected <= inside, sorted(expected - inside)
     assert not [n for n in inside if n.startswith(("tests/", "benchmarks/", "configs/"))]
 
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from jaxops.cli import plan, rlhf, runs, writing
+from jaxops.cli import launches, plan, rlhf, runs, writing
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, NO_ROOM, RunFailed, UserError, nearest
 from jaxops.core.secret_text import printable, without_secrets
 
@@ -104,6 +104,8 @@ def _parser() -> Parser:
     rlhf.add_arguments(command("rlhf", "Judgements, a reward model, a policy, and again.", config=True, as_json=True))
     what = "Whether a config fits an accelerator that is not here, and how fast it can be."
     plan.add_arguments(command("plan", what, config=True, as_json=True))
+    launch = command("launch", "Train a config on other machines, or in the background of this one.", config=True)
+    launches.add_arguments(launch, command("job", "What `launch` has started: look, stop, remove."), Parser)
     evaluate = command("evaluate", "Evaluate a run's model on its validation and test data.", run=True, as_json=True)
     evaluate.add_argument("--step", type=int, help="the checkpoint of this step (default: the best, else the latest)")
     other = "on what lies at the run's data now, though it has changed, without what training saw of it"
@@ -279,6 +281,8 @@ def _run(args: argparse.Namespace) -> int:
         return rlhf.rlhf(args)
     if args.command in plan.COMMANDS:
         return plan.plan(args)
+    if args.command in launches.COMMANDS:
+        return getattr(launches, args.command)(args)
     if args.command in writing.COMMANDS:
         return getattr(writing, args.command)(args)
     # It is imported here, since `jaxops --help` must not wait for jax.

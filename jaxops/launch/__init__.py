@@ -1,1 +1,1 @@
-"""How a config reaches machines: the table of accelerators."""
+"""How a config reaches machines: the table of accelerators, and the engine of `jaxops launch`."""

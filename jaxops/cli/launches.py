@@ -1,0 +1,242 @@
+"""`jaxops launch` and `jaxops job`: a config on machines, and what becomes of it there."""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxops.core.failures import EXIT_OK, UserError
+from jaxops.core.secret_text import remember_secret
+
+if TYPE_CHECKING:
+    from jaxops.launch.session import Session
+
+COMMANDS = ("launch", "job")
+_ACTIONS = {
+    "list": "The launches that this machine knows of.",
+    "status": "A launch's workers, attempts and hours left.",
+    "logs": "What the workers of a launch have said.",
+    "stop": "Have the workers save and end; nothing is removed.",
+    "down": "Stop a launch and remove what it made on its hosts; the run stays.",
+    "ssh": "A shell on the host of a worker.",
+}
+_CHILD = "import sys; sys.argv[0] = 'jaxops'; from jaxops.cli.main import script; script()"
+
+
+def add_arguments(launch: Any, job: Any, parser: Any) -> None:
+    """Adds the arguments of both commands to their parsers."""
+    add = launch.add_argument
+    add("--on", required=True, metavar="TYPE", help="the accelerator: cpu-8, v5e-8, ... (all hosts together)")
+    add(
+        "--backend", default="local", metavar="B", help="local (processes of this machine) or ssh (hosts that you have)"
+    )
+    add("--hosts", metavar="HOST,...", help="ssh: one worker on each; @FILE has one a line")
+    add("--workers", type=int, metavar="N", help="local: the number of worker processes (default: 1)")
+    add("--max-hours", type=float, metavar="H", help="when the hosts end the workers by themselves, retries included")
+    add("--grace", type=float, default=120.0, metavar="S", help="seconds for a save, before a kill (default: 120)")
+    add("--retries", type=int, default=10, metavar="N", help="attempts after the first (default: 10)")
+    add("--python", metavar="PATH", help="a Python that the hosts have, with all packages (local: this one)")
+    add("--lock", default="requirements.lock", metavar="FILE", help="below the code: what hosts install otherwise")
+    add("--wheelhouse", metavar="PATH", help="a folder of wheels on the hosts, where they reach no package index")
+    add("--coordinator", metavar="ADDRESS", help="where workers reach the first host (default: as ssh's config has it)")
+    text = "an environment variable that the workers get, by its name (may be given again)"
+    add("--secret", action="append", default=[], metavar="NAME", help=text)
+    add("--accept-code", action="store_true", help="go on although code by import path has changed")
+    add("--dry-run", action="store_true", help="print every command and file, and touch nothing")
+    add("--detach", action="store_true", help="leave the launcher in the background of this machine")
+    actions = job.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=parser)
+    for name, what in _ACTIONS.items():
+        made = actions.add_parser(name, help=what, description=what)
+        if name != "list":
+            made.add_argument("name", metavar="RUN", help="the run's name, its folder, or the id that `job list` shows")
+        if name in ("list", "status"):
+            made.add_argument("--json", action="store_true", help="print one JSON object")
+        if name in ("logs", "ssh"):
+            text = "this one's alone" if name == "logs" else "its host (default: the first)"
+            made.add_argument("--worker", type=int, metavar="N", help=text)
+        if name == "logs":
+            made.add_argument("--follow", action="store_true", help="go on until the workers end")
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Runs `jaxops launch CONFIG [a.b=VALUE ...] --on TYPE --backend B --max-hours H`."""
+    from jaxops.launch.code import bundle
+    from jaxops.launch.engine import launch as started
+    from jaxops.launch.engine import open_session, supervise
+    from jaxops.launch.record import LaunchFolder, Record
+    from jaxops.launch.request import Request, make_spec
+    from jaxops.launch.session import Session
+    from jaxops.run.build import load_config
+
+    request = Request(
+        **{name: getattr(args, name) for name in ("config", "overrides", "on", "backend", "hosts", "workers")},
+        **{name: getattr(args, name) for name in ("max_hours", "grace", "retries", "python", "lock", "wheelhouse")},
+        coordinator=args.coordinator,
+        secrets=args.secret,
+        accept_code=args.accept_code,
+    )
+    request.check()
+    loaded = load_config(args.config, args.overrides)
+    code = bundle(Path.cwd())
+    fresh = Record(spec=make_spec(request, loaded, code), grace=args.grace, retries=args.retries)
+    _hide(fresh.spec.secrets)
+    folder, hours = LaunchFolder(fresh.spec.id), float(args.max_hours)
+    if args.dry_run:
+        started(Session(folder, fresh, _say, dry=True), code, fresh, hours)
+        return EXIT_OK
+    with folder.held():
+        session = open_session(folder, fresh, _say)
+        try:
+            adopted = started(session, code, fresh, hours)
+        except KeyboardInterrupt:
+            _say(f"`jaxops job down {folder.id}` ends and removes what is on {', '.join(fresh.spec.hosts)}")
+            raise
+        if not args.detach:
+            return supervise(session, code, _pause(session), adopted)
+    return _detach(session)
+
+
+def _detach(session: "Session") -> int:
+    """Starts a launcher of its own session, which adopts the workers, and leaves it."""
+    argv = [word for word in sys.argv[1:] if word != "--detach"]
+    with open(session.folder.log, "ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    id = session.folder.id
+    _say(
+        f"process {child.pid} of this machine watches it and tries again after a preemption, as long as this machine is"
+        f" awake; the workers, and their --max-hours, do not need it. It writes {session.folder.log};"
+        f" jaxops job status|logs|stop {id}"
+    )
+    return EXIT_OK
+
+
+def _hide(names: Sequence[str]) -> None:
+    """Keeps the values of these variables out of all that is printed here."""
+    for name in names:
+        if value := os.environ.get(name):
+            remember_secret(value, f"${{secret:{name}}}")
+
+
+def _pause(session: "Session") -> float:
+    return 0.5 if session.record.spec.backend == "local" else 3.0
+
+
+def _say(line: str) -> None:
+    print(f"launch: {line}", file=sys.stderr, flush=True)
+
+
+def job(args: argparse.Namespace) -> int:
+    """Runs `jaxops job list | status RUN | logs RUN | stop RUN | down RUN | ssh RUN`."""
+    from jaxops.launch.record import find_launch
+    from jaxops.launch.session import Session
+
+    if args.action == "list":
+        return _list(args)
+    session = Session(*find_launch(args.name), _say)
+    _hide(session.record.spec.secrets)
+    worker = getattr(args, "worker", None)
+    if worker is not None and not 0 <= worker < len(session.hosts):
+        raise UserError(f"--worker {worker}: this launch has workers 0 to {len(session.hosts) - 1}")
+    return {"status": _status, "logs": _logs, "stop": _stop, "down": _down, "ssh": _ssh}[args.action](session, args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from jaxops.cli.printing import print_json
+    from jaxops.cli.text import aligned
+    from jaxops.launch.record import launches
+
+    found = [(folder, record) for folder in launches() if (record := folder.load()) is not None]
+    if args.json:
+        return print_json([{"id": folder.id, **vars(record)} for folder, record in found])
+    rows = [("launch", "state", "attempt", "backend", "hosts")]
+    for folder, record in found:
+        hosts = ", ".join(record.spec.hosts)
+        rows.append((folder.id, record.state, str(record.attempt), record.spec.backend, hosts))
+    print("\n".join(aligned(rows)) if found else "no launch is known on this machine")
+    return EXIT_OK
+
+
+def _status(session: "Session", args: argparse.Namespace) -> int:
+    from jaxops.cli.printing import print_json
+    from jaxops.cli.text import aligned
+
+    record, polls = session.record, session.polls()
+    workers = [
+        {"worker": n, "host": host.name, "state": poll["state"], "code": poll["code"], "why": poll["why"]}
+        for n, (host, poll) in enumerate(zip(session.hosts, polls, strict=True))
+    ]
+    watched = session.folder.supervised()
+    left = max(record.deadline - time.time(), 0.0) / 3600 if record.deadline else None
+    if args.json:
+        return print_json(
+            {"id": session.folder.id, "watched": watched, "hours_left": left, "workers": workers, **vars(record)}
+        )
+    alive = any(poll["state"] == "running" for poll in polls)
+    by = f"watched by process {session.folder.owner()}" if watched else "no launcher watches it"
+    facts = [("launch", session.folder.id), ("run", f"{record.spec.run_dir}/{record.spec.name}")]
+    facts += [("state", f"{record.state}{f': {record.why}' if record.why else ''}; {by}")]
+    facts += [("attempt", f"{record.attempt} ({record.retried} of {record.retries} retries)")]
+    facts += [("hours left", f"{left:.2f}")] if left is not None and alive else []
+    for one in workers:
+        ended = "" if one["code"] is None else f" with exit status {one['code']}"
+        facts.append((f"worker {one['worker']}", f"{one['host']}: {one['state']}{ended} {one['why']}".rstrip()))
+    print("\n".join(aligned(facts)))
+    if alive and not watched:
+        print("nobody would try again after a preemption: give the same `jaxops launch` again")
+    return EXIT_OK
+
+
+def _logs(session: "Session", args: argparse.Namespace) -> int:
+    from jaxops.core.secret_text import printable, without_secrets
+
+    offsets = [0] * len(session.hosts)
+    while True:
+        busy = False
+        for worker in range(len(session.hosts)):
+            if args.worker in (None, worker):
+                poll = session.poll(worker, offsets[worker])
+                for line in printable(without_secrets(poll["text"])).splitlines():
+                    print(f"[{worker}] {line}", flush=True)
+                offsets[worker] = poll["offset"]
+                busy |= bool(poll["text"]) or (args.follow and poll["state"] in ("running", "unreachable"))
+        if not busy:
+            return EXIT_OK
+        if args.follow:
+            time.sleep(_pause(session))
+
+
+def _stop(session: "Session", args: argparse.Namespace) -> int:
+    from jaxops.launch.engine import stop_and_wait
+
+    return stop_and_wait(session, _pause(session))
+
+
+def _down(session: "Session", args: argparse.Namespace) -> int:
+    from jaxops.launch.engine import remove, stop_and_wait
+
+    stop_and_wait(session, _pause(session))
+    for left in remove(session):
+        _say(f"kept {left}")
+    return EXIT_OK
+
+
+def _ssh(session: "Session", args: argparse.Namespace) -> int:
+    spec, worker = session.record.spec, args.worker or 0
+    if spec.backend != "ssh":
+        raise UserError(f"job ssh: the workers of {spec.name} are processes of this machine")
+    argv = ["ssh", "-t", "--", spec.hosts[worker]]
+    if session.record.roots:
+        argv.append(f'cd {shlex.quote(session.record.roots[worker])} && exec "$SHELL" -l')
+    sys.stdout.flush()
+    os.execvp("ssh", argv)
