@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from jaxops.core.failures import RunFailed
+from jaxops.core.metrics_file import JsonlWriter
+from jaxops.run.folder.run_folder import RunFolder
+from jaxops.run.summary import FinishedRun
+
 CONFIG = """\
 task: toy_family:FAMILY
 letters: 8
@@ -33,3 +38,25 @@ def toy(tmp_path, monkeypatch):
     yield tmp_path
     sys.path[:] = path
     sys.modules.pop("toy_family", None)
+
+
+@pytest.fixture
+def quick_fit(monkeypatch):
+    """Training in no time: a run that has finished, whose NLL is 4 / lr, more with the seed; lr over 100 fails."""
+
+    def fit(task, *, quiet):
+        config = task.config
+        folder = RunFolder(Path(config.run.dir, config.run.name))
+        folder.create(task.resolved, {}, task.inspection)
+        folder.write_about({"metrics": {"nll": {"better": "lower", "label": "NLL"}}})
+        lr, writer = config.optimizer.lr, JsonlWriter(folder.metrics)
+        nll = 4.0 / lr + 0.01 * config.run.seed
+        for step in (2, 4):
+            writer.write(step, {"valid/nll": nll + 4 - step})
+        writer.close()
+        if lr > 100:
+            raise RunFailed(f"the loss is not finite at step 4 (lr {lr})")
+        folder.write_json("summary.json", {"state": "finished", "step": 4, "valid/nll": nll, "test/nll": nll + 0.1})
+        return FinishedRun(folder.path, folder.summary(), "finished")
+
+    monkeypatch.setattr("jaxops.sweep.runners.fit", fit)
