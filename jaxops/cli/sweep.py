@@ -67,6 +67,9 @@ def sweep(args: argparse.Namespace) -> int:
     whole = Sweep(plan, folder, runner, told, retry_failed=args.retry_failed).run()
     outcome = read_outcome(plan)
     _show(args, outcome)
+    from jaxops.sweep.page import write_sweep_page  # matplotlib takes a second to import
+
+    told(f"page: {write_sweep_page(outcome)}")
     if not whole or outcome.count("failed") == 0:
         left = len(outcome.results) - outcome.count("finished") - outcome.count("failed")
         if left or not whole:
@@ -79,7 +82,7 @@ def sweep(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def sweeps_told(args: argparse.Namespace) -> Iterator[None]:
-    """Adds to the errors of a config the command that sweeps, where an override that is wrong has several values.
+    """Adds to the errors of a config the command that sweeps: it is a sweep, or a wrong override has several values.
 
     Raises:
       UserError: in place of such errors.
@@ -92,10 +95,12 @@ def sweeps_told(args: argparse.Namespace) -> Iterator[None]:
         from jaxops.sweep.sources import has_several_values
 
         wrong = {problem.origin for problem in error.problems}
-        if not any(f"override '{one}'" in wrong and has_several_values(one) for one in args.overrides):
+        several = any(f"override '{one}'" in wrong and has_several_values(one) for one in args.overrides)
+        if not several and not any(problem.path == "runs" for problem in error.problems):
             raise
         typed = shlex.join(["jaxops", "sweep", args.config, *args.overrides])
-        raise UserError(f"{error}\nSeveral values are a sweep: {typed}") from None
+        what = "Several values are a sweep" if several else "This file is a sweep"
+        raise UserError(f"{error}\n{what}: {typed}") from None
 
 
 def _runner(args: argparse.Namespace, plan: "Plan", folder: Any) -> "Runner":

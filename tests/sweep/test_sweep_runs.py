@@ -113,6 +113,8 @@ def test_train_says_what_to_type_where_several_values_are_given(toy, capsys):
     said = capsys.readouterr().err
     assert "expected a number" in said
     assert said.endswith("Several values are a sweep: jaxops sweep toy.yaml optimizer.lr=1e-4,1e-3 run.seed=0..2\n")
+    assert main(["train", "lr.yaml"]) == 2
+    assert capsys.readouterr().err.endswith("This file is a sweep: jaxops sweep lr.yaml\n")
     assert main(["train", "toy.yaml", "optimizer.lr=fast"]) == 2
     assert "sweep" not in capsys.readouterr().err
 
