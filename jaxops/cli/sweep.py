@@ -41,6 +41,7 @@ def add_arguments(made: Any) -> None:
     )
     only.add_argument("--stop", action="store_true", help="ask the processes that run the sweep to save and stop")
     only.add_argument("--retry-failed", action="store_true", help="run points again whose last attempt failed")
+    made.add_argument("--accept-code", action="store_true", help="go on although code by import path has changed")
 
 
 def sweep(args: argparse.Namespace) -> int:
@@ -49,17 +50,19 @@ def sweep(args: argparse.Namespace) -> int:
     from jaxops.sweep.plan import make_plan
     from jaxops.sweep.records import SweepFolder, is_sweep_folder, read_plan
     from jaxops.sweep.results import read_outcome
-    from jaxops.sweep.work import Sweep, require_configs
+    from jaxops.sweep.work import Sweep, require_configs, require_same_code
 
     plan = read_plan(Path(args.config)) if is_sweep_folder(args.config) else make_plan(args.config, args.overrides)
     if args.dry_run:
         return _dry_run(plan, args.json)
     folder = SweepFolder(plan.folder)
     if args.status or args.best or args.stop:
-        if not plan.folder.is_dir():
+        if not folder.has_begun:
             raise UserError(f"{plan.folder}: this sweep has not begun")
         return _stop(plan, folder) if args.stop else _show(args, read_outcome(plan))
     require_configs(plan)
+    if not args.accept_code:
+        require_same_code(plan)
     told = lambda line: say(console(stderr=True), line)
     runner = _runner(args, plan, folder)
     for gone in folder.begin(plan):
@@ -108,9 +111,10 @@ def _runner(args: argparse.Namespace, plan: "Plan", folder: Any) -> "Runner":
     from jaxops.sweep.spec import Local
 
     if not isinstance(plan.runner, Local):
-        return InProcessRunner(folder)
-    devices = ["--cpu-devices", str(args.cpu_devices)] if args.cpu_devices is not None else []
-    command = [sys.executable, "-c", CHILD, str(os.getpid()), "train", *devices]
+        return InProcessRunner(folder, args.accept_code)
+    flags = ["--cpu-devices", str(args.cpu_devices)] if args.cpu_devices is not None else []
+    flags += ["--accept-code"] if args.accept_code else []
+    command = [sys.executable, "-c", CHILD, str(os.getpid()), "train", *flags]
     return LocalRunner(folder, plan.runner.jobs, command)
 
 

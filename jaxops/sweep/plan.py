@@ -122,6 +122,8 @@ def _check_paths(source: Source, assignments: Sequence[Assignment], problems: li
         if not all(path.split(".")):
             problems.append(Problem(path, node.origin, None, "expected a dotted path of the base config"))
     for path, node in source.fixed_paths.items():
+        if path == "run.name":
+            problems.append(Problem(path, node.origin, None, "a sweep names its runs itself; set name=NAME"))
         if path in swept:
             problems.append(Problem(path, node.origin, None, f"it is swept already, at {swept[path].origin}"))
 

@@ -49,6 +49,11 @@ class SweepFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @property
+    def has_begun(self) -> bool:
+        """True where there is a sweep in the folder."""
+        return (self.path / FILE).is_file()
+
     def begin(self, plan: Plan) -> list[str]:
         """Writes the plan, and returns the ids of runs in the folder that the plan no longer has.
 
@@ -60,8 +65,8 @@ class SweepFolder:
         if there and not {*there} & {*here}:
             raise UserError(
                 f"{self.path} is the folder of another sweep: none of its {len(there)} points is among these"
-                f" {len(here)}. Something that all of them have is different now; set name=NAME to begin another sweep,"
-                " or take the change back to go on with that one"
+                f" {len(here)}. Something that all of them have is different now (the base, or jaxops itself is newer);"
+                " set name=NAME to begin another sweep, or take the change back to go on with that one"
             )
         if not there and self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and is no sweep: it has no {FILE}; set name=NAME")
@@ -80,7 +85,7 @@ class SweepFolder:
         return gone
 
     def _ids(self) -> list[str]:
-        return [point.id for point in read_plan(self.path).points] if (self.path / FILE).exists() else []
+        return [point.id for point in read_plan(self.path).points] if self.has_begun else []
 
     def write_config(self, point: Point, config: Mapping[str, Any]) -> Path:
         """Writes the config of a point, which `jaxops train` takes as it is, and returns its path."""
@@ -189,13 +194,20 @@ def read_plan(folder: Path) -> Plan:
         points = [
             Point(**{field.name: one[field.name] for field in dataclasses.fields(Point)}) for one in found["points"]
         ]
-        if not all(isinstance(p.values, dict) and Path(p.id).name == p.id and p.id.isalnum() for p in points):
-            raise ValueError("a point is not one")
-        return Plan(str(found["name"]), folder, Metric(**found["metric"]), points)
+        metric = Metric(*(str(found["metric"][name]) for name in ("name", "better", "label")))  # type: ignore[arg-type]
+        if not all(map(_is_point, points)) or metric.better not in ("higher", "lower"):
+            raise ValueError("it is not as jaxops writes it")
+        return Plan(str(found["name"]), folder, metric, points)
     except FileNotFoundError:
         raise UserError(f"{folder} is no sweep: it has no {FILE}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _is_point(point: Point) -> bool:
+    """Returns whether the fields of a point that was read are what they must be; its id becomes a part of paths."""
+    named = isinstance(point.id, str) and point.id.isalnum() and isinstance(point.group, str)
+    return named and isinstance(point.values, dict) and isinstance(point.seed, int)
 
 
 def is_sweep_folder(path: str) -> bool:

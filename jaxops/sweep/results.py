@@ -131,7 +131,11 @@ def read_outcome(plan: Plan) -> Outcome:
     folder = SweepFolder(plan.folder)
     results = [_result(folder, plan.metric, point) for point in plan.points]
     groups = _ranked(plan.metric, results)
-    return Outcome(plan, results, groups, judge(plan.metric, groups))
+    verdict = judge(plan.metric, groups)
+    if missing := sum(result.value is None for result in results):
+        words = f"{verdict.words} {missing} of {len(results)} runs have no number yet."
+        verdict = dataclasses.replace(verdict, words=words)
+    return Outcome(plan, results, groups, verdict)
 
 
 def _result(folder: SweepFolder, metric: Metric, point: Point) -> Result:
@@ -139,7 +143,9 @@ def _result(folder: SweepFolder, metric: Metric, point: Point) -> Result:
     place = folder.path / point.id
     run = read_run(place) if place.is_dir() else None
     value = run.number(f"valid/{metric.name}") if run is not None and state == "finished" else None
-    best = best_step(run, metric.name) if run is not None and value is None else None
+    if state == "finished" and value is None:
+        reason = f"it measured no finite valid/{metric.name}"
+    best = best_step(run, metric.name) if run is not None and state != "finished" else None
     return Result(point, state, reason, value, None if best is None else best[1], run)
 
 

@@ -71,8 +71,8 @@ class InProcessRunner:
 
     slots = 1
 
-    def __init__(self, folder: SweepFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: SweepFolder, accept_code: bool = False) -> None:
+        self._folder, self._accept_code = folder, accept_code
 
     def start(self, point: Point, config: Mapping[str, Any], claim: TextIO) -> Job:
         """Runs a point to its end.
@@ -82,7 +82,8 @@ class InProcessRunner:
         """
         with _stopped_by_mark(self._folder):
             try:
-                run = fit(build_task(config_from_dict(config, source=f"points/{point.id}.yaml")), quiet=True)
+                task = build_task(config_from_dict(config, source=f"points/{point.id}.yaml"))
+                run = fit(task, quiet=True, accept_code=self._accept_code)
             except UserError as error:
                 return self._failed(point, EXIT_USAGE, str(error))
             except RunFailed as error:

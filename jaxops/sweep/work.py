@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from jaxops.core.distributed import is_one_of_several
 from jaxops.core.failures import UserError
 from jaxops.report.results import score
 from jaxops.run.folder.run_folder import RunFolder
+from jaxops.run.own_code import check_code, code_paths
 from jaxops.sweep.plan import Plan, Point
 from jaxops.sweep.records import Ended, SweepFolder
 from jaxops.sweep.runners import Job, Runner
@@ -141,3 +143,23 @@ def require_configs(plan: Plan) -> None:
     """
     if not plan.configs:
         raise UserError(f"{plan.folder} is the folder of a sweep; it is run by its file: jaxops sweep FILE")
+    if is_one_of_several():
+        raise UserError("jaxops sweep runs on one machine, but the environment makes this one of several processes")
+
+
+def require_same_code(plan: Plan) -> None:
+    """Checks that the runs that are there were trained with the code, by import path, that is here now.
+
+    Raises:
+      UserError: some were not: their numbers and those of the missing runs would stand in one table.
+    """
+    changed, first = 0, ""
+    for point in plan.points:
+        folder = RunFolder(plan.folder / point.id)
+        if folder.exists:
+            try:
+                check_code(folder, code_paths(plan.configs[point.id]), accept=False)
+            except UserError as error:
+                changed, first = changed + 1, first or str(error)
+    if changed:
+        raise UserError(f"{changed} run(s) of this sweep were trained with other code. The first: {first}")

@@ -9,6 +9,7 @@ import pytest
 from jaxops.core.failures import RunFailed
 from jaxops.core.metrics_file import JsonlWriter
 from jaxops.run.folder.run_folder import RunFolder
+from jaxops.run.own_code import check_code, code_paths, write_code
 from jaxops.run.summary import FinishedRun
 
 CONFIG = """\
@@ -44,10 +45,11 @@ def toy(tmp_path, monkeypatch):
 def quick_fit(monkeypatch):
     """Training in no time: a run that has finished, whose NLL is 4 / lr, more with the seed; lr over 100 fails."""
 
-    def fit(task, *, quiet):
+    def fit(task, *, quiet, accept_code):
         config = task.config
         folder = RunFolder(Path(config.run.dir, config.run.name))
         folder.create(task.resolved, {}, task.inspection)
+        write_code(folder, check_code(folder, code_paths(task.resolved), accept_code))
         folder.write_about({"metrics": {"nll": {"better": "lower", "label": "NLL"}}})
         lr, writer = config.optimizer.lr, JsonlWriter(folder.metrics)
         nll = 4.0 / lr + 0.01 * config.run.seed

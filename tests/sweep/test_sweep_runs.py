@@ -92,6 +92,25 @@ def test_a_changed_base_does_not_mix_with_an_old_folder(toy, capsys):
     assert [path.name for path in Path("runs/other").iterdir()] == ["notes.txt"]
 
 
+def test_runs_of_other_code_are_not_put_into_one_table_in_silence(toy, quick_fit, capsys):
+    """The ids do not tell: what they are made of is the config, which names the code and does not hold it."""
+    assert swept(capsys, "lr.yaml", *HERE, "runs.seeds=1")[0] == 0
+    family = Path("toy_family.py")
+    family.write_text(family.read_text() + "# another loss\n")
+    status, found, said = swept(capsys, "lr.yaml", *HERE)
+    assert status == 2 and "2 run(s) of this sweep were trained with other code" in said and "SHA-256" in said
+    assert not found and len([*Path("runs/lr").glob("*/config.yaml")]) == 2
+    assert swept(capsys, "lr.yaml", *HERE, "--accept-code")[0] == 0
+    assert len([*Path("runs/lr").glob("*/config.yaml")]) == 4
+
+
+def test_a_part_of_a_job_of_several_processes_does_not_sweep(toy, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-4]")
+    assert main(["sweep", "lr.yaml"]) == 2 and not Path("runs").exists()
+    assert "this one of several processes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -99,6 +118,7 @@ def test_a_changed_base_does_not_mix_with_an_old_folder(toy, capsys):
         (["lr.yaml", "--statsu"], "did you mean '--status'?"),
         (["lr.yaml", "--status", "--best"], "not allowed with argument"),
         (["nowhere.yaml"], "no such configuration"),
+        (["lr.yaml", "run.name=mine"], "a sweep names its runs itself"),
         (["lr.yaml", "optimizer.lrr=1.0"], "did you mean 'lr'?"),
     ],
 )
@@ -125,7 +145,8 @@ def test_a_folder_of_somebody_elses_is_read_and_never_run(toy, capsys):
     assert "4 waiting" in capsys.readouterr().out
     assert main(["sweep", "runs/lr"]) == 2 and "is run by its file" in capsys.readouterr().err
     file = Path("runs/lr/sweep.json")
-    for text in ("{", '{"version": 9}', file.read_text().replace('"id": "', '"id": "../'), "[]"):
+    odd = [file.read_text().replace(a, b) for a, b in (('"seed": 1', '"seed": []'), ('"lower"', '"best"'))]
+    for text in ("{", '{"version": 9}', file.read_text().replace('"id": "', '"id": "../'), "[]", *odd):
         file.write_text(text)
         assert main(["sweep", "runs/lr", "--best"]) == 2
         assert "Traceback" not in capsys.readouterr().err
@@ -285,6 +306,39 @@ def test_points_train_in_this_process(toy, capsys):
     assert found["points"][1]["value"] < found["points"][0]["value"]
     status, _, said = swept(capsys, "lr.yaml", *HERE, "init_from.run=nowhere", "name=lost", "runs.seeds=1")
     assert status == 1 and "nowhere" in said
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_all_at_once(toy):
+    process = begun("toy.yaml", "run.seed=0..2", "run.steps=400", "name=cut")
+    until(lambda: started())  # its child imports jax now, and would take seconds to save
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode in (75, 130)  # 75: the child was faster
+    folder, plan = SweepFolder(Path("runs/cut")), read_plan(Path("runs/cut"))
+    assert not any(folder.is_claimed(point) for point in plan.points)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ctrl-c", "--stop"])
+def test_told_to_stop_in_process_it_saves_too(toy, how):
+    Path("slow.py").write_text(
+        "import time, toy_family\nbatch = toy_family.Letters.batch\n"
+        "toy_family.Letters.batch = lambda *a: (time.sleep(0.1), batch(*a))[1]\n"
+        "import sys\nfrom jaxops.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])}
+    command = [sys.executable, "slow.py", "sweep", "toy.yaml", "run.seed=0..1", "run.steps=40", "name=cut"]
+    process = subprocess.Popen([*command, "runner.kind=in_process"], env=env, text=True, stderr=subprocess.PIPE)
+    until(lambda: any('"step": 6' in file.read_text() for file in Path("runs/cut").glob("*/metrics.jsonl")))
+    if how == "--stop":
+        assert main(["sweep", "runs/cut", "--stop"]) == 0
+    else:
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75 and "1 unfinished, 1 waiting; the same command goes on" in err, err
 
 
 @pytest.mark.slow
