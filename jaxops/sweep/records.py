@@ -162,6 +162,8 @@ class SweepFolder:
             return "failed", outcome.reason
         if not folder.is_dir():
             return "waiting", outcome.reason if outcome else ""
+        if _is_finished(folder):  # without reading a long log: of a sweep's points most are, when it is run again
+            return "finished", ""
         stands = standing(read_run(folder))
         if stands.state in ("finished", "running", "failed"):
             return stands.state, stands.reason  # type: ignore[return-value]
@@ -202,6 +204,16 @@ def read_plan(folder: Path) -> Plan:
         raise UserError(f"{folder} is no sweep: it has no {FILE}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _is_finished(folder: Path) -> bool:
+    """Returns whether a run has finished and has logged nothing since; False where that takes a closer look."""
+    try:
+        found = json.loads(read_text(folder / "summary.json"))
+        written, logged = (os.stat(folder / name).st_mtime for name in ("summary.json", "metrics.jsonl"))
+        return isinstance(found, dict) and found.get("state") == "finished" and logged <= written
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _is_point(point: Point) -> bool:

@@ -8,12 +8,11 @@ from random import Random
 
 from jaxops.config.errors import Problem, show
 from jaxops.config.node import BROKEN, Node, join_path, node_of
-from jaxops.sweep.spec import Draws, Runs, When
+from jaxops.sweep.spec import MAX_POINTS, Draws, Runs, When
 
 Assignment = dict[str, Node]
 """The values of one point, by dotted path of the base config; each knows the line it was written in."""
 
-MAX_POINTS = 20_000
 SEED = "run.seed"
 OURS = {"run.name": "the id of each run", "run.dir": "`dir` and `name` of the sweep"}
 """Paths that a sweep sets itself, and what says them instead."""
@@ -77,7 +76,10 @@ def values_of(node: Node, path: str, problems: list[Problem]) -> list[Node]:
         whole = _WHOLE.fullmatch(node.value)
         if whole is not None and int(whole[1]) <= int(whole[2]) < int(whole[1]) + MAX_POINTS:
             return [Node(value, node.origin) for value in range(int(whole[1]), int(whole[2]) + 1)]
-        message = f"a range is two whole numbers, the lower first, both included, such as 0..4; got {show(node)}"
+        message = (
+            "a range is two whole numbers, the lower first, both included, such as 0..4 (at most"
+            f" {MAX_POINTS:,} of them); got {show(node)}"
+        )
     elif node.value is BROKEN:
         return []
     else:

@@ -8,7 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+MAX_POINTS = 20_000
+"""Of one sweep; more than that can be planned by nobody, and a slip of a zero must not fill the memory."""
 Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MAX_POINTS)]
 DIGITS = 4
 """Significant digits of a number that is drawn: more would say nothing, and fewer can be read."""
 
@@ -83,7 +86,7 @@ class Draws:
     Draw number i of a path depends on the seed, the path and i alone: a larger count adds points and changes none.
     """
 
-    count: Positive
+    count: Count
     seed: int = 0
     values: Mapping[str, Uniform | LogUniform | Integer | Pick]
 
@@ -116,7 +119,7 @@ class Runs:
     grid: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     zip: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     random: Draws | None = None
-    seeds: Positive | tuple[int, ...] | None = None
+    seeds: Count | tuple[int, ...] | None = None
     when: tuple[When, ...] = ()
 
 

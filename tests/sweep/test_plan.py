@@ -145,6 +145,12 @@ WRONG = {
         "no point has optimizer.kin; did you mean 'optimizer.kind'?",
     ),
     "too many points": ({"grid": {"run.seed": "0..999", "optimizer.lr": list(range(1, 101))}}, "100,000 points"),
+    "too long a range": ({"grid": {"run.seed": "0..99999999999"}}, "at most 20,000 of them"),
+    "too many seeds": ({"seeds": 10**12}, "must be at most 20000"),
+    "too many draws": (
+        {"random": {"count": 10**12, "values": {"optimizer.lr": {"kind": "uniform", "low": 0, "high": 1}}}},
+        "must be at most 20000",
+    ),
     "nothing": ({}, "nothing is swept"),
 }
 
