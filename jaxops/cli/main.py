@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from jaxops.cli import launches, plan, rlhf, runs, writing
+from jaxops.cli import launches, plan, rlhf, runs, sweep, writing
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, NO_ROOM, RunFailed, UserError, nearest
 from jaxops.core.secret_text import printable, without_secrets
 
@@ -102,6 +102,8 @@ def _parser() -> Parser:
     train.add_argument("--accept-code", action="store_true", help="go on although code by import path has changed")
     train.add_argument("--smoke", action="store_true", help="two steps, evaluation, save, restore, in a scratch folder")
     rlhf.add_arguments(command("rlhf", "Judgements, a reward model, a policy, and again.", config=True, as_json=True))
+    what = "Many runs: a sweep file, or a config whose overrides have several values; again = what is missing."
+    sweep.add_arguments(command("sweep", what, config=True, as_json=True))
     what = "Whether a config fits an accelerator that is not here, and how fast it can be."
     plan.add_arguments(command("plan", what, config=True, as_json=True))
     launch = command("launch", "Train a config on other machines, or in the background of this one.", config=True)
@@ -279,6 +281,8 @@ def _run(args: argparse.Namespace) -> int:
         return getattr(runs, args.command)(args)
     if args.command in rlhf.COMMANDS:
         return rlhf.rlhf(args)
+    if args.command in sweep.COMMANDS:
+        return sweep.sweep(args)
     if args.command in plan.COMMANDS:
         return plan.plan(args)
     if args.command in launches.COMMANDS:

@@ -24,6 +24,8 @@ def plain_of(value: Any) -> Any:
     Raises:
       TypeError: YAML cannot express a value.
     """
+    if value is None or type(value) in (bool, int, float, str):  # most are, and the questions below cost more
+        return value
     match value:
         case ByPath():
             return {"fn": value.fn} | {spelled(key): plain_of(entry) for key, entry in value.kwargs.items()}

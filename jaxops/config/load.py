@@ -95,7 +95,7 @@ def load(
       UserError: there is no such file.
     """
     named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    return _resolve(schema, read_files(named), overrides, by, check_imports)
+    return load_trees(schema, read_files(named), parse_overrides(overrides), by=by, check_imports=check_imports)
 
 
 @overload
@@ -165,18 +165,33 @@ def from_dict(
     Raises:
       ConfigError: the configuration is wrong; each problem has its dotted path and origin.
     """
-    return _resolve(schema, [node_of(values, source)], overrides, by, check_imports and guard is None, guard)
+    given, imports = parse_overrides(overrides), check_imports and guard is None
+    return load_trees(schema, [node_of(values, source)], given, by=by, check_imports=imports, guard=guard)
 
 
-def _resolve(
+def load_trees(
     schema: type[Any] | Variants,
-    trees: list[Node],
-    overrides: Sequence[str],
-    by: str,
-    check_imports: bool,
+    trees: Sequence[Node],
+    given: Sequence[Node] = (),
+    *,
+    by: str = "task",
+    check_imports: bool = True,
     guard: Guard | None = None,
 ) -> Loaded[Any]:
-    given, tag, resolved_once = parse_overrides(overrides), None, guard is not None
+    """Validates trees that were read already, as `load` does: a sweep reads its base once for all of its points.
+
+    Args:
+      schema: as `load`.
+      trees: those of files, merged left to right.
+      given: those of overrides, as `parse_overrides` makes them.
+      by: as `load`.
+      check_imports: as `load`.
+      guard: as `from_dict`.
+
+    Raises:
+      ConfigError: the configuration is wrong; each problem has its dotted path and origin.
+    """
+    tag, resolved_once = None, guard is not None
     if isinstance(schema, Mapping):
         tag = _tag(schema, [*trees, *given], by, resolved_once)
         try:

@@ -171,6 +171,11 @@ def _override(override: str) -> Node:
         raise ConfigError(
             [Problem(join_path(path, p.path) if p.path else path, p.origin, p.value, p.message) for p in error.problems]
         ) from None
+    return beneath(names, node)
+
+
+def beneath(names: Sequence[str], node: Node) -> Node:
+    """Returns the tree of an override: a node under mappings that nobody wrote."""
     for name in reversed(names):
-        node = Node({name: node}, origin, implied=True)
+        node = Node({name: node}, node.origin, implied=True)
     return node

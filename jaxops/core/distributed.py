@@ -118,11 +118,26 @@ def _by_hand(env: Mapping[str, str]) -> tuple[str, int, int] | None:
     return address, int(count), int(number)
 
 
-def _found_by_jax(env: Mapping[str, str]) -> bool:
-    """Returns whether jax can find the other processes by itself: several Slurm or MPI tasks, or a TPU VM."""
+def is_one_of_several(env: Mapping[str, str] = os.environ) -> bool:
+    """Returns whether the environment makes this process a part of a job: by hand, or as one of several tasks.
+
+    Raises:
+      UserError: the variables of a job by hand are wrong.
+    """
+    return _by_hand(env) is not None or _several_tasks(env)
+
+
+def _several_tasks(env: Mapping[str, str]) -> bool:
     for size, also in (("SLURM_NTASKS", "SLURM_STEP_NODELIST"), ("OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri")):
         if env.get(size, "1").isdigit() and int(env.get(size, "1")) > 1 and also in env:
             return True
+    return False
+
+
+def _found_by_jax(env: Mapping[str, str]) -> bool:
+    """Returns whether jax can find the other processes by itself: several Slurm or MPI tasks, or a TPU VM."""
+    if _several_tasks(env):
+        return True
     return importlib.util.find_spec("libtpu") is not None and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
 
 

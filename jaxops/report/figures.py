@@ -117,7 +117,7 @@ def curves(
         axes.yaxis.set_major_formatter(lambda value, _: compact(value))
         axes.set_xlabel("step")
         if len(series) + len(levels or {}) > 1:
-            _legend(axes)
+            legend(axes)
 
     alt = "; ".join(_in_words(name, points) for name, points in series.items())
     alt += "".join(f"; {name} {value:.4g}" for name, value in (levels or {}).items())
@@ -221,7 +221,7 @@ def reliability_figure(values: Float[np.ndarray, "3 bins"], *, title: str = "Pre
         axes.yaxis.set_major_formatter(lambda value, _: compact(value))
         axes.set_xlabel("predicted rate")
         axes.set_ylabel("observed rate")
-        _legend(axes)
+        legend(axes)
 
     points = (f"{predicted[i]:.3g} predicted, {observed[i]:.3g} observed, {share[i]:.1%} of the examples" for i in full)
     return Plot(title, f"Mean distance from the line: {distance:.4f}", picture(draw, title, "; ".join(points)))
@@ -281,7 +281,7 @@ def _curve(axes: Axes, points: Series, colour: str, dash: Any, smooth: bool, nam
     axes.plot(mean.steps, mean.values, color=colour, linestyle=dash, linewidth=2.0, label=name)
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     """Puts the legend above the plot, in as many columns as the names leave room for."""
     lines, names = axes.get_legend_handles_labels()
     names = [name if len(name) <= 36 else name[:35] + "\u2026" for name in names]

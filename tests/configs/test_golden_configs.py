@@ -46,9 +46,11 @@ COMPLETED_BY = {
 """What a config that others build upon lacks: it names no data and no length of its own."""
 LOOPS = ("policy/rlhf_sentiment",)
 """Configs of loops, which chain runs and are none; tests/configs/test_sentiment.py has them."""
+SWEEPS = tuple(f"sweep/{path.stem}" for path in sorted((shipped_configs() / "sweep").glob("*.yaml")))
+"""Many runs each; tests/configs/test_sweeps.py has them."""
 NAMES = sorted(
     {path.relative_to(shipped_configs()).with_suffix("").as_posix() for path in shipped_configs().rglob("*.yaml")}
-    - {*LOOPS}
+    - {*LOOPS, *SWEEPS}
 )
 
 

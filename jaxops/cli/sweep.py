@@ -1,0 +1,218 @@
+"""`jaxops sweep`: many runs from one file or from overrides with several values."""
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from jaxops.sweep.plan import Plan
+    from jaxops.sweep.results import Outcome, Result
+    from jaxops.sweep.runners import Runner
+
+COMMANDS = ("sweep",)
+CHILD = """import sys
+from jaxops.sweep.runners import end_with
+end_with(int(sys.argv.pop(1)))
+sys.argv[0] = 'jaxops'
+from jaxops.cli.main import script
+script()
+"""
+"""The program of a point's process: `jaxops train`, which is told to stop when the sweep's process ends."""
+
+
+def add_arguments(made: Any) -> None:
+    """Adds the arguments of the command to its parser."""
+    only = made.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="check and print all points, and start nothing")
+    only.add_argument(
+        "--status", action="store_true", help="the state and result of each point; also of a sweep's folder"
+    )
+    only.add_argument(
+        "--best", action="store_true", help="which values are best, and whether by more than seeds differ"
+    )
+    only.add_argument("--stop", action="store_true", help="ask the processes that run the sweep to save and stop")
+    only.add_argument("--retry-failed", action="store_true", help="run points again whose last attempt failed")
+    made.add_argument("--accept-code", action="store_true", help="go on although code by import path has changed")
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Runs `jaxops sweep FILE [a.b=V1,V2 ...] [--dry-run | --status | --best | --stop | --retry-failed]`."""
+    from jaxops.cli.printing import console, say
+    from jaxops.sweep.plan import make_plan
+    from jaxops.sweep.records import SweepFolder, is_sweep_folder, read_plan
+    from jaxops.sweep.results import read_outcome
+    from jaxops.sweep.work import Sweep, require_configs, require_same_code
+
+    plan = read_plan(Path(args.config)) if is_sweep_folder(args.config) else make_plan(args.config, args.overrides)
+    if args.dry_run:
+        return _dry_run(plan, args.json)
+    folder = SweepFolder(plan.folder)
+    if args.status or args.best or args.stop:
+        if not folder.has_begun:
+            raise UserError(f"{plan.folder}: this sweep has not begun")
+        return _stop(plan, folder) if args.stop else _show(args, read_outcome(plan))
+    require_configs(plan)
+    if not args.accept_code:
+        require_same_code(plan)
+    told = lambda line: say(console(stderr=True), line)
+    runner = _runner(args, plan, folder)
+    for gone in folder.begin(plan):
+        told(f"{plan.folder / gone} is no point of this sweep any more; it stays, and counts for nothing")
+    whole = Sweep(plan, folder, runner, told, retry_failed=args.retry_failed).run()
+    outcome = read_outcome(plan)
+    _show(args, outcome)
+    from jaxops.sweep.page import write_sweep_page  # matplotlib takes a second to import
+
+    told(f"page: {write_sweep_page(outcome)}")
+    if not whole or outcome.count("failed") == 0:
+        left = len(outcome.results) - outcome.count("finished") - outcome.count("failed")
+        if left or not whole:
+            told(f"{outcome.counts}; the same command goes on")
+            return EXIT_INTERRUPTED
+        return EXIT_OK
+    told(f"{outcome.counts}; the logs are in {plan.folder / 'logs'}, and --retry-failed runs those again that failed")
+    return EXIT_FAILED
+
+
+@contextlib.contextmanager
+def sweeps_told(args: argparse.Namespace) -> Iterator[None]:
+    """Adds to the errors of a config the command that sweeps: it is a sweep, or a wrong override has several values.
+
+    Raises:
+      UserError: in place of such errors.
+    """
+    from jaxops.config.errors import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        from jaxops.sweep.sources import has_several_values
+
+        wrong = {problem.origin for problem in error.problems}
+        several = any(f"override '{one}'" in wrong and has_several_values(one) for one in args.overrides)
+        if not several and not any(problem.path == "runs" for problem in error.problems):
+            raise
+        typed = shlex.join(["jaxops", "sweep", args.config, *args.overrides])
+        what = "Several values are a sweep" if several else "This file is a sweep"
+        raise UserError(f"{error}\n{what}: {typed}") from None
+
+
+def _runner(args: argparse.Namespace, plan: "Plan", folder: Any) -> "Runner":
+    from jaxops.sweep.runners import InProcessRunner, LocalRunner
+    from jaxops.sweep.spec import Local
+
+    if not isinstance(plan.runner, Local):
+        return InProcessRunner(folder, args.accept_code)
+    flags = ["--cpu-devices", str(args.cpu_devices)] if args.cpu_devices is not None else []
+    flags += ["--accept-code"] if args.accept_code else []
+    command = [sys.executable, "-c", CHILD, str(os.getpid()), "train", *flags]
+    return LocalRunner(folder, plan.runner.jobs, command)
+
+
+def _dry_run(plan: "Plan", as_json: bool) -> int:
+    from jaxops.cli.printing import console, print_json, say
+    from jaxops.sweep.space import SEED
+
+    if as_json:
+        points = [{"id": point.id, "seed": point.seed, "values": point.values} for point in plan.points]
+        return print_json({"version": 1, "dir": str(plan.folder), "metric": plan.metric.name, "points": points})
+    out = console()
+    out.print(_table(plan, [(point.id, point.values) for point in plan.points], []))
+    several = len({point.group for point in plan.points})
+    seeds = f", {several} but for {SEED}" if several < len(plan.points) else ""
+    say(
+        out,
+        f"{len(plan.points)} point(s){seeds} -> {plan.folder}; judged by valid/{plan.metric.name},"
+        f" {plan.metric.better} is better",
+    )
+    return EXIT_OK
+
+
+def _stop(plan: "Plan", folder: Any) -> int:
+    from jaxops.cli.printing import console, say
+
+    running = [point for point in plan.points if folder.is_claimed(point)]
+    folder.ask_to_stop()
+    say(console(), f"asked to stop: {len(running)} point(s) are running, which save first")
+    return EXIT_OK
+
+
+def _show(args: argparse.Namespace, outcome: "Outcome") -> int:
+    """Prints what a sweep has come to."""
+    from jaxops.cli.printing import console, print_json, say
+
+    if args.json:
+        return print_json(_for_programs(outcome))
+    out = console()
+    if args.best:
+        say(out, outcome.verdict.words)
+        winner = outcome.verdict.winner
+        for result in winner.results if winner else ():
+            say(out, f"{outcome.plan.folder / result.point.id} ({result.point.label})")
+        return EXIT_OK
+    rows = [(result.point.id, result.point.values) for result in outcome.results]
+    out.print(_table(outcome.plan, rows, [_cells(result) for result in outcome.results]))
+    for result in outcome.results:
+        if result.reason:
+            say(out, f"{result.point.id}: {result.reason}")
+    say(out, f"{outcome.plan.folder}: {outcome.counts}")
+    say(out, outcome.verdict.words)
+    return EXIT_OK
+
+
+def _cells(result: "Result") -> tuple[str, str]:
+    from jaxops.report.results import score
+
+    so_far = "" if result.so_far is None else f"({score(result.so_far)})"
+    return result.state, so_far if result.value is None else score(result.value)
+
+
+def _table(plan: "Plan", rows: Sequence[tuple[str, dict[str, Any]]], more: Sequence[tuple[str, str]]) -> "Table":
+    """Returns a table with a row for each point; with its state and value where there are any."""
+    from jaxops.cli.printing import cell, grid
+    from jaxops.report.compare import yaml_of
+
+    columns = ["run|", *plan.swept, *(["state|", f"valid/{plan.metric.name}>"] if more else [])]
+    table = grid(*columns)
+    for number, (name, values) in enumerate(rows):
+        texts = [yaml_of(values[path]) if path in values else "" for path in plan.swept]
+        table.add_row(*map(cell, [name, *texts, *(more[number] if more else ())]))
+    return table
+
+
+def _for_programs(outcome: "Outcome") -> dict[str, Any]:
+    plan, winner = outcome.plan, outcome.verdict.winner
+    return {
+        "version": 1,
+        "dir": str(plan.folder),
+        "metric": f"valid/{plan.metric.name}",
+        "better": plan.metric.better,
+        "points": [
+            {
+                "id": one.point.id,
+                "dir": str(plan.folder / one.point.id),
+                "values": one.point.values,
+                "seed": one.point.seed,
+                "state": one.state,
+                "reason": one.reason,
+                "value": one.value,
+            }
+            for one in outcome.results
+        ],
+        "groups": [
+            {"values": one.values, "seeds": len(one.numbers), "mean": one.mean, "margin": one.margin}
+            for one in outcome.groups
+        ],
+        "winner": None if winner is None else winner.values,
+        "p": outcome.verdict.p,
+        "verdict": outcome.verdict.words,
+    }

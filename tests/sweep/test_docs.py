@@ -1,0 +1,28 @@
+"""The file of docs/sweeps.md is a sweep, and its commands are understood."""
+
+import re
+import shlex
+from pathlib import Path
+
+from jaxops.cli.main import parse_arguments
+from jaxops.sweep.plan import make_plan
+
+PAGE = (Path(__file__).parents[2] / "docs/sweeps.md").read_text(encoding="utf-8")
+
+
+def test_the_sweep_of_the_page_has_its_points(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    Path("sweep.yaml").write_text(text)
+    Path("my.yaml").write_text("base: rec/movielens_sasrec")
+    plan = make_plan("sweep.yaml")
+    assert len(plan.points) == 3 * (1 + 2) * 2 * 3 and plan.runner.jobs == 2
+    draws = re.search(r"`random: (\{.*?\}\}\})`", PAGE, re.DOTALL)[1]
+    Path("sweep.yaml").write_text(f"base: my.yaml\nruns:\n  random: {' '.join(draws.split())}\n")
+    assert len(make_plan("sweep.yaml").points) == 20
+
+
+def test_the_commands_of_the_page_are_understood():
+    (block,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    parsed = [parse_arguments(shlex.split(line, comments=True)[1:]) for line in block.splitlines()]
+    assert [one.command for one in parsed] == ["sweep"] * 4 and parsed[2].dry_run and parsed[3].status
