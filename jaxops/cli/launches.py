@@ -68,7 +68,7 @@ def launch(args: argparse.Namespace) -> int:
     from jaxops.launch.code import bundle
     from jaxops.launch.engine import launch as started
     from jaxops.launch.engine import open_session, supervise
-    from jaxops.launch.record import LaunchFolder, Record
+    from jaxops.launch.record import LaunchFolder, LaunchRecord
     from jaxops.launch.request import Request, make_spec
     from jaxops.launch.session import Session
     from jaxops.run.build import load_config
@@ -83,7 +83,7 @@ def launch(args: argparse.Namespace) -> int:
     request.check()
     loaded = load_config(args.config, args.overrides)
     code = bundle(Path.cwd())
-    fresh = Record(spec=make_spec(request, loaded, code), grace=args.grace, retries=args.retries)
+    fresh = LaunchRecord(spec=make_spec(request, loaded, code), grace=args.grace, retries=args.retries)
     _hide(fresh.spec.secrets)
     folder, hours = LaunchFolder(fresh.spec.id), float(args.max_hours)
     if args.dry_run:

@@ -14,7 +14,7 @@ from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserErr
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from jaxops.sweep.plan import Plan
+    from jaxops.sweep.plan import SweepPlan
     from jaxops.sweep.results import Outcome, Result
     from jaxops.sweep.runners import Runner
 
@@ -106,7 +106,7 @@ def sweeps_told(args: argparse.Namespace) -> Iterator[None]:
         raise UserError(f"{error}\n{what}: {typed}") from None
 
 
-def _runner(args: argparse.Namespace, plan: "Plan", folder: Any) -> "Runner":
+def _runner(args: argparse.Namespace, plan: "SweepPlan", folder: Any) -> "Runner":
     from jaxops.sweep.runners import InProcessRunner, LocalRunner
     from jaxops.sweep.spec import Local
 
@@ -118,7 +118,7 @@ def _runner(args: argparse.Namespace, plan: "Plan", folder: Any) -> "Runner":
     return LocalRunner(folder, plan.runner.jobs, command)
 
 
-def _dry_run(plan: "Plan", as_json: bool) -> int:
+def _dry_run(plan: "SweepPlan", as_json: bool) -> int:
     from jaxops.cli.printing import console, print_json, say
     from jaxops.sweep.space import SEED
 
@@ -137,7 +137,7 @@ def _dry_run(plan: "Plan", as_json: bool) -> int:
     return EXIT_OK
 
 
-def _stop(plan: "Plan", folder: Any) -> int:
+def _stop(plan: "SweepPlan", folder: Any) -> int:
     from jaxops.cli.printing import console, say
 
     running = [point for point in plan.points if folder.is_claimed(point)]
@@ -176,7 +176,7 @@ def _cells(result: "Result") -> tuple[str, str]:
     return result.state, so_far if result.value is None else score(result.value)
 
 
-def _table(plan: "Plan", rows: Sequence[tuple[str, dict[str, Any]]], more: Sequence[tuple[str, str]]) -> "Table":
+def _table(plan: "SweepPlan", rows: Sequence[tuple[str, dict[str, Any]]], more: Sequence[tuple[str, str]]) -> "Table":
     """Returns a table with a row for each point; with its state and value where there are any."""
     from jaxops.cli.printing import cell, grid
     from jaxops.report.compare import yaml_of

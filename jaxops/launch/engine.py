@@ -12,16 +12,16 @@ from collections.abc import Callable
 from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_OK, Lost, RunFailed, UserError
 from jaxops.launch.code import Code
 from jaxops.launch.hosts import each
-from jaxops.launch.record import LaunchFolder, Record
+from jaxops.launch.record import LaunchFolder, LaunchRecord
 from jaxops.launch.session import Session
 from jaxops.launch.stages import prepare, restore_hosts, start_attempt, start_workers
-from jaxops.launch.watch import Watch
+from jaxops.launch.watch import AttemptWatch
 
 MOST_PAUSE = 60.0
 """The longest wait before another attempt, in seconds."""
 
 
-def open_session(folder: LaunchFolder, fresh: Record, say: Callable[[str], None]) -> Session:
+def open_session(folder: LaunchFolder, fresh: LaunchRecord, say: Callable[[str], None]) -> Session:
     """Returns the launch as it was left, or the fresh one with the attempts counted on; nothing is written.
 
     Raises:
@@ -42,7 +42,7 @@ def open_session(folder: LaunchFolder, fresh: Record, say: Callable[[str], None]
     return Session(folder, _counted_on(old, fresh), say)
 
 
-def _counted_on(old: Record, fresh: Record) -> Record:
+def _counted_on(old: LaunchRecord, fresh: LaunchRecord) -> LaunchRecord:
     """Returns the fresh record with the old one's attempts, since each has a folder of its own on the hosts."""
     return dataclasses.replace(fresh, attempt=old.attempt, roots=old.roots)
 
@@ -50,7 +50,7 @@ def _counted_on(old: Record, fresh: Record) -> Record:
 def launch(
     session: Session,
     code: Code,
-    fresh: Record,
+    fresh: LaunchRecord,
     hours: float,
     prepare_hosts: Callable[[Session, Code], None] = prepare,
 ) -> bool:
@@ -131,7 +131,7 @@ def supervise(session: Session, code: Code, pause: float = 1.0, adopted: bool = 
       adopted: whether the workers are those of an earlier launcher.
     """
     while True:
-        watch, adopted = Watch(session, pause, adopted), False
+        watch, adopted = AttemptWatch(session, pause, adopted), False
         try:
             verdict = watch.attempt()
         except KeyboardInterrupt as error:

@@ -30,7 +30,7 @@ class Unreachable(RunFailed):
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a command on a host left: its exit status, stdout and stderr."""
+    """The exit status, stdout and stderr of a command on a host."""
 
     code: int
     out: str

@@ -26,7 +26,7 @@ State = Literal["preparing", "running", "ended"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What is launched; two launches of one spec are the same.
+    """The run, its hosts and how they are used; two launches of one spec are the same launch.
 
     Attributes:
       name: the run's name.
@@ -65,7 +65,7 @@ class Spec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Record:
+class LaunchRecord:
     """A launch and how far it has come.
 
     Attributes:
@@ -118,7 +118,7 @@ class LaunchFolder:
     def __init__(self, id: str):
         self.id, self.path = id, state_root() / "launch" / id
 
-    def load(self) -> Record | None:
+    def load(self) -> LaunchRecord | None:
         """Returns the record; None where there is none.
 
         Raises:
@@ -133,13 +133,13 @@ class LaunchFolder:
             spec: dict[str, Any] = {
                 n: tuple(one) if isinstance(one, list) else one for n, one in values["spec"].items()
             }
-            return Record(**{**values, **lists, "spec": Spec(**spec)})
+            return LaunchRecord(**{**values, **lists, "spec": Spec(**spec)})
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{file}: this record of a launch cannot be read: {error}") from None
 
-    def save(self, record: Record) -> Record:
+    def save(self, record: LaunchRecord) -> LaunchRecord:
         """Writes the record, whole, and returns it."""
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         text = json.dumps({"version": VERSION, **dataclasses.asdict(record)}, indent=1)
@@ -197,7 +197,7 @@ class LaunchFolder:
 
     @property
     def log(self) -> Path:
-        """What a detached launcher says."""
+        """The file in which a detached launcher writes its messages."""
         return self.path / "launcher.log"
 
     def remove(self) -> None:
@@ -211,7 +211,7 @@ def launches() -> list[LaunchFolder]:
     return [LaunchFolder(path.parent.name) for path in sorted(root.glob("*/record.json"))]
 
 
-def find_launch(name: str) -> tuple[LaunchFolder, Record]:
+def find_launch(name: str) -> tuple[LaunchFolder, LaunchRecord]:
     """Finds a launch by its id, its run's name or its run's folder.
 
     Raises:

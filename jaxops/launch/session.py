@@ -12,7 +12,7 @@ from typing import Any
 from jaxops.core.cache import state_root
 from jaxops.core.failures import RunFailed
 from jaxops.launch.hosts import Host, Output, each
-from jaxops.launch.record import LaunchFolder, Record
+from jaxops.launch.record import LaunchFolder, LaunchRecord
 from jaxops.launch.request import hosts_of
 from jaxops.launch.scripts import script
 
@@ -28,7 +28,7 @@ class Session:
     """A launch as it goes on: what is recorded of it, its hosts, and where its words go."""
 
     folder: LaunchFolder
-    record: Record
+    record: LaunchRecord
     say: Callable[[str], None]
     dry: bool = False
 
@@ -44,7 +44,16 @@ class Session:
     def run(
         self, host: Host, argv: list[str], *, stdin: bytes = b"", source: str = "", timeout: float = 60, dry: str = "{}"
     ) -> Output:
-        """Runs a command on a host; `source` names what is on its stdin, and `dry` is the answer of a dry run."""
+        """Runs a command on a host, or prints it in a dry run.
+
+        Args:
+          host: the host.
+          argv: the command and its arguments.
+          stdin: bytes that the command reads.
+          source: the name of the file that they come from, for the printed command.
+          timeout: seconds after which the host counts as not answering.
+          dry: the output of the command in a dry run.
+        """
         if self.dry:
             print(f"{host.shown(argv)}{f' < {source}' if source else ''}")
             return Output(0, dry, "")
@@ -69,6 +78,15 @@ class Session:
         self, worker: int, verb: str, *args: str, stdin: bytes = b"", source: str = "", timeout: float = 60, **dry: Any
     ) -> Mapping[str, Any]:
         """Asks the host of a worker for something that `launch/worker.py` does, and returns its answer.
+
+        Args:
+          worker: the number of the worker.
+          verb: the command of `launch/worker.py`.
+          *args: its arguments.
+          stdin: bytes that it reads.
+          source: the name of the file that they come from, for the printed command of a dry run.
+          timeout: seconds after which the host counts as not answering.
+          **dry: the answer of a dry run.
 
         Raises:
           RunFailed: the host refuses; the message names it.

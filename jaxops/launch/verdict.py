@@ -37,15 +37,15 @@ class End:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What an attempt came to: the exit status of `jaxops launch`, whether to try again, and why, in words."""
+class AttemptVerdict:
+    """The end of an attempt: the exit status of `jaxops launch`, whether to try again, and why, in words."""
 
     status: int
     retry: bool
     why: str
 
 
-def judge(ends: Sequence[End], stopped: bool = False) -> Verdict:
+def judge(ends: Sequence[End], stopped: bool = False) -> AttemptVerdict:
     """Judges an attempt by the ends of its workers.
 
     One preempted worker makes the attempt preempted, whatever its siblings say: they fail in many ways when it goes.
@@ -56,29 +56,31 @@ def judge(ends: Sequence[End], stopped: bool = False) -> Verdict:
     """
     codes = [end.code for end in ends]
     if all(code == EXIT_OK for code in codes):
-        return Verdict(EXIT_OK, False, "done")
+        return AttemptVerdict(EXIT_OK, False, "done")
     saved = all(code in (EXIT_OK, EXIT_INTERRUPTED) for code in codes)
     if any(end.why == "max-hours" for end in ends):
         how = "it saved" if saved else "a worker did not save in time, and its last checkpoint holds"
-        return Verdict(EXIT_INTERRUPTED if saved else EXIT_LOST, False, f"--max-hours are used up: {how}")
+        return AttemptVerdict(EXIT_INTERRUPTED if saved else EXIT_LOST, False, f"--max-hours are used up: {how}")
     if stopped:
         how = "it saved" if saved else "a worker ended before it had saved, and its last checkpoint holds"
-        return Verdict(EXIT_INTERRUPTED if saved else EXIT_STOPPED, False, f"stopped: {how}")
+        return AttemptVerdict(EXIT_INTERRUPTED if saved else EXIT_STOPPED, False, f"stopped: {how}")
     for end in ends:
         if end.code is None:
             how = "its host does not answer" if end.why == "unreachable" else "is gone without a word"
-            return Verdict(EXIT_LOST, True, f"{end.worker}: {how}")
+            return AttemptVerdict(EXIT_LOST, True, f"{end.worker}: {how}")
         if end.code in _PREEMPTED and not end.asked:
             status = EXIT_INTERRUPTED if end.code == EXIT_INTERRUPTED else EXIT_LOST
-            return Verdict(status, True, f"{end.worker} {_PREEMPTED[end.code]} (exit status {end.code})")
+            return AttemptVerdict(status, True, f"{end.worker} {_PREEMPTED[end.code]} (exit status {end.code})")
     for code in (EXIT_USAGE, EXIT_FAILED):
         for end in ends:
             if end.code == code:
                 what = "its input is wrong" if code == EXIT_USAGE else "the run failed"
-                return Verdict(code, False, f"{end.worker}: {what} (exit status {code}); its log says why")
+                return AttemptVerdict(code, False, f"{end.worker}: {what} (exit status {code}); its log says why")
     for end in ends:
         if end.code is not None and end.code not in (EXIT_OK, EXIT_INTERRUPTED, EXIT_LOST) and end.code < 128:
             why = f": {end.why}" if end.why else "; its log says why"
-            return Verdict(EXIT_FAILED, False, f"{end.worker} ended with status {end.code}{why}")
+            return AttemptVerdict(EXIT_FAILED, False, f"{end.worker} ended with status {end.code}{why}")
     lost = next(end for end in ends if end.code != EXIT_OK)
-    return Verdict(EXIT_LOST, True, f"{lost.worker} lost another worker, or the devices (exit status {lost.code})")
+    return AttemptVerdict(
+        EXIT_LOST, True, f"{lost.worker} lost another worker, or the devices (exit status {lost.code})"
+    )

@@ -7,7 +7,7 @@ from typing import Any
 from jaxops.core.secret_text import printable, without_secrets
 from jaxops.launch.hosts import each
 from jaxops.launch.session import Session
-from jaxops.launch.verdict import End, Verdict, judge
+from jaxops.launch.verdict import AttemptVerdict, End, judge
 
 SETTLE_SECONDS = 20.0
 """How long the others have to end by themselves once one worker has not ended well."""
@@ -15,7 +15,7 @@ UNREACHABLE_SECONDS = 180.0
 """How long a host may be silent, while another one answers, before its worker counts as lost."""
 
 
-class Watch:
+class AttemptWatch:
     """One attempt as it is watched.
 
     Args:
@@ -35,14 +35,14 @@ class Watch:
         self._told: dict[str, set[int]] = {}
         self._stopping = False
 
-    def attempt(self) -> Verdict:
+    def attempt(self) -> AttemptVerdict:
         """Returns what the attempt comes to, once all of its workers have ended."""
         while not self._look():
             self._end_others()
             time.sleep(self._pause)
         return judge([end for end in self._ends if end is not None], self._stopping)
 
-    def stopped_by(self, error: BaseException) -> Verdict:
+    def stopped_by(self, error: BaseException) -> AttemptVerdict:
         """Has the workers save and end, as Ctrl-C asks; a closed terminal (SIGHUP) leaves them alone.
 
         Raises:

@@ -7,13 +7,13 @@ import numpy as np
 from scipy import stats
 
 from jaxops.report.compare import yaml_of
-from jaxops.sweep.results import Group
+from jaxops.sweep.results import SeedGroup
 
 FEWEST = 6
 """Points below which nothing is said: a share would be of chance."""
 
 
-def importance(groups: Sequence[Group], paths: Sequence[str]) -> list[tuple[str, float]]:
+def importance(groups: Sequence[SeedGroup], paths: Sequence[str]) -> list[tuple[str, float]]:
     """Returns the paths with the share of the variance between points that each explains alone, largest first.
 
     For a path of few values it is the variance between them less what chance would give (omega squared, without its

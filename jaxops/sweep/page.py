@@ -14,7 +14,7 @@ from jaxops.report.figures import GRID, INK, LINES, Plot
 from jaxops.report.html import fill_template, write_page
 from jaxops.report.results import Card, score
 from jaxops.sweep.importance import importance, is_number
-from jaxops.sweep.results import Group, Outcome
+from jaxops.sweep.results import Outcome, SeedGroup
 from jaxops.sweep.space import SEED
 
 MOST_ROWS, MOST_AXES, MOST_LINES, MOST_PLOTS = 200, 5, 300, 8
@@ -61,7 +61,7 @@ def render_sweep(outcome: Outcome) -> str:
     )
 
 
-def _cards(outcome: Outcome, scored: Sequence[Group]) -> list[Card]:
+def _cards(outcome: Outcome, scored: Sequence[SeedGroup]) -> list[Card]:
     if not scored:
         return []
     first, metric = scored[0], outcome.plan.metric
@@ -73,7 +73,7 @@ def _cards(outcome: Outcome, scored: Sequence[Group]) -> list[Card]:
     return cards
 
 
-def _row(outcome: Outcome, group: Group, paths: Sequence[str]) -> dict[str, Any]:
+def _row(outcome: Outcome, group: SeedGroup, paths: Sequence[str]) -> dict[str, Any]:
     name = outcome.plan.metric.name
     test = _test(group, name)
     return {
@@ -88,24 +88,24 @@ def _row(outcome: Outcome, group: Group, paths: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _margin(group: Group) -> str:
+def _margin(group: SeedGroup) -> str:
     return "" if group.margin is None else f" ± {score(group.margin)}"
 
 
-def _test(group: Group, name: str) -> list[float]:
+def _test(group: SeedGroup, name: str) -> list[float]:
     """Returns the values on the test data of the runs that finished."""
     runs = [one.run for one in group.results if one.value is not None and one.run is not None]
     return [value for run in runs if (value := run.number(f"test/{name}")) is not None]
 
 
-def _kinds(groups: Sequence[Group], path: str) -> list[str]:
+def _kinds(groups: Sequence[SeedGroup], path: str) -> list[str]:
     return list(dict.fromkeys(yaml_of(group.values[path]) for group in groups if path in group.values))
 
 
 class _Axis:
     """Where the values of a path stand: numbers by size (its logarithm where they span much), others in their order."""
 
-    def __init__(self, groups: Sequence[Group], path: str) -> None:
+    def __init__(self, groups: Sequence[SeedGroup], path: str) -> None:
         self.path = path
         values = [group.values[path] for group in groups if path in group.values]
         self.numbers = all(map(is_number, values))
@@ -114,7 +114,7 @@ class _Axis:
         self.log = self.numbers and low > 0 and high / low >= LOG_FROM
         self.bounds = (float(low), float(high))
 
-    def place(self, group: Group) -> float | None:
+    def place(self, group: SeedGroup) -> float | None:
         """Returns a position from 0 to 1; None for a point that has no value of the path."""
         if self.path not in group.values:
             return None
@@ -136,7 +136,7 @@ def _short(text: str, most: int = 14) -> str:
     return text if len(text) <= most else text[: most - 1] + "\u2026"
 
 
-def _parallel(outcome: Outcome, scored: Sequence[Group], paths: Sequence[str]) -> Plot:
+def _parallel(outcome: Outcome, scored: Sequence[SeedGroup], paths: Sequence[str]) -> Plot:
     """Draws each point as a line through its values, up to the metric; the best quarter in colour."""
     axes_of, metric = [_Axis(scored, path) for path in paths], outcome.plan.metric
     shown = scored[:MOST_LINES]
@@ -170,7 +170,7 @@ def _parallel(outcome: Outcome, scored: Sequence[Group], paths: Sequence[str]) -
     return Plot("All parameters", caption, figures.picture(draw, "All parameters", alt))
 
 
-def _against(outcome: Outcome, scored: Sequence[Group], path: str) -> Plot:
+def _against(outcome: Outcome, scored: Sequence[SeedGroup], path: str) -> Plot:
     """Draws the metric over the values of a path, with the interval over seeds where there are any."""
     axis, metric = _Axis(scored, path), outcome.plan.metric
     having = [group for group in scored if path in group.values]
@@ -223,7 +223,7 @@ def _curves(outcome: Outcome) -> Iterator[Plot]:
     yield Plot(f"Validation {shown}", caption, figures.picture(draw, f"Validation {shown}", alt))
 
 
-def _band(group: Group, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+def _band(group: SeedGroup, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """Returns steps, lowest, mean and highest value over the seeds, at the steps that all of them have."""
     curves = [curve for one in group.results if one.run is not None and len(curve := one.run.curve(name))]
     if not curves:

@@ -18,7 +18,7 @@ from jaxops.core.home import expand_home
 from jaxops.core.metric import Metric
 from jaxops.run.family import SCHEMAS
 from jaxops.run.folder.listing import MARKS, is_run
-from jaxops.sweep.sources import Source, read_source
+from jaxops.sweep.sources import SweepSource, read_source
 from jaxops.sweep.space import OURS, Assignment, expand, multiply
 from jaxops.sweep.spec import InProcess, Local, SweepSpec, When
 
@@ -49,7 +49,7 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A sweep that may start: all of its points are valid.
 
     Attributes:
@@ -83,7 +83,7 @@ def _typed(value: Any) -> str:
     return value if isinstance(value, str) else show(value)
 
 
-def make_plan(path: str, overrides: Sequence[str] = ()) -> Plan:
+def make_plan(path: str, overrides: Sequence[str] = ()) -> SweepPlan:
     """Plans a sweep from its file, or from a run's config and overrides with several values (`run.seed=0..2`).
 
     Nothing is written, and no data are opened.
@@ -113,7 +113,7 @@ def make_plan(path: str, overrides: Sequence[str] = ()) -> Plan:
     return _plan(source, spec, metric, found)
 
 
-def _check_paths(source: Source, assignments: Sequence[Assignment], problems: list[Problem]) -> None:
+def _check_paths(source: SweepSource, assignments: Sequence[Assignment], problems: list[Problem]) -> None:
     """Adds what is wrong with the swept paths themselves."""
     swept = {path: node for assignment in assignments[:1] for path, node in assignment.items()}
     for path, node in swept.items():
@@ -131,7 +131,7 @@ def _check_paths(source: Source, assignments: Sequence[Assignment], problems: li
 class _Resolver:
     """Turns assignments into valid configs, and gathers what is wrong with any of them."""
 
-    def __init__(self, source: Source, parts: Sequence[When], runs: Node) -> None:
+    def __init__(self, source: SweepSource, parts: Sequence[When], runs: Node) -> None:
         self._source, self._parts = source, parts
         self._trees = runs.value["when"].value if parts else []
         self._met = [set[str]() for _ in parts]
@@ -258,7 +258,9 @@ def _metric(name: str | None, found: Sequence[tuple[Assignment, Loaded[Any]]]) -
     return next(iter(metrics.values()))
 
 
-def _plan(source: Source, spec: SweepSpec, metric: Metric, found: Sequence[tuple[Assignment, Loaded[Any]]]) -> Plan:
+def _plan(
+    source: SweepSource, spec: SweepSpec, metric: Metric, found: Sequence[tuple[Assignment, Loaded[Any]]]
+) -> SweepPlan:
     name = spec.name or source.name
     folder = spec.dir or found[0][1].config.run.dir
     if stores.is_url(folder):
@@ -280,7 +282,7 @@ def _plan(source: Source, spec: SweepSpec, metric: Metric, found: Sequence[tuple
         resolved["run"] |= {"name": point.id, "dir": str(place)}
         points.append(point)
         configs[point.id] = resolved
-    return Plan(name, place, metric, points, spec.runner, configs)
+    return SweepPlan(name, place, metric, points, spec.runner, configs)
 
 
 def run_id(resolved: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from jaxops.core.small_files import read_text
 from jaxops.core.whole_files import replace_file, writing
 from jaxops.report.folder import read_run
 from jaxops.run.folder.listing import standing
-from jaxops.sweep.plan import Plan, Point
+from jaxops.sweep.plan import Point, SweepPlan
 
 VERSION = 1
 FILE = "sweep.json"
@@ -31,7 +31,7 @@ RESUMES = (EXIT_INTERRUPTED, EXIT_LOST, 130, -1, -2, -9, -15)
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
+class PointEnd:
     """The end of an attempt to run a point: its exit status, and why it was not 0."""
 
     status: int
@@ -54,7 +54,7 @@ class SweepFolder:
         """True where there is a sweep in the folder."""
         return (self.path / FILE).is_file()
 
-    def begin(self, plan: Plan) -> list[str]:
+    def begin(self, plan: SweepPlan) -> list[str]:
         """Writes the plan, and returns the ids of runs in the folder that the plan no longer has.
 
         Raises:
@@ -126,7 +126,7 @@ class SweepFolder:
     def _claim(self, point: Point) -> Path:
         return self.path / ".sweep" / "claims" / point.id
 
-    def record(self, point: Point, ended: Ended) -> None:
+    def record(self, point: Point, ended: PointEnd) -> None:
         """Records how an attempt ended; whoever holds the claim may."""
         values = {"version": VERSION, "status": ended.status, "reason": ended.reason, "time": time.time()}
         with writing(self.path):
@@ -139,11 +139,11 @@ class SweepFolder:
     def _outcome(self, point: Point) -> Path:
         return self.path / ".sweep" / "outcomes" / f"{point.id}.json"
 
-    def outcome(self, point: Point) -> Ended | None:
+    def outcome(self, point: Point) -> PointEnd | None:
         """Returns how the last attempt ended; None where it did not end in sight of a sweep."""
         try:
             found = json.loads(read_text(self._outcome(point)))
-            return Ended(int(found["status"]), str(found["reason"]))
+            return PointEnd(int(found["status"]), str(found["reason"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -182,7 +182,7 @@ class SweepFolder:
             return 0
 
 
-def read_plan(folder: Path) -> Plan:
+def read_plan(folder: Path) -> SweepPlan:
     """Returns the plan of a sweep's folder, without configs: what is read there is shown, and never run.
 
     Raises:
@@ -199,7 +199,7 @@ def read_plan(folder: Path) -> Plan:
         metric = Metric(*(str(found["metric"][name]) for name in ("name", "better", "label")))  # type: ignore[arg-type]
         if not all(map(_is_point, points)) or metric.better not in ("higher", "lower"):
             raise ValueError("it is not as jaxops writes it")
-        return Plan(str(found["name"]), folder, metric, points)
+        return SweepPlan(str(found["name"]), folder, metric, points)
     except FileNotFoundError:
         raise UserError(f"{folder} is no sweep: it has no {FILE}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -17,7 +17,7 @@ from scipy import stats
 from jaxops.core.metric import Metric
 from jaxops.report.folder import RunRecord, read_run
 from jaxops.report.results import best_step, score
-from jaxops.sweep.plan import Plan, Point, label_of_values
+from jaxops.sweep.plan import Point, SweepPlan, label_of_values
 from jaxops.sweep.records import State, SweepFolder
 from jaxops.sweep.space import SEED
 
@@ -46,7 +46,7 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Points that differ in their seed alone.
 
     Attributes:
@@ -91,7 +91,7 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class SweepVerdict:
     """Which group is best.
 
     Attributes:
@@ -100,7 +100,7 @@ class Verdict:
       p: of Welch's test between the first two; None where there was none.
     """
 
-    winner: Group | None
+    winner: SeedGroup | None
     words: str
     p: float | None = None
 
@@ -109,10 +109,10 @@ class Verdict:
 class Outcome:
     """A sweep as it stands: groups with a number come first, the best one at the top."""
 
-    plan: Plan
+    plan: SweepPlan
     results: list[Result]
-    groups: list[Group]
-    verdict: Verdict
+    groups: list[SeedGroup]
+    verdict: SweepVerdict
 
     def count(self, state: State) -> int:
         """Returns how many points are in a state."""
@@ -126,7 +126,7 @@ class Outcome:
         return ", ".join(f"{found[state]} {state}" for state in order if found[state])
 
 
-def read_outcome(plan: Plan) -> Outcome:
+def read_outcome(plan: SweepPlan) -> Outcome:
     """Reads all run folders of a plan; a broken or missing one does not stop it."""
     folder = SweepFolder(plan.folder)
     results = [_result(folder, plan.metric, point) for point in plan.points]
@@ -149,44 +149,46 @@ def _result(folder: SweepFolder, metric: Metric, point: Point) -> Result:
     return Result(point, state, reason, value, None if best is None else best[1], run)
 
 
-def _ranked(metric: Metric, results: Sequence[Result]) -> list[Group]:
+def _ranked(metric: Metric, results: Sequence[Result]) -> list[SeedGroup]:
     members: dict[str, list[Result]] = {}
     for result in results:
         members.setdefault(result.point.group, []).append(result)
     groups = []
     for name, found in members.items():
         values = {path: value for path, value in found[0].point.values.items() if path != SEED}
-        groups.append(Group(name, values, found, [one.value for one in found if one.value is not None]))
+        groups.append(SeedGroup(name, values, found, [one.value for one in found if one.value is not None]))
     sign = -1.0 if metric.better == "higher" else 1.0
     return sorted(groups, key=lambda group: math.inf if group.mean is None else sign * group.mean)
 
 
-def judge(metric: Metric, groups: Sequence[Group]) -> Verdict:
+def judge(metric: Metric, groups: Sequence[SeedGroup]) -> SweepVerdict:
     """Returns which of some groups, sorted from the best on, is better than the next by more than the seeds differ."""
     numbered = [group for group in groups if group.numbers]
     if not numbered:
-        return Verdict(None, "No run has finished with a number yet.")
+        return SweepVerdict(None, "No run has finished with a number yet.")
     first = numbered[0]
     if len(numbered) == 1:
-        return Verdict(None, f"Only one has a number: {first.label}, {metric.shown} {first.shown}.")
+        return SweepVerdict(None, f"Only one has a number: {first.label}, {metric.shown} {first.shown}.")
     second = numbered[1]
     against = f"{first.label}: {metric.shown} {first.shown}, before {second.label}: {second.shown}"
     if _other_data(numbered):
         words = (
             "No winner: runs were evaluated on different data (another SHA-256 of the split), which compares nothing."
         )
-        return Verdict(None, words)
+        return SweepVerdict(None, words)
     if min(len(first.numbers), len(second.numbers)) < 2:
-        return Verdict(None, f"No winner is named: {against}, but one seed does not say what seeds do (runs.seeds=3).")
+        return SweepVerdict(
+            None, f"No winner is named: {against}, but one seed does not say what seeds do (runs.seeds=3)."
+        )
     p = welch(first.numbers, second.numbers)
     test = f"Welch's test of the first two: p = {p:.2g}"
     many = f" It was chosen out of {len(numbered)}: run it with seeds of its own before you publish its mean."
     if first.mean == second.mean or p >= 1 - CONFIDENCE:
-        return Verdict(None, f"No winner: {against}; they differ by no more than their seeds do ({test}).", p)
+        return SweepVerdict(None, f"No winner: {against}; they differ by no more than their seeds do ({test}).", p)
     words = (
         f"The best is {against}; they differ by more than their seeds do ({test}).{many if len(numbered) > 2 else ''}"
     )
-    return Verdict(first, words, p)
+    return SweepVerdict(first, words, p)
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> float:
@@ -197,7 +199,7 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float:
     return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
 
 
-def _other_data(groups: Iterable[Group]) -> bool:
+def _other_data(groups: Iterable[SeedGroup]) -> bool:
     """Returns whether two finished runs of one seed were evaluated on different data."""
     splits: dict[int, set[str]] = {}
     for result in (result for group in groups for result in group.results if result.value is not None):

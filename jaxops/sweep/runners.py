@@ -17,7 +17,7 @@ from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunF
 from jaxops.run.build import build_task, config_from_dict
 from jaxops.run.fit import fit
 from jaxops.sweep.plan import Point
-from jaxops.sweep.records import Ended, SweepFolder
+from jaxops.sweep.records import PointEnd, SweepFolder
 
 _LONGEST = 600
 """Letters of a reason that are kept; the log has the rest."""
@@ -27,7 +27,7 @@ _STOP_LOOK = 1.0
 class Job(Protocol):
     """A point that was started."""
 
-    def poll(self) -> Ended | None:
+    def poll(self) -> PointEnd | None:
         """Returns how it ended; None while it runs."""
         ...
 
@@ -54,9 +54,9 @@ class Runner(Protocol):
 class _Done:
     """A job of `InProcessRunner`, which has ended when it is returned."""
 
-    ended: Ended
+    ended: PointEnd
 
-    def poll(self) -> Ended | None:
+    def poll(self) -> PointEnd | None:
         return self.ended
 
     def stop(self) -> None:
@@ -92,12 +92,12 @@ class InProcessRunner:
                 return self._failed(point, EXIT_FAILED, f"{type(error).__name__}: {error}")
         if run.state in ("interrupted", "preempted"):
             raise KeyboardInterrupt(run.state)
-        return _Done(Ended(0) if run.state == "finished" else Ended(EXIT_INTERRUPTED, run.state))
+        return _Done(PointEnd(0) if run.state == "finished" else PointEnd(EXIT_INTERRUPTED, run.state))
 
     def _failed(self, point: Point, status: int, reason: str) -> _Done:
         with open(self._folder.log(point), "a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
-        return _Done(Ended(status, reason[:_LONGEST]))
+        return _Done(PointEnd(status, reason[:_LONGEST]))
 
 
 class _stopped_by_mark:
@@ -122,14 +122,14 @@ class _stopped_by_mark:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class JobShare:
     """The part of a machine that one job may use: cores by number, and GPUs as CUDA_VISIBLE_DEVICES names them."""
 
     cores: frozenset[int]
     gpus: tuple[str, ...]
 
 
-def shares(jobs: int, cores: Sequence[int], gpus: Sequence[str]) -> list[Share]:
+def shares(jobs: int, cores: Sequence[int], gpus: Sequence[str]) -> list[JobShare]:
     """Divides a machine among jobs: as equally as it goes, and no GPU for two; cores only where there are enough.
 
     Raises:
@@ -142,7 +142,7 @@ def shares(jobs: int, cores: Sequence[int], gpus: Sequence[str]) -> list[Share]:
         )
     part = lambda things, at: list(things)[at * len(things) // jobs : (at + 1) * len(things) // jobs]
     own = jobs <= len(cores)
-    return [Share(frozenset(part(cores, at) if own else cores), tuple(part(gpus, at))) for at in range(jobs)]
+    return [JobShare(frozenset(part(cores, at) if own else cores), tuple(part(gpus, at))) for at in range(jobs)]
 
 
 def cores_here() -> list[int]:
@@ -227,12 +227,12 @@ class _Process:
     begins: int
     give_back: Callable[[], None]
 
-    def poll(self) -> Ended | None:
+    def poll(self) -> PointEnd | None:
         status = self.process.poll()
         if status is None:
             return None
         self.give_back()
-        return Ended(status, "" if status == 0 else self._reason(status))
+        return PointEnd(status, "" if status == 0 else self._reason(status))
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -250,7 +250,7 @@ class _Process:
             said = file.read().decode("utf-8", errors="replace").strip()
         _, message, text = f"\n{said}".rpartition("\njaxops: ")
         if not message:  # a traceback ends with the error; what is said at a save is no reason
-            text = said.rpartition("\n")[2] if Ended(status).failed else ""
+            text = said.rpartition("\n")[2] if PointEnd(status).failed else ""
         return text[:_LONGEST]
 
 

@@ -20,7 +20,7 @@ _MARKS = _OURS | {field.name for field in dataclasses.fields(Runs)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class SweepSource:
     """A sweep as it was written.
 
     Attributes:
@@ -42,7 +42,7 @@ class Source:
     axes: list[list[Assignment]]
 
 
-def read_source(path: str, overrides: Sequence[str]) -> Source:
+def read_source(path: str, overrides: Sequence[str]) -> SweepSource:
     """Reads a sweep file, or the config of a run that overrides sweep.
 
     Raises:
@@ -73,7 +73,7 @@ def read_source(path: str, overrides: Sequence[str]) -> Source:
     if problems:
         raise ConfigError(problems)
     stem = PurePosixPath(path).name.removesuffix(".yaml")
-    return Source(
+    return SweepSource(
         name=stem if is_sweep else f"{stem}-sweep",
         base=base,
         sweep=own if is_sweep else Node({}, "the command line"),

@@ -8,7 +8,7 @@ from random import Random
 
 from jaxops.config.errors import Problem, show
 from jaxops.config.node import BROKEN, Node, join_path, node_of
-from jaxops.sweep.spec import MAX_POINTS, Draws, Runs, When
+from jaxops.sweep.spec import MAX_POINTS, RandomDraws, Runs, When
 
 Assignment = dict[str, Node]
 """The values of one point, by dotted path of the base config; each knows the line it was written in."""
@@ -113,7 +113,7 @@ def _zipped(tree: Node, problems: list[Problem], path: str) -> list[list[Assignm
     return [[dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]]
 
 
-def _drawn(tree: Node, draws: Draws) -> list[Assignment]:
+def _drawn(tree: Node, draws: RandomDraws) -> list[Assignment]:
     origins = {path: node.origin for path, node in tree.value["values"].value.items()}
     return [
         {

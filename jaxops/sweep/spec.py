@@ -80,7 +80,7 @@ class Pick:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Draws:
+class RandomDraws:
     """Random points: `count` draws of all the `values`.
 
     Draw number i of a path depends on the seed, the path and i alone: a larger count adds points and changes none.
@@ -93,7 +93,7 @@ class Draws:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class When:
-    """What is swept besides in the points whose config has the values of `if`.
+    """Further parts of the sweep, for the points whose config has the values of `if`.
 
     A list in `if` means one of its values.
     """
@@ -101,7 +101,7 @@ class When:
     if_: Mapping[str, Any]
     grid: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     zip: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    random: Draws | None = None
+    random: RandomDraws | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class Runs:
 
     grid: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     zip: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    random: Draws | None = None
+    random: RandomDraws | None = None
     seeds: Count | tuple[int, ...] | None = None
     when: tuple[When, ...] = ()
 

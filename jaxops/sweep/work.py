@@ -12,8 +12,8 @@ from jaxops.core.failures import UserError
 from jaxops.report.results import score
 from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.own_code import check_code, code_paths
-from jaxops.sweep.plan import Plan, Point
-from jaxops.sweep.records import Ended, SweepFolder
+from jaxops.sweep.plan import Point, SweepPlan
+from jaxops.sweep.records import PointEnd, SweepFolder
 from jaxops.sweep.runners import Job, Runner
 
 POLL = 0.1
@@ -34,7 +34,13 @@ class Sweep:
     """
 
     def __init__(
-        self, plan: Plan, folder: SweepFolder, runner: Runner, say: Callable[[str], None], *, retry_failed: bool = False
+        self,
+        plan: SweepPlan,
+        folder: SweepFolder,
+        runner: Runner,
+        say: Callable[[str], None],
+        *,
+        retry_failed: bool = False,
     ) -> None:
         self._plan, self._folder, self._runner, self._say = plan, folder, runner, say
         self._retry = retry_failed
@@ -116,7 +122,7 @@ class Sweep:
                 claim.close()
                 self._tell(point, ended)
 
-    def _tell(self, point: Point, ended: Ended) -> None:
+    def _tell(self, point: Point, ended: PointEnd) -> None:
         if ended.status != 0:
             word = "failed" if ended.failed else "stopped"
             self._say(f"{point.id} {word} (exit status {ended.status}): {ended.reason or 'it can go on'}")
@@ -135,7 +141,7 @@ class Sweep:
             time.sleep(POLL)
 
 
-def require_configs(plan: Plan) -> None:
+def require_configs(plan: SweepPlan) -> None:
     """Checks that a plan can be run.
 
     Raises:
@@ -147,7 +153,7 @@ def require_configs(plan: Plan) -> None:
         raise UserError("jaxops sweep runs on one machine, but the environment makes this one of several processes")
 
 
-def require_same_code(plan: Plan) -> None:
+def require_same_code(plan: SweepPlan) -> None:
     """Checks that the runs that are there were trained with the code, by import path, that is here now.
 
     Raises:

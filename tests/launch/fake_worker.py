@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxops.launch.code import Code, bundle
 from jaxops.launch.engine import launch, open_session, supervise
-from jaxops.launch.record import LaunchFolder, Record, Spec
+from jaxops.launch.record import LaunchFolder, LaunchRecord, Spec
 from jaxops.launch.session import Session
 
 STEPS = 20
@@ -80,7 +80,7 @@ class Scene:
     def python(self) -> Path:
         return self.home / "python"
 
-    def record(self, **changes) -> Record:
+    def record(self, **changes) -> LaunchRecord:
         spec = Spec(
             name="tiny",
             run_dir=str(self.runs),
@@ -92,7 +92,7 @@ class Scene:
             mesh={"data": 4},
             python=str(self.python),
         )
-        return Record(spec=dataclasses.replace(spec, **changes), grace=5, retries=1)
+        return LaunchRecord(spec=dataclasses.replace(spec, **changes), grace=5, retries=1)
 
     @property
     def folder(self) -> LaunchFolder:

@@ -14,15 +14,15 @@ from jaxops.core.metric import Metric
 from jaxops.report.folder import read_run
 from jaxops.sweep.importance import importance
 from jaxops.sweep.plan import Point
-from jaxops.sweep.results import Group, Result, judge, welch
+from jaxops.sweep.results import Result, SeedGroup, judge, welch
 
 NLL = Metric("nll", "lower", "NLL")
 
 
-def group(name: str, *numbers: float, runs: int = 0, **values) -> Group:
+def group(name: str, *numbers: float, runs: int = 0, **values) -> SeedGroup:
     points = [Point(f"{name}{seed}", {}, name, seed) for seed in range(runs or len(numbers))]
     results = [Result(point, "finished", "", None, None, None) for point in points]
-    return Group(name, {"name": name, **values}, results, list(numbers))
+    return SeedGroup(name, {"name": name, **values}, results, list(numbers))
 
 
 def test_the_interval_is_students():
@@ -67,14 +67,14 @@ def test_nothing_is_best_on_different_data(tmp_path):
             run.mkdir()
             (run / "data.json").write_text(json.dumps({"split": {"sha256": name}}))
             results.append(Result(Point(f"{name}{seed}", {}, name, seed), "finished", "", 1.0, None, read_run(run)))
-        groups.append(Group(name, {"name": name}, results, [1.0 + place, 1.01 + place]))
+        groups.append(SeedGroup(name, {"name": name}, results, [1.0 + place, 1.01 + place]))
     verdict = judge(NLL, groups)
     assert verdict.winner is None and "different data" in verdict.words
     for seed in range(2):  # the same data again, by seed
         (tmp_path / f"b{seed}" / "data.json").write_text(json.dumps({"split": {"sha256": "a"}}))
     points = [one.point for one in groups[1].results]
     again = [Result(point, "finished", "", 1.0, None, read_run(tmp_path / point.id)) for point in points]
-    groups[1] = Group("b", groups[1].values, again, groups[1].numbers)
+    groups[1] = SeedGroup("b", groups[1].values, again, groups[1].numbers)
     assert judge(NLL, groups).winner.id == "a"
 
 

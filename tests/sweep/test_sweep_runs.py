@@ -15,8 +15,8 @@ from jaxops.cli.main import main
 from jaxops.core.failures import UserError
 from jaxops.core.metrics_file import read_metrics
 from jaxops.sweep.plan import make_plan
-from jaxops.sweep.records import Ended, SweepFolder, read_plan
-from jaxops.sweep.runners import Share, gpus_here, shares
+from jaxops.sweep.records import PointEnd, SweepFolder, read_plan
+from jaxops.sweep.runners import JobShare, gpus_here, shares
 from jaxops.sweep.work import Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +174,7 @@ class Moment:
             return None
         self.run.mkdir()
         (self.run / "summary.json").write_text(json.dumps({"state": "finished", "valid/nll": 1.0}))
-        return Ended(0)
+        return PointEnd(0)
 
     def stop(self): ...
 
@@ -205,15 +205,15 @@ def test_a_point_that_nobody_runs_any_more_is_not_said_to_run(toy):
     assert folder.claim(first) is None and folder.state(first)[0] == "running" and folder.state(second)[0] == "waiting"
     claim.close()
     assert folder.state(first)[0] == "waiting"
-    folder.record(first, Ended(1, "a reason"))
+    folder.record(first, PointEnd(1, "a reason"))
     assert folder.state(first) == ("failed", "a reason")
-    folder.record(first, Ended(75))
+    folder.record(first, PointEnd(75))
     assert folder.state(first) == ("waiting", "")
 
 
 def test_a_machine_is_shared_out(monkeypatch):
-    assert shares(2, range(5), []) == [Share(frozenset({0, 1}), ()), Share(frozenset({2, 3, 4}), ())]
-    assert shares(3, range(2), []) == [Share(frozenset({0, 1}), ())] * 3  # more jobs than cores: nothing is assigned
+    assert shares(2, range(5), []) == [JobShare(frozenset({0, 1}), ()), JobShare(frozenset({2, 3, 4}), ())]
+    assert shares(3, range(2), []) == [JobShare(frozenset({0, 1}), ())] * 3  # more jobs than cores: nothing is assigned
     assert [share.gpus for share in shares(2, range(4), ["0", "2", "5"])] == [("0",), ("2", "5")]
     with pytest.raises(UserError, match=r"4 jobs, but 2 GPU\(s\)"):
         shares(4, range(8), ["0", "1"])
