@@ -58,11 +58,11 @@ class SweepFolder:
         """Writes the plan, and returns the ids of runs in the folder that the plan no longer has.
 
         Raises:
-          UserError: the folder is of another sweep, which shares no point with this one, or holds something else.
+          UserError: another sweep has trained points there and shares none with this one, or it holds something else.
         """
         there, here = self._ids(), [point.id for point in plan.points]
         gone = [one for one in there if one not in {*here} and (self.path / one).is_dir()]
-        if there and not {*there} & {*here}:
+        if gone and not {*there} & {*here}:  # where nothing was trained, a mended base may go on
             raise UserError(
                 f"{self.path} is the folder of another sweep: none of its {len(there)} points is among these"
                 f" {len(here)}. Something that all of them have is different now (the base, or jaxops itself is newer);"

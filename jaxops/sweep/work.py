@@ -3,12 +3,13 @@
 Any number of processes may work on one sweep. Tested in tests/sweep/test_sweep_runs.py, by killing real ones.
 """
 
+import collections
 import time
 from collections.abc import Callable
 from typing import TextIO
 
 from jaxops.core.distributed import is_one_of_several
-from jaxops.core.failures import UserError
+from jaxops.core.failures import EXIT_USAGE, UserError
 from jaxops.report.results import score
 from jaxops.run.folder.run_folder import RunFolder
 from jaxops.run.own_code import check_code, code_paths
@@ -18,6 +19,8 @@ from jaxops.sweep.runners import Job, Runner
 
 POLL = 0.1
 """Seconds between two looks at the processes that run."""
+ALIKE = 3
+"""So many points that are refused for one reason, before any has finished, end the sweep: all would be refused."""
 ELSEWHERE = 2.0
 """Seconds between two looks at a point that another process runs."""
 
@@ -48,11 +51,15 @@ class Sweep:
         self._later: dict[str, float] = {}
         self._active: dict[str, tuple[Point, Job, TextIO]] = {}
         self._finished = 0
+        self._refused: collections.Counter[str] = collections.Counter()
 
     def run(self) -> bool:
         """Runs what is missing; returns False where it was stopped before that was done.
 
         Points that another process runs are waited for, and run here where it leaves them.
+
+        Raises:
+          UserError: the first points were refused for one reason, which is told.
         """
         mark = self._folder.stop_mark()
         try:
@@ -62,6 +69,7 @@ class Sweep:
                     self._say("asked to stop")
                     self._end()
                     return False
+                self._require_hope()
                 self._fill()
                 if not self._active and not self._waiting:
                     return True
@@ -125,12 +133,25 @@ class Sweep:
     def _tell(self, point: Point, ended: PointEnd) -> None:
         if ended.status != 0:
             word = "failed" if ended.failed else "stopped"
+            self._refused[ended.reason] += ended.status == EXIT_USAGE
             self._say(f"{point.id} {word} (exit status {ended.status}): {ended.reason or 'it can go on'}")
             return
         self._finished += 1
         value = RunFolder(self._folder.path / point.id).summary().get(f"valid/{self._plan.metric.name}")
         shown = f"valid/{self._plan.metric.name} {score(value)}" if isinstance(value, int | float) else "no figure"
         self._say(f"{point.id} finished: {shown} ({point.label}); {self._finished} of {len(self._plan.points)}")
+
+    def _require_hope(self) -> None:
+        """Ends the sweep where the first points were refused alike, as where their data are wrong."""
+        reason, count = max(self._refused.items(), key=lambda item: item[1], default=("", 0))
+        if count < ALIKE or self._finished or not self._waiting:
+            return
+        left = len(self._waiting)
+        self._end()
+        raise UserError(
+            f"the first {count} points were refused for one reason, and {left} more were not started; mend it and"
+            f" give the same command again: {reason}"
+        )
 
     def _end(self) -> None:
         """Asks all processes to save and stop, and waits until they have."""

@@ -83,6 +83,7 @@ def test_a_changed_base_does_not_mix_with_an_old_folder(toy, capsys):
     """ray-project/ray#30584 takes the old folder and ignores what was changed."""
     folder, plan = SweepFolder(Path("runs/lr")), make_plan("lr.yaml")
     folder.begin(plan)
+    (folder.path / plan.points[0].id).mkdir()  # something was trained
     status, _, said = swept(capsys, "lr.yaml", "letters=6")
     assert status == 2 and "none of its 4 points is among these 4" in said and "set name=NAME" in said
     assert read_plan(folder.path).points == plan.points
@@ -260,6 +261,27 @@ def finished(folder: str) -> set[str]:
 
 def started() -> list[str]:
     return Path("started.txt").read_text().split() if Path("started.txt").exists() else []
+
+
+def test_points_that_are_refused_alike_end_the_sweep_and_a_mended_base_goes_on(toy, quick_fit, monkeypatch, capsys):
+    """Two hundred points would each open the data to say that a column is not there."""
+
+    def refused(task, **options):
+        raise UserError("plays.csv: no column 'user'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxops.sweep.runners.fit", refused)
+        assert main(["sweep", "lr.yaml", *HERE, "runs.seeds=4"]) == 2
+        said = capsys.readouterr().err
+    assert said.count(" begins") == 3
+    assert "the first 3 points were refused for one reason, and 5 more were not started" in said
+    assert not list(Path("runs/lr").glob("*/config.yaml"))
+    Path("toy.yaml").write_text(Path("toy.yaml").read_text().replace("global: 16", "global: 32"))  # every id is another
+    status, found, _ = swept(capsys, "lr.yaml", *HERE, "runs.seeds=4")
+    assert status == 0 and states(found) == ["finished"] * 8
+    Path("toy.yaml").write_text(Path("toy.yaml").read_text().replace("global: 32", "global: 16"))
+    assert main(["sweep", "lr.yaml", *HERE, "runs.seeds=4"]) == 2
+    assert "is the folder of another sweep" in capsys.readouterr().err
 
 
 @pytest.mark.slow
