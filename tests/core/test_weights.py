@@ -381,10 +381,9 @@ def test_rules_of_dtypes_that_are_none(rules, default, message):
 
 
 TWO = """
-from jaxops.core import weights
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.mesh import make_mesh
-from jaxops.core.weights import Rename, from_checkpoint, from_safetensors
+from jaxops.core.weights import Rename, from_checkpoint, from_safetensors, load_weights
 folder = sys.argv[1]
 mesh = make_mesh(fsdp=2, tensor=2)
 whole = np.load(f"{folder}/whole.npy")
@@ -396,7 +395,7 @@ for dtype in (np.float32, jax.numpy.bfloat16):
         for source in (
             from_safetensors(f"{folder}/a.safetensors", rule), from_checkpoint(Checkpoints(f"{folder}/c"), 3, rule)
         ):
-            found, _ = weights.load({"policy/w": like}, [source])
+            found, _ = load_weights({"policy/w": like}, [source])
             assert found["policy/w"].sharding == spec and found["policy/w"].dtype == dtype
             for shard in found["policy/w"].addressable_shards:
                 np.testing.assert_array_equal(shard.data, (whole.T if turn else whole)[shard.index].astype(dtype))
