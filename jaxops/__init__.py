@@ -6,6 +6,8 @@ Each public name is imported at its first use, so `import jaxops` is quick and t
 import importlib
 from typing import Any
 
+from jaxops.core.version import VERSION
+
 _NAMES = {
     "Sum": "jaxops.core.sums",
     "Max": "jaxops.core.sums",
@@ -33,7 +35,7 @@ _NAMES = {
 }
 
 __all__ = [*_NAMES, "testing"]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:
