@@ -18,6 +18,7 @@ from jaxops.config.merge import Replaced, merge_all
 from jaxops.config.node import BROKEN, Node, node_of, plain_node
 from jaxops.config.overrides import Overrides, override_trees
 from jaxops.config.schema import record_of
+from jaxops.config.short import short_repr
 from jaxops.config.validate import Validator, origin_of
 from jaxops.core.failures import UserError
 
@@ -28,7 +29,7 @@ Variants = Mapping[str, type]
 
 @dataclasses.dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """A valid configuration.
+    """A valid configuration, whose `repr` shows what differs from the defaults.
 
     Attributes:
       config: the instance of the schema.
@@ -41,6 +42,10 @@ class Loaded(Generic[T]):
     resolved: dict[str, Any]
     origins: dict[str, str]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        notes = f", notes={self.notes!r}" if self.notes else ""
+        return f"Loaded({short_repr(self.config)}{notes})"
 
 
 @overload
