@@ -16,11 +16,11 @@ pytestmark = pytest.mark.latest
 
 
 def as_module(*argv: str) -> subprocess.CompletedProcess[str]:
-    """`python -m jaxops ARGV`, which tells on stderr whether it has imported jax."""
+    """`python -m jaxops ARGV`, which tells on stderr whether it has imported jax, and its own name."""
     code = (
         "import atexit, runpy, sys\n"
-        "atexit.register(lambda: print('jax' in sys.modules, file=sys.stderr))\n"
-        f"sys.argv = ['jaxops', *{list(argv)!r}]\n"
+        "atexit.register(lambda: print('jax' in sys.modules, sys.argv[0], file=sys.stderr))\n"
+        f"sys.argv = ['there/jaxops/__main__.py', *{list(argv)!r}]\n"
         "runpy.run_module('jaxops', run_name='__main__')"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -54,7 +54,7 @@ def test_the_version_is_told_where_jax_is_missing(capsys, monkeypatch):
 def test_the_module_is_the_command_and_answers_without_jax(flag, said):
     done = as_module(flag)
     assert done.returncode == 0 and done.stdout.startswith(said)
-    assert done.stderr == "False\n"
+    assert done.stderr == "False jaxops\n"
 
 
 def test_the_module_gives_the_exit_status_of_the_command():
