@@ -15,7 +15,7 @@ from typing import Any, Protocol, TextIO
 
 from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunFailed, UserError
 from jaxops.run.build import build_task, config_from_dict
-from jaxops.run.fit import train_task
+from jaxops.run.fit import fit
 from jaxops.sweep.plan import Point
 from jaxops.sweep.records import Ended, SweepFolder
 
@@ -83,7 +83,7 @@ class InProcessRunner:
         with _stopped_by_mark(self._folder):
             try:
                 task = build_task(config_from_dict(config, source=f"points/{point.id}.yaml"))
-                run = train_task(task, quiet=True, accept_code=self._accept_code)
+                run = fit(task, quiet=True, accept_code=self._accept_code)
             except UserError as error:
                 return self._failed(point, EXIT_USAGE, str(error))
             except RunFailed as error:

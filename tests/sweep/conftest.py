@@ -61,4 +61,4 @@ def quick_fit(monkeypatch):
         folder.write_json("summary.json", {"state": "finished", "step": 4, "valid/nll": nll, "test/nll": nll + 0.1})
         return FinishedRun(folder.path, folder.summary(), "finished")
 
-    monkeypatch.setattr("jaxops.sweep.runners.train_task", fit)
+    monkeypatch.setattr("jaxops.sweep.runners.fit", fit)
