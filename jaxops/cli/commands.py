@@ -20,7 +20,7 @@ from jaxops.run.build import build_task, load_config
 def train(args: argparse.Namespace) -> int:
     """Runs `jaxops train CONFIG [a.b=VALUE ...] [--smoke]`."""
     from jaxops.core import distributed
-    from jaxops.run.fit import fit
+    from jaxops.run.fit import train_task
     from jaxops.run.progress import said_if_long
 
     if args.smoke:
@@ -32,7 +32,7 @@ def train(args: argparse.Namespace) -> int:
             print(note, file=sys.stderr)
     with said_if_long("reading the data ...", quiet=not distributed.is_primary()):
         task = build_task(loaded)
-    run = fit(task, accept_code=args.accept_code)
+    run = train_task(task, accept_code=args.accept_code)
     if args.json and distributed.is_primary():
         print_json({"dir": str(run.dir), **run.summary})
     return EXIT_OK if run.state == "finished" else EXIT_INTERRUPTED
@@ -41,7 +41,7 @@ def train(args: argparse.Namespace) -> int:
 def _smoke(args: argparse.Namespace) -> int:
     """Trains two steps, evaluates and saves, then restores and trains a third step. Nothing is left behind."""
     from jaxops.core import distributed
-    from jaxops.run.fit import fit
+    from jaxops.run.fit import train_task
     from jaxops.run.load import load
 
     with contextlib.ExitStack() as stack:
@@ -54,7 +54,7 @@ def _smoke(args: argparse.Namespace) -> int:
             task = build_task(load_config(args.config, [*args.overrides, *small]))
             if distributed.is_primary():
                 print(f"smoke test: to step {steps}, evaluation, save ...", file=sys.stderr)
-            run = fit(task, quiet=True)
+            run = train_task(task, quiet=True)
             if run.state != "finished":
                 return EXIT_INTERRUPTED
         if not distributed.is_distributed():

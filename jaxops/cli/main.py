@@ -8,7 +8,9 @@ the same command resumes; 130 stopped at once (a second Ctrl-C, or one before th
 import argparse
 import contextlib
 import errno
+import importlib.metadata
 import os
+import platform
 import re
 import signal
 import sys
@@ -21,6 +23,7 @@ from typing import Any, NoReturn
 from jaxops.cli import launches, plan, rlhf, runs, sweep, writing
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, NO_ROOM, RunFailed, UserError, nearest
 from jaxops.core.secret_text import printable, without_secrets
+from jaxops.core.version import VERSION
 
 EPILOG = """exit status: 0 done, 1 the run failed, 2 wrong input (nothing was written), 75 interrupted and saved (the
 same command resumes), 76 another process or the devices were lost (the same command resumes), 130 stopped at once"""
@@ -48,6 +51,20 @@ class Parser(argparse.ArgumentParser):
             message = f"no command {match[1]!r}{nearest(match[1], known)} (known: {', '.join(known)})"
         message = message.replace(f", {OVERRIDE}", "")  # argparse calls an empty list of overrides missing
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+class Version(argparse.Action):
+    """Prints the versions and ends; they are looked up only when asked for, and without importing jax."""
+
+    def __call__(self, *_: Any) -> None:
+        """Prints one line and exits with status 0."""
+        try:
+            jax = importlib.metadata.version("jax")
+        except importlib.metadata.PackageNotFoundError:
+            jax = "not installed"
+        python, machine = platform.python_version(), platform.platform()
+        print(f"jaxops {VERSION}, jax {jax}, python {python}, {machine}")
+        sys.exit(EXIT_OK)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -83,6 +100,7 @@ def _parser() -> Parser:
         prog="jaxops", description="Train recommenders, language and reward models on any JAX mesh.", epilog=EPILOG
     )
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a failure")
+    parser.add_argument("--version", action=Version, nargs=0, help="show the versions of jaxops, jax and Python")
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, text: str, *, config: bool = False, run: bool = False, as_json: bool = False) -> Parser:

@@ -14,9 +14,11 @@ from jaxops.config.dump import flatten_config, plain_of
 from jaxops.config.environment import expand_variables
 from jaxops.config.errors import ConfigError, Problem, show, unknown
 from jaxops.config.files import ConfigPath, read_files
-from jaxops.config.merge import Replaced, merge_all, parse_overrides
+from jaxops.config.merge import Replaced, merge_all
 from jaxops.config.node import BROKEN, Node, node_of, plain_node
+from jaxops.config.overrides import Overrides, override_trees
 from jaxops.config.schema import record_of
+from jaxops.config.short import short_repr
 from jaxops.config.validate import Validator, origin_of
 from jaxops.core.failures import UserError
 
@@ -27,7 +29,7 @@ Variants = Mapping[str, type]
 
 @dataclasses.dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """A valid configuration.
+    """A valid configuration, whose `repr` shows what differs from the defaults.
 
     Attributes:
       config: the instance of the schema.
@@ -41,12 +43,16 @@ class Loaded(Generic[T]):
     origins: dict[str, str]
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        notes = f", notes={self.notes!r}" if self.notes else ""
+        return f"Loaded({short_repr(self.config)}{notes})"
+
 
 @overload
 def load(
     schema: type[T],
     paths: ConfigPath | Sequence[ConfigPath],
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     by: str = "task",
     check_imports: bool = True,
@@ -61,7 +67,7 @@ def load(
 def load(
     schema: Variants,
     paths: ConfigPath | Sequence[ConfigPath],
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     by: str = "task",
     check_imports: bool = True,
@@ -75,7 +81,7 @@ def load(
 def load(
     schema: type[Any] | Variants,
     paths: ConfigPath | Sequence[ConfigPath],
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     by: str = "task",
     check_imports: bool = True,
@@ -85,7 +91,7 @@ def load(
     Args:
       schema: a frozen dataclass, or several by the value of the top-level key `by`.
       paths: files by name or path (see `find_config`), or one of them.
-      overrides: `dotted.path=VALUE`, the value in YAML; later ones win.
+      overrides: `dotted.path=VALUE`, the value in YAML, or a mapping of dotted paths to Python values; later ones win.
       by: the key that chooses among several schemas.
       check_imports: True imports what each `fn:` names and checks its signature. False reads the configuration of a run
         whose code is not here.
@@ -95,14 +101,14 @@ def load(
       UserError: there is no such file.
     """
     named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    return load_trees(schema, read_files(named), parse_overrides(overrides), by=by, check_imports=check_imports)
+    return load_trees(schema, read_files(named), override_trees(overrides), by=by, check_imports=check_imports)
 
 
 @overload
 def from_dict(
     schema: type[T],
     values: Mapping[str, Any],
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     source: str = "given",
     by: str = "task",
@@ -119,7 +125,7 @@ def from_dict(
 def from_dict(
     schema: Variants,
     values: Mapping[str, Any],
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     source: str = "given",
     by: str = "task",
@@ -135,7 +141,7 @@ def from_dict(
 def from_dict(
     schema: type[Any] | Variants,
     values: Mapping[str, Any],
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     source: str = "given",
     by: str = "task",
@@ -147,7 +153,7 @@ def from_dict(
     Args:
       schema: a frozen dataclass, or several by the value of the top-level key `by`.
       values: nested mappings, lists and scalars.
-      overrides: `dotted.path=VALUE`, the value in YAML; later ones win.
+      overrides: `dotted.path=VALUE`, the value in YAML, or a mapping of dotted paths to Python values; later ones win.
       source: the origin of `values` in errors.
       by: the key that chooses among several schemas.
       check_imports: True imports what each `fn:` names and checks its signature.
@@ -165,7 +171,7 @@ def from_dict(
     Raises:
       ConfigError: the configuration is wrong; each problem has its dotted path and origin.
     """
-    given, imports = parse_overrides(overrides), check_imports and guard is None
+    given, imports = override_trees(overrides), check_imports and guard is None
     return load_trees(schema, [node_of(values, source)], given, by=by, check_imports=imports, guard=guard)
 
 
@@ -183,7 +189,7 @@ def load_trees(
     Args:
       schema: as `load`.
       trees: those of files, merged left to right.
-      given: those of overrides, as `parse_overrides` makes them.
+      given: those of overrides, as `override_trees` makes them.
       by: as `load`.
       check_imports: as `load`.
       guard: as `from_dict`.

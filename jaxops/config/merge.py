@@ -25,6 +25,8 @@ def merge_nodes(
       path: dotted path of both trees.
       default: default of the field, whose kind holds where none is written.
     """
+    if new.whole:
+        return new
     while isinstance(shape, Checked):
         shape = shape.inner
     if isinstance(shape, Choice):
@@ -49,7 +51,8 @@ def merge_nodes(
             if key in entries
             else entry
         )
-    return Node(entries, old.origin if new.implied else new.origin, implied=old.implied and new.implied)
+    origin = old.origin if new.implied else new.origin
+    return Node(entries, origin, implied=old.implied and new.implied, whole=old.whole)
 
 
 class Replaced(Problem):

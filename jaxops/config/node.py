@@ -15,12 +15,14 @@ class Node:
       text: spelling of an unquoted scalar that came through the shell (an override, the environment), where quoting is
         awkward; a string field takes it unchanged.
       implied: True for a mapping that nobody wrote: the `{model: {` around an override of `model.kind`.
+      whole: True for a mapping that has every entry it is to have: it is not merged with an earlier one.
     """
 
     value: Any
     origin: str
     text: str | None = None
     implied: bool = False
+    whole: bool = False
 
 
 BROKEN = object()

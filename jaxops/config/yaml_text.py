@@ -167,7 +167,7 @@ class _Converter:
             where = self.origin(key)
             if not isinstance(key, yaml.ScalarNode):
                 self._wrong(path, where, "a key must be a single word or number")
-            elif strange := _STRANGE.search(key.value):
+            elif strange := STRANGE.search(key.value):
                 self._wrong(path, where, f"a key with a character that no configuration needs: {strange[0]!a}")
             elif key.value == "<<" and key.style is None:
                 self._wrong(path, where, "merge keys (<<) are not read; name other files in 'base:'")
@@ -181,7 +181,7 @@ class _Converter:
     def _scalar(self, node: yaml.ScalarNode, path: str, origin: str) -> Node:
         if not node.tag.startswith(_TAG) or node.tag.removeprefix(_TAG) not in ("str", *_KINDS):
             return self._wrong(path, origin, f"unknown YAML tag {node.tag.replace(_TAG, '!!')!r}")
-        if strange := _STRANGE.search(node.value):
+        if strange := STRANGE.search(node.value):
             return self._wrong(path, origin, f"a character that no configuration needs: {strange[0]!a}")
         unquoted = node.style is None
         text = node.value if unquoted and (not self.lines or "${env" in node.value) else None
@@ -195,6 +195,6 @@ class _Converter:
         return Node(BROKEN, origin)
 
 
-_STRANGE = re.compile("[\\x00\\ud800-\\udfff]")
+STRANGE = re.compile("[\\x00\\ud800-\\udfff]")
 """NUL and halves of characters, which no path, file or terminal takes."""
 _KINDS = tuple(tag.removeprefix(_TAG) for tag in _RESOLVERS)

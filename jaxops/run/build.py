@@ -12,6 +12,7 @@ from jaxops.config.bypath import Guard
 from jaxops.config.errors import ConfigError, Problem
 from jaxops.config.files import find_config, shipped_configs
 from jaxops.config.load import Loaded, from_dict, load
+from jaxops.config.overrides import Overrides
 from jaxops.core.failures import UserError
 from jaxops.run.config import common_sections
 from jaxops.run.family import SCHEMAS, Given, family_of, guarded_schemas
@@ -22,13 +23,17 @@ Scalar = bool | int | float | str | None
 
 
 def load_config(
-    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], overrides: Sequence[str] = ()
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], overrides: Overrides = ()
 ) -> Loaded[Any]:
-    """Reads a config into its family's frozen dataclass: files merged left to right, then `a.b=value` overrides.
+    """Reads a config into its family's frozen dataclass: files merged left to right, then overrides.
+
+    Overrides are strings `a.b=value`, the value in YAML, or a mapping whose values are Python's: numpy's scalars, paths
+    and whole sections too. As everywhere, `${env:NAME}` and `${secret:NAME}` in a string are read.
 
     Example:
       loaded = jaxops.load_config("configs/rec/my_interactions.yaml", ["data.path=plays.parquet", "run.epochs=2"])
       print(loaded.config.run.epochs)  # 2
+      jaxops.load_config("configs/rec/my_interactions.yaml", {"optimizer.lr": 1e-4, "data.path": "plays.parquet"})
 
     Raises:
       ConfigError: everything that is wrong at once, each with its dotted path, origin and the nearest right name.
@@ -72,7 +77,7 @@ def _told_base(path: str | os.PathLike[str], error: ConfigError) -> ConfigError 
 
 def config_from_dict(
     values: Mapping[str, Any],
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     source: str = "given",
     check_imports: bool = True,
@@ -82,7 +87,7 @@ def config_from_dict(
 
     Args:
       values: nested plain values.
-      overrides: `dotted.path=VALUE`.
+      overrides: as in `load_config`.
       source: names the values in errors.
       check_imports: look at what the config names by import path; a family's own module is imported in any case.
       guard: of the resolved config of a run folder: decides what may be imported; nothing is read from the

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from jaxops.config.short import short_repr
 from jaxops.config.types import ByPath, Every, Factory
 from jaxops.core import stores
 from jaxops.core.failures import UserError
@@ -215,7 +216,8 @@ MAY_CHANGE_ON_RESUME = (
 class RunConfig:
     """The config of a run of any family.
 
-    A family's config adds its own sections (data, model, objective). They are written before these.
+    A family's config adds its own sections (data, model, objective). They are written before these. Its `repr` shows
+    what differs from the defaults.
     """
 
     task: str
@@ -235,6 +237,16 @@ class RunConfig:
     may_change_on_resume: ClassVar[tuple[str, ...]] = MAY_CHANGE_ON_RESUME
     size_of_batch: ClassVar[str] = "batch.global"
     """The path of the field that says how many examples a step has, for messages."""
+    always_shown: ClassVar[tuple[str, ...]] = ("task",)
+
+    def __init_subclass__(cls) -> None:
+        """Gives a family's config the short repr too: its dataclass decorator would write one of every field."""
+        super().__init_subclass__()
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = short_repr  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     def metric(self, name: str) -> Metric:
         """Returns the metric of this name.

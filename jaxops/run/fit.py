@@ -1,4 +1,7 @@
-"""`fit` takes a task to a finished run. It sees to mesh, run folder and lock; training_run.py does the training."""
+"""`fit` takes a task to a finished run. It sees to mesh, run folder and lock; training_run.py does the training.
+
+`train_task` is `fit` for commands, which tell by the state of the run how it ended.
+"""
 
 import contextlib
 import dataclasses
@@ -43,6 +46,7 @@ def fit(
 ) -> FinishedRun:
     """Trains a task to its end. A run that was stopped resumes; Ctrl-C and SIGTERM save before the run ends.
 
+    After Ctrl-C it raises KeyboardInterrupt once the run is saved, so that a loop over learning rates ends too.
     Compiled programs are kept in the jaxops cache between processes, unless jax has a cache folder already.
 
     Example:
@@ -63,6 +67,34 @@ def fit(
     Raises:
       UserError: the config does not fit the machine or the folder, or the code has changed.
       RunFailed: a non-finite loss, out of memory, a lost save.
+      KeyboardInterrupt: Ctrl-C or a closed terminal, here or in another process of the job; the run is saved.
+    """
+    run = train_task(task, mesh, hooks, quiet=quiet, folder=folder, step=step, accept_code=accept_code)
+    # Ctrl-C came to one process, and the loops of all have to end: they were all stopped at the same step.
+    stopped = run.state in ("interrupted", "preempted")
+    if stopped and "interrupted" in distributed.gather("how the run was stopped", run.state):
+        step_saved = run.summary["step"]
+        raise KeyboardInterrupt(f"{run.dir} is saved at step {step_saved}; the same call goes on from there")
+    return run
+
+
+def train_task(
+    task: Task,
+    mesh: Mesh | None = None,
+    hooks: Sequence[Hook] = (),
+    *,
+    quiet: bool = False,
+    folder: str | Path | None = None,
+    step: Callable[[StepParts], Step] | None = None,
+    accept_code: bool = False,
+) -> FinishedRun:
+    """Trains a task as `fit` does, but returns after Ctrl-C, with the state `interrupted`.
+
+    Args: those of `fit`.
+
+    Raises:
+      UserError: as `fit`.
+      RunFailed: as `fit`.
     """
     config = task.config
     if step is not None:

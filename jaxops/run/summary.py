@@ -26,8 +26,8 @@ class FinishedRun:
     Attributes:
       dir: the run folder, as a path or URL.
       summary: the contents of `summary.json`, with the final numbers.
-      state: `finished`, `interrupted` (Ctrl-C), `preempted` (SIGTERM) or `paused` (by an alarm). After all but the
-        first the same call resumes.
+      state: `finished`, `interrupted` (Ctrl-C, which `fit` raises as KeyboardInterrupt), `preempted` (SIGTERM) or
+        `paused` (by an alarm). After all but the first the same call resumes.
     """
 
     dir: Path | str

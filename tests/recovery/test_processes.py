@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from children import COMMAND
 from jobs import OWN, QUICK, REPOSITORY, Job, events, examples, train
+from processes import Together
 from tiny_runs import curve, furnish
 
 from jaxops.core.checkpoint import Checkpoints
@@ -101,6 +102,28 @@ def test_a_signal_to_one_process_stops_all_at_one_step(folder, number, rank):
     status, said = train("parts", OWN, "run.steps=40")
     assert status == 0 and f"resumed from step {stopped['step']} of" in said
     assert_same_curve("parts", losses)
+
+
+LOOP = """
+import jaxops as jx
+press = jx.every(3, lambda s: (rank, s.step) == (1, 3) and os.kill(os.getpid(), signal.SIGINT))
+tried = []
+try:
+    for lr in (0.001, 0.01):
+        tried.append(lr)
+        given = {"run.name": f"loop-{lr}", "run.steps": 40, "run.log_every": 1, "optimizer.lr": lr}
+        jx.fit(jx.build_task(jx.load_config("my.yaml", {**given, "evaluate.baselines": False})), hooks=[press])
+except KeyboardInterrupt as error:
+    print(tried, error)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_one_process_ends_the_loops_of_all(folder):
+    with Together(LOOP, devices=4) as loops:
+        said = loops.end()
+    assert said[0] == said[1] and "[0.001] " in said[0] and "loop-0.001 is saved at step" in said[0]
+    assert not Path("runs/loop-0.01").exists()
 
 
 @pytest.mark.slow

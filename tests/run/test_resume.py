@@ -19,6 +19,7 @@ from tiny_runs import Stopped, curve
 from jaxops.core import manifest
 from jaxops.core.checkpoint import Checkpoints
 from jaxops.core.failures import UserError
+from jaxops.core.loop import every
 from jaxops.core.mesh import make_mesh
 from jaxops.core.metrics_file import read_metrics
 from jaxops.core.sharding import named_leaves
@@ -177,6 +178,20 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, number):
     assert curve("parts") == curve("whole")
     events = [line["event"] for line in read_metrics("runs/parts/metrics.jsonl") if "event" in line]
     assert events == [state, "resumed"]
+
+
+def test_ctrl_c_ends_a_loop_over_learning_rates_after_saving(folder):
+    tried, handler = [], signal.getsignal(signal.SIGINT)
+    press = every(3, lambda snapshot: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match="parts is saved at step 3; the same call goes on from there"):
+        for lr in (1e-3, 1e-2):
+            tried.append(lr)
+            train("run.name=parts", f"optimizer.lr={lr}", "run.steps=5", hooks=[press])
+    assert tried == [1e-3] and signal.getsignal(signal.SIGINT) is handler
+    assert json.loads(Path("runs/parts/summary.json").read_text())["state"] == "interrupted"
+    assert meta("parts", 3)["cursor"] == 16 * 3
+    found = train("run.name=parts", "optimizer.lr=1e-3", "run.steps=5")
+    assert found.state == "finished" and list(curve("parts")) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.slow

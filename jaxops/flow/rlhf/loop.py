@@ -28,7 +28,7 @@ from jaxops.flow.rlhf.lineage import digest_of_file, weights_of
 from jaxops.flow.rlhf.pairs import AnswerPair, Vote, preferences, read_pairs, write_lines
 from jaxops.flow.rlhf.prompts import LoopPrompts, asked
 from jaxops.run.build import build_task, completed, config_from_dict, load_config
-from jaxops.run.fit import fit
+from jaxops.run.fit import train_task
 from jaxops.run.folder.run_folder import shown_value
 from jaxops.run.load import load
 
@@ -339,7 +339,7 @@ def _trained(loaded: Loaded[Any]) -> None:
     Raises:
       Stopped: it was stopped by a signal.
     """
-    if fit(build_task(loaded)).state != "finished":
+    if train_task(build_task(loaded)).state != "finished":
         raise Stopped
 
 
