@@ -26,12 +26,12 @@ def folder_beside(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}{_kernel()}-", dir=target.parent))
-    try:
-        with _locked(scratch):
-            yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        with _only_maker(target.parent):
+            scratch = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}{_kernel()}-", dir=target.parent))
+            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+            stack.enter_context(_locked(scratch))
+        yield scratch
 
 
 def sweep(target: Path) -> None:
@@ -45,8 +45,9 @@ def sweep(target: Path) -> None:
         return
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=target.parent) as file:
         now = os.fstat(file.fileno()).st_mtime
-        for other in left:
-            _sweep(other, other.name.startswith(f"{_prefix(target)}{_kernel()}-"), now)
+        with _only_maker(target.parent) as alone:
+            for other in left:
+                _sweep(other, other.name.startswith(f"{_prefix(target)}{_kernel()}-"), alone, now)
 
 
 def _prefix(target: Path) -> str:
@@ -72,6 +73,22 @@ def replace_folder(source: Path, target: Path, scratch: Path) -> None:
 
 
 @contextlib.contextmanager
+def _only_maker(parent: Path) -> Iterator[bool]:
+    """Holds the lock of the parent, in which scratch folders are made: no other process of this machine makes one now.
+
+    It yields False on a file system without locks.
+    """
+    with contextlib.ExitStack() as stack:
+        held = False
+        with contextlib.suppress(OSError):
+            descriptor = os.open(parent, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            held = True
+        yield held
+
+
+@contextlib.contextmanager
 def _locked(scratch: Path) -> Iterator[None]:
     """Holds the lock of a scratch folder, which the kernel gives back when this process ends in any way."""
     with open(scratch / f"{LOCK}-new", "wb") as file:
@@ -81,18 +98,19 @@ def _locked(scratch: Path) -> Iterator[None]:
         yield
 
 
-def _sweep(folder: Path, here: bool, now: float) -> None:
+def _sweep(folder: Path, here: bool, alone: bool, now: float) -> None:
     """Removes the scratch folder of a process that has ended.
 
     A process id would say nothing, since containers of one machine have their own. The lock is known to the kernel, so
-    that it tells for all processes of this machine, `here`. Elsewhere, or without locks, the age does: `now` is a time
-    by the clock of the same file system.
+    that it tells for all processes of this machine, `here`. A folder of this machine without a lock is of a process
+    that was killed right after it made it, or right before it removed it, if nobody is making one now: `alone`.
+    Elsewhere, or without locks, the age tells: `now` is a time by the clock of the same file system.
     """
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         if here and (folder / LOCK).exists():
             file = stack.enter_context(open(folder / LOCK, "rb+"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        elif now - _last_write(folder) < LAPSE:
+        elif not (here and alone) and now - _last_write(folder) < LAPSE:
             return
         shutil.rmtree(folder, ignore_errors=True)
 

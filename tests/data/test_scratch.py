@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -73,6 +74,39 @@ def test_an_undisturbed_process_leaves_nothing(tmp_path):
     with another(tmp_path / "cache") as (_, folder):
         assert folder.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("inside", [[], [f"{scratch.LOCK}-new"], ["column"]], ids=["empty", "not locked yet", "going"])
+def test_one_that_was_killed_before_it_had_its_lock_or_after_it_gave_it_back_leaves_nothing(tmp_path, inside):
+    """A kill at each change of the files found them: they would have lain there for a day."""
+    target = tmp_path / "cache"
+    with scratch.folder_beside(target) as folder:
+        name = folder.name
+    left = tmp_path / name
+    left.mkdir()
+    for file in inside:
+        (left / file).touch()
+    sweep(target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_that_make_and_sweep_at_once_keep_their_folders(tmp_path):
+    lost = []
+
+    def work() -> None:
+        for _ in range(40):
+            with scratch.folder_beside(tmp_path / "cache") as folder:
+                (folder / "half").write_text("data")
+                scratch.sweep(tmp_path / "cache")
+                if not (folder / "half").exists():
+                    lost.append(folder)
+
+    workers = [threading.Thread(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not lost and list(tmp_path.iterdir()) == []
 
 
 def test_folders_of_other_machines_are_judged_by_their_last_write(tmp_path):

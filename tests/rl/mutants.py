@@ -309,7 +309,7 @@ MUTANTS = [
         "advantages normalised by minibatch",
         "rl.algorithms:Algorithm._policy_terms",
         'batch["advantages"], mask, **',
-        'whitened(batch["advantages"], mask), mask, **',
+        '__import__("jaxops.rl.advantages", fromlist=["whitened"]).whitened(batch["advantages"], mask), mask, **',
         PPO_TABLE,
     ),
     mutant(
