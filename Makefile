@@ -2,7 +2,8 @@
 
 ACCEL ?= auto
 PYTHON ?= python3
-JOBS ?= 2
+# Workers of the tests: one more than a small machine has cores, since some tests wait for processes.
+JOBS ?= 3
 BIN = .venv/bin
 INSTALL = PYTHON="$(PYTHON)" tools/install.sh
 LOCK = uv pip compile pyproject.toml --universal --python-version 3.11 --extra dev --no-header --no-annotate \

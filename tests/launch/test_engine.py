@@ -106,7 +106,10 @@ def test_the_hours_end_it_saved_and_not_tried_again(scene, capsys):
     assert "--max-hours are used up: it saved" in capsys.readouterr().err
 
 
-def test_ctrl_c_has_the_workers_save_and_leaves_nothing_alive(scene, capsys):
+def test_ctrl_c_has_the_workers_save_and_leaves_nothing_alive(scene, request):
+    # A shell that starts the suite in the background has it ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     thread = soon(lambda: os.kill(os.getpid(), signal.SIGINT), lambda: scene.steps() >= 3)
     session, status = scene.launch()
     thread.join()
