@@ -226,7 +226,8 @@ def test_a_machine_is_shared_out(monkeypatch):
 
 
 PROGRAM = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the suite in its background ignores it
 import jaxops.cli.sweep as command
 stub = "import pathlib, sys, types\\n"
 stub += "page = types.SimpleNamespace(write_report=lambda run: pathlib.Path(run) / 'report.html')\\n"
