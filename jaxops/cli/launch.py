@@ -1,167 +1,241 @@
-"""`jaxops train CONFIG --processes N`: N processes on this machine, for development.
+"""`jaxops launch` and `jaxops job`: a config on machines, and what becomes of it there."""
 
-Each process runs the same command with JAXOPS_COORDINATOR, JAXOPS_NUM_PROCESSES and JAXOPS_PROCESS_ID set. Its output
-is forwarded with the number of the process in front. Where one fails, the others are ended after a short grace period.
-"""
-
-import contextlib
+import argparse
 import os
-import signal
-import socket
+import shlex
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from typing import IO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, UserError
+from jaxops.core.failures import EXIT_OK, UserError
+from jaxops.core.secret_text import remember_secret
 
-EXIT_STOPPED = 130
-GRACE_SECONDS = 15.0
-"""Seconds that the other processes have after one has failed, to learn of it and to report it."""
+if TYPE_CHECKING:
+    from jaxops.launch.session import Session
 
-
-def launch(argv: Sequence[str], count: int) -> int:
-    """Runs `jaxops argv` as `count` processes and returns the exit status of the first that failed, else theirs.
-
-    Raises:
-      UserError: `count` is below one, or this process is part of a job already.
-    """
-    if count < 1:
-        raise UserError(f"--processes: expected at least 1, got {count}")
-    if os.environ.get("JAXOPS_COORDINATOR"):
-        raise UserError("--processes starts a job, and JAXOPS_COORDINATOR says that this process is part of one")
-    command = [sys.executable, "-c", _CHILD, *_without_processes(argv)]
-    address = f"127.0.0.1:{_free_port()}"
-    job = _Job([_start(command, address, count, rank) for rank in range(count)])
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, job.ask) for number in numbers}
-    try:
-        return job.wait()
-    finally:
-        job.kill()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+COMMANDS = ("launch", "job")
+_ACTIONS = {
+    "list": "The launches that this machine knows of.",
+    "status": "A launch's workers, attempts and hours left.",
+    "logs": "What the workers of a launch have said.",
+    "stop": "Have the workers save and end; nothing is removed.",
+    "down": "Stop a launch and remove what it made on its hosts; the run stays.",
+    "ssh": "A shell on the host of a worker.",
+}
 
 
-_CHILD = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":  # a child does not outlive its launcher
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != int(os.environ["JAXOPS_LAUNCHER"]):
-        sys.exit(1)
-sys.argv[0] = "jaxops"
-from jaxops.cli.main import script
-script()
-"""
-
-
-def _start(command: list[str], address: str, count: int, rank: int) -> subprocess.Popen[str]:
-    job = {"JAXOPS_COORDINATOR": address, "JAXOPS_NUM_PROCESSES": str(count), "JAXOPS_PROCESS_ID": str(rank)}
-    # Each has a session of its own, so that Ctrl-C reaches the launcher alone. It signals one process, and all agree.
-    return subprocess.Popen(
-        command,
-        env={**os.environ, **job, "JAXOPS_LAUNCHER": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
+def add_arguments(launch: Any, job: Any, parser: Any) -> None:
+    """Adds the arguments of both commands to their parsers."""
+    add = launch.add_argument
+    add("--on", required=True, metavar="TYPE", help="the accelerator: cpu-8, v5e-8, ... (all hosts together)")
+    add(
+        "--backend", default="local", metavar="B", help="local (processes of this machine) or ssh (hosts that you have)"
     )
+    add("--hosts", metavar="HOST,...", help="ssh: one worker on each; @FILE has one a line")
+    add("--workers", type=int, metavar="N", help="local: the number of worker processes (default: 1)")
+    add("--max-hours", type=float, metavar="H", help="when the hosts end the workers by themselves, retries included")
+    add("--grace", type=float, default=120.0, metavar="S", help="seconds for a save, before a kill (default: 120)")
+    add("--retries", type=int, default=10, metavar="N", help="attempts after the first (default: 10)")
+    add("--python", metavar="PATH", help="a Python that the hosts have, with all packages (local: this one)")
+    add("--lock", default="requirements.lock", metavar="FILE", help="below the code: what hosts install otherwise")
+    add("--wheelhouse", metavar="PATH", help="a folder of wheels on the hosts, where they reach no package index")
+    add("--coordinator", metavar="ADDRESS", help="where workers reach the first host (default: as ssh's config has it)")
+    text = "an environment variable that the workers get, by its name (may be given again)"
+    add("--secret", action="append", default=[], metavar="NAME", help=text)
+    add("--accept-code", action="store_true", help="go on although code by import path has changed")
+    add("--dry-run", action="store_true", help="print every command and file, and touch nothing")
+    add("--detach", action="store_true", help="leave the launcher in the background of this machine")
+    actions = job.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=parser)
+    for name, what in _ACTIONS.items():
+        made = actions.add_parser(name, help=what, description=what)
+        if name != "list":
+            made.add_argument("name", metavar="RUN", help="the run's name, its folder, or the id that `job list` shows")
+        if name in ("list", "status"):
+            made.add_argument("--json", action="store_true", help="print one JSON object")
+        if name in ("logs", "ssh"):
+            text = "this one's alone" if name == "logs" else "its host (default: the first)"
+            made.add_argument("--worker", type=int, metavar="N", help=text)
+        if name == "logs":
+            made.add_argument("--follow", action="store_true", help="go on until the workers end")
 
 
-class _Job:
-    """The processes of a job: it forwards their output and ends them."""
+def launch(args: argparse.Namespace) -> int:
+    """Runs `jaxops launch CONFIG [a.b=VALUE ...] --on TYPE --backend B --max-hours H`."""
+    from jaxops.launch.code import bundle
+    from jaxops.launch.engine import launch as started
+    from jaxops.launch.engine import open_session, supervise
+    from jaxops.launch.record import LaunchFolder, LaunchRecord
+    from jaxops.launch.request import Request, make_spec
+    from jaxops.launch.session import Session
+    from jaxops.run.build import load_config
 
-    def __init__(self, processes: list[subprocess.Popen[str]]):
-        self._processes = processes
-        self._asked = False
-        self._threads = []
-        for rank, process in enumerate(processes):
-            for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
-                # Programs read the stdout of process 0 (--json), so that it has no prefix.
-                prefix = f"[{rank}] " if target is sys.stderr or rank else ""
-                thread = threading.Thread(target=_forward, args=(source, target, prefix), daemon=True)
-                thread.start()
-                self._threads.append(thread)
-
-    def ask(self, number: int, frame: object) -> None:
-        """Passes a signal on to one process, and all agree on a step to stop at; a second Ctrl-C ends them at once."""
-        del frame
-        if self._asked and number == signal.SIGINT:
-            self.kill()
-            os._exit(EXIT_STOPPED)
-        self._asked = True
-        alive = next((process for process in self._processes if process.poll() is None), None)
-        if alive is not None:
-            alive.send_signal(number)
-
-    def wait(self) -> int:
-        """Waits until all processes have ended, ends the others after a failure, and returns the exit status."""
-        failed: tuple[int, int] | None = None
-        deadline = float("inf")
-        while any(process.poll() is None for process in self._processes):
-            time.sleep(0.05)
-            for rank, process in enumerate(self._processes):
-                if failed is None and process.poll() not in (None, EXIT_OK, EXIT_INTERRUPTED):
-                    failed, deadline = (rank, process.returncode), time.monotonic() + GRACE_SECONDS
-            if time.monotonic() > deadline:
-                self._end()
-        for thread in self._threads:
-            thread.join(timeout=5)
-        codes = [process.returncode for process in self._processes]
-        bad = [(rank, code) for rank, code in enumerate(codes) if code not in (EXIT_OK, EXIT_INTERRUPTED)]
-        if failed is None and not bad:
-            return max(codes)
-        rank, code = failed or bad[0]
-        if code < 0:
-            print(f"jaxops: process {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
-            return EXIT_LOST if -code in (signal.SIGKILL, signal.SIGABRT) else EXIT_FAILED
-        return code
-
-    def _end(self) -> None:
-        """Ends processes with SIGABRT, which leaves their stacks in the run folder, and then with SIGKILL."""
-        alive = [(rank, process) for rank, process in enumerate(self._processes) if process.poll() is None]
-        for rank, process in alive:
-            print(f"jaxops: process {rank} did not end by itself: its stacks are in the run folder", file=sys.stderr)
-            process.send_signal(signal.SIGABRT)
-        for _, process in alive:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5)
-        self.kill()
-
-    def kill(self) -> None:
-        """Ends all remaining processes at once."""
-        for process in self._processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+    request = Request(
+        **{name: getattr(args, name) for name in ("config", "overrides", "on", "backend", "hosts", "workers")},
+        **{name: getattr(args, name) for name in ("max_hours", "grace", "retries", "python", "lock", "wheelhouse")},
+        coordinator=args.coordinator,
+        secrets=args.secret,
+        accept_code=args.accept_code,
+    )
+    request.check()
+    loaded = load_config(args.config, args.overrides)
+    code = bundle(Path.cwd())
+    fresh = LaunchRecord(spec=make_spec(request, loaded, code), grace=args.grace, retries=args.retries)
+    _hide(fresh.spec.secrets)
+    folder, hours = LaunchFolder(fresh.spec.id), float(args.max_hours)
+    if args.dry_run:
+        started(Session(folder, fresh, _say, dry=True), code, fresh, hours)
+        return EXIT_OK
+    with folder.held():
+        session = open_session(folder, fresh, _say)
+        try:
+            adopted = started(session, code, fresh, hours)
+        except KeyboardInterrupt:
+            _say(f"`jaxops job down {folder.id}` ends and removes what is on {', '.join(fresh.spec.hosts)}")
+            raise
+        if not args.detach:
+            return supervise(session, code, _pause(session), adopted)
+    return _detach(session)
 
 
-def _forward(source: IO[str] | None, target: IO[str], prefix: str) -> None:
-    for line in source or ():
-        if not line.startswith("[Gloo]"):  # the CPU collectives greet on stdout, which --json needs
-            target.write(prefix + line)
-            target.flush()
+def _detach(session: "Session") -> int:
+    """Starts a launcher of its own session, which adopts the workers, and leaves it."""
+    argv = [word for word in sys.argv[1:] if word != "--detach"]
+    with open(session.folder.log, "ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "jaxops", *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    id = session.folder.id
+    _say(
+        f"process {child.pid} of this machine watches it and tries again after a preemption, as long as this machine is"
+        f" awake; the workers, and their --max-hours, do not need it. It writes {session.folder.log};"
+        f" jaxops job status|logs|stop {id}"
+    )
+    return EXIT_OK
 
 
-def _without_processes(argv: Sequence[str]) -> list[str]:
-    """Returns the arguments without `--processes N` or `--processes=N`."""
-    kept, skip = [], False
-    for arg in argv:
-        if skip:
-            skip = False
-        elif arg == "--processes":
-            skip = True
-        elif not arg.startswith("--processes="):
-            kept.append(arg)
-    return kept
+def _hide(names: Sequence[str]) -> None:
+    """Keeps the values of these variables out of all that is printed here."""
+    for name in names:
+        if value := os.environ.get(name):
+            remember_secret(value, f"${{secret:{name}}}")
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+def _pause(session: "Session") -> float:
+    return 0.5 if session.record.spec.backend == "local" else 3.0
+
+
+def _say(line: str) -> None:
+    print(f"launch: {line}", file=sys.stderr, flush=True)
+
+
+def job(args: argparse.Namespace) -> int:
+    """Runs `jaxops job list | status RUN | logs RUN | stop RUN | down RUN | ssh RUN`."""
+    from jaxops.launch.record import find_launch
+    from jaxops.launch.session import Session
+
+    if args.action == "list":
+        return _list(args)
+    session = Session(*find_launch(args.name), _say)
+    _hide(session.record.spec.secrets)
+    worker = getattr(args, "worker", None)
+    if worker is not None and not 0 <= worker < len(session.hosts):
+        raise UserError(f"--worker {worker}: this launch has workers 0 to {len(session.hosts) - 1}")
+    return {"status": _status, "logs": _logs, "stop": _stop, "down": _down, "ssh": _ssh}[args.action](session, args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from jaxops.cli.printing import print_json
+    from jaxops.cli.text import aligned
+    from jaxops.launch.record import launches
+
+    found = [(folder, record) for folder in launches() if (record := folder.load()) is not None]
+    if args.json:
+        return print_json([{"id": folder.id, **vars(record)} for folder, record in found])
+    rows = [("launch", "state", "attempt", "backend", "hosts")]
+    for folder, record in found:
+        hosts = ", ".join(record.spec.hosts)
+        rows.append((folder.id, record.state, str(record.attempt), record.spec.backend, hosts))
+    print("\n".join(aligned(rows)) if found else "no launch is known on this machine")
+    return EXIT_OK
+
+
+def _status(session: "Session", args: argparse.Namespace) -> int:
+    from jaxops.cli.printing import print_json
+    from jaxops.cli.text import aligned
+
+    record, polls = session.record, session.polls()
+    workers = [
+        {"worker": n, "host": host.name, "state": poll["state"], "code": poll["code"], "why": poll["why"]}
+        for n, (host, poll) in enumerate(zip(session.hosts, polls, strict=True))
+    ]
+    watched = session.folder.supervised()
+    left = max(record.deadline - time.time(), 0.0) / 3600 if record.deadline else None
+    if args.json:
+        return print_json(
+            {"id": session.folder.id, "watched": watched, "hours_left": left, "workers": workers, **vars(record)}
+        )
+    alive = any(poll["state"] == "running" for poll in polls)
+    by = f"watched by process {session.folder.owner()}" if watched else "no launcher watches it"
+    facts = [("launch", session.folder.id), ("run", f"{record.spec.run_dir}/{record.spec.name}")]
+    facts += [("state", f"{record.state}{f': {record.why}' if record.why else ''}; {by}")]
+    facts += [("attempt", f"{record.attempt} ({record.retried} of {record.retries} retries)")]
+    facts += [("hours left", f"{left:.2f}")] if left is not None and alive else []
+    for one in workers:
+        ended = "" if one["code"] is None else f" with exit status {one['code']}"
+        facts.append((f"worker {one['worker']}", f"{one['host']}: {one['state']}{ended} {one['why']}".rstrip()))
+    print("\n".join(aligned(facts)))
+    if alive and not watched:
+        print("nobody would try again after a preemption: give the same `jaxops launch` again")
+    return EXIT_OK
+
+
+def _logs(session: "Session", args: argparse.Namespace) -> int:
+    from jaxops.core.secret_text import printable, without_secrets
+
+    offsets = [0] * len(session.hosts)
+    while True:
+        busy = False
+        for worker in range(len(session.hosts)):
+            if args.worker in (None, worker):
+                poll = session.poll(worker, offsets[worker])
+                for line in printable(without_secrets(poll["text"])).splitlines():
+                    print(f"[{worker}] {line}", flush=True)
+                offsets[worker] = poll["offset"]
+                busy |= bool(poll["text"]) or (args.follow and poll["state"] in ("running", "unreachable"))
+        if not busy:
+            return EXIT_OK
+        if args.follow:
+            time.sleep(_pause(session))
+
+
+def _stop(session: "Session", args: argparse.Namespace) -> int:
+    from jaxops.launch.engine import stop_and_wait
+
+    return stop_and_wait(session, _pause(session))
+
+
+def _down(session: "Session", args: argparse.Namespace) -> int:
+    from jaxops.launch.engine import remove, stop_and_wait
+
+    stop_and_wait(session, _pause(session))
+    for left in remove(session):
+        _say(f"kept {left}")
+    return EXIT_OK
+
+
+def _ssh(session: "Session", args: argparse.Namespace) -> int:
+    spec, worker = session.record.spec, args.worker or 0
+    if spec.backend != "ssh":
+        raise UserError(f"job ssh: the workers of {spec.name} are processes of this machine")
+    argv = ["ssh", "-t", "--", spec.hosts[worker]]
+    if session.record.roots:
+        argv.append(f'cd {shlex.quote(session.record.roots[worker])} && exec "$SHELL" -l')
+    sys.stdout.flush()
+    os.execvp("ssh", argv)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from jaxops.cli import launches, plan, rlhf, runs, sweep, writing
+from jaxops.cli import launch, plan, rlhf, runs, sweep, writing
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, NO_ROOM, RunFailed, UserError, nearest
 from jaxops.core.secret_text import printable, without_secrets
 from jaxops.core.version import VERSION
@@ -124,8 +124,8 @@ def _parser() -> Parser:
     sweep.add_arguments(command("sweep", what, config=True, as_json=True))
     what = "Whether a config fits an accelerator that is not here, and how fast it can be."
     plan.add_arguments(command("plan", what, config=True, as_json=True))
-    launch = command("launch", "Train a config on other machines, or in the background of this one.", config=True)
-    launches.add_arguments(launch, command("job", "What `launch` has started: look, stop, remove."), Parser)
+    made = command("launch", "Train a config on other machines, or in the background of this one.", config=True)
+    launch.add_arguments(made, command("job", "What `launch` has started: look, stop, remove."), Parser)
     evaluate = command("evaluate", "Evaluate a run's model on its validation and test data.", run=True, as_json=True)
     evaluate.add_argument("--step", type=int, help="the checkpoint of this step (default: the best, else the latest)")
     other = "on what lies at the run's data now, though it has changed, without what training saw of it"
@@ -211,9 +211,9 @@ def _main(argv: Sequence[str]) -> int:
     try:
         args = parse_arguments([arg for arg in argv if arg != "--traceback"])
         if getattr(args, "processes", None) is not None:
-            from jaxops.cli.launch import launch
+            from jaxops.cli.processes import launch_processes
 
-            return launch(argv, args.processes)
+            return launch_processes(argv, args.processes)
         joined = _prepare(args)
         return _leave(_run(args)) if joined else _run(args)
     except (UserError, RunFailed) as error:
@@ -303,8 +303,8 @@ def _run(args: argparse.Namespace) -> int:
         return sweep.sweep(args)
     if args.command in plan.COMMANDS:
         return plan.plan(args)
-    if args.command in launches.COMMANDS:
-        return getattr(launches, args.command)(args)
+    if args.command in launch.COMMANDS:
+        return getattr(launch, args.command)(args)
     if args.command in writing.COMMANDS:
         return getattr(writing, args.command)(args)
     # It is imported here, since `jaxops --help` must not wait for jax.

@@ -11,7 +11,6 @@ from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_OK, EXIT_WAITING
 COMMANDS = ("rlhf",)
 POLL_SECONDS = 30.0
 """The time between two looks for the answers of people."""
-_CHILD = "import sys; sys.argv[0] = 'jaxops'; from jaxops.cli.main import script; script()"
 
 
 def add_arguments(made: Any) -> None:
@@ -52,7 +51,7 @@ def rlhf(args: argparse.Namespace) -> int:
 
 def _waiting(args: argparse.Namespace) -> int:
     """Runs the loop in a process of its own, again and again, until people have answered; this one holds no chips."""
-    command = [sys.executable, "-c", _CHILD, "rlhf", args.config, *args.overrides]
+    command = [sys.executable, "-m", "jaxops", "rlhf", args.config, *args.overrides]
     command += ["--json"] if args.json else []
     command += ["--cpu-devices", str(args.cpu_devices)] if args.cpu_devices is not None else []
     while (status := subprocess.run(command, check=False).returncode) == EXIT_WAITING:

@@ -17,11 +17,11 @@ from jaxops.core.store_paths import path as store_path
 from jaxops.launch.accelerators import find_accelerator
 from jaxops.launch.code import Code
 from jaxops.launch.hosts import Host, Unreachable, each
+from jaxops.launch.record import Spec
 from jaxops.launch.session import Session
 
 SETUP_SECONDS = 3600.0
 CHECK_SECONDS = 300.0
-_WORKER = "import sys; sys.argv[0] = 'jaxops'; from jaxops.cli.main import script; script()"
 CLOCK_SECONDS = 60.0
 """How far the clocks of two hosts may be apart."""
 
@@ -83,13 +83,13 @@ def bring_code(session: Session, code: Code) -> None:
     spec, digest = session.record.spec, session.record.code
     name = f"code/{digest}.tar"
     if stores.is_url(spec.run_dir):
-        keepers, places = range(len(session.hosts)), [f"{root}/{name}" for root in session.record.roots]
+        keepers, places = len(session.hosts), [f"{root}/{name}" for root in session.record.roots]
         if session.dry:
             print(f"write {spec.run_dir}/{name}")
         elif code.sha256 == digest:
             store_path(f"{spec.run_dir}/{name}").write_bytes(code.tar)
     else:
-        keepers, places = range(1), [f"{spec.run_dir}/{name}"] * len(session.hosts)
+        keepers, places = 1, [f"{spec.run_dir}/{name}"] * len(session.hosts)
 
     def bring(worker: int, host: Host) -> None:
         if session.ask(worker, "keep", places[worker], digest, kept=False)["kept"]:
@@ -99,7 +99,7 @@ def bring_code(session: Session, code: Code) -> None:
         source, limit = f"{len(code.files)} files of {code.folder}, as a tar", 60 + len(code.tar) / 2**17
         session.ask(worker, "keep", places[worker], digest, stdin=code.tar, source=source, timeout=limit, kept=True)
 
-    each(bring, session.hosts[: len(keepers)])
+    each(bring, session.hosts[:keepers])
     unpack = lambda worker, _: session.ask(
         worker, "unpack", places[worker], digest, code_folder(session, worker), timeout=600
     )
@@ -120,21 +120,30 @@ def make_environment(session: Session, code: Code) -> tuple[str, ...]:
     spec = session.record.spec
     if spec.python:
         return (spec.python,) * len(session.hosts)
-    tpu = "tpu" if find_accelerator(spec.type).chip is not None else "cpu"
     lock = (code.folder / spec.lock).read_bytes()
-    digest = hashlib.sha256(b"\0".join([lock, tpu.encode(), spec.wheelhouse.encode()])).hexdigest()[:16]
+    digest = hashlib.sha256(b"\0".join([lock, _packages(spec).encode(), spec.wheelhouse.encode()])).hexdigest()[:16]
     session.say(f"environment: from {spec.lock}; the first time takes minutes")
 
     make = lambda worker, host: _set_up(session, worker, host, lambda root: f"{os.path.dirname(root)}/env/{digest}")
     return tuple(each(make, session.hosts))
 
 
+def _packages(spec: Spec) -> str:
+    """Returns which of jax's packages the hosts need: `tpu` or `cpu`."""
+    return "cpu" if find_accelerator(spec.type).chip is None else "tpu"
+
+
 def _set_up(session: Session, worker: int, host: Host, folder_of: Callable[[str], str]) -> str:
     """Runs `setup_host.sh` on a host, and returns the interpreter of the environment."""
     spec, root = session.record.spec, session.put(host, "setup_host.sh")
-    tpu = "cpu" if find_accelerator(spec.type).chip is None else "tpu"
     folder = folder_of(root)
-    argv = ["env", f"ACCEL={tpu}", "sh", f"{root}/setup_host.sh", f"{code_folder(session, worker)}/{spec.lock}"]
+    argv = [
+        "env",
+        f"ACCEL={_packages(spec)}",
+        "sh",
+        f"{root}/setup_host.sh",
+        f"{code_folder(session, worker)}/{spec.lock}",
+    ]
     done = session.run(host, [*argv, folder, *filter(None, [spec.wheelhouse])], timeout=SETUP_SECONDS)
     if done.code:
         raise RunFailed(f"{host.name}: setup_host.sh ended with {done.code}: {done.last_words}")
@@ -163,11 +172,7 @@ def check_hosts(session: Session, code: Code) -> None:
     """
     spec = session.record.spec
     words = [word for word in spec.argv[1:] if not word.startswith("--")]
-    asked: dict[str, Any] = {
-        "config": words[0],
-        "overrides": [w for w in words[1:] if "=" in w],
-        "run_dir": spec.run_dir,
-    }
+    asked: dict[str, Any] = {"config": words[0], "overrides": [word for word in words[1:] if "=" in word]}
     asked |= {"run_dir": spec.run_dir, "lock": spec.lock, "files": code.files}
     found = _checked(session, ["hosts"], lambda worker: asked, CHECK_SECONDS)
     if session.dry:
@@ -266,7 +271,7 @@ def start_workers(session: Session) -> None:
 
     def start(worker: int, host: Host) -> None:
         spec = {
-            "argv": [record.python[worker], "-c", _WORKER, *record.spec.argv],
+            "argv": [record.python[worker], "-m", "jaxops", *record.spec.argv],
             "cwd": f"{code_folder(session, worker)}/{record.inside}",
             "env": environment(session, worker),
             "seconds": max(record.deadline - time.time(), 0.1),

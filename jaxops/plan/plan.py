@@ -82,8 +82,17 @@ class Plan:
 
     @property
     def update(self) -> ProgramPlan:
-        """The program that makes an update, the only one that accumulates."""
-        return next(program for program in self.programs if program.gradients)
+        """The program that makes an update, the only one that accumulates.
+
+        Raises:
+          UserError: a step of one's own has none that takes the state first and differentiates.
+        """
+        found = next((program for program in self.programs if program.gradients), None)
+        if found is None:
+            raise UserError(
+                f"none of the programs of this step is an update: {', '.join(p.name for p in self.programs)}"
+            )
+        return found
 
     @property
     def state(self) -> int:

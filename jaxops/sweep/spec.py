@@ -17,16 +17,24 @@ DIGITS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Uniform:
-    """A number from `low` to `high`, each as likely."""
+class _Bounded:
+    """A distribution of numbers from `low` to `high`."""
 
-    kind: Literal["uniform"] = "uniform"
     low: float
     high: float
 
     def problems(self) -> list[tuple[str, str]]:
         """Returns (field, message) where the bounds leave nothing to draw."""
-        return _order(self.low, self.high)
+        if self.low < self.high:
+            return []
+        return [("low", f"must be below high {self.high:g}, got {self.low:g}")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Uniform(_Bounded):
+    """A number from `low` to `high`, each as likely."""
+
+    kind: Literal["uniform"] = "uniform"
 
     def draw(self, random: Random) -> float:
         """Returns a value of the distribution."""
@@ -34,16 +42,12 @@ class Uniform:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogUniform:
+class LogUniform(_Bounded):
     """A number from `low` to `high` whose logarithm is uniform: for learning rates."""
 
     kind: Literal["loguniform"] = "loguniform"
     low: Annotated[float, Field(gt=0)]
     high: Annotated[float, Field(gt=0)]
-
-    def problems(self) -> list[tuple[str, str]]:
-        """Returns (field, message) where the bounds leave nothing to draw."""
-        return _order(self.low, self.high)
 
     def draw(self, random: Random) -> float:
         """Returns a value of the distribution."""
@@ -51,16 +55,12 @@ class LogUniform:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Integer:
+class Integer(_Bounded):
     """A whole number from `low` to `high`, both included."""
 
     kind: Literal["int"] = "int"
     low: int
     high: int
-
-    def problems(self) -> list[tuple[str, str]]:
-        """Returns (field, message) where the bounds leave nothing to draw."""
-        return _order(self.low, self.high)
 
     def draw(self, random: Random) -> int:
         """Returns a value of the distribution."""
@@ -156,10 +156,6 @@ class SweepSpec:
     runner: Local | InProcess = Local()
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] | None = None
     dir: str | None = None
-
-
-def _order(low: float, high: float) -> list[tuple[str, str]]:
-    return [] if low < high else [("low", f"must be below high {high:g}, got {low:g}")]
 
 
 def _within(value: float, low: float, high: float) -> float:

@@ -29,13 +29,12 @@ LLAMA_2_7B = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-RUN = "import sys; sys.argv[0] = 'jaxops'; from jaxops.cli.main import script; script()"
 
 
 def planned(folder, *arguments: str, status: int = 0) -> dict:
     """What `jaxops plan ... --json` says, in a process of its own, which has the devices that it asks for."""
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    command = [sys.executable, "-c", RUN, "plan", *arguments, "--json"]
+    command = [sys.executable, "-m", "jaxops", "plan", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == status, done.stderr[-4000:]
     return json.loads(done.stdout)
@@ -121,6 +120,6 @@ def test_two_slices_exchange_over_replica_alone(tmp_path):
     between = [one for one in plan["programs"][0]["compiled"]["collectives"] if one["between_slices"]]
     assert {tuple(one["axes"]) for one in between} <= {("replica",), ("replica", "fsdp")}
     planned_on_one = ["language/sft_tiny", "--on", "2xv5e-4"]
-    command = [sys.executable, "-c", RUN, "plan", *planned_on_one]
+    command = [sys.executable, "-m", "jaxops", "plan", *planned_on_one]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "make it a multiple of 2" in done.stderr
