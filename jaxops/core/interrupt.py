@@ -21,16 +21,19 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """The flag that asks a run to stop, with the signal that set it; a second SIGINT exits at once.
+    """The flag that asks a run to stop, with the signal that set it; a second SIGINT does not wait for the next step.
+
+    That one ends the process where a command runs (`exits`), and raises KeyboardInterrupt where Python called: an
+    `os._exit` there would take a notebook's kernel along with all its variables.
 
     Several processes all return the same answer at the same poll, whichever of them got the signal. The signal goes to
     jax's own preemption service, which chooses a poll that no process has passed yet. So all processes must poll
     equally often, as the same program on the same global batches does.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda text: None):
+    def __init__(self, say: Callable[[str], None] = lambda text: None, exits: bool = True):
         self.signal: str | None = None
-        self._say = say
+        self._say, self._exits = say, exits
         self._several = jax.process_count() > 1
         self._polls = 0
         self._keyboard = False
@@ -51,10 +54,12 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if number == signal.SIGINT and self._keyboard:
-            os._exit(EXIT_NOW)
+            if self._exits:
+                os._exit(EXIT_NOW)
+            raise KeyboardInterrupt("stopped without waiting for the save of this step")
         self._keyboard = number == signal.SIGINT
         name = signal.Signals(number).name
-        self._say(f"{name}: saving at the next step (Ctrl-C again exits at once)")
+        self._say(f"{name}: saving at the next step (Ctrl-C again {'exits' if self._exits else 'stops'} at once)")
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)  # jax's handler, which notifies all processes
         else:

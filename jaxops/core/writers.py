@@ -10,7 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class Writer(Protocol):
-    """Receives scalars at a step. `close()`, `flush()` and `event(step, event, text)` are called where they exist."""
+    """Receives scalars at a step.
+
+    `close()`, `flush()`, `event(step, event, text)`, `samples(step, samples)` and `picture(step, name, png)` are called
+    where they exist.
+    """
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records scalars of a step by name."""
@@ -37,6 +41,16 @@ class Writers:
         """Hands samples of a model's text to every writer that takes samples."""
         for method in self._optional("samples"):
             method(step, samples)
+
+    @property
+    def take_pictures(self) -> bool:
+        """True where one of the writers takes pictures, so that drawing them is worth its time."""
+        return any(self._optional("picture"))
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """Hands a picture, the bytes of a PNG file, to every writer that takes pictures."""
+        for method in self._optional("picture"):
+            method(step, name, png)
 
     def flush(self) -> None:
         """Hands to the operating system what every writer still holds. It is called before a checkpoint is saved."""

@@ -16,6 +16,7 @@ from jaxops.report import figures, results
 from jaxops.report.figures import Mark, Plot
 from jaxops.report.folder import EVALUATED, RunRecord, Series, read_run, utc_time
 from jaxops.report.html import fill_template, write_page
+from jaxops.report.pictures import reliability_bins
 from jaxops.report.samples import sample_table
 
 MAX_EVENTS = 200
@@ -186,21 +187,11 @@ def _reliability_plots(run: RunRecord) -> Iterator[Plot]:
         for key, value in run.summary.items():
             if not key.startswith(f"{split}/") or not key.endswith("/reliability"):
                 continue
-            try:
-                values = np.array(value, np.float64)  # the null of an empty bin becomes NaN
-            except (TypeError, ValueError, OverflowError):
-                continue
-            if values.ndim != 2 or len(values) != 3 or not _rates(values):
+            if (values := reliability_bins(value)) is None:
                 continue
             label = key.removeprefix(f"{split}/").removesuffix("reliability").strip("/")
             title = results.TITLES[split] + (f", {label}" if label else "")
             yield figures.reliability_figure(values, title=title)
-
-
-def _rates(values: np.ndarray) -> bool:
-    """Returns True where all known values lie between 0 and 1 (float32 may be off by a little) and there is one."""
-    known = values[:, np.isfinite(values).all(axis=0) & (values[2] > 0)]
-    return bool(known.size and ((known >= 0) & (known <= 1.001)).all())
 
 
 def _data_rows(run: RunRecord) -> list[tuple[str, str]]:

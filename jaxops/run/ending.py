@@ -36,6 +36,11 @@ def finish(
             numbers = {name: x for name, x in found.items() if name.startswith("test/") and isinstance(x, float | int)}
             if numbers:
                 writers.write(found["step"], numbers)
+            if writers.take_pictures:
+                from jaxops.report.pictures import pictures  # matplotlib takes a second to import
+
+                for name, png in pictures(found):
+                    writers.picture(found["step"], name, png)
             for name, figures in (task.baselines() if task.baselines else {}).items():
                 baselines |= {f"baseline/{name}/{key}": value for key, value in figures.items()}
         writers.flush()  # a run that is finished opens its records no more

@@ -19,6 +19,7 @@ from jaxops.core import distributed
 from jaxops.core.alarms import stop_reason_of
 from jaxops.core.compiles import enable_compilation_cache
 from jaxops.core.failures import UserError
+from jaxops.core.interrupt import Interrupt
 from jaxops.core.loop import Hook
 from jaxops.core.mesh import make_mesh
 from jaxops.core.step import Step
@@ -46,7 +47,8 @@ def fit(
 ) -> FinishedRun:
     """Trains a task to its end. A run that was stopped resumes; Ctrl-C and SIGTERM save before the run ends.
 
-    After Ctrl-C it raises KeyboardInterrupt once the run is saved, so that a loop over learning rates ends too.
+    After Ctrl-C it raises KeyboardInterrupt once the run is saved, so that a loop over learning rates ends too. A
+    second Ctrl-C raises it without waiting for the save; the run resumes from the save before.
     Compiled programs are kept in the jaxops cache between processes, unless jax has a cache folder already.
 
     Example:
@@ -69,7 +71,9 @@ def fit(
       RunFailed: a non-finite loss, out of memory, a lost save.
       KeyboardInterrupt: Ctrl-C or a closed terminal, here or in another process of the job; the run is saved.
     """
-    run = train_task(task, mesh, hooks, quiet=quiet, folder=folder, step=step, accept_code=accept_code)
+    run = train_task(
+        task, mesh, hooks, quiet=quiet, folder=folder, step=step, accept_code=accept_code, ctrl_c_exits=False
+    )
     # Ctrl-C came to one process, and the loops of all have to end: they were all stopped at the same step.
     stopped = run.state in ("interrupted", "preempted")
     if stopped and "interrupted" in distributed.gather("how the run was stopped", run.state):
@@ -87,10 +91,12 @@ def train_task(
     folder: str | Path | None = None,
     step: Callable[[StepParts], Step] | None = None,
     accept_code: bool = False,
+    ctrl_c_exits: bool = True,
 ) -> FinishedRun:
     """Trains a task as `fit` does, but returns after Ctrl-C, with the state `interrupted`.
 
-    Args: those of `fit`.
+    Args: those of `fit`, and
+      ctrl_c_exits: whether a second Ctrl-C ends the process at once, as it should a command's.
 
     Raises:
       UserError: as `fit`.
@@ -115,6 +121,7 @@ def train_task(
         accumulation = accumulation_of(task, mesh)
         training = build_training(task, mesh, accumulation)
         run = TrainingRun(task, mesh, where, progress, training, accumulation)
+        run.interrupt = Interrupt(progress.say, ctrl_c_exits)
         run.measure()
 
         def lock() -> None:

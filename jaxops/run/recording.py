@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxops.config.types import ByPath
@@ -50,12 +51,15 @@ def open_writers(
     try:
         for logger in config.run.loggers:
             if isinstance(logger, TensorBoard):
-                there = None
+                there, wrote = None, []
                 if resumed:
-                    read = read_metrics(folder.metrics)
-                    there = [line for line in read if line["step"] == step and "event" not in line]
-                names = folder.names()
-                writers.append(TensorBoardWriter(folder.path, resume_step=resume, replay=there, names=names))
+                    there = _lines_of(step, folder.metrics)
+                    wrote = _lines_of(step, folder.path / "samples.jsonl")
+                writers.append(
+                    TensorBoardWriter(
+                        folder.path, resume_step=resume, replay=there, replay_samples=wrote, names=folder.names()
+                    )
+                )
             elif isinstance(logger, Wandb):
                 project, entity, name = logger.project, logger.entity, config.run.name
                 writers.append(WandbWriter(folder.path, project=project, entity=entity, name=name, config=resolved))
@@ -63,6 +67,11 @@ def open_writers(
         Writers(writers).close()
         raise
     return Writers(writers)
+
+
+def _lines_of(step: int, path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a step in `metrics.jsonl` or `samples.jsonl`, without events."""
+    return [line for line in read_metrics(path) if line["step"] == step and "event" not in line]
 
 
 def own_loggers(configs: Sequence[TensorBoard | Wandb | ByPath]) -> list[Writer]:

@@ -7,13 +7,17 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.run.folder.listing import MARKS, existing_folder, is_run
 from jaxops.run.folder.run_folder import SUMMARY_VERSION, RunFolder
 from jaxops.run.task import Task
 from jaxops.run.validation import undefined_metrics
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from matplotlib.figure import Figure
 
 VERSIONS = ("jaxops", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 """The packages whose versions a summary records."""
@@ -33,6 +37,25 @@ class FinishedRun:
     dir: Path | str
     summary: dict[str, Any]
     state: str
+
+    def history(self) -> "pa.Table":
+        """Returns what was logged: a row for each step, with columns `step`, `time` and one for each metric.
+
+        A metric is null at the steps at which it was not logged. `run.history().to_pandas()` is a data frame.
+        """
+        from jaxops.report.history import history
+
+        return history(existing_folder(self.dir))
+
+    def plot(self, *names: str) -> "Figure":
+        """Draws metrics over the step, by default the training loss and the metric that the run is judged by.
+
+        Raises:
+          UserError: the run has logged no metric of that name.
+        """
+        from jaxops.report.history import plot  # matplotlib takes a second to import
+
+        return plot(existing_folder(self.dir), names)
 
 
 def write_summary(folder: RunFolder, state: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -94,6 +94,14 @@ def test_the_second_ctrl_c_exits_at_once():
     assert process.returncode == EXIT_NOW == 130 and "saved" not in out
 
 
+def test_called_from_python_the_second_ctrl_c_raises_and_the_process_lives():
+    said = []
+    with pytest.raises(KeyboardInterrupt), Interrupt(said.append, exits=False).installed() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.signal == "SIGINT" and said == ["SIGINT: saving at the next step (Ctrl-C again stops at once)"]
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_ctrl_c_after_sigterm_still_waits_once():
     process = child(leave=False)
     assert process.stdout.readline() == "ready\n"

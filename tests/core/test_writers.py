@@ -6,6 +6,7 @@ import os
 import struct
 import sys
 import types
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +15,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.loggers import TensorBoardWriter, WandbWriter
-from jaxops.core.metrics_file import JsonlWriter, read_metrics
+from jaxops.core.metrics_file import JsonlWriter, SamplesWriter, read_metrics
 from jaxops.core.whole_files import replace_file
 from jaxops.core.writers import Writer, Writers
+from jaxops.report.pictures import pictures
 
 
 def without_time(lines):
@@ -261,6 +263,53 @@ def test_tensorboard_flushes_while_it_runs(tmp_path, monkeypatch):
     writer.close()
 
 
+SAMPLES = [
+    {"part": "valid", "prompt": "a | b", "completion": "<b>one</b>\n`two`"},
+    {"part": "valid", "prompt": "c", "completion": "", "rewards": [1, 2]},
+    {"part": "test", "prompt": "d", "completion": "e"},
+]
+
+
+def test_tensorboard_shows_samples_as_written_and_again_after_a_kill(tmp_path):
+    def texts():
+        shown = []
+        for event in tensorboard_events(tmp_path):
+            if event.session_log.status == SessionLog.START:
+                shown = [one for one in shown if one[1] < event.step]
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "text":
+                    shown.append((value.tag, event.step, value.tensor.string_val[0].decode()))
+        return shown
+
+    writer = TensorBoardWriter(tmp_path)
+    Writers([writer]).samples(5, SAMPLES)
+    writer.close()
+    before = texts()
+    assert [tag.removesuffix("/text_summary") for tag, _, _ in before] == [
+        "samples/valid/0",
+        "samples/valid/1",
+        "samples/test/0",
+    ]
+    assert before[0][2] == "**prompt**\n\n    a | b\n\n**completion**\n\n    <b>one</b>\n    `two`"
+    assert before[1][2].endswith("**rewards**\n\n    [1, 2]")
+    lines = [{"v": 1, "step": 5, "time": 7.5, **sample} for sample in SAMPLES]
+    TensorBoardWriter(tmp_path, resume_step=5, replay=[], replay_samples=lines).close()
+    replayed = texts()
+    assert [one[1:] for one in replayed] == [one[1:] for one in before]
+
+
+def test_tensorboard_takes_a_picture(tmp_path):
+    writer = TensorBoardWriter(tmp_path)
+    png = next(png for _, png in pictures({"test/reliability": [[0.1, 0.6], [0.2, 0.5], [0.5, 0.5]]}))
+    assert Writers([writer]).take_pictures and not Writers([SamplesWriter(tmp_path / "samples.jsonl")]).take_pictures
+    Writers([writer]).picture(9, "test/reliability", png)
+    writer.close()
+    event = list(tensorboard_events(tmp_path))[-1]
+    (value,) = event.summary.value
+    assert (event.step, value.tag, value.image.encoded_image_string) == (9, "test/reliability", png)
+    assert (value.image.width, value.image.height) == (576, 432)
+
+
 @pytest.fixture
 def fake_wandb(monkeypatch):
     module = types.ModuleType("wandb")
@@ -278,6 +327,8 @@ def fake_wandb(monkeypatch):
         return Run()
 
     module.init = init
+    module.Table = lambda **table: ("table", table)
+    module.Image = lambda path: ("image", Path(path).read_bytes())
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
@@ -295,6 +346,18 @@ def test_wandb_continues_the_same_run(tmp_path, fake_wandb):
     assert fake_wandb.logs == [(1, {"loss": 0.5}), (2, {"loss": 0.5})] and fake_wandb.finished == 2
     WandbWriter(tmp_path / "other")
     assert fake_wandb.inits[2]["id"] != first["id"]
+
+
+def test_wandb_gets_samples_as_a_table_and_pictures(tmp_path, fake_wandb):
+    writer = WandbWriter(tmp_path)
+    Writers([writer]).samples(5, SAMPLES)
+    Writers([writer]).picture(6, "test/reliability", b"\x89PNG...")
+    (_, valid), (_, test), (step, picture) = fake_wandb.logs
+    kind, table = valid["samples/valid"]
+    assert kind == "table" and table["columns"] == ["prompt", "completion", "rewards"]
+    assert table["data"] == [["a | b", "<b>one</b>\n`two`", None], ["c", "", "[1, 2]"]]
+    assert list(test) == ["samples/test"]
+    assert step == 6 and picture == {"test/reliability": ("image", b"\x89PNG...")}
 
 
 def test_wandb_id_file_broken_by_a_kill_gives_a_new_run(tmp_path, fake_wandb):

@@ -194,6 +194,17 @@ def test_ctrl_c_ends_a_loop_over_learning_rates_after_saving(folder):
     assert found.state == "finished" and list(curve("parts")) == [1, 2, 3, 4, 5]
 
 
+def test_a_second_ctrl_c_in_python_stops_at_once_and_the_interpreter_lives(folder):
+    twice = lambda snapshot: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train("run.name=parts", "run.steps=8", "checkpoint.every=2", hooks=[every(5, twice)])
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert max(curve("parts")) < 8
+    found = train("run.name=parts", "run.steps=8", "checkpoint.every=2")  # the lock is free, the saves are good
+    assert found.state == "finished" and list(curve("parts")) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(folder):
     train(OWN, "run.name=whole", "run.steps=40", "checkpoint.every=5")
