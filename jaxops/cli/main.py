@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from jaxops.cli import help as help_of
 from jaxops.cli import launch, plan, rlhf, runs, sweep, writing
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, NO_ROOM, RunFailed, UserError, nearest
 from jaxops.core.secret_text import printable, without_secrets
@@ -103,8 +104,10 @@ def _parser() -> Parser:
     parser.add_argument("--version", action=Version, nargs=0, help="show the versions of jaxops, jax and Python")
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    def command(name: str, text: str, *, config: bool = False, run: bool = False, as_json: bool = False) -> Parser:
-        made = sub.add_parser(name, help=text, description=text, epilog=EPILOG)
+    def command(
+        name: str, text: str, *, config: bool = False, run: bool = False, as_json: bool = False, **more: Any
+    ) -> Parser:
+        made = sub.add_parser(name, help=text, description=text, epilog=EPILOG, **more)
         if config:
             made.add_argument("config", help="a YAML file, or the name of a shipped config (a path below `configs`)")
             made.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="override a field, in YAML")
@@ -149,10 +152,12 @@ def _parser() -> Parser:
     for made in (predict, export, sample, chat):
         made.set_defaults(options=[])
         made.epilog = f"Further options, --NAME VALUE, are those of the run's family. {EPILOG}"
-    config = command("config", "Print the resolved config and where each value comes from.", as_json=True)
+    what = "Print the resolved config and where each value comes from; --help FIELD says what a field means."
+    config = command("config", what, as_json=True, add_help=False)
     config.add_argument("config", nargs="?", help="a YAML file or the name of a shipped config")
     config.add_argument("overrides", nargs="*", metavar=OVERRIDE)
     config.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what differs between two configs or run folders")
+    help_of.add_arguments(config, command("examples", "Short programs to begin with: list them, or print one."))
     command("shardings", "Where every parameter lies on the mesh.", config=True, as_json=True)
     command("doctor", "What this machine has and what is wrong with it.", as_json=True)
     data = command("data", "Named and own data sets.")
@@ -305,6 +310,8 @@ def _run(args: argparse.Namespace) -> int:
         return plan.plan(args)
     if args.command in launch.COMMANDS:
         return getattr(launch, args.command)(args)
+    if args.command == "examples":
+        return help_of.examples(args)
     if args.command in writing.COMMANDS:
         return getattr(writing, args.command)(args)
     # It is imported here, since `jaxops --help` must not wait for jax.

@@ -21,6 +21,13 @@ def shipped_configs() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
+def shipped_examples() -> Path:
+    """Returns the folder of the example programs: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "examples"
+    return inside if inside.is_dir() else package.parent / "examples"
+
+
 def find_config(name: ConfigPath, beside: Path | None = None) -> Path:
     """Finds the file `name`, with or without `.yaml`: in `beside`, in the current folder, or among the shipped ones.
 
