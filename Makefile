@@ -14,7 +14,7 @@ find_python = $(shell for python in python$(1) $(HOME)/.pyenv/versions/$(1)*/bin
     $$python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$(1)')" >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo plan-env test-plan test test-slow test-latest lint format peers lock clean clean-all
+.PHONY: help install demo docs plan-env test-plan test test-slow test-latest lint format peers lock clean clean-all
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,13 @@ install: ## .venv from requirements.lock; ACCEL=auto looks for a TPU or GPU
 
 demo: install ## train SASRec on MovieLens-100K, under five minutes on two cores
 	$(BIN)/jaxops train rec/movielens_sasrec --cpu-devices 8
+
+docs: ## build/docs/index.html, in an environment of its own; a warning is an error
+	@$(INSTALL) .venv-docs cpu
+	@.venv-docs/bin/python -c "import myst_nb, sphinx_book_theme" 2>/dev/null || \
+	    .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	.venv-docs/bin/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html is ready"
 
 plan-env: ## .venv-plan, with the compiler for TPUs that `jaxops plan` asks (Linux x86; 1.5 GB)
 	@$(INSTALL) .venv-plan tpu
@@ -82,4 +89,4 @@ clean: ## remove caches and built packages
 	find jaxops tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
 clean-all: clean ## remove the virtual environments too
-	rm -rf .venv .venv-latest .venv-plan .peers
+	rm -rf .venv .venv-docs .venv-latest .venv-plan .peers

@@ -1,5 +1,6 @@
 """The metrics of a run as a table, and as a picture for a notebook. Tested in tests/report/test_history.py."""
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -16,6 +17,15 @@ from jaxops.report.folder import read_run
 
 _SHOWN = 6
 """The names that a message lists."""
+
+
+class Picture(Figure):
+    """A matplotlib figure that a notebook shows by itself, whatever matplotlib's backend is."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=110)
+        return file.getvalue()
 
 
 def history(run_dir: str | os.PathLike[str]) -> pa.Table:
@@ -46,7 +56,7 @@ def history(run_dir: str | os.PathLike[str]) -> pa.Table:
     return pa.table(columns)
 
 
-def plot(run_dir: str | os.PathLike[str], names: Sequence[str] = ()) -> Figure:
+def plot(run_dir: str | os.PathLike[str], names: Sequence[str] = ()) -> Picture:
     """Draws metrics of a run folder over the step, one below the other.
 
     Args:
@@ -65,7 +75,7 @@ def plot(run_dir: str | os.PathLike[str], names: Sequence[str] = ()) -> Figure:
             raise UserError(f"{run_dir}: no metric {name!r} was logged{nearest(name, known)} (logged: {listed})")
     if not chosen:
         raise UserError(f"{run_dir}: neither a training loss nor the run's metric has been logged yet")
-    figure = Figure(figsize=(6.4, 2.4 * len(chosen)), layout="constrained")
+    figure = Picture(figsize=(6.4, 2.4 * len(chosen)), layout="constrained")
     for number, name in enumerate(chosen, start=1):
         axes = figure.add_subplot(len(chosen), 1, number)
         # A line through the logged points only: between them lie steps at which other metrics were logged.

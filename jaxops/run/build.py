@@ -1,6 +1,5 @@
 """The way from files to a task: `load_config` reads and checks, `build_task` opens the data and builds the task."""
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -58,9 +57,13 @@ def _told_base(path: str | os.PathLike[str], error: ConfigError) -> ConfigError 
     users = [other for other in sorted(found.parent.glob("*.yaml")) if base.search(other.read_text(encoding="utf-8"))]
     if not users:
         return None
-    with contextlib.suppress(ConfigError):
+    try:
         load(SCHEMAS, path, by="task")
-        return None  # it runs as it is: what is wrong is what was put over it
+        lacks: set[str] = set()
+    except ConfigError as alone:
+        lacks = {problem.path for problem in alone.problems}
+    if not lacks & {problem.path for problem in error.problems}:
+        return None  # what is wrong is what was put over it
     # One that trains here as it is, where there is one, is the better example than one that needs 64 chips.
     example = (
         min(users, key=lambda one: (not one.stem.endswith("tiny"), one.name))

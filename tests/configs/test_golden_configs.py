@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxops.config.dump import diff, dump_yaml
+from jaxops.config.errors import ConfigError
 from jaxops.config.files import shipped_configs
 from jaxops.config.node import plain_node
 from jaxops.config.schema import children, record_of
@@ -94,8 +95,6 @@ def test_a_shipped_config_loads_again_from_its_own_dump(name, tmp_path):
 
 
 def test_a_config_that_others_build_upon_says_what_it_lacks():
-    from jaxops.config.errors import ConfigError
-
     with pytest.raises(ConfigError) as caught:
         load_config("rec/sasrec")
     base, lacks = caught.value.problems
@@ -114,3 +113,10 @@ def settings(shape: Shape) -> int:
 @pytest.mark.parametrize("task", SCHEMAS)
 def test_a_run_has_fewer_than_150_settings(task):
     assert 30 < settings(record_of(SCHEMAS[task])) < 150
+
+
+def test_a_base_that_is_completed_in_python_is_not_called_incomplete():
+    whole = {"data.kind": "movielens_100k", "run.epochs": 1}
+    with pytest.raises(ConfigError) as raised:
+        load_config("rec/sasrec", whole | {"optimizer.lrr": 1e-3})
+    assert [problem.path for problem in raised.value.problems] == ["optimizer.lrr"]

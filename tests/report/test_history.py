@@ -49,6 +49,10 @@ def test_a_picture_shows_what_was_logged(run):
     assert [axes.get_ylabel() for axes in run.plot().axes] == ["train/loss", "valid/hr@10"]
 
 
+def test_a_notebook_shows_the_picture(run):
+    assert run.plot("train/loss")._repr_png_().startswith(b"\x89PNG")
+
+
 def test_an_unknown_metric_gets_the_nearest_name(run):
     with pytest.raises(UserError, match=r"no metric 'train/los' was logged; did you mean 'train/loss'\?"):
         run.plot("train/los")
