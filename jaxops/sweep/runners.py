@@ -11,12 +11,13 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol, TextIO
 
 from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunFailed, UserError
 from jaxops.run.build import build_task, config_from_dict
 from jaxops.run.fit import fit
-from jaxops.sweep.plan import Point
+from jaxops.sweep.points import Point
 from jaxops.sweep.records import PointEnd, SweepFolder
 
 _LONGEST = 600
@@ -45,8 +46,17 @@ class Runner(Protocol):
 
     slots: int
 
-    def start(self, point: Point, config: Mapping[str, Any], claim: TextIO) -> Job:
-        """Starts a point, which holds its claim as long as it runs."""
+    def start(
+        self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
+    ) -> Job:
+        """Starts a point, which holds its claim as long as it runs.
+
+        Args:
+          point: the point.
+          config: its resolved config.
+          claim: its claim.
+          given_up: says whether it is to be stopped early; a runner that returns at once need not ask.
+        """
         ...
 
 
@@ -74,13 +84,15 @@ class InProcessRunner:
     def __init__(self, folder: SweepFolder, accept_code: bool = False) -> None:
         self._folder, self._accept_code = folder, accept_code
 
-    def start(self, point: Point, config: Mapping[str, Any], claim: TextIO) -> Job:
+    def start(
+        self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
+    ) -> Job:
         """Runs a point to its end.
 
         Raises:
           KeyboardInterrupt: the run was told to stop (Ctrl-C, SIGTERM, `--stop`), and has saved.
         """
-        with _stopped_by_mark(self._folder):
+        with _stopped_from_outside(self._folder, given_up) as outside:
             try:
                 task = build_task(config_from_dict(config, source=f"points/{point.id}.yaml"))
                 run = fit(task, quiet=True, accept_code=self._accept_code)
@@ -90,7 +102,7 @@ class InProcessRunner:
                 return self._failed(point, error.status, str(error))
             except Exception as error:  # code of the user's own may raise anything, and the other points go on
                 return self._failed(point, EXIT_FAILED, f"{type(error).__name__}: {error}")
-        if run.state in ("interrupted", "preempted"):
+        if run.state in ("interrupted", "preempted") and not outside.given_up:
             raise KeyboardInterrupt(run.state)
         return _Done(PointEnd(0) if run.state == "finished" else PointEnd(EXIT_INTERRUPTED, run.state))
 
@@ -100,25 +112,41 @@ class InProcessRunner:
         return _Done(PointEnd(status, reason[:_LONGEST]))
 
 
-class _stopped_by_mark:
-    """A context that sends this process SIGTERM, which a run saves at, when the sweep is asked to stop."""
+class _stopped_from_outside:
+    """A context that sends this process SIGTERM, which a run saves at, when somebody wants the run to stop.
 
-    def __init__(self, folder: SweepFolder) -> None:
-        self._folder, self._over = folder, threading.Event()
+    Attributes:
+      given_up: True where it was the guide of the sweep, and not somebody who asked the sweep to stop.
+    """
+
+    def __init__(self, folder: SweepFolder, given_up: Callable[[], bool] | None) -> None:
+        self._folder, self._ask, self._over, self.given_up = folder, given_up, threading.Event(), False
+        self._before: Any = None
         self._thread = threading.Thread(target=self._watch, args=(folder.stop_mark(),), daemon=True)
 
     def _watch(self, before: int) -> None:
         while not self._over.wait(_STOP_LOOK):
-            if self._folder.stop_mark() != before:
+            self.given_up = self._ask is not None and self._ask()
+            if self.given_up or self._folder.stop_mark() != before:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "_stopped_from_outside":
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._late)
         self._thread.start()
+        return self
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _late(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal that came before the run could take it, or after it: the run's own handler is not there."""
+        if not self.given_up and callable(self._before):
+            self._before(number, frame)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +204,9 @@ class LocalRunner:
         self.slots, self._folder, self._command = jobs, folder, list(command)
         self._free = shares(jobs, cores_here(), gpus_here())
 
-    def start(self, point: Point, config: Mapping[str, Any], claim: TextIO) -> Job:
+    def start(
+        self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
+    ) -> Job:
         """Starts a process; it has a session of its own, so that Ctrl-C reaches the sweep alone, which stops it."""
         path = self._folder.write_config(point, config)
         share = self._free.pop(0)

@@ -14,9 +14,9 @@ from jaxops.sweep.space import Assignment, is_range, values_of
 from jaxops.sweep.spec import Runs, SweepSpec
 
 _SPEC = tuple(field.name for field in dataclasses.fields(SweepSpec))
-_OURS = {"runs", "runner"}
+_OURS = {"runs", "runner", "search"}
 _MARKS = _OURS | {field.name for field in dataclasses.fields(Runs)}
-"""Top-level keys of a sweep file: all but two stand there where `runs:` was forgotten."""
+"""Top-level keys of a sweep file: all but three stand there where `runs:` was forgotten."""
 
 
 @dataclasses.dataclass(frozen=True)
