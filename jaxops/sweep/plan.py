@@ -70,6 +70,8 @@ def make_plan(path: str, overrides: Sequence[str] = ()) -> SweepPlan:
     if problems:
         raise ConfigError(problems)
     spec = load_trees(SweepSpec, [merged]).config
+    if spec.set:
+        source = source.with_values(merged.value["set"].value)
     if spec.search is not None:
         return _plan_search(source, spec, spec.search, merged)
     runs = merged.value["runs"] if "runs" in merged.value else Node({}, source.sweep.origin)

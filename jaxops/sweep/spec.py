@@ -81,6 +81,7 @@ class SweepSpec:
     Attributes:
       runs: the points.
       search: in place of `runs`: points that are proposed one after the other, by how the earlier ones ended.
+      set: values for all points, by dotted path of the base config; an override on the command line comes after them.
       metric: what the runs are judged by, on validation. By default what the base keeps its best checkpoint by, else
         what it stops early by, else the first of evaluate.metrics.
       runner: how they are run.
@@ -90,6 +91,7 @@ class SweepSpec:
 
     runs: Runs = Runs()
     search: Search | None = None
+    set: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metric: str | None = None
     runner: Local | InProcess = Local()
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] | None = None

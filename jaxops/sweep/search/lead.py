@@ -127,6 +127,8 @@ class SearchLead:
         reason = self.pruned(point)
         if reason and ended.status != 0 and not ended.failed:
             ended = PointEnd(ended.status, reason, pruned=True)
+        if ended.status != 0:  # before the trial is told: whoever leads next looks at no point of one that was
+            self._folder.record(point, ended)
         for trial in self._of(point):
             if ended.pruned:
                 self._tell(trial, "pruned", reason=reason)
