@@ -59,6 +59,7 @@ def sweep(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(plan, args.json)
     folder = SweepFolder(plan.folder)
+    plan = folder.aligned(plan)
     if args.status or args.best or args.stop:
         if not folder.has_begun:
             raise UserError(f"{plan.folder}: this sweep has not begun")

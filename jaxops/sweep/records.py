@@ -123,15 +123,41 @@ class SweepFolder:
             replace_file(path, [dump_yaml(config).encode()])
         return path
 
+    def aligned(self, plan: SweepPlan) -> SweepPlan:
+        """Returns a plan whose points have the ids of runs of the folder that are the same.
+
+        The id of a run is of its whole config. Where that has fields by now that are newer than the run, the run is
+        the same with their defaults, and its id stays what it was.
+        """
+        if not self.has_begun:
+            return plan
+        there, points = {*self._ids()}, {point.id: point for point in plan.points}
+        new, old = {one for one in points if one not in there}, [one for one in there if one not in points]
+        named: dict[str, str] = {}
+        for one in old if new else ():
+            if (now := self._id_now(one)) in new:
+                named[now] = one
+        if not named:
+            return plan
+        configs = {named.get(one, one): config for one, config in plan.configs.items()}
+        for one in named.values():
+            configs[one] = {**configs[one], "run": {**configs[one]["run"], "name": one}}
+        renamed = [dataclasses.replace(point, id=named.get(point.id, point.id)) for point in plan.points]
+        return dataclasses.replace(plan, points=renamed, configs=configs)
+
     def is_same(self, old: str, point: Point) -> bool:
         """Returns whether a run of the folder has the config of a point, but for fields that are newer than the run."""
+        return self._id_now(old) == point.id
+
+    def _id_now(self, old: str) -> str:
+        """Returns the id of a run's config with the defaults of fields that are newer; empty where it is not known."""
         for path in (self.path / old / "config.yaml", self.path / "points" / f"{old}.yaml"):
             try:
                 found = plain_node(parse_yaml(read_text(path), str(path)))
-                return run_id(completed(found, str(found.get("task")))) == point.id
-            except (OSError, UserError, AttributeError, KeyError, TypeError):
+                return run_id(completed(found, str(found.get("task"))))
+            except (OSError, ValueError, UserError, AttributeError, KeyError, TypeError):
                 continue
-        return False
+        return ""
 
     def config(self, point: Point) -> Path:
         """Returns the path of a point's config."""
