@@ -72,6 +72,9 @@ class StandIn:
     def __init__(self, folder: SweepFolder) -> None:
         self._folder = folder
 
+    def adopt(self, point):
+        return None
+
     def start(self, point, config, claim, given_up):
         return Trained(self._folder.path / point.id, config, given_up)
 

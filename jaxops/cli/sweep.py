@@ -136,13 +136,23 @@ def sweeps_told(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _runner(args: argparse.Namespace, plan: "SweepPlan", folder: Any) -> "Runner":
+    """Returns what runs the points."""
     from jaxops.sweep.runners import InProcessRunner, LocalRunner
-    from jaxops.sweep.spec import Local
+    from jaxops.sweep.slurm import SlurmRunner
+    from jaxops.sweep.spec import InProcess, Launch, Slurm
 
-    if not isinstance(plan.runner, Local):
-        return InProcessRunner(folder, args.accept_code)
     flags = ["--cpu-devices", str(args.cpu_devices)] if args.cpu_devices is not None else []
     flags += ["--accept-code"] if args.accept_code else []
+    match plan.runner:
+        case InProcess():
+            return InProcessRunner(folder, args.accept_code)
+        case Slurm():
+            slots = len(plan.points) if plan.space is None else plan.runner.jobs
+            return SlurmRunner(folder, plan.runner, slots, [sys.executable, "-m", "jaxops", "train", *flags])
+        case Launch():
+            where = ["--on", plan.runner.on, "--backend", plan.runner.backend, "--max-hours", f"{plan.runner.hours:g}"]
+            command = [sys.executable, "-m", "jaxops", "launch", *where, *flags, *plan.runner.flags]
+            return LocalRunner(folder, plan.runner.jobs, command, divided=False)
     command = [sys.executable, "-c", CHILD, str(os.getpid()), "train", *flags]
     return LocalRunner(folder, plan.runner.jobs, command)
 

@@ -46,6 +46,10 @@ class Runner(Protocol):
 
     slots: int
 
+    def adopt(self, point: Point) -> Job | None:
+        """Returns the job of a point that an earlier process started and that goes on; None without one."""
+        ...
+
     def start(
         self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
     ) -> Job:
@@ -83,6 +87,10 @@ class InProcessRunner:
 
     def __init__(self, folder: SweepFolder, accept_code: bool = False) -> None:
         self._folder, self._accept_code = folder, accept_code
+
+    def adopt(self, point: Point) -> Job | None:
+        """Returns None: its points end with it."""
+        return None
 
     def start(
         self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
@@ -198,11 +206,16 @@ class LocalRunner:
       folder: the sweep's.
       jobs: how many run at a time.
       command: the command that trains the config whose path is put behind it.
+      divided: False where the command trains elsewhere, so that this machine's cores and GPUs are not shared out.
     """
 
-    def __init__(self, folder: SweepFolder, jobs: int, command: Sequence[str]) -> None:
+    def __init__(self, folder: SweepFolder, jobs: int, command: Sequence[str], *, divided: bool = True) -> None:
         self.slots, self._folder, self._command = jobs, folder, list(command)
-        self._free = shares(jobs, cores_here(), gpus_here())
+        self._free = shares(jobs, cores_here(), gpus_here()) if divided else [JobShare(frozenset(), ())] * jobs
+
+    def adopt(self, point: Point) -> Job | None:
+        """Returns None: its points end with it."""
+        return None
 
     def start(
         self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
@@ -262,7 +275,7 @@ class _Process:
         if status is None:
             return None
         self.give_back()
-        return PointEnd(status, "" if status == 0 else self._reason(status))
+        return PointEnd(status, last_words(self.log, self.begins, status))
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -270,18 +283,30 @@ class _Process:
     def kill(self) -> None:
         self.process.kill()
 
-    def _reason(self, status: int) -> str:
-        """Returns what the process said last: its message where it has one, else its last line."""
-        if status < 0:
-            name = signal.Signals(-status).name
-            return f"ended by {name}{' (by hand, or out of memory)' if status == -signal.SIGKILL else ''}"
-        with open(self.log, "rb") as file:
-            file.seek(self.begins)
+
+def last_words(log: Path, begins: int, status: int) -> str:
+    """Returns the reason of an exit status: the message that a process printed where it has one, else its last line.
+
+    Args:
+      log: what it printed.
+      begins: where its part of the log begins.
+      status: its exit status; negative where a signal ended it.
+    """
+    if status == 0:
+        return ""
+    if status < 0:
+        name = signal.Signals(-status).name
+        return f"ended by {name}{' (by hand, or out of memory)' if status == -signal.SIGKILL else ''}"
+    try:
+        with open(log, "rb") as file:
+            file.seek(begins)
             said = file.read().decode("utf-8", errors="replace").strip()
-        _, message, text = f"\n{said}".rpartition("\njaxops: ")
-        if not message:  # a traceback ends with the error; what is said at a save is no reason
-            text = said.rpartition("\n")[2] if PointEnd(status).failed else ""
-        return text[:_LONGEST]
+    except OSError:
+        return ""
+    _, message, text = f"\n{said}".rpartition("\njaxops: ")
+    if not message:  # a traceback ends with the error; what is said at a save is no reason
+        text = said.rpartition("\n")[2] if PointEnd(status).failed else ""
+    return text[:_LONGEST]
 
 
 def end_with(parent: int) -> None:

@@ -75,6 +75,56 @@ class Local:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """Runs the points as the tasks of a Slurm job array, from a login node, in a folder that all nodes share.
+
+    Attributes:
+      jobs: tasks at a time.
+      hours: the time of each.
+      options: further options of sbatch, for each task: {partition: gpu, gres: 'gpu:1', mem: 32G}.
+      setup: lines of shell before the training: `module load cuda`.
+    """
+
+    kind: Literal["slurm"] = "slurm"
+    jobs: Positive = 8
+    hours: Annotated[float, Field(gt=0, le=10_000)]
+    options: Mapping[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], str | int] = dataclasses.field(
+        default_factory=dict
+    )
+    setup: tuple[str, ...] = ()
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Returns (field, message) for options that the array has already, or that would be read as two."""
+        ours = ("array", "job-name", "comment", "output", "time", "signal", "wrap")
+        found = [("options", f"{name} is set by the sweep itself") for name in self.options if name in ours]
+        odd = [name for name, value in self.options.items() if any(c.isspace() for c in str(value))]
+        return found + [("options", f"{name}: expected one word, got {self.options[name]!r}") for name in odd]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Runs each point by `jaxops launch`, `jobs` at a time, in a folder that the machines share.
+
+    Attributes:
+      on: the accelerator: `cpu-8`, `v5e-8`, ...
+      backend: the way to reach machines, as `jaxops launch --backend` names it.
+      hours: the most that a point may take.
+      jobs: points at a time.
+      flags: further flags of the command: [--spot, --option, partition=gpu].
+    """
+
+    kind: Literal["launch"] = "launch"
+    on: str
+    backend: str = "local"
+    hours: Annotated[float, Field(gt=0)]
+    jobs: Positive = 1
+    flags: tuple[str, ...] = ()
+
+
+Runner = Local | InProcess | Slurm | Launch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepSpec:
     """A sweep file without its `base:`.
 
@@ -93,6 +143,6 @@ class SweepSpec:
     search: Search | None = None
     set: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metric: str | None = None
-    runner: Local | InProcess = Local()
+    runner: Local | InProcess | Slurm | Launch = Local()
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] | None = None
     dir: str | None = None

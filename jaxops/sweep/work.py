@@ -159,6 +159,11 @@ class Sweep:
 
     def _begin(self, point: Point, claim: TextIO) -> bool:
         """Starts a point whose claim is held, or drops it where there is nothing to do; False where it runs already."""
+        if (job := self._runner.adopt(point)) is not None:
+            self._waiting.remove(point)
+            self._say(f"{point.id} goes on where an earlier process started it: {point.label}")
+            self._active[point.id] = point, job, claim
+            return True
         state, reason = self._folder.state(point, ours=True)
         if state == "running":  # by hand: jaxops train
             claim.close()
@@ -233,7 +238,7 @@ class Sweep:
 
     def _end(self) -> None:
         """Asks all processes to save and stop, and waits until they have."""
-        for _, job, _ in self._active.values():
+        for _, job, _ in reversed(self._active.values()):  # those that a queue has not started yet come first
             job.stop()
         while self._active:
             self._reap()

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stand_in import SEARCH, Trainer, events_of, search_plan, searched
+from stand_in import SEARCH, TASK, Trainer, events_of, search_plan, searched
 
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.sweep.records import SweepFolder, read_plan
@@ -157,30 +157,6 @@ lead.LOOK = 0.05
 from jaxops.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
-CHILD = r"""
-import ctypes, json, math, os, pathlib, re, signal, sys, time
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-path = pathlib.Path(sys.argv[-1])
-config = path.read_text()
-open('started.txt', 'a').write(path.stem + chr(10))
-lr = float(re.search(r'\n  lr: (\S+)', config)[1])
-run = pathlib.Path(re.search(r'\n  dir: (\S+)', config)[1]) / path.stem
-run.mkdir(exist_ok=True)
-(run / 'config.yaml').write_text(config)
-log, stop = run / 'metrics.jsonl', []
-signal.signal(signal.SIGTERM, lambda *a: stop.append(1))
-step = len(log.read_text().splitlines()) if log.exists() else 0
-end = lambda state: (run / 'summary.json').write_text(json.dumps({'state': state, 'step': step, 'valid/nll': value}))
-while step < 6:
-    time.sleep(0.06)
-    step += 1
-    value = (math.log(lr) - 1) ** 2 + 1 / step
-    open(log, 'a').write(json.dumps({'v': 1, 'step': step, 'time': 1.0, 'valid/nll': value}) + chr(10))
-    if stop:
-        end('preempted')
-        sys.exit(75)
-end('finished')
-"""
 
 
 def lead(*overrides: str) -> subprocess.Popen:
@@ -198,7 +174,7 @@ def killed_at_ten_moments(overrides: list[str], count) -> None:
       count: returns the number of events of the journal.
     """
     Path("find.yaml").write_text(SEARCH.replace("trials: 12", "trials: 16"))
-    Path("child.py").write_text(CHILD)
+    Path("child.py").write_text("import ctypes, signal\nctypes.CDLL(None).prctl(1, signal.SIGTERM)\n" + TASK)
     for _ in range(10):
         before, process = count(), lead(*overrides)
         end = time.monotonic() + 60
@@ -231,7 +207,7 @@ def test_a_controller_killed_with_9_at_ten_moments_loses_no_trial(toy):
 
 @pytest.mark.slow
 def test_two_controllers_on_one_search_run_each_trial_once(toy):
-    Path("child.py").write_text(CHILD)
+    Path("child.py").write_text("import ctypes, signal\nctypes.CDLL(None).prctl(1, signal.SIGTERM)\n" + TASK)
     both = [lead(), lead()]
     told = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], told

@@ -193,6 +193,9 @@ class Slow:
     def __init__(self, folder: SweepFolder, started: list[str]):
         self.folder, self.started = folder, started
 
+    def adopt(self, point):
+        return None
+
     def start(self, point, config, claim, given_up=None):
         self.started.append(point.id)
         return Moment(self.folder.path / point.id, time.monotonic() + 0.02)
