@@ -131,7 +131,8 @@ run.mkdir(exist_ok=True)
 (run / 'config.yaml').write_text(config)
 log, stop = run / 'metrics.jsonl', []
 signal.signal(signal.SIGTERM, lambda *a: stop.append(1))
-step = len(log.read_text().splitlines()) if log.exists() else 0
+lines = log.read_text().splitlines() if log.exists() else []
+step, value = len(lines), json.loads(lines[-1])['valid/nll'] if lines else None
 end = lambda state: (run / 'summary.json').write_text(json.dumps({'state': state, 'step': step, 'valid/nll': value}))
 while step < 6:
     time.sleep(0.06)
