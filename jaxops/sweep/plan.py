@@ -21,7 +21,7 @@ from jaxops.sweep.search.space import SearchSpace
 from jaxops.sweep.search.spec import Search
 from jaxops.sweep.sources import SweepSource, read_source
 from jaxops.sweep.space import Assignment, expand, multiply
-from jaxops.sweep.spec import Local, Runner, Runs, SweepSpec
+from jaxops.sweep.spec import Local, RunnerSpec, Runs, SweepSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SweepPlan:
     folder: Path
     metric: Metric
     points: list[Point]
-    runner: Runner = Local()
+    runner: RunnerSpec = Local()
     configs: MutableMapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     space: SearchSpace | None = None
     trials: int | None = None

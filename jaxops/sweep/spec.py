@@ -121,7 +121,7 @@ class Launch:
     flags: tuple[str, ...] = ()
 
 
-Runner = Local | InProcess | Slurm | Launch
+RunnerSpec = Local | InProcess | Slurm | Launch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

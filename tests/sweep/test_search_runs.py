@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from stand_in import SEARCH, Trainer, events_of, search_plan, searched
+from test_sweep_runs import begun
 from web_page import Page
 
 from jaxops.cli.main import main
 from jaxops.core.failures import UserError
+from jaxops.core.metrics_file import read_metrics
 from jaxops.sweep.plan import make_plan
 from jaxops.sweep.records import SweepFolder, read_plan
 from jaxops.sweep.results import read_outcome
@@ -224,6 +226,28 @@ def test_the_tail_of_a_log_is_read_once_and_again_where_it_was_cut(tmp_path):
     new.replace(log)
     steps = list(tail.new())
     assert steps[0] == (1, 0.5) and steps[1][0] == 3 and math.isnan(steps[1][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runner", [["runner.jobs=2"], HERE])
+def test_real_trainings_are_pruned_by_a_signal_and_have_saved(toy, runner):
+    """Each point trains by itself and knows nothing of the search; what is stopped early could go on by hand."""
+    text = SEARCH.replace("loguniform, low: 0.1, high: 10.0", "loguniform, low: 0.01, high: 10.0")
+    Path("find.yaml").write_text(text.replace("trials: 12", "trials: 6"))
+    long = ["run.steps=60", "evaluate.stop=null", "search.pruner.startup=1"]
+    first = "search.first=[{optimizer.lr: 8.0}, {optimizer.lr: 0.02}, {optimizer.lr: 0.05}]"
+    out, err = begun("find.yaml", *long, first, *runner, "--json").communicate(timeout=500)
+    found = json.loads(out)["points"]
+    assert found[0]["state"] == "finished" and {point["state"] for point in found} == {"finished", "pruned"}, err
+    for point in found:
+        summary = json.loads(Path(point["dir"], "summary.json").read_text())
+        logged = [line["step"] for line in read_metrics(Path(point["dir"], "metrics.jsonl")) if "valid/nll" in line]
+        if point["state"] == "pruned":
+            assert summary["state"] == "preempted" and 2 <= summary["step"] < 60 and logged[-1] <= summary["step"]
+        else:
+            assert summary["state"] == "finished" and logged[-1] == 60 and point["value"] == summary["valid/nll"]
+    told = {event.fields["state"] for event in events_of("runs/find") if event.what == "tell"}
+    assert told == {"complete", "pruned"}
 
 
 def test_several_trials_at_once_are_proposed_apart(toy):

@@ -159,6 +159,15 @@ def test_the_first_trials_are_those_of_the_file():
     assert search.ask(propose, str).fields["values"] not in first
 
 
+def test_a_trial_that_is_tried_again_takes_the_place_of_no_first_one():
+    first = ({"x": 0.25, "lr": 0.1}, {"x": 0.5, "lr": 0.01})
+    search = study(first=first)
+    search.ask(propose, str)
+    search.apply(Event("tell", 0, {"state": "failed", "reason": "disk full"}))
+    assert search.ask_again(0).fields["values"] == first[0] and search.spent == 1
+    assert search.ask(propose, str).fields["values"] == first[1] and search.spent == 2
+
+
 def test_sections_are_searched_by_their_number():
     kinds = {"model": Pick(of=({"kind": "a"}, {"kind": "b"}, "c"))}
     search = Study(Search(values=kinds, kind="random", pruner=NoPruning()), LOWER)

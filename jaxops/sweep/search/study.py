@@ -85,8 +85,12 @@ class Study:
 
     def replay(self, events: Iterable[Event]) -> None:
         """Applies the events of a journal, in their order."""
+        pruner = self._pruner
+        if not isinstance(self._search.pruner, Hyperband):  # no other keeps anything between two questions
+            self._pruner = self._optuna.pruners.NopPruner()
         for event in events:
             self.apply(event)
+        self._pruner = pruner
 
     def ask(self, propose: Callable[[Suggests], Mapping[str, Any]], point_of: Callable[[Any], str]) -> Event:
         """Returns the event of the next trial, which the caller writes down before anything else happens.
@@ -97,8 +101,8 @@ class Study:
         """
         number = len(self.trials)
         values: Mapping[str, Any]
-        if number < len(self._search.first):
-            trial = self._optuna.trial.FixedTrial(dict(self._fixed(number)), number)
+        if self.spent < len(self._search.first):
+            trial = self._optuna.trial.FixedTrial(dict(self._fixed(self.spent)), number)
             values = propose(trial)
             self._add(trial.params, trial.distributions)
         else:
@@ -181,9 +185,9 @@ class Study:
             warnings.simplefilter("ignore")  # that the evaluator is experimental
             return dict(self._optuna.importance.get_param_importances(self._study))
 
-    def _fixed(self, number: int) -> Iterable[tuple[str, Any]]:
+    def _fixed(self, place: int) -> Iterable[tuple[str, Any]]:
         kinds = {**self._search.values, **{k: v for part in self._search.when for k, v in part.values.items()}}
-        return [(path, kinds[path].parameter_of(value)) for path, value in self._search.first[number].items()]
+        return [(path, kinds[path].parameter_of(value)) for path, value in self._search.first[place].items()]
 
     def _add(self, parameters: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
         """Adds a running trial with known parameters, without asking the sampler."""
