@@ -21,7 +21,7 @@ from jaxops.core.home import expand_home
 from jaxops.core.metric import Metric
 from jaxops.core.small_files import read_text
 from jaxops.core.whole_files import replace_file, writing
-from jaxops.report.folder import read_run
+from jaxops.report.folder import finite, read_run
 from jaxops.run.build import completed
 from jaxops.run.folder.listing import standing
 from jaxops.sweep.plan import SweepPlan
@@ -42,6 +42,8 @@ class PointEnd:
     reason: str = ""
     pruned: bool = False
     """True where a search stopped it early: it neither failed nor goes on."""
+    value: float | None = None
+    """The metric of a run that finished, where its folder is not here and the journal of the search has the number."""
 
     @property
     def failed(self) -> bool:
@@ -200,6 +202,8 @@ class SweepFolder:
         values = {"version": VERSION, "status": ended.status, "reason": ended.reason, "time": time.time()}
         if ended.pruned:
             values["pruned"] = True
+        if ended.value is not None:
+            values["value"] = ended.value
         with writing(self.path):
             replace_file(self._outcome(point), [json.dumps(values).encode()])
 
@@ -214,7 +218,9 @@ class SweepFolder:
         """Returns how the last attempt ended; None where it did not end in sight of a sweep."""
         try:
             found = json.loads(read_text(self._outcome(point)))
-            return PointEnd(int(found["status"]), str(found["reason"]), found.get("pruned") is True)
+            return PointEnd(
+                int(found["status"]), str(found["reason"]), found.get("pruned") is True, finite(found.get("value"))
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -234,6 +240,8 @@ class SweepFolder:
         if outcome is not None and outcome.pruned and not _is_finished(folder):
             return "pruned", outcome.reason
         if not folder.is_dir():
+            if outcome is not None and outcome.status == 0:
+                return "finished", outcome.reason
             return "waiting", outcome.reason if outcome else ""
         if _is_finished(folder):  # without reading a long log: of a sweep's points most are, when it is run again
             return "finished", ""

@@ -156,6 +156,8 @@ def _result(folder: SweepFolder, metric: Metric, point: Point) -> Result:
     place = folder.path / point.id
     run = read_run(place) if place.is_dir() else None
     value = run.number(f"valid/{metric.name}") if run is not None and state == "finished" else None
+    if run is None and state == "finished" and (outcome := folder.outcome(point)) is not None:
+        value = outcome.value
     if state == "finished" and value is None:
         reason = f"it measured no finite valid/{metric.name}"
     best = best_step(run, metric.name) if run is not None and state != "finished" else None

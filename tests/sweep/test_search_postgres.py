@@ -51,7 +51,8 @@ def postgres(tmp_path_factory):
     try:
         yield f"postgresql://127.0.0.1:{port}/postgres"
     finally:
-        run(bin / "pg_ctl", "-D", home / "data", "-m", "immediate", "stop")
+        with contextlib.suppress(subprocess.CalledProcessError):  # where it has ended with its folder
+            run(bin / "pg_ctl", "-D", home / "data", "-m", "immediate", "stop")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,8 @@ def rows(url: str) -> int:
 
 def test_a_controller_killed_with_9_at_ten_moments_loses_no_trial(toy, postgres):
     killed_at_ten_moments([f"search.storage={postgres}"], lambda: rows(postgres))
-    events = PostgresJournal(postgres, "find").read()
+    with contextlib.closing(PostgresJournal(postgres, "find")) as journal:
+        events = journal.read()
     assert [e.trial for e in events if e.what == "ask"] == list(range(16))
     assert sorted(e.trial for e in events if e.what == "tell") == list(range(16))
     assert not Path("runs/find/search.jsonl").exists()

@@ -154,7 +154,7 @@ WRONG = {
     ),
     "another database": (
         "search: {kind: tpe, storage: 'mysql://host/db', values: {optimizer.lr: {kind: uniform, low: 1, high: 9}}}",
-        "expected postgresql://HOST/NAME",
+        "expected postgresql://HOST/NAME, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER",
     ),
     "the run's name": ("search: {kind: tpe, values: {run.name: {kind: choice, of: [a, b]}}}", "a sweep sets it itself"),
 }

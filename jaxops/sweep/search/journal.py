@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from jaxops.core import stores
 from jaxops.core.failures import RunFailed
 from jaxops.core.small_files import read_bytes
 from jaxops.core.whole_files import writing
@@ -121,10 +122,17 @@ def journal_of(folder: Path, storage: str | None) -> Journal:
 
     Args:
       folder: the sweep's folder.
-      storage: the URL of a database; None for a file in the folder.
+      storage: the URL of a database or of a folder in an object store; None for a file in the folder.
+
+    Raises:
+      UserError: the URL is none of them, or what it needs is not installed or does not answer.
     """
     if storage is None:
         return FileJournal(folder)
+    if storage.partition("://")[0] in stores.EXTRAS:
+        from jaxops.sweep.search.stored import StoreJournal
+
+        return StoreJournal(storage, folder.name)
     from jaxops.sweep.search.postgres import PostgresJournal
 
     return PostgresJournal(storage, folder.name)

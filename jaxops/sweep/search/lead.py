@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxops.config.dump import plain_of
 from jaxops.config.errors import ConfigError
-from jaxops.core.failures import EXIT_USAGE, UserError
+from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 from jaxops.core.metric import Metric
 from jaxops.report.results import score
 from jaxops.run.folder.run_folder import RunFolder
@@ -67,6 +67,7 @@ class SearchLead:
         self._study.replay(events)
         for trial in self._study.trials:
             self._adopt(trial)
+        self._note_those_elsewhere()
         self._write_plan()
 
     def retry_failed(self) -> None:
@@ -193,6 +194,21 @@ class SearchLead:
         self._plan.configs[point.id] = config = config_of(point, loaded.resolved, self._plan.folder)
         if not self._folder.config(point).exists():
             self._folder.write_config(point, config)
+
+    def _note_those_elsewhere(self) -> None:
+        """Records how trials ended whose run folders are not here: the journal has outlived a folder or a machine."""
+        here = {point.id: point for point in self._plan.points}
+        for trial in self._study.trials:
+            point = here.get(trial.point)
+            if point is None or trial.state is None or (self._folder.path / point.id).is_dir():
+                continue
+            reason = trial.reason or "its run folder is not here; the journal has its number"
+            ends = {
+                "complete": PointEnd(0, reason, value=trial.value),
+                "pruned": PointEnd(EXIT_INTERRUPTED, reason, pruned=True),
+                "failed": PointEnd(EXIT_FAILED, reason),
+            }
+            self._folder.record(point, ends[trial.state])
 
     def _changed(self, trial: Trial) -> str:
         return (

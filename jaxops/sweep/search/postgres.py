@@ -1,4 +1,7 @@
-"""A search's journal in a Postgres database, for searches that several machines lead in turn."""
+"""A search's journal in a Postgres database, for searches that several machines lead in turn.
+
+Tested in tests/sweep/test_search_postgres.py.
+"""
 
 from typing import Any
 
@@ -28,7 +31,9 @@ class PostgresJournal:
     def __init__(self, url: str, search: str) -> None:
         self.where, self._search = f"{without_passwords(url)} ({search})", search
         if not url.startswith(("postgresql://", "postgres://")):
-            raise UserError(f"search.storage: {without_passwords(url)}: expected postgresql://HOST/NAME")
+            raise UserError(
+                f"search.storage: {without_passwords(url)}: expected postgresql://HOST/NAME, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
+            )
         try:
             import psycopg
         except ImportError:

@@ -83,7 +83,8 @@ class Search:
       when: further values, for some trials only.
       first: values to begin with, by path; the base's own, for instance.
       pruner: which trials are stopped early.
-      storage: where the journal is kept: in the sweep's folder, or in a database (postgresql://HOST/NAME).
+      storage: where the journal is kept: by default in the sweep's folder, else in a database (postgresql://HOST/NAME)
+        or an object store (s3://BUCKET/FOLDER, gs://BUCKET/FOLDER).
     """
 
     kind: Literal["tpe", "gp", "random"] = "tpe"
