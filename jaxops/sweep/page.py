@@ -54,6 +54,7 @@ def render_sweep(outcome: Outcome, searched: Sequence[tuple[str, float]] = ()) -
         cards=_cards(outcome, scored),
         paths=paths,
         metric=metric.shown,
+        searched=plan.trials is not None,
         test=test,
         rows=[_row(outcome, group, paths) for group in outcome.groups[:MOST_ROWS]],
         left_out=max(0, len(outcome.groups) - MOST_ROWS),
@@ -79,18 +80,29 @@ def _cards(outcome: Outcome, scored: Sequence[SeedGroup]) -> list[Card]:
 
 
 def _row(outcome: Outcome, group: SeedGroup, paths: Sequence[str]) -> dict[str, Any]:
-    name = outcome.plan.metric.name
+    name, searched = outcome.plan.metric.name, outcome.plan.trials is not None
     test = _test(group, name)
     return {
         "winner": outcome.verdict.winner is group,
         "cells": [yaml_of(group.values[path]) if path in group.values else "" for path in paths],
-        "valid": "\u2013" if group.mean is None else f"{score(group.mean)}{_margin(group)}",
+        "valid": _so_far(group) if group.mean is None else f"{score(group.mean)}{_margin(group)}",
         "test": score(float(np.mean(test))) if test else "\u2013",
         "runs": [
-            {"id": one.point.id, "seed": one.point.seed, "state": one.state, "tone": _TONES.get(one.state, "")}
+            {
+                "id": one.point.id,
+                "name": one.point.id if searched else one.point.seed,
+                "state": one.state,
+                "tone": _TONES.get(one.state, ""),
+            }
             for one in group.results
         ],
     }
+
+
+def _so_far(group: SeedGroup) -> str:
+    """Returns the best value yet of a run that has not finished, in parentheses; a dash without one."""
+    found = [one.so_far for one in group.results if one.so_far is not None]
+    return f"({score(found[0])})" if len(found) == 1 else "\u2013"
 
 
 def _margin(group: SeedGroup) -> str:
@@ -225,6 +237,8 @@ def _curves(outcome: Outcome) -> Iterator[Plot]:
 
     alt = "; ".join(f"{group.label} ends at {mean[-1]:.4g}" for _, group, (_, _, mean, _) in drawn)
     caption = "The best points of the table: mean over seeds, and a band from the lowest to the highest."
+    if outcome.plan.trials is not None:
+        caption = "The best trials of the table."
     yield Plot(f"Validation {shown}", caption, figures.picture(draw, f"Validation {shown}", alt))
 
 
