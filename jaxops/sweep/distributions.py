@@ -19,11 +19,25 @@ class Suggests(Protocol):
     """The methods of an Optuna trial that suggest values."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        """Returns a number from `low` to `high`."""
+        """Returns a number.
+
+        Args:
+          name: the dotted path that it is for.
+          low: the smallest.
+          high: the largest.
+          log: its logarithm is what is uniform.
+        """
         ...
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        """Returns a whole number from `low` to `high`."""
+        """Returns a whole number.
+
+        Args:
+          name: the dotted path that it is for.
+          low: the smallest.
+          high: the largest.
+          log: its logarithm is what is uniform.
+        """
         ...
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:

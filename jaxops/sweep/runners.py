@@ -97,6 +97,12 @@ class InProcessRunner:
     ) -> Job:
         """Runs a point to its end.
 
+        Args:
+          point: the point.
+          config: its resolved config.
+          claim: its claim, which is held as long as it runs.
+          given_up: says whether it is to be stopped early; it is asked now and then.
+
         Raises:
           KeyboardInterrupt: the run was told to stop (Ctrl-C, SIGTERM, `--stop`), and has saved.
         """
@@ -220,7 +226,14 @@ class LocalRunner:
     def start(
         self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
     ) -> Job:
-        """Starts a process; it has a session of its own, so that Ctrl-C reaches the sweep alone, which stops it."""
+        """Starts a process; it has a session of its own, so that Ctrl-C reaches the sweep alone, which stops it.
+
+        Args:
+          point: the point.
+          config: its resolved config.
+          claim: its claim, which is held as long as it runs.
+          given_up: is not asked: the sweep stops the process itself.
+        """
         path = self._folder.write_config(point, config)
         share = self._free.pop(0)
         env = dict(os.environ)

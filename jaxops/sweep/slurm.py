@@ -64,7 +64,14 @@ class SlurmRunner:
     def start(
         self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
     ) -> Job:
-        """Writes a point's config; it is submitted with the others at the next look."""
+        """Writes a point's config; it is submitted with the others at the next look.
+
+        Args:
+          point: the point.
+          config: its resolved config.
+          claim: its claim, which the sweep holds while it follows the task.
+          given_up: is not asked: the sweep stops the task itself.
+        """
         self._folder.write_config(point, config)
         task = _Task(self, point, self._folder.log(point))
         self._new.append(task)

@@ -27,7 +27,7 @@ ELSEWHERE = 2.0
 
 
 class Guide(Protocol):
-    """What decides which points there are, and which are stopped early: a search."""
+    """A search: it decides which points there are, and which are stopped early."""
 
     @property
     def left(self) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxops.sweep.plan import make_plan
 from jaxops.sweep.records import PointEnd, SweepFolder
-from jaxops.sweep.search.events import Event
+from jaxops.sweep.search.events import SearchEvent
 from jaxops.sweep.search.journal import FileJournal, journal_of
 from jaxops.sweep.search.lead import SearchLead
 from jaxops.sweep.work import Sweep
@@ -116,7 +116,7 @@ def searched(
     return trainer
 
 
-def events_of(folder: str) -> list[Event]:
+def events_of(folder: str) -> list[SearchEvent]:
     return FileJournal(Path(folder)).read()
 
 

@@ -19,7 +19,7 @@ from stand_in import SEARCH, TASK, Trainer, events_of, search_plan, searched
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.sweep.records import SweepFolder, read_plan
 from jaxops.sweep.results import read_outcome
-from jaxops.sweep.search.events import Event
+from jaxops.sweep.search.events import SearchEvent
 from jaxops.sweep.search.journal import FileJournal, leading
 
 pytest.importorskip("optuna")
@@ -123,9 +123,9 @@ def test_one_process_leads_at_a_time_and_the_next_takes_over(toy, monkeypatch):
     folder.begin_search(plan)
     first, second, said = FileJournal(plan.folder), FileJournal(plan.folder), []
     assert first.lead() and not second.lead()
-    first.append(Event("begin", 0, {"a": 1}))
+    first.append(SearchEvent("begin", 0, {"a": 1}))
     with pytest.raises(RunFailed, match="another process leads"):
-        second.append(Event("begin", 0, {}))
+        second.append(SearchEvent("begin", 0, {}))
 
     def say(line):
         said.append(line)

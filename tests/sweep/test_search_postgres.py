@@ -15,7 +15,7 @@ from test_search_crashes import killed_at_ten_moments
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.sweep.records import read_plan
 from jaxops.sweep.results import read_outcome
-from jaxops.sweep.search.events import Event
+from jaxops.sweep.search.events import SearchEvent
 from jaxops.sweep.search.postgres import PostgresJournal
 
 pytestmark = pytest.mark.slow
@@ -79,19 +79,19 @@ def test_one_leads_and_a_lost_connection_writes_nothing_over(postgres):
     first, second = PostgresJournal(postgres, "one"), PostgresJournal(postgres, "one")
     other = PostgresJournal(postgres, "two")
     assert first.lead() and not second.lead() and other.lead()
-    first.append(Event("begin", 0, {"a": 0.1}))
+    first.append(SearchEvent("begin", 0, {"a": 0.1}))
     with psycopg.connect(postgres, autocommit=True) as admin:  # the network, or the server, drops the leader
         admin.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %s",
             (first._connection.info.backend_pid,),
         )
     assert second.lead()
-    second.append(Event("ask", 0, {"point": "x"}))
+    second.append(SearchEvent("ask", 0, {"point": "x"}))
     with pytest.raises(RunFailed, match="Nothing is lost"):
-        first.append(Event("ask", 0, {"point": "y"}))
+        first.append(SearchEvent("ask", 0, {"point": "y"}))
     second._next = 1  # as if it had not heard of its own row
     with pytest.raises(RunFailed, match="cannot be used"):
-        second.append(Event("ask", 0, {"point": "z"}))
+        second.append(SearchEvent("ask", 0, {"point": "z"}))
     assert [(e.what, dict(e.fields)) for e in second.read()] == [("begin", {"a": 0.1}), ("ask", {"point": "x"})]
     assert other.read() == []
     for journal in (first, second, other):

@@ -12,7 +12,7 @@ from jaxops.run.folder import lease
 from jaxops.sweep.records import read_plan
 from jaxops.sweep.results import read_outcome
 from jaxops.sweep.search import stored
-from jaxops.sweep.search.events import Event
+from jaxops.sweep.search.events import SearchEvent
 from jaxops.sweep.search.stored import StoreJournal
 
 pytest.importorskip("optuna")
@@ -45,15 +45,15 @@ def test_one_leads_and_who_lost_the_lead_writes_over_nothing(s3, monkeypatch):  
     monkeypatch.setattr(lease, "LAPSE", 0.5)
     first, second = StoreJournal(s3, "one"), StoreJournal(s3, "one")
     assert first.lead()
-    first.append(Event("begin", 0, {"a": 1}))
-    first.append(Event("report", 0, {"step": 1, "value": 0.5}), durable=False)
+    first.append(SearchEvent("begin", 0, {"a": 1}))
+    first.append(SearchEvent("report", 0, {"step": 1, "value": 0.5}), durable=False)
     assert len(second.read()) == 1 and not second.lead()
-    first.append(Event("ask", 0, {"point": "x"}))
+    first.append(SearchEvent("ask", 0, {"point": "x"}))
     assert [event.what for event in second.read()] == ["begin", "report", "ask"]
     second._next = 2  # as if it led, and knew nothing of the last object
     with pytest.raises(RunFailed, match="another process leads"):
-        second.append(Event("ask", 0, {"point": "y"}))
-    first.append(Event("report", 0, {"step": 2, "value": 0.5}), durable=False)
+        second.append(SearchEvent("ask", 0, {"point": "y"}))
+    first.append(SearchEvent("report", 0, {"step": 2, "value": 0.5}), durable=False)
     first.close()
     assert second.lead() and len(second.read()) == 4
     second.close()
@@ -64,10 +64,10 @@ def test_many_objects_become_one(s3, monkeypatch):  # noqa: F811
     first = StoreJournal(s3, "one")
     assert first.lead()
     for number in range(7):
-        first.append(Event("ask", number, {"point": str(number)}))
+        first.append(SearchEvent("ask", number, {"point": str(number)}))
     first.close()
     second = StoreJournal(s3, "one")
     assert second.lead() and len(second._objects()) == 1
-    second.append(Event("ask", 7, {"point": "7"}))
+    second.append(SearchEvent("ask", 7, {"point": "7"}))
     second.close()
     assert [event.trial for event in StoreJournal(s3, "one").read()] == list(range(8))

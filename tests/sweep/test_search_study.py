@@ -7,7 +7,7 @@ import pytest
 from jaxops.core.failures import UserError
 from jaxops.core.metric import Metric
 from jaxops.sweep.distributions import LogUniform, Pick, Uniform
-from jaxops.sweep.search.events import Event, parse_event
+from jaxops.sweep.search.events import SearchEvent, parse_event
 from jaxops.sweep.search.spec import Hyperband, Median, NoPruning, Search
 from jaxops.sweep.search.study import Study, require_optuna
 
@@ -25,7 +25,7 @@ def propose(trial):
     return {path: kind.suggest(trial, path) for path, kind in VALUES.items()}
 
 
-def reread(event: Event) -> Event:
+def reread(event: SearchEvent) -> SearchEvent:
     """The event as a journal gives it back."""
     return parse_event(event.line(), "a test")
 
@@ -36,7 +36,7 @@ class Run:
     def __init__(self, study: Study, loss, evaluations: int = 4):
         self.study, self.loss, self.evaluations, self.events = study, loss, evaluations, []
 
-    def write(self, event: Event) -> bool:
+    def write(self, event: SearchEvent) -> bool:
         self.events.append(reread(event))
         return self.study.apply(event)
 
@@ -45,11 +45,11 @@ class Run:
         self.events.append(reread(event))
         for step in range(1, self.evaluations + 1):
             value = self.loss(event.fields["values"]) + 1.0 / step
-            if self.write(Event("report", event.trial, {"step": step, "value": value})):
-                self.write(Event("prune", event.trial, {"reason": "worse"}))
-                self.write(Event("tell", event.trial, {"state": "pruned"}))
+            if self.write(SearchEvent("report", event.trial, {"step": step, "value": value})):
+                self.write(SearchEvent("prune", event.trial, {"reason": "worse"}))
+                self.write(SearchEvent("tell", event.trial, {"state": "pruned"}))
                 return
-        self.write(Event("tell", event.trial, {"state": "complete", "value": value}))
+        self.write(SearchEvent("tell", event.trial, {"state": "complete", "value": value}))
 
 
 def bowl(values) -> float:
@@ -116,7 +116,7 @@ def test_a_run_that_broke_teaches_the_sampler_and_one_that_could_not_begin_does_
             if broke
             else {"state": "complete", "value": loss(event.fields["values"])}
         )
-        run.write(Event("tell", event.trial, told))
+        run.write(SearchEvent("tell", event.trial, told))
     late = [trial.values["x"] for trial in search.trials[15:]]
     assert sum(x < 0 for x in late) <= 4
     assert all(trial.value is None for trial in search.trials if trial.state == "failed")
@@ -124,7 +124,7 @@ def test_a_run_that_broke_teaches_the_sampler_and_one_that_could_not_begin_does_
 
     refused = study()
     event = refused.ask(propose, str)
-    refused.apply(Event("tell", event.trial, {"state": "failed", "reason": "no file", "refused": True}))
+    refused.apply(SearchEvent("tell", event.trial, {"state": "failed", "reason": "no file", "refused": True}))
     assert refused._study.trials[0].state == optuna.trial.TrialState.FAIL
 
 
@@ -133,10 +133,10 @@ def test_no_finite_number_is_never_a_value():
     search = study(pruner=Median(startup=1, warmup=0))
     Run(search, bowl).trial()
     event = search.ask(propose, str)
-    report = reread(Event("report", event.trial, {"step": 1, "value": math.nan}))
+    report = reread(SearchEvent("report", event.trial, {"step": 1, "value": math.nan}))
     assert report.fields["value"] is None and search.apply(report)  # to be pruned
     assert math.isnan(search.trials[1].reports[0][1])
-    search.apply(Event("tell", 1, {"state": "failed", "reason": "it measured no finite valid/nll"}))
+    search.apply(SearchEvent("tell", 1, {"state": "failed", "reason": "it measured no finite valid/nll"}))
     assert search.trials[1].value is None
     Run(search, bowl).trial()  # and it goes on
 
@@ -163,7 +163,7 @@ def test_a_trial_that_is_tried_again_takes_the_place_of_no_first_one():
     first = ({"x": 0.25, "lr": 0.1}, {"x": 0.5, "lr": 0.01})
     search = study(first=first)
     search.ask(propose, str)
-    search.apply(Event("tell", 0, {"state": "failed", "reason": "disk full"}))
+    search.apply(SearchEvent("tell", 0, {"state": "failed", "reason": "disk full"}))
     assert search.ask_again(0).fields["values"] == first[0] and search.spent == 1
     assert search.ask(propose, str).fields["values"] == first[1] and search.spent == 2
 

@@ -14,7 +14,7 @@ What = Literal["begin", "ask", "report", "prune", "tell"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Event:
+class SearchEvent:
     """One event of a search.
 
     Attributes:
@@ -34,7 +34,7 @@ class Event:
         return json.dumps({name: _finite(value) for name, value in values.items()}, allow_nan=False)
 
 
-def parse_event(line: str | bytes, where: str) -> Event:
+def parse_event(line: str | bytes, where: str) -> SearchEvent:
     """Returns the event of a line.
 
     Raises:
@@ -48,7 +48,7 @@ def parse_event(line: str | bytes, where: str) -> Event:
             raise UserError(f"{where} is of a newer version of jaxops, which reads it")
         if what not in ("begin", "ask", "report", "prune", "tell") or not isinstance(trial, int):
             raise ValueError("it is not as jaxops writes it")
-        return Event(what, trial, found)
+        return SearchEvent(what, trial, found)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where} is broken ({error}); nothing is searched on a journal with a gap") from None
 

@@ -17,7 +17,7 @@ from jaxops.core import stores
 from jaxops.core.failures import RunFailed
 from jaxops.core.small_files import read_bytes
 from jaxops.core.whole_files import writing
-from jaxops.sweep.search.events import Event, parse_event
+from jaxops.sweep.search.events import SearchEvent, parse_event
 
 FILE = "search.jsonl"
 WAIT = 1.0
@@ -25,7 +25,7 @@ WAIT = 1.0
 _MOST_BYTES = 256 << 20
 
 
-class Journal(Protocol):
+class TrialJournal(Protocol):
     """Where the events of one search are kept."""
 
     where: str
@@ -34,11 +34,11 @@ class Journal(Protocol):
         """Makes this process the one that writes; False where another live process is that."""
         ...
 
-    def read(self) -> list[Event]:
+    def read(self) -> list[SearchEvent]:
         """Returns all events, in their order."""
         ...
 
-    def append(self, event: Event, *, durable: bool = True) -> None:
+    def append(self, event: SearchEvent, *, durable: bool = True) -> None:
         """Adds an event; it has reached the disk, where it is to be `durable`, before this returns."""
         ...
 
@@ -82,7 +82,7 @@ class FileJournal:
             _sync(self.path.parent)
         return True
 
-    def read(self) -> list[Event]:
+    def read(self) -> list[SearchEvent]:
         """Returns all whole lines.
 
         Raises:
@@ -93,7 +93,7 @@ class FileJournal:
         *lines, _torn = read_bytes(self.path, _MOST_BYTES).split(b"\n")
         return [parse_event(line, f"{self.path}:{number}") for number, line in enumerate(lines, start=1)]
 
-    def append(self, event: Event, *, durable: bool = True) -> None:
+    def append(self, event: SearchEvent, *, durable: bool = True) -> None:
         """Adds an event.
 
         Raises:
@@ -117,7 +117,7 @@ class FileJournal:
         self._file = self._lock = None
 
 
-def journal_of(folder: Path, storage: str | None) -> Journal:
+def journal_of(folder: Path, storage: str | None) -> TrialJournal:
     """Returns the journal of the search in a folder.
 
     Args:
@@ -139,7 +139,7 @@ def journal_of(folder: Path, storage: str | None) -> Journal:
 
 
 @contextlib.contextmanager
-def leading(journal: Journal, say: Callable[[str], None]) -> Iterator[Journal]:
+def leading(journal: TrialJournal, say: Callable[[str], None]) -> Iterator[TrialJournal]:
     """A context in which this process leads a search; it waits as long as another process does.
 
     Raises:

@@ -22,8 +22,8 @@ from jaxops.run.folder.run_folder import RunFolder
 from jaxops.sweep.plan import SweepPlan
 from jaxops.sweep.points import Point, config_of, point_of, run_id
 from jaxops.sweep.records import PointEnd, SweepFolder
-from jaxops.sweep.search.events import Event
-from jaxops.sweep.search.journal import Journal
+from jaxops.sweep.search.events import SearchEvent
+from jaxops.sweep.search.journal import TrialJournal
 from jaxops.sweep.search.space import SearchSpace
 from jaxops.sweep.search.study import Study, Trial
 
@@ -48,7 +48,12 @@ class SearchLead:
     """
 
     def __init__(
-        self, plan: SweepPlan, space: SearchSpace, folder: SweepFolder, journal: Journal, say: Callable[[str], None]
+        self,
+        plan: SweepPlan,
+        space: SearchSpace,
+        folder: SweepFolder,
+        journal: TrialJournal,
+        say: Callable[[str], None],
     ) -> None:
         self._plan, self._space, self._folder, self._journal, self._say = plan, space, folder, journal, say
         self._study = Study(space.search, plan.metric, space.evaluations())
@@ -61,7 +66,7 @@ class SearchLead:
             "metric": dataclasses.asdict(plan.metric),
         }
         if not events:
-            journal.append(Event("begin", 0, begun))
+            journal.append(SearchEvent("begin", 0, begun))
         else:
             require_same_search(begun, events[0].fields, journal.where)
         self._study.replay(events)
@@ -229,7 +234,7 @@ class SearchLead:
             for step, value in found:
                 if step <= last:
                     continue
-                event = Event("report", trial.number, {"step": step, "value": value})
+                event = SearchEvent("report", trial.number, {"step": step, "value": value})
                 self._journal.append(event, durable=False)  # it can be read again where the run wrote it
                 if self._study.apply(event) and prune and not trial.pruned:
                     self._prune(trial, step, value)
@@ -237,25 +242,25 @@ class SearchLead:
     def _prune(self, trial: Trial, step: int, value: float) -> None:
         shown = f"valid/{self._plan.metric.name} {score(value)}" if math.isfinite(value) else "no finite number"
         reason = f"pruned at step {step} (evaluation {len(trial.reports)}): {shown}"
-        self._write(Event("prune", trial.number, {"step": step, "reason": reason}))
+        self._write(SearchEvent("prune", trial.number, {"step": step, "reason": reason}))
 
     def _copy(self, old: Trial, new: Trial) -> None:
         """Has a trial end as an earlier one with the same config did; one that still runs ends both."""
         for step, value in old.reports:
-            self._write(Event("report", new.number, {"step": step, "value": value}), durable=False)
+            self._write(SearchEvent("report", new.number, {"step": step, "value": value}), durable=False)
         if old.state is not None:
             self._tell(new, old.state, value=old.value, reason=old.reason)
 
     def _tell(self, trial: Trial, state: str, **fields: Any) -> None:
-        self._write(Event("tell", trial.number, {"state": state, **fields}))
+        self._write(SearchEvent("tell", trial.number, {"state": state, **fields}))
 
-    def _write(self, event: Event, *, durable: bool = True) -> None:
+    def _write(self, event: SearchEvent, *, durable: bool = True) -> None:
         self._journal.append(event, durable=durable)
         self._study.apply(event)
 
 
 class MetricTail:
-    """What a run adds to its `metrics.jsonl`, of one metric."""
+    """The end of a run's `metrics.jsonl` that grows, of one metric."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.secret_text import without_passwords
-from jaxops.sweep.search.events import Event, parse_event
+from jaxops.sweep.search.events import SearchEvent, parse_event
 
 TABLE = "jaxops_search"
 _CREATE = f"""CREATE TABLE IF NOT EXISTS {TABLE} (
@@ -60,7 +60,7 @@ class PostgresJournal:
             self._next = int(count)
         return bool(taken)
 
-    def read(self) -> list[Event]:
+    def read(self) -> list[SearchEvent]:
         """Returns all events.
 
         Raises:
@@ -70,7 +70,7 @@ class PostgresJournal:
         rows = self._all(f"SELECT number, line FROM {TABLE} WHERE search = %s ORDER BY number", (self._search,))
         return [parse_event(line, f"{self.where}, row {number}") for number, line in rows]
 
-    def append(self, event: Event, *, durable: bool = True) -> None:
+    def append(self, event: SearchEvent, *, durable: bool = True) -> None:
         """Adds an event; each is committed, durable or not.
 
         Raises:

@@ -19,7 +19,7 @@ TRIED = 30
 
 
 class SearchSpace:
-    """What is searched, over a base config.
+    """The values that are searched, over a base config.
 
     Args:
       source: the sweep as it was written.

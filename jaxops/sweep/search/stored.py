@@ -13,7 +13,7 @@ from jaxops.core import stores
 from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.stores import Changed, Unconditional
 from jaxops.run.folder.lease import Lease
-from jaxops.sweep.search.events import Event, parse_event
+from jaxops.sweep.search.events import SearchEvent, parse_event
 
 MOST = 64
 """Objects above which they are merged into one when a process begins to lead."""
@@ -59,7 +59,7 @@ class StoreJournal:
             self._store.delete(f"{self._key}/{old}" for _, old in found)
         return True
 
-    def read(self) -> list[Event]:
+    def read(self) -> list[SearchEvent]:
         """Returns all events.
 
         Raises:
@@ -72,7 +72,7 @@ class StoreJournal:
             for number, line in enumerate(self._read(name).splitlines(), start=1)
         ]
 
-    def append(self, event: Event, *, durable: bool = True) -> None:
+    def append(self, event: SearchEvent, *, durable: bool = True) -> None:
         """Adds an event; one that need not be durable is written with the next that must.
 
         Raises:

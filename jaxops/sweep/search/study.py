@@ -20,7 +20,7 @@ import numpy as np
 from jaxops.core.failures import UserError
 from jaxops.core.metric import Metric
 from jaxops.sweep.distributions import Suggests
-from jaxops.sweep.search.events import Event
+from jaxops.sweep.search.events import SearchEvent
 from jaxops.sweep.search.spec import Hyperband, Median, NoPruning, Search
 
 Told = Literal["complete", "pruned", "failed"]
@@ -83,7 +83,7 @@ class Study:
         self._pruner = _pruner(self._optuna, search, most)
         self._handles: list[Any] = []
 
-    def replay(self, events: Iterable[Event]) -> None:
+    def replay(self, events: Iterable[SearchEvent]) -> None:
         """Applies the events of a journal, in their order."""
         pruner = self._pruner
         if not isinstance(self._search.pruner, Hyperband):  # no other keeps anything between two questions
@@ -92,7 +92,7 @@ class Study:
             self.apply(event)
         self._pruner = pruner
 
-    def ask(self, propose: Callable[[Suggests], Mapping[str, Any]], point_of: Callable[[Any], str]) -> Event:
+    def ask(self, propose: Callable[[Suggests], Mapping[str, Any]], point_of: Callable[[Any], str]) -> SearchEvent:
         """Returns the event of the next trial, which the caller writes down before anything else happens.
 
         Args:
@@ -117,9 +117,9 @@ class Study:
             "distributions": {name: _json_of(self._optuna, kind) for name, kind in trial.distributions.items()},
         }
         self._note(number, fields)
-        return Event("ask", number, fields)
+        return SearchEvent("ask", number, fields)
 
-    def ask_again(self, number: int) -> Event:
+    def ask_again(self, number: int) -> SearchEvent:
         """Returns the event of a further trial with the values of one that failed."""
         old = self._study.get_trials(deepcopy=False)[number]
         fields = {
@@ -129,11 +129,11 @@ class Study:
             "distributions": {name: _json_of(self._optuna, kind) for name, kind in old.distributions.items()},
             "again": number,
         }
-        event = Event("ask", len(self.trials), fields)
+        event = SearchEvent("ask", len(self.trials), fields)
         self.apply(event)
         return event
 
-    def apply(self, event: Event) -> bool:
+    def apply(self, event: SearchEvent) -> bool:
         """Takes one event; returns whether the pruner would stop the trial after it.
 
         Raises:
