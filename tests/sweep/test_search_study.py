@@ -152,7 +152,7 @@ def test_the_sampler_learns_from_all_brackets():
 
 
 def test_the_first_trials_are_those_of_the_file():
-    first = ({"x": 0.25, "lr": 0.1}, {"x": 0.5, "lr": 0.01})
+    first = ({"x": 0.25, "lr": 0.1}, {"x": 0.123456789, "lr": 0.01})
     search = study(first=first)
     for expected in first:
         assert search.ask(propose, str).fields["values"] == expected

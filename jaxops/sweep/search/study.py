@@ -103,7 +103,7 @@ class Study:
         values: Mapping[str, Any]
         if self.spent < len(self._search.first):
             trial = self._optuna.trial.FixedTrial(dict(self._fixed(self.spent)), number)
-            values = propose(trial)
+            values = {**propose(trial), **self._search.first[self.spent]}  # to the last digit
             self._add(trial.params, trial.distributions)
         else:
             self._study.sampler = _sampler(self._optuna, self._search, number)
