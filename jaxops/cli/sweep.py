@@ -5,7 +5,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from jaxops.sweep.plan import SweepPlan
+    from jaxops.sweep.records import SweepFolder
     from jaxops.sweep.results import Outcome, Result
     from jaxops.sweep.runners import Runner
+    from jaxops.sweep.search.space import SearchSpace
+    from jaxops.sweep.work import Guide
 
 COMMANDS = ("sweep",)
 CHILD = """import sys
@@ -56,31 +59,57 @@ def sweep(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(plan, args.json)
     folder = SweepFolder(plan.folder)
+    plan = folder.aligned(plan)
     if args.status or args.best or args.stop:
         if not folder.has_begun:
             raise UserError(f"{plan.folder}: this sweep has not begun")
+        if plan.space is not None:
+            plan = read_plan(plan.folder)
         return _stop(plan, folder) if args.stop else _show(args, read_outcome(plan))
     require_configs(plan)
-    if not args.accept_code:
-        require_same_code(plan)
     told = lambda line: say(console(stderr=True), line)
     runner = _runner(args, plan, folder)
-    for gone in folder.begin(plan):
-        told(f"{plan.folder / gone} is no point of this sweep any more; it stays, and counts for nothing")
-    whole = Sweep(plan, folder, runner, told, retry_failed=args.retry_failed).run()
-    outcome = read_outcome(plan)
+    with _guided(args, plan, folder, told) as guide:
+        if not args.accept_code:
+            require_same_code(plan)
+        if guide is None:
+            for gone in folder.begin(plan):
+                told(f"{plan.folder / gone} is no point of this sweep any more; it stays, and counts for nothing")
+        whole = Sweep(plan, folder, runner, told, retry_failed=args.retry_failed, guide=guide).run()
+    outcome = read_outcome(plan if guide is None else read_plan(plan.folder))
     _show(args, outcome)
     from jaxops.sweep.page import write_sweep_page  # matplotlib takes a second to import
 
-    told(f"page: {write_sweep_page(outcome)}")
+    told(f"page: {write_sweep_page(outcome, guide.importance() if guide else ())}")
     if not whole or outcome.count("failed") == 0:
-        left = len(outcome.results) - outcome.count("finished") - outcome.count("failed")
+        left = outcome.left
         if left or not whole:
             told(f"{outcome.counts}; the same command goes on")
             return EXIT_INTERRUPTED
         return EXIT_OK
     told(f"{outcome.counts}; the logs are in {plan.folder / 'logs'}, and --retry-failed runs those again that failed")
     return EXIT_FAILED
+
+
+@contextlib.contextmanager
+def _guided(
+    args: argparse.Namespace, plan: "SweepPlan", folder: "SweepFolder", told: Callable[[str], None]
+) -> "Iterator[Guide | None]":
+    """A context in which this process leads the search of a plan; without one where the plan has all of its points."""
+    if plan.space is None:
+        yield None
+        return
+    from jaxops.sweep.search.journal import journal_of, leading
+    from jaxops.sweep.search.lead import SearchLead
+    from jaxops.sweep.search.study import require_optuna
+
+    require_optuna(plan.space.search.kind)
+    folder.begin_search(plan)
+    with leading(journal_of(plan.folder, plan.space.search.storage), told) as journal:
+        lead = SearchLead(plan, plan.space, folder, journal, told)
+        if args.retry_failed:
+            lead.retry_failed()
+        yield lead
 
 
 @contextlib.contextmanager
@@ -107,13 +136,23 @@ def sweeps_told(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _runner(args: argparse.Namespace, plan: "SweepPlan", folder: Any) -> "Runner":
+    """Returns what runs the points."""
     from jaxops.sweep.runners import InProcessRunner, LocalRunner
-    from jaxops.sweep.spec import Local
+    from jaxops.sweep.slurm import SlurmRunner
+    from jaxops.sweep.spec import InProcess, Launch, Slurm
 
-    if not isinstance(plan.runner, Local):
-        return InProcessRunner(folder, args.accept_code)
     flags = ["--cpu-devices", str(args.cpu_devices)] if args.cpu_devices is not None else []
     flags += ["--accept-code"] if args.accept_code else []
+    match plan.runner:
+        case InProcess():
+            return InProcessRunner(folder, args.accept_code)
+        case Slurm():
+            slots = len(plan.points) if plan.space is None else plan.runner.jobs
+            return SlurmRunner(folder, plan.runner, slots, [sys.executable, "-m", "jaxops", "train", *flags])
+        case Launch():
+            where = ["--on", plan.runner.on, "--backend", plan.runner.backend, "--max-hours", f"{plan.runner.hours:g}"]
+            command = [sys.executable, "-m", "jaxops", "launch", *where, *flags, *plan.runner.flags]
+            return LocalRunner(folder, plan.runner.jobs, command, divided=False)
     command = [sys.executable, "-c", CHILD, str(os.getpid()), "train", *flags]
     return LocalRunner(folder, plan.runner.jobs, command)
 
@@ -122,6 +161,8 @@ def _dry_run(plan: "SweepPlan", as_json: bool) -> int:
     from jaxops.cli.printing import console, print_json, say
     from jaxops.sweep.space import SEED
 
+    if plan.space is not None:
+        return _dry_search(plan, plan.space, as_json)
     if as_json:
         points = [{"id": point.id, "seed": point.seed, "values": point.values} for point in plan.points]
         return print_json({"version": 1, "dir": str(plan.folder), "metric": plan.metric.name, "points": points})
@@ -133,6 +174,31 @@ def _dry_run(plan: "SweepPlan", as_json: bool) -> int:
         out,
         f"{len(plan.points)} point(s){seeds} -> {plan.folder}; judged by valid/{plan.metric.name},"
         f" {plan.metric.better} is better",
+    )
+    return EXIT_OK
+
+
+def _dry_search(plan: "SweepPlan", space: "SearchSpace", as_json: bool) -> int:
+    """Prints what a search would try."""
+    from jaxops.cli.printing import cell, console, grid, print_json, say
+    from jaxops.config.dump import plain_of
+    from jaxops.report.compare import yaml_of
+
+    search = space.search
+    if as_json:
+        told = {"version": 1, "dir": str(plan.folder), "metric": plan.metric.name, "search": plain_of(search)}
+        return print_json(told)
+    out, table = console(), grid("searched|", "values|", "where|")
+    for path, kind in search.values.items():
+        table.add_row(*map(cell, [path, f"{kind.kind}: {kind.shown}", ""]))
+    for part in search.when:
+        for path, kind in part.values.items():
+            table.add_row(*map(cell, [path, f"{kind.kind}: {kind.shown}", yaml_of(dict(part.if_))]))
+    out.print(table)
+    say(
+        out,
+        f"{search.trials} trials by {search.kind}, pruning: {search.pruner.kind} -> {plan.folder}; judged by"
+        f" valid/{plan.metric.name}, {plan.metric.better} is better",
     )
     return EXIT_OK
 
@@ -189,6 +255,15 @@ def _table(plan: "SweepPlan", rows: Sequence[tuple[str, dict[str, Any]]], more: 
     return table
 
 
+def _best(outcome: "Outcome") -> dict[str, Any] | None:
+    """Returns the first group by its number, told from the next or not."""
+    first = next((group for group in outcome.groups if group.mean is not None), None)
+    if first is None:
+        return None
+    folders = [str(outcome.plan.folder / one.point.id) for one in first.results]
+    return {"values": first.values, "mean": first.mean, "dirs": folders}
+
+
 def _for_programs(outcome: "Outcome") -> dict[str, Any]:
     plan, winner = outcome.plan, outcome.verdict.winner
     return {
@@ -205,6 +280,8 @@ def _for_programs(outcome: "Outcome") -> dict[str, Any]:
                 "state": one.state,
                 "reason": one.reason,
                 "value": one.value,
+                "step": None if one.run is None else one.run.step,
+                "wall_s": None if one.run is None else one.run.number("wall_s"),
             }
             for one in outcome.results
         ],
@@ -212,6 +289,7 @@ def _for_programs(outcome: "Outcome") -> dict[str, Any]:
             {"values": one.values, "seeds": len(one.numbers), "mean": one.mean, "margin": one.margin}
             for one in outcome.groups
         ],
+        "best": _best(outcome),
         "winner": None if winner is None else winner.values,
         "p": outcome.verdict.p,
         "verdict": outcome.verdict.words,

@@ -20,24 +20,28 @@ from jaxops.sweep.space import SEED
 MOST_ROWS, MOST_AXES, MOST_LINES, MOST_PLOTS = 200, 5, 300, 8
 LOG_FROM = 20.0
 """Numbers that span at least this factor are drawn on a logarithmic axis."""
-_TONES = {"failed": "bad", "running": "busy", "waiting": "warn", "unfinished": "warn"}
+_TONES = {"failed": "bad", "running": "busy", "waiting": "warn", "unfinished": "warn", "pruned": "warn"}
 
 
-def write_sweep_page(outcome: Outcome) -> Path:
+def write_sweep_page(outcome: Outcome, shares: Sequence[tuple[str, float]] = ()) -> Path:
     """Writes the page of a sweep into its folder, whole or not at all, and returns its path.
+
+    Args:
+      outcome: what the sweep has come to.
+      shares: the importance of each path by a search's own evaluator; by default it is computed from the points.
 
     Raises:
       RunFailed: it cannot be written.
     """
-    return write_page(outcome.plan.folder / "sweep.html", render_sweep(outcome))
+    return write_page(outcome.plan.folder / "sweep.html", render_sweep(outcome, shares))
 
 
-def render_sweep(outcome: Outcome) -> str:
+def render_sweep(outcome: Outcome, searched: Sequence[tuple[str, float]] = ()) -> str:
     """Renders the page as HTML."""
     plan, metric = outcome.plan, outcome.plan.metric
     paths = [path for path in plan.swept if path != SEED]
     scored = [group for group in outcome.groups if group.mean is not None]
-    shares = importance(scored, [path for path in paths if len(_kinds(scored, path)) > 1])
+    shares = list(searched) or importance(scored, [path for path in paths if len(_kinds(scored, path)) > 1])
     first = [path for path, _ in shares] or [path for path in paths if len(_kinds(scored, path)) > 1]
     failed = [result for result in outcome.results if result.state == "failed"]
     test = any(_test(group, metric.name) for group in scored)
@@ -50,13 +54,15 @@ def render_sweep(outcome: Outcome) -> str:
         cards=_cards(outcome, scored),
         paths=paths,
         metric=metric.shown,
+        searched=plan.trials is not None,
         test=test,
         rows=[_row(outcome, group, paths) for group in outcome.groups[:MOST_ROWS]],
         left_out=max(0, len(outcome.groups) - MOST_ROWS),
         overview=[_parallel(outcome, scored, first[:MOST_AXES])] if len(scored) > 2 and len(first) > 1 else [],
         parameters=[_against(outcome, scored, path) for path in first[:MOST_PLOTS]] if len(scored) > 1 else [],
         importance=[(path, f"{share:.0%}") for path, share in shares],
-        curves=list(_curves(outcome)),
+        evaluator="PED-ANOVA (Optuna)" if searched else "",
+        curves=[*_curves(outcome), *([] if plan.trials is None else _trials(outcome))],
         failed=[{"id": one.point.id, "label": one.point.label, "reason": one.reason} for one in failed],
     )
 
@@ -74,18 +80,29 @@ def _cards(outcome: Outcome, scored: Sequence[SeedGroup]) -> list[Card]:
 
 
 def _row(outcome: Outcome, group: SeedGroup, paths: Sequence[str]) -> dict[str, Any]:
-    name = outcome.plan.metric.name
+    name, searched = outcome.plan.metric.name, outcome.plan.trials is not None
     test = _test(group, name)
     return {
         "winner": outcome.verdict.winner is group,
         "cells": [yaml_of(group.values[path]) if path in group.values else "" for path in paths],
-        "valid": "\u2013" if group.mean is None else f"{score(group.mean)}{_margin(group)}",
+        "valid": _so_far(group) if group.mean is None else f"{score(group.mean)}{_margin(group)}",
         "test": score(float(np.mean(test))) if test else "\u2013",
         "runs": [
-            {"id": one.point.id, "seed": one.point.seed, "state": one.state, "tone": _TONES.get(one.state, "")}
+            {
+                "id": one.point.id,
+                "name": one.point.id if searched else one.point.seed,
+                "state": one.state,
+                "tone": _TONES.get(one.state, ""),
+            }
             for one in group.results
         ],
     }
+
+
+def _so_far(group: SeedGroup) -> str:
+    """Returns the best value yet of a run that has not finished, in parentheses; a dash without one."""
+    found = [one.so_far for one in group.results if one.so_far is not None]
+    return f"({score(found[0])})" if len(found) == 1 else "\u2013"
 
 
 def _margin(group: SeedGroup) -> str:
@@ -220,7 +237,44 @@ def _curves(outcome: Outcome) -> Iterator[Plot]:
 
     alt = "; ".join(f"{group.label} ends at {mean[-1]:.4g}" for _, group, (_, _, mean, _) in drawn)
     caption = "The best points of the table: mean over seeds, and a band from the lowest to the highest."
+    if outcome.plan.trials is not None:
+        caption = "The best trials of the table."
     yield Plot(f"Validation {shown}", caption, figures.picture(draw, f"Validation {shown}", alt))
+
+
+def _trials(outcome: Outcome) -> Iterator[Plot]:
+    """Yields the curves of all trials of a search: where those that were pruned ended."""
+    name, _shown = f"valid/{outcome.plan.metric.name}", outcome.plan.metric.shown
+    curves = [
+        (one.state == "pruned", curve)
+        for group in outcome.groups
+        for one in group.results
+        if one.run is not None and len(curve := one.run.curve(name))
+    ]
+    if not curves:
+        return
+
+    def draw(axes: Axes) -> None:
+        for at in reversed(range(len(curves[:MOST_LINES]))):
+            pruned, curve = curves[at]
+            colour = LINES[1] if at == 0 else INK if pruned else LINES[0]
+            axes.plot(
+                curve.steps,
+                curve.values,
+                color=colour,
+                linewidth=2.2 if at == 0 else 1.0,
+                alpha=1.0 if at == 0 else 0.4,
+            )
+            axes.plot(curve.steps[-1:], curve.values[-1:], "x" if pruned else "o", color=colour, markersize=4.0)
+        axes.xaxis.set_major_formatter(lambda value, _: figures.compact(value))
+        axes.yaxis.set_major_formatter(lambda value, _: figures.compact(value))
+        axes.set_xlabel("step")
+
+    count = sum(pruned for pruned, _ in curves)
+    caption = f"The best is orange; a cross ends each of the {count} that were pruned, in grey."
+    yield Plot(
+        "All trials", caption, figures.picture(draw, "All trials", f"{len(curves)} curves, {count} of them pruned")
+    )
 
 
 def _band(group: SeedGroup, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:

@@ -17,7 +17,8 @@ from scipy import stats
 from jaxops.core.metric import Metric
 from jaxops.report.folder import RunRecord, read_run
 from jaxops.report.results import best_step, score
-from jaxops.sweep.plan import Point, SweepPlan, label_of_values
+from jaxops.sweep.plan import SweepPlan
+from jaxops.sweep.points import Point, label_of_values
 from jaxops.sweep.records import State, SweepFolder
 from jaxops.sweep.space import SEED
 
@@ -119,11 +120,23 @@ class Outcome:
         return sum(result.state == state for result in self.results)
 
     @property
+    def left(self) -> int:
+        """How many points have neither finished nor failed nor been pruned; of a search, those too that are to come."""
+        ended = sum(result.state in ("finished", "failed", "pruned") for result in self.results)
+        return len(self.results) - ended + self.to_come
+
+    @property
+    def to_come(self) -> int:
+        """How many trials a search is to propose yet, by what its folder says."""
+        return max(0, (self.plan.trials or 0) - self.plan.proposed)
+
+    @property
     def counts(self) -> str:
         """How many points are in each state: `9 finished, 2 waiting, 1 failed`."""
         found = collections.Counter(result.state for result in self.results)
-        order: tuple[State, ...] = ("finished", "running", "unfinished", "waiting", "failed")
-        return ", ".join(f"{found[state]} {state}" for state in order if found[state])
+        order: tuple[State, ...] = ("finished", "pruned", "running", "unfinished", "waiting", "failed")
+        told = [f"{found[state]} {state}" for state in order if found[state]]
+        return ", ".join([*told, f"{self.to_come} to come"] if self.to_come else told)
 
 
 def read_outcome(plan: SweepPlan) -> Outcome:
@@ -131,8 +144,8 @@ def read_outcome(plan: SweepPlan) -> Outcome:
     folder = SweepFolder(plan.folder)
     results = [_result(folder, plan.metric, point) for point in plan.points]
     groups = _ranked(plan.metric, results)
-    verdict = judge(plan.metric, groups)
-    if missing := sum(result.value is None for result in results):
+    verdict = judge(plan.metric, groups) if plan.trials is None else judge_search(plan, groups)
+    if missing := sum(result.value is None and result.state != "pruned" for result in results):
         words = f"{verdict.words} {missing} of {len(results)} runs have no number yet."
         verdict = dataclasses.replace(verdict, words=words)
     return Outcome(plan, results, groups, verdict)
@@ -143,6 +156,8 @@ def _result(folder: SweepFolder, metric: Metric, point: Point) -> Result:
     place = folder.path / point.id
     run = read_run(place) if place.is_dir() else None
     value = run.number(f"valid/{metric.name}") if run is not None and state == "finished" else None
+    if run is None and state == "finished" and (outcome := folder.outcome(point)) is not None:
+        value = outcome.value
     if state == "finished" and value is None:
         reason = f"it measured no finite valid/{metric.name}"
     best = best_step(run, metric.name) if run is not None and state != "finished" else None
@@ -189,6 +204,24 @@ def judge(metric: Metric, groups: Sequence[SeedGroup]) -> SweepVerdict:
         f"The best is {against}; they differ by more than their seeds do ({test}).{many if len(numbered) > 2 else ''}"
     )
     return SweepVerdict(first, words, p)
+
+
+def judge_search(plan: SweepPlan, groups: Sequence[SeedGroup]) -> SweepVerdict:
+    """Returns which trial of a search is best, and how to learn whether that is more than luck."""
+    numbered = [group for group in groups if group.numbers]
+    if not numbered:
+        return SweepVerdict(None, "No trial has finished with a number yet.")
+    if _other_data(numbered):
+        words = "No best trial: they were evaluated on different data (another SHA-256 of the split)."
+        return SweepVerdict(None, words)
+    first, folder = numbered[0], plan.folder
+    config = folder / "points" / f"{first.results[0].point.id}.yaml"
+    words = (
+        f"The best of {plan.proposed} trials is {first.label}: {plan.metric.shown} {score(first.numbers[0])} with one"
+        " seed. It was chosen for that number, which will be worse the next time: run it, and what it is to beat, with"
+        f" seeds of its own: jaxops sweep {config} run.seed=1..3 dir={folder.parent}"
+    )
+    return SweepVerdict(None, words)
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> float:

@@ -11,12 +11,13 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol, TextIO
 
 from jaxops.core.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunFailed, UserError
 from jaxops.run.build import build_task, config_from_dict
 from jaxops.run.fit import fit
-from jaxops.sweep.plan import Point
+from jaxops.sweep.points import Point
 from jaxops.sweep.records import PointEnd, SweepFolder
 
 _LONGEST = 600
@@ -45,8 +46,21 @@ class Runner(Protocol):
 
     slots: int
 
-    def start(self, point: Point, config: Mapping[str, Any], claim: TextIO) -> Job:
-        """Starts a point, which holds its claim as long as it runs."""
+    def adopt(self, point: Point) -> Job | None:
+        """Returns the job of a point that an earlier process started and that goes on; None without one."""
+        ...
+
+    def start(
+        self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
+    ) -> Job:
+        """Starts a point, which holds its claim as long as it runs.
+
+        Args:
+          point: the point.
+          config: its resolved config.
+          claim: its claim.
+          given_up: says whether it is to be stopped early; a runner that returns at once need not ask.
+        """
         ...
 
 
@@ -74,13 +88,25 @@ class InProcessRunner:
     def __init__(self, folder: SweepFolder, accept_code: bool = False) -> None:
         self._folder, self._accept_code = folder, accept_code
 
-    def start(self, point: Point, config: Mapping[str, Any], claim: TextIO) -> Job:
+    def adopt(self, point: Point) -> Job | None:
+        """Returns None: its points end with it."""
+        return None
+
+    def start(
+        self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
+    ) -> Job:
         """Runs a point to its end.
+
+        Args:
+          point: the point.
+          config: its resolved config.
+          claim: its claim, which is held as long as it runs.
+          given_up: says whether it is to be stopped early; it is asked now and then.
 
         Raises:
           KeyboardInterrupt: the run was told to stop (Ctrl-C, SIGTERM, `--stop`), and has saved.
         """
-        with _stopped_by_mark(self._folder):
+        with _stopped_from_outside(self._folder, given_up) as outside:
             try:
                 task = build_task(config_from_dict(config, source=f"points/{point.id}.yaml"))
                 run = fit(task, quiet=True, accept_code=self._accept_code)
@@ -90,7 +116,7 @@ class InProcessRunner:
                 return self._failed(point, error.status, str(error))
             except Exception as error:  # code of the user's own may raise anything, and the other points go on
                 return self._failed(point, EXIT_FAILED, f"{type(error).__name__}: {error}")
-        if run.state in ("interrupted", "preempted"):
+        if run.state in ("interrupted", "preempted") and not outside.given_up:
             raise KeyboardInterrupt(run.state)
         return _Done(PointEnd(0) if run.state == "finished" else PointEnd(EXIT_INTERRUPTED, run.state))
 
@@ -100,25 +126,41 @@ class InProcessRunner:
         return _Done(PointEnd(status, reason[:_LONGEST]))
 
 
-class _stopped_by_mark:
-    """A context that sends this process SIGTERM, which a run saves at, when the sweep is asked to stop."""
+class _stopped_from_outside:
+    """A context that sends this process SIGTERM, which a run saves at, when somebody wants the run to stop.
 
-    def __init__(self, folder: SweepFolder) -> None:
-        self._folder, self._over = folder, threading.Event()
+    Attributes:
+      given_up: True where it was the guide of the sweep, and not somebody who asked the sweep to stop.
+    """
+
+    def __init__(self, folder: SweepFolder, given_up: Callable[[], bool] | None) -> None:
+        self._folder, self._ask, self._over, self.given_up = folder, given_up, threading.Event(), False
+        self._before: Any = None
         self._thread = threading.Thread(target=self._watch, args=(folder.stop_mark(),), daemon=True)
 
     def _watch(self, before: int) -> None:
         while not self._over.wait(_STOP_LOOK):
-            if self._folder.stop_mark() != before:
+            self.given_up = self._ask is not None and self._ask()
+            if self.given_up or self._folder.stop_mark() != before:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "_stopped_from_outside":
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._late)
         self._thread.start()
+        return self
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _late(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal that came before the run could take it, or after it: the run's own handler is not there."""
+        if not self.given_up and callable(self._before):
+            self._before(number, frame)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,14 +212,28 @@ class LocalRunner:
       folder: the sweep's.
       jobs: how many run at a time.
       command: the command that trains the config whose path is put behind it.
+      divided: False where the command trains elsewhere, so that this machine's cores and GPUs are not shared out.
     """
 
-    def __init__(self, folder: SweepFolder, jobs: int, command: Sequence[str]) -> None:
+    def __init__(self, folder: SweepFolder, jobs: int, command: Sequence[str], *, divided: bool = True) -> None:
         self.slots, self._folder, self._command = jobs, folder, list(command)
-        self._free = shares(jobs, cores_here(), gpus_here())
+        self._free = shares(jobs, cores_here(), gpus_here()) if divided else [JobShare(frozenset(), ())] * jobs
 
-    def start(self, point: Point, config: Mapping[str, Any], claim: TextIO) -> Job:
-        """Starts a process; it has a session of its own, so that Ctrl-C reaches the sweep alone, which stops it."""
+    def adopt(self, point: Point) -> Job | None:
+        """Returns None: its points end with it."""
+        return None
+
+    def start(
+        self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
+    ) -> Job:
+        """Starts a process; it has a session of its own, so that Ctrl-C reaches the sweep alone, which stops it.
+
+        Args:
+          point: the point.
+          config: its resolved config.
+          claim: its claim, which is held as long as it runs.
+          given_up: is not asked: the sweep stops the process itself.
+        """
         path = self._folder.write_config(point, config)
         share = self._free.pop(0)
         env = dict(os.environ)
@@ -232,7 +288,7 @@ class _Process:
         if status is None:
             return None
         self.give_back()
-        return PointEnd(status, "" if status == 0 else self._reason(status))
+        return PointEnd(status, last_words(self.log, self.begins, status))
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -240,18 +296,30 @@ class _Process:
     def kill(self) -> None:
         self.process.kill()
 
-    def _reason(self, status: int) -> str:
-        """Returns what the process said last: its message where it has one, else its last line."""
-        if status < 0:
-            name = signal.Signals(-status).name
-            return f"ended by {name}{' (by hand, or out of memory)' if status == -signal.SIGKILL else ''}"
-        with open(self.log, "rb") as file:
-            file.seek(self.begins)
+
+def last_words(log: Path, begins: int, status: int) -> str:
+    """Returns the reason of an exit status: the message that a process printed where it has one, else its last line.
+
+    Args:
+      log: what it printed.
+      begins: where its part of the log begins.
+      status: its exit status; negative where a signal ended it.
+    """
+    if status == 0:
+        return ""
+    if status < 0:
+        name = signal.Signals(-status).name
+        return f"ended by {name}{' (by hand, or out of memory)' if status == -signal.SIGKILL else ''}"
+    try:
+        with open(log, "rb") as file:
+            file.seek(begins)
             said = file.read().decode("utf-8", errors="replace").strip()
-        _, message, text = f"\n{said}".rpartition("\njaxops: ")
-        if not message:  # a traceback ends with the error; what is said at a save is no reason
-            text = said.rpartition("\n")[2] if PointEnd(status).failed else ""
-        return text[:_LONGEST]
+    except OSError:
+        return ""
+    _, message, text = f"\n{said}".rpartition("\njaxops: ")
+    if not message:  # a traceback ends with the error; what is said at a save is no reason
+        text = said.rpartition("\n")[2] if PointEnd(status).failed else ""
+    return text[:_LONGEST]
 
 
 def end_with(parent: int) -> None:

@@ -1,12 +1,12 @@
 """What a sweep is read from: its file and base, or a run's config, and overrides that may have several values."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from jaxops.config.errors import ConfigError, Problem
 from jaxops.config.files import read_files
-from jaxops.config.merge import parse_overrides
+from jaxops.config.merge import beneath, parse_overrides
 from jaxops.config.node import Node
 from jaxops.config.yaml_text import parse_yaml
 from jaxops.core.failures import UserError
@@ -14,9 +14,9 @@ from jaxops.sweep.space import Assignment, is_range, values_of
 from jaxops.sweep.spec import Runs, SweepSpec
 
 _SPEC = tuple(field.name for field in dataclasses.fields(SweepSpec))
-_OURS = {"runs", "runner"}
+_OURS = {"runs", "runner", "search", "set"}
 _MARKS = _OURS | {field.name for field in dataclasses.fields(Runs)}
-"""Top-level keys of a sweep file: all but two stand there where `runs:` was forgotten."""
+"""Top-level keys of a sweep file: all but four stand there where `runs:` was forgotten."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,12 @@ class SweepSource:
     fixed: list[Node]
     fixed_paths: dict[str, Node]
     axes: list[list[Assignment]]
+
+    def with_values(self, values: Mapping[str, Node]) -> "SweepSource":
+        """Returns the same with values for all points, by path; those of overrides come after them."""
+        trees = [beneath(path.split("."), node) for path, node in values.items()]
+        paths = {path: node for path, node in values.items() if path not in self.fixed_paths}
+        return dataclasses.replace(self, fixed=[*trees, *self.fixed], fixed_paths={**paths, **self.fixed_paths})
 
 
 def read_source(path: str, overrides: Sequence[str]) -> SweepSource:

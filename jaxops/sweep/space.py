@@ -5,8 +5,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from random import Random
+from typing import Any
 
 from jaxops.config.errors import Problem, show
+from jaxops.config.merge import beneath
 from jaxops.config.node import BROKEN, Node, join_path, node_of
 from jaxops.sweep.spec import MAX_POINTS, RandomDraws, Runs, When
 
@@ -91,6 +93,21 @@ def values_of(node: Node, path: str, problems: list[Problem]) -> list[Node]:
 def is_range(value: object) -> bool:
     """Returns whether a value is written like a range of numbers, rightly or wrongly; `../data` is none."""
     return isinstance(value, str) and _RANGE.fullmatch(value) is not None and any(c.isdigit() for c in value)
+
+
+def overrides_of(assignment: Assignment) -> list[Node]:
+    """Returns the trees of a point's values, whole sections before what is set inside of them."""
+    paths = sorted(assignment, key=lambda path: path.count("."))
+    return [beneath(path.split("."), assignment[path]) for path in paths]
+
+
+def look_up(values: Any, path: str) -> tuple[bool, Any]:
+    """Returns whether there is a value at a dotted path, and the value."""
+    for name in path.split("."):
+        if not isinstance(values, Mapping) or name not in values:
+            return False, None
+        values = values[name]
+    return True, values
 
 
 def _lists(tree: Node, name: str, problems: list[Problem], path: str) -> dict[str, list[Node]]:

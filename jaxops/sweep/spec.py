@@ -1,82 +1,18 @@
 """The schema of a sweep file: what is swept over a base config, how its runs are run, and what they are judged by."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from random import Random
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
+
+from jaxops.sweep.distributions import Integer, LogUniform, Pick, Uniform
+from jaxops.sweep.search.spec import Search
 
 MAX_POINTS = 20_000
 """Of one sweep; more than that can be planned by nobody, and a slip of a zero must not fill the memory."""
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1, le=MAX_POINTS)]
-DIGITS = 4
-"""Significant digits of a number that is drawn: more would say nothing, and fewer can be read."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Bounded:
-    """A distribution of numbers from `low` to `high`."""
-
-    low: float
-    high: float
-
-    def problems(self) -> list[tuple[str, str]]:
-        """Returns (field, message) where the bounds leave nothing to draw."""
-        if self.low < self.high:
-            return []
-        return [("low", f"must be below high {self.high:g}, got {self.low:g}")]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Uniform(_Bounded):
-    """A number from `low` to `high`, each as likely."""
-
-    kind: Literal["uniform"] = "uniform"
-
-    def draw(self, random: Random) -> float:
-        """Returns a value of the distribution."""
-        return _within(random.uniform(self.low, self.high), self.low, self.high)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogUniform(_Bounded):
-    """A number from `low` to `high` whose logarithm is uniform: for learning rates."""
-
-    kind: Literal["loguniform"] = "loguniform"
-    low: Annotated[float, Field(gt=0)]
-    high: Annotated[float, Field(gt=0)]
-
-    def draw(self, random: Random) -> float:
-        """Returns a value of the distribution."""
-        return _within(math.exp(random.uniform(math.log(self.low), math.log(self.high))), self.low, self.high)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Integer(_Bounded):
-    """A whole number from `low` to `high`, both included."""
-
-    kind: Literal["int"] = "int"
-    low: int
-    high: int
-
-    def draw(self, random: Random) -> int:
-        """Returns a value of the distribution."""
-        return random.randint(self.low, self.high)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pick:
-    """One of the values `of`, each as likely; whole sections too."""
-
-    kind: Literal["choice"] = "choice"
-    of: Annotated[tuple[Any, ...], Field(min_length=1)]
-
-    def draw(self, random: Random) -> Any:
-        """Returns one of the values."""
-        return self.of[random.randrange(len(self.of))]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,11 +75,63 @@ class Local:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """Runs the points as the tasks of a Slurm job array, from a login node, in a folder that all nodes share.
+
+    Attributes:
+      jobs: tasks at a time.
+      hours: the time of each.
+      options: further options of sbatch, for each task: {partition: gpu, gres: 'gpu:1', mem: 32G}.
+      setup: lines of shell before the training: `module load cuda`.
+    """
+
+    kind: Literal["slurm"] = "slurm"
+    jobs: Positive = 8
+    hours: Annotated[float, Field(gt=0, le=10_000)]
+    options: Mapping[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], str | int] = dataclasses.field(
+        default_factory=dict
+    )
+    setup: tuple[str, ...] = ()
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Returns (field, message) for options that the array has already, or that would be read as two."""
+        ours = ("array", "job-name", "comment", "output", "time", "signal", "wrap")
+        found = [("options", f"{name} is set by the sweep itself") for name in self.options if name in ours]
+        odd = [name for name, value in self.options.items() if any(c.isspace() for c in str(value))]
+        return found + [("options", f"{name}: expected one word, got {self.options[name]!r}") for name in odd]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Runs each point by `jaxops launch`, `jobs` at a time, in a folder that the machines share.
+
+    Attributes:
+      on: the accelerator: `cpu-8`, `v5e-8`, ...
+      backend: the way to reach machines, as `jaxops launch --backend` names it.
+      hours: the most that a point may take.
+      jobs: points at a time.
+      flags: further flags of the command: [--spot, --option, partition=gpu].
+    """
+
+    kind: Literal["launch"] = "launch"
+    on: str
+    backend: str = "local"
+    hours: Annotated[float, Field(gt=0)]
+    jobs: Positive = 1
+    flags: tuple[str, ...] = ()
+
+
+RunnerSpec = Local | InProcess | Slurm | Launch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepSpec:
     """A sweep file without its `base:`.
 
     Attributes:
       runs: the points.
+      search: in place of `runs`: points that are proposed one after the other, by how the earlier ones ended.
+      set: values for all points, by dotted path of the base config; an override on the command line comes after them.
       metric: what the runs are judged by, on validation. By default what the base keeps its best checkpoint by, else
         what it stops early by, else the first of evaluate.metrics.
       runner: how they are run.
@@ -152,12 +140,9 @@ class SweepSpec:
     """
 
     runs: Runs = Runs()
+    search: Search | None = None
+    set: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metric: str | None = None
-    runner: Local | InProcess = Local()
+    runner: Local | InProcess | Slurm | Launch = Local()
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] | None = None
     dir: str | None = None
-
-
-def _within(value: float, low: float, high: float) -> float:
-    """Returns a value with few digits that is still between the bounds."""
-    return min(max(float(f"{value:.{DIGITS}g}"), low), high)

@@ -8,9 +8,10 @@ from test_golden_configs import SWEEPS
 from tiny_runs import no_report, working_in  # noqa: F401 (fixtures)
 
 from jaxops.cli.main import main
+from jaxops.run.build import load_config
 from jaxops.sweep.plan import make_plan
 
-POINTS = {"sweep/movielens_losses": 18, "sweep/movielens_lr": 9}
+POINTS = {"sweep/movielens_losses": 18, "sweep/movielens_lr": 9, "sweep/movielens_search": 0}
 
 
 def test_each_shipped_sweep_has_its_points(tmp_path, monkeypatch):
@@ -18,6 +19,12 @@ def test_each_shipped_sweep_has_its_points(tmp_path, monkeypatch):
     plans = {name: make_plan(name) for name in SWEEPS}
     assert {name: len(plan.points) for name, plan in plans.items()} == POINTS
     assert {plan.metric.name for plan in plans.values()} == {"ndcg@10"} and not [*tmp_path.iterdir()]
+    search = plans["sweep/movielens_search"].space
+    assert search.search.trials == 30 and search.search.pruner.most == 15  # 30 epochs, two an evaluation
+    first = search.load(search.search.first[0]).config
+    shipped = load_config("rec/movielens_sasrec").config
+    assert (first.model, first.optimizer, first.batch) == (shipped.model, shipped.optimizer, shipped.batch)
+    assert first.run.epochs == shipped.run.epochs == 30 and first.evaluate.every.epochs == 2
     losses = plans["sweep/movielens_losses"]
     kinds = [losses.configs[point.id]["objective"] for point in losses.points]
     assert [kind.get("negatives") for kind in kinds if kind["kind"] == "sampled_softmax"] == [*[64, 256] * 6]

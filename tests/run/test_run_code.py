@@ -13,6 +13,8 @@ from jaxops.cli.main import main
 from jaxops.core.failures import UserError
 from jaxops.run.build import build_task, load_config
 from jaxops.run.fit import fit
+from jaxops.run.folder.run_folder import RunFolder
+from jaxops.run.own_code import check_code, code_paths, write_code
 
 pytestmark = pytest.mark.usefixtures("no_report")
 QUICK = ["evaluate.baselines=false", "run.steps=10"]
@@ -114,3 +116,72 @@ def test_a_path_to_what_another_file_defines_covers_that_file(folder, capsys):
 
 def test_a_run_without_code_of_ones_own_has_no_record(finished):
     assert not Path("runs/tiny/code.json").exists()
+
+
+def test_a_changed_model_is_not_the_finished_run(folder, capsys):
+    Path("ownpkg/models.py").write_text(MODEL)
+    own = ["model={fn: 'ownpkg.models:mine', width: 8}", *QUICK]
+    assert main(["train", "my.yaml", *own]) == 0
+    assert list(code()["sources"]) == ["ownpkg.models:mine"]
+    edit("ownpkg/models.py", "return 0.02", "return 0.05")  # a helper of the same file
+    capsys.readouterr()
+    assert main(["train", "my.yaml", *own]) == 2
+    said = capsys.readouterr().err
+    assert "ownpkg.models:mine" in said and "finished" not in said and "--accept-code" in said
+
+
+MODEL = """\
+import jax
+import jax.numpy as jnp
+
+
+def scale():
+    return 0.02
+
+
+class Mean:
+    def __init__(self, n_items, width, length):
+        self.rows, self.width, self.length = n_items + 1, width, length
+
+    def init(self, key):
+        return {"item": scale() * jax.random.normal(key, (self.rows, self.width))}
+
+    def encode(self, params, batch, key):
+        return jnp.cumsum(jnp.where((batch["items"] > 0)[..., None], params["item"][batch["items"]], 0.0), axis=1)
+
+    def item_vectors(self, params):
+        return params["item"]
+
+
+def mine(data, width=64):
+    return Mean(data.n_items, width, length=20)
+"""
+NAMING = {
+    "a loss": {"objective": {"fn": "ownpkg.losses:focal", "gamma": 2.0}},
+    "a model": {"model": {"fn": "ownpkg.losses:focal"}},
+    "data": {"data": {"fn": "ownpkg.losses:focal"}},
+    "a reward": {"rewards": [{"kind": "exact"}, {"fn": "ownpkg.losses:focal", "weight": 0.5}]},
+    "a step": {"step": {"fn": "ownpkg.losses:focal"}},
+    "a hook": {"hooks": [{"fn": "ownpkg.losses:focal"}]},
+    "a family": {"task": "ownpkg.losses:focal"},
+}
+
+
+@pytest.mark.parametrize("what", NAMING)
+def test_everything_that_a_config_names_by_path_is_looked_at_with_its_helpers(folder, monkeypatch, what):
+    monkeypatch.syspath_prepend(".")
+    Path("ownpkg/losses.py").write_text(Path("ownpkg/losses.py").read_text() + "\n\ndef helper():\n    return 1.0\n")
+    Path("ownpkg/other.py").write_text("VALUE = 1\n")
+    run = RunFolder(Path("runs/one"))
+    run.path.mkdir(parents=True)
+    importlib.import_module("ownpkg.losses")
+    paths = code_paths({"run": {"name": "one"}, **NAMING[what]})
+    assert paths == ["ownpkg.losses:focal"]
+    write_code(run, check_code(run, paths, accept=False))
+    edit("ownpkg/other.py", "1", "2")  # a file that the first does not name: not covered, as docs/security.md says
+    importlib.import_module("ownpkg.losses")
+    check_code(run, paths, accept=False)
+    edit("ownpkg/losses.py", "return 1.0", "return 2.0")
+    importlib.import_module("ownpkg.losses")
+    with pytest.raises(UserError, match=r"ownpkg\.losses:focal: SHA-256"):
+        check_code(run, paths, accept=False)

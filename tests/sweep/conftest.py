@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stand_in import SEARCH
 
 from jaxops.core.failures import RunFailed
 from jaxops.core.metrics_file import JsonlWriter
@@ -34,6 +35,7 @@ def toy(tmp_path, monkeypatch):
     shutil.copy(Path(__file__).parents[1] / "toy_family.py", tmp_path)
     (tmp_path / "toy.yaml").write_text(CONFIG)
     (tmp_path / "lr.yaml").write_text(SWEEP)
+    (tmp_path / "find.yaml").write_text(SEARCH)
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
     yield tmp_path
@@ -62,3 +64,10 @@ def quick_fit(monkeypatch):
         return FinishedRun(folder.path, folder.summary(), "finished")
 
     monkeypatch.setattr("jaxops.sweep.runners.fit", fit)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """A sweep looks at its jobs, and a search at their metric, as often as it can."""
+    monkeypatch.setattr("jaxops.sweep.work.POLL", 0.0)
+    monkeypatch.setattr("jaxops.sweep.search.lead.LOOK", 0.0)

@@ -9,7 +9,8 @@ import yaml
 
 from jaxops.core.failures import UserError
 from jaxops.run.build import load_config
-from jaxops.sweep.plan import group_id, make_plan, run_id
+from jaxops.sweep.plan import make_plan
+from jaxops.sweep.points import group_id, run_id
 
 
 def plan(runs: dict, *overrides: str, **more):

@@ -13,7 +13,7 @@ from jaxops.cli.main import main
 from jaxops.core.metric import Metric
 from jaxops.report.folder import read_run
 from jaxops.sweep.importance import importance
-from jaxops.sweep.plan import Point
+from jaxops.sweep.points import Point
 from jaxops.sweep.results import Result, SeedGroup, judge, welch
 
 NLL = Metric("nll", "lower", "NLL")

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jaxops.cli.main import main
 from jaxops.core.failures import UserError
 from jaxops.core.metrics_file import read_metrics
+from jaxops.sweep import points
 from jaxops.sweep.plan import make_plan
 from jaxops.sweep.records import PointEnd, SweepFolder, read_plan
 from jaxops.sweep.runners import JobShare, gpus_here, shares
@@ -58,6 +60,36 @@ def test_the_same_file_again_runs_what_is_missing(toy, quick_fit, capsys):
     summary = json.loads(Path(more["points"][1]["dir"], "summary.json").read_text())
     assert more["points"][1]["value"] == summary["valid/nll"] and more["winner"] is None
     assert "one seed does not say what seeds do" in more["verdict"]
+
+
+@pytest.mark.parametrize("searches", [False, True])
+def test_a_field_that_is_newer_than_a_folder_leaves_its_runs_what_they_are(toy, quick_fit, capsys, searches):
+    """A new jaxops has a new key with a default: every id would be another, and the folder another sweep."""
+    file = "find.yaml" if searches else "lr.yaml"
+    more = ["search.trials=4"] if searches else []
+
+    def older(resolved):
+        return {name: value for name, value in resolved.items() if name != "letters"}
+
+    with pytest.MonkeyPatch.context() as patch:  # a version whose config had no `letters` yet
+        digest = points._digest_without
+        patch.setattr(points, "_digest_without", lambda resolved, names: digest(older(resolved), names))
+        status, before, _ = swept(capsys, file, *HERE, *more)
+    assert status == 0 and len(before["points"]) == 4
+    for config in Path("runs").glob("*/*/config.yaml"):
+        config.write_text(config.read_text().replace("letters: 8\n", ""))
+        assert points.run_id(yaml.safe_load(config.read_text())) == config.parent.name
+
+    status, found, said = swept(capsys, file, "--status", *HERE, *more)
+    assert status == 0 and found["points"] == before["points"] and found["verdict"] == before["verdict"]
+    status, found, said = swept(capsys, file, *HERE, *more)
+    assert status == 0 and " begins" not in said and found["points"] == before["points"]
+    larger = ["search.trials=6"] if searches else ["runs.seeds=3"]
+    status, found, said = swept(capsys, file, *HERE, *larger)
+    assert status == 0 and said.count(" begins") == 2 and states(found) == ["finished"] * 6
+    changed = ["letters=6", *more]
+    assert main(["sweep", file, *HERE, *changed]) == 2  # another value than the default is another run
+    assert "another base config" in (said := capsys.readouterr().err) or "folder of another sweep" in said
 
 
 def test_a_failed_point_is_told_with_its_reason_and_the_others_go_on(toy, quick_fit, capsys):
@@ -161,7 +193,10 @@ class Slow:
     def __init__(self, folder: SweepFolder, started: list[str]):
         self.folder, self.started = folder, started
 
-    def start(self, point, config, claim):
+    def adopt(self, point):
+        return None
+
+    def start(self, point, config, claim, given_up=None):
         self.started.append(point.id)
         return Moment(self.folder.path / point.id, time.monotonic() + 0.02)
 
