@@ -124,7 +124,7 @@ class Traced:
     def __init__(self, program: Program, state: State, mesh: Mesh, shards: Shards):
         self.program, self._mesh = program, mesh
         self._traced = program.fn.trace(*placed(program.args, mesh))
-        jaxpr = self._traced.jaxpr
+        self.jaxpr = jaxpr = self._traced.jaxpr
         used = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[1]
         own = {id(leaf) for leaf in jax.tree.leaves(state)}
         beside = {name: {id(leaf) for leaf in jax.tree.leaves(tree)} for name, tree in program.beside.items()}
