@@ -84,7 +84,7 @@ class Report:
         counts = {verdict: sum(one.verdict == verdict for one in self.findings) for verdict in ("passed", "failed")}
         rest = len(self.findings) - sum(counts.values())
         return [
-            f"compiled for {_axes(self.mesh)}; ran on {_axes(self.ran_on)} ({self.devices}), {self.rows} examples a step",
+            f"compiled for {_axes(self.mesh)}; ran on {_axes(self.ran_on)} ({self.devices}), batches of {self.rows}",
             *(f"note: {note}" for note in self.notes),
             *(one.line() for one in self.findings),
             f"{counts['passed']} passed, {counts['failed']} failed, {rest} not applicable",
@@ -217,7 +217,13 @@ def _programs(task: Task, mesh: Mesh) -> Iterator[Finding]:
         names = ("host", "types", "donation", "replicated", "collectives")
         yield from (Finding.skipped(name, "the fence refuses this mesh") for name in names)
         return
-    yield from _compiled(task, mesh)
+    try:
+        yield from _compiled(task, mesh)
+    except UserError:
+        raise
+    except Exception as error:  # code of a user's own raises what it likes while it is traced
+        told = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+        yield Finding("programs", "failed", f"the programs of a step cannot be traced or compiled: {told}")
 
 
 def _compiled(task: Task, mesh: Mesh) -> Iterator[Finding]:

@@ -75,7 +75,7 @@ class Trial:
         """Returns the batch made of these blocks; a leaf with more rows than examples is cut in proportion."""
 
         def one(x: np.ndarray) -> np.ndarray:
-            return x.reshape(self.blocks, -1, *x.shape[1:])[np.asarray(blocks)].reshape(-1, *x.shape[1:])
+            return x.reshape(self.blocks, -1, *x.shape[1:])[np.asarray(blocks, np.int64)].reshape(-1, *x.shape[1:])
 
         found: dict[str, Any] = jax.tree.map(one, self.batch)
         return found
@@ -93,8 +93,8 @@ class Trial:
 
     @functools.cached_property
     def both(self) -> dict[str, Any]:
-        """The blocks of both halves."""
-        return self.pick(range(self.blocks // 2 * 2))
+        """The blocks of both halves; of a batch that is one block, that block."""
+        return self.pick(range(self.blocks // 2 * 2 or self.blocks))
 
 
 def contract_findings(trial: Trial) -> Iterator[Finding]:
@@ -218,9 +218,11 @@ def keys_finding(trial: Trial) -> Finding:
 
 
 def gradients_finding(trial: Trial) -> Finding:
-    """Checks that every trained parameter has a finite gradient, and one that is not zero in two steps."""
-    trained, frozen = trial.trained
-    rows = trial.batch.get("rows")
+    """Checks that every trained parameter has a finite gradient, and one that is not zero in one of two steps.
+
+    A leaf may have none where the loss is the same for all its values though it is read: a bias that cancels.
+    """
+    frozen, rows = trial.trained[1], trial.batch.get("rows")
 
     def loss(both: tuple[PyTree, PyTree], key: Array) -> Array:
         batch = trial.batch if rows is None else {**trial.batch, "rows": both[1]}
@@ -228,26 +230,52 @@ def gradients_finding(trial: Trial) -> Finding:
         return weighted_loss(sums, loss_counts(sums), trial.weights)
 
     run = jax.jit(jax.grad(loss))
-    point = (trained, rows)
-    alive: dict[str, bool] = {}
+    point = start = (trial.trained[0], rows)
+    dead: set[str] | None = None
     for at in range(2):
         grads = jax.device_get(trial.on_mesh(functools.partial(run, point, jax.random.key(at))))
-        named = {path: np.asarray(x) for path, x in named_leaves({"": grads[0], "rows": grads[1] or {}})}
-        bad = [path.lstrip("/") for path, x in named.items() if not np.isfinite(x).all()]
+        named = dict(_named(grads))
+        bad = [path for path, x in named.items() if not np.isfinite(x).all()]
         if bad:
             return Finding("gradients", "failed", f"the gradient is not finite: {', '.join(bad[:6])}", len(bad), 0)
-        for path, x in named.items():
-            alive[path.lstrip("/")] = alive.get(path.lstrip("/"), False) or bool(np.any(x)) or not x.size
+        zero = {path for path, x in named.items() if x.size and not np.any(x)}
+        dead = zero if dead is None else dead & zero
         point = jax.tree.map(lambda x, g: (x - RATE * g).astype(x.dtype), point, grads)
-    dead = [path for path, moves in alive.items() if not moves]
-    problem = f"the gradient is zero in two steps: {', '.join(dead[:6])}; freeze what is not trained (optimizer.frozen)"
-    return Finding.of(
-        "gradients",
-        problem if dead else None,
-        f"{len(alive)} leaves have finite gradients that are not zero",
-        len(dead),
-        0,
+    cancels = sorted(_cancelling(trial, loss, start, dead or set()))
+    lost = sorted((dead or set()) - set(cancels))
+    problem = (
+        f"the gradient is zero in two steps: {', '.join(lost[:6])}: unused, or cut off (stop_gradient, argmax); freeze"
+        " what is not trained (optimizer.frozen)"
     )
+    why = f"{len(named) - len(cancels)} leaves have finite gradients that are not zero"
+    why += f"; the loss is the same for any {', '.join(cancels[:3])}" if cancels else ""
+    return Finding.of("gradients", problem if lost else None, why, len(lost), 0)
+
+
+def _named(both: tuple[PyTree, PyTree]) -> list[tuple[str, Any]]:
+    """Returns the leaves of parameters and looked-up rows by path."""
+    rows = {} if both[1] is None else {"rows": both[1]}
+    return [*((path, x) for path, x in named_leaves(both[0])), *((path, x) for path, x in named_leaves(rows))]
+
+
+def _cancelling(
+    trial: Trial, loss: Callable[..., Array], start: tuple[PyTree, PyTree], dead: set[str]
+) -> Iterator[str]:
+    """Yields the leaves among `dead` that the loss reads, and for any values of which it is the same."""
+    if not dead:
+        return
+    key = jax.random.key(0)
+    traced = trial.on_mesh(lambda: jax.make_jaxpr(loss)(start, key))
+    reads = dict(zip((path for path, _ in _named(start)), dce_jaxpr(traced.jaxpr, [True])[1], strict=False))
+    moved = _elsewhere(start)
+    run = jax.jit(loss)
+    before = float(trial.on_mesh(lambda: run(start, key)))
+    for path in dead:
+        paths = iter([one for one, _ in _named(start)])
+        other = jax.tree.map(lambda old, new, paths=paths, path=path: new if next(paths) == path else old, start, moved)
+        after = float(trial.on_mesh(functools.partial(run, other, key)))
+        if reads[path] and abs(after - before) <= 1e-5 * abs(before):
+            yield path
 
 
 def _losses(sums: Sums) -> list[str]:

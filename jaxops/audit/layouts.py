@@ -24,7 +24,7 @@ from jaxops.core.sharding import named_leaves
 from jaxops.core.step import build_step
 from jaxops.core.sums import Sums
 from jaxops.run.fence import require_constrained_kernels
-from jaxops.run.task import Task
+from jaxops.run.task import Model, Task
 from jaxops.run.training import tables_on
 
 LAYOUTS: tuple[dict[str, int], ...] = (
@@ -175,6 +175,41 @@ def check(
             why = "In float32 all is well: cast to float32 before what adds up over examples, positions or items."
         raise AssertionError("the objective's update depends on the layout:\n" + "\n".join([*lines, why]))
     return found
+
+
+class _Nudged:
+    """A model whose fresh parameters are moved by their last bit, up or down."""
+
+    def __init__(self, model: Model) -> None:
+        self.rules, self.shapes, self.padding, self._model = model.rules, model.shapes, model.padding, model
+
+    def init(self, key: Array) -> PyTree:
+        leaves, structure = jax.tree.flatten(self._model.init(key))
+
+        def moved(at: int, x: Array) -> Array:
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                return x
+            sign = jax.random.rademacher(jax.random.fold_in(key, at), x.shape, x.dtype)
+            return x * (1 + sign * jnp.asarray(jnp.finfo(x.dtype).eps, x.dtype))
+
+        return jax.tree.unflatten(structure, [moved(at, x) for at, x in enumerate(leaves)])
+
+
+def rounding(task: Task, *, batch_size: int, steps: int) -> tuple[float, float]:
+    """Measures how far an update on one device moves when every parameter moves by its last bit.
+
+    A deep model multiplies rounding errors: no two orders of additions can be expected to agree better than that.
+    Returns the difference of gradients and of parameters, as in `Agreement`.
+
+    Args:
+      task: the task.
+      batch_size: examples per step.
+      steps: steps of gradient descent.
+    """
+    batches = [task.source.batch(i * batch_size, batch_size) for i in range(steps)]
+    one = _run(task, LAYOUTS[0], 1, batches, batch_size)
+    other = _run(dataclasses.replace(task, model=_Nudged(task.model)), LAYOUTS[0], 1, batches, batch_size)
+    return _difference(other.grads, one.grads), _difference(other.params, one.params)
 
 
 class _Update(NamedTuple):

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from jaxops.audit.contract import Trial
 from jaxops.audit.finding import Finding
-from jaxops.audit.layouts import BFLOAT16, Agreement, compare_layouts, mesh_of, told
+from jaxops.audit.layouts import BFLOAT16, Agreement, compare_layouts, mesh_of, rounding, told
 from jaxops.core.accumulate import loss_counts, weighted_loss
 from jaxops.core.failures import UserError
 from jaxops.core.fresh_state import init_state
@@ -27,6 +27,9 @@ from jaxops.run.training import tables_on
 
 GRADIENT = 1e-6
 PARAMETER = 1e-5
+DEEP, BITS = 1e-3, 8
+"""A difference beyond the bound but below DEEP may be the rounding of a deep model. Each parameter is then moved by its
+last bit, and the difference may be BITS times what that does."""
 PACKED = 1e-5
 """Another number of rows rounds otherwise: gradients of packed and separate rows differ by up to 1e-6 where right."""
 MICROBATCHES = 2
@@ -139,31 +142,37 @@ def update_findings(task: Task, layout: Mapping[str, int], rows: int, *, steps: 
             raise
         refused = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
         found = compared((1,))
+    bounds = {"gradient": GRADIENT, "parameter": PARAMETER}
+    exact = [one for one in found if one.compute == "float32"]
+    if any(GRADIENT < one.gradient < DEEP or PARAMETER < one.parameter < DEEP for one in exact):
+        measured = rounding(task, batch_size=rows, steps=steps)
+        bounds = {name: max(bounds[name], BITS * moved) for name, moved in zip(bounds, measured, strict=True)}
     whole = [one for one in found if one.accumulation == 1]
     axes = " x ".join(f"{axis} {size}" for axis, size in layout.items()) or "one device"
     if devices == 1:
         yield Finding.skipped("one device", "the mesh is one device (--cpu-devices 8 stands eight in)")
     else:
-        yield _agreement("one device", whole, f"an update on {axes} is that of one device")
+        yield _agreement("one device", whole, bounds, f"an update on {axes} is that of one device")
     if refused:
         yield Finding("accumulation", "failed", f"microbatches cannot be computed: {refused}")
     elif cut:
         parts = [one for one in found if one.accumulation > 1]
-        yield _agreement("accumulation", parts, f"{MICROBATCHES} microbatches make the update of the whole batch")
+        yield _agreement(
+            "accumulation", parts, bounds, f"{MICROBATCHES} microbatches make the update of the whole batch"
+        )
     else:
         yield Finding.skipped("accumulation", f"an update of {rows} examples has no parts (blocks of {task.block})")
 
 
-def _agreement(check: str, cases: list[Agreement], why: str) -> Finding:
-    """Judges agreements; what is measured is the worst share of a bound."""
+def _agreement(check: str, cases: list[Agreement], bounds: Mapping[str, float], why: str) -> Finding:
+    """Judges agreements by the bounds of float32, and of bfloat16 where they are in it."""
     measured = {
         f"{name}{' in bfloat16' if one.compute == 'bfloat16' else ''}": getattr(one, name)
         for one in cases
         for name in ("gradient", "parameter")
     }
-    bounds = {"gradient": GRADIENT, "parameter": PARAMETER}
     bad = [
-        f"{name} by {value:.1e} (at most {most:.0e})"
+        f"{name} by {value:.1e} (at most {most:.1e})"
         for name, value in measured.items()
         if not value <= (most := bounds.get(name, BFLOAT16))
     ]

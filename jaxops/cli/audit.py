@@ -40,7 +40,8 @@ def audit(args: argparse.Namespace) -> int:
     if needed > MOST_DEVICES:
         raise UserError(f"mesh: {needed} devices; at most {MOST_DEVICES} virtual ones stand in for them")
     jax.config.update("jax_platforms", "cpu")
-    use_cpu_devices(max(needed, most))
+    with contextlib.suppress(RuntimeError):  # in a process that has used jax its devices stay as they are
+        use_cpu_devices(max(needed, most))
     with _opened(loaded, args.stand_ins) as task:
         told = lambda what: say(console(stderr=True), f"checking {what} ...")
         report = audited(task, runs=not args.stand_ins, most=most, say=told)

@@ -120,6 +120,7 @@ def test_examples_may_depend_on_each_other_within_a_declared_block():
     assert examples_finding(inside).verdict == sums_finding(inside).verdict == "passed"
     whole = trial(pairs, block=8)
     assert examples_finding(whole).verdict == sums_finding(whole).verdict == "not applicable"
+    assert keys_finding(whole).verdict == "not applicable" and gradients_finding(whole).verdict == "passed"
 
 
 def test_draws_that_follow_the_place_in_the_batch():
@@ -163,6 +164,20 @@ def test_a_factor_of_a_zero_kernel_is_no_dead_leaf():
 
     params = {"a": jnp.ones((8, 2)), "b": jnp.zeros((2, 8))}
     assert gradients_finding(Trial(adapted, params, rows(0, 8))).verdict == "passed"
+
+
+def test_a_leaf_that_is_not_used_and_one_that_cancels():
+    """Scores of which only differences count have a bias that nothing trains: no mistake, but one should know."""
+
+    def ranked(params, batch, key):
+        score = predict(params, batch["x"])[:, 0]
+        return {"loss/pair": Sum.of(jax.nn.softplus(score[1::2] - score[0::2]))}
+
+    found = gradients_finding(trial(ranked, block=2))
+    assert found.verdict == "passed" and "the loss is the same for any down/bias" in found.why
+    spare = init(None) | {"spare": jnp.ones(3)}
+    found = gradients_finding(Trial(regression, spare, rows(0, 8)))
+    assert found.verdict == "failed" and "in two steps: spare: unused" in found.why
 
 
 def test_a_gradient_that_is_not_a_number():
