@@ -144,29 +144,48 @@ def audit(
     notes = list(_notes(task, mesh, layout))
     findings: list[Finding] = []
     say("programs")
-    findings += _programs(task, mesh)
+    findings += _guarded("programs", _programs(task, mesh))
     refused = any(one.check == "fence" and one.verdict == "failed" for one in findings)
-    why = "" if runs else "the data or weights are stand-ins"
-    why = why or _too_large(task, layout)
+    why = _too_large(task, layout) if runs else "the data or weights are stand-ins"
     if why:
-        findings += [Finding.skipped(name, why) for name in _RUN]
+        findings += [Finding.skipped(name, why) for name in (*_OBJECTIVE, *_STEPPED)]
     else:
         say("the objective")
-        trial = trial_of(updates, rows)
-        findings += list(contract_findings(trial))
-        findings.append(packing_finding(trial))
+        findings += _guarded("objective", _objective(updates, rows))
         say("updates")
         if refused:
             findings += [Finding.skipped(name, "the fence refuses this mesh") for name in _STEPPED]
         else:
-            findings += list(update_findings(updates, layout, rows))
-            findings += list(_stepped(task, updates, layout, rows))
+            findings += _guarded("updates", update_findings(updates, layout, rows))
+            findings += _guarded("steps", _stepped(task, updates, layout, rows))
     kept = {axis: size for axis, size in mesh.shape.items() if size > 1}
     return Report(kept, layout, describe_devices(mesh_of(layout)), rows, findings, notes)
 
 
+def _guarded(group: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Yields the findings of a group; where code of a user's own raises, the last one is what it raised.
+
+    Raises:
+      UserError: as it is.
+    """
+    try:
+        yield from findings
+    except UserError:
+        raise
+    except Exception as error:  # an objective, a model or a step raises what it likes
+        words = (str(error).splitlines() or [""])[0][:300]
+        yield Finding(group, "failed", f"the rest of these checks could not be made: {type(error).__name__}: {words}")
+
+
+def _objective(updates: Task, rows: int) -> Iterator[Finding]:
+    """Yields the findings about the objective on one device."""
+    trial = trial_of(updates, rows)
+    yield from contract_findings(trial)
+    yield packing_finding(trial)
+
+
 _STEPPED = ("one device", "accumulation", "batches", "recompiles")
-_RUN = ("counts", "sums", "examples", "keys", "gradients", "packing", *_STEPPED)
+_OBJECTIVE = ("counts", "sums", "examples", "keys", "gradients", "packing")
 
 
 def _update_rows(task: Task) -> int:
@@ -188,10 +207,10 @@ def _too_large(task: Task, layout: Mapping[str, int]) -> str:
     size = sum(math.prod(x.shape) * 4 for _, x in named_leaves(task.model.shapes))
     devices = math.prod(layout.values())
     need = size * COPIES * (devices + 1)
-    room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     if need <= room:
         return ""
-    return f"{readable(size)} of parameters take {readable(need)} on {devices} devices, and {readable(room)} are free"
+    return f"{readable(size)} of parameters take {readable(need)} on {devices} devices: more than half of this machine"
 
 
 def _programs(task: Task, mesh: Mesh) -> Iterator[Finding]:
@@ -201,29 +220,15 @@ def _programs(task: Task, mesh: Mesh) -> Iterator[Finding]:
     unconstrained = find_unconstrained(task, mesh, tables) if over_fsdp(placed) else None
     yield fence_finding(unconstrained)
     batch = seen_shapes(task, mesh, tables)
-    with warnings.catch_warnings(record=True) as caught, jax.set_mesh(mesh), logical_axes(task.logical):
-        warnings.simplefilter("always")
+    with jax.set_mesh(mesh), logical_axes(task.logical):
         whole = jax.sharding.auto_axes(task.objective, out_sharding=P())
-        compute = jnp.dtype(task.config.precision.compute)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.model.shapes)
-        found = promotions_finding(whole, shapes, batch, compute)
-    lossy = [str(one.message) for one in caught if issubclass(one.category, FutureWarning | UserWarning)]
-    yield (
-        found
-        if found.verdict == "failed" or not lossy
-        else Finding("promotions", "failed", f"tracing the objective warns of a lossy cast: {lossy[0]}", lossy)
-    )
+        yield promotions_finding(whole, shapes, batch, jnp.dtype(task.config.precision.compute))
     if unconstrained:
         names = ("host", "types", "donation", "replicated", "collectives")
         yield from (Finding.skipped(name, "the fence refuses this mesh") for name in names)
         return
-    try:
-        yield from _compiled(task, mesh)
-    except UserError:
-        raise
-    except Exception as error:  # code of a user's own raises what it likes while it is traced
-        told = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
-        yield Finding("programs", "failed", f"the programs of a step cannot be traced or compiled: {told}")
+    yield from _compiled(task, mesh)
 
 
 def _compiled(task: Task, mesh: Mesh) -> Iterator[Finding]:
@@ -240,7 +245,11 @@ def _compiled(task: Task, mesh: Mesh) -> Iterator[Finding]:
         compiled = {one.plan.name: one.compiled(version, 1).compiled for one in traced}
         donating = {name: one for name, one in compiled.items() if one is not None and one.problem is None}
         yield donation_finding(donating)
-        main = next(one for one in traced if one.plan.gradients)
+        main = next((one for one in traced if one.plan.gradients), None)
+        if main is None:
+            why = "none of the programs of this step takes the state and differentiates"
+            yield from (Finding.skipped(name, why) for name in ("replicated", "collectives"))
+            return
         yield replicated_finding(state, main.jaxpr, dict(mesh.shape))
         exchanged = compiled[main.plan.name]
         assert exchanged is not None

@@ -41,7 +41,7 @@ class Finding:
         """Returns the finding as one line for people."""
         mark = {"passed": "passed", "failed": "FAILED", "not applicable": "-"}[self.verdict]
         bound = ""
-        if isinstance(self.measured, int | float) and self.bound is not None:
+        if isinstance(self.measured, int | float) and self.bound:
             bound = f" ({self.measured:.3g}, at most {self.bound:.3g})"
         return f"{mark:<7} {self.check:<14} {self.why}{bound}"
 

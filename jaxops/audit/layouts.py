@@ -181,7 +181,8 @@ class _Nudged:
     """A model whose fresh parameters are moved by their last bit, up or down."""
 
     def __init__(self, model: Model) -> None:
-        self.rules, self.shapes, self.padding, self._model = model.rules, model.shapes, model.padding, model
+        self.rules, self.shapes, self._model = model.rules, model.shapes, model
+        self.padding: dict[str, str] = {}
 
     def init(self, key: Array) -> PyTree:
         leaves, structure = jax.tree.flatten(self._model.init(key))

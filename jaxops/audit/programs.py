@@ -5,6 +5,7 @@ Tested in tests/audit/test_programs.py.
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ SHARDING_AXES = ("fsdp", "tensor")
 """The mesh axes that divide parameters."""
 CALLBACKS = ("callback", "debug_print", "outfeed", "infeed")
 """Parts of the names of primitives that wait for the host."""
+LOSSY = ("scatter inputs have incompatible types", "Explicitly requested dtype", "discards the imaginary part")
+"""Parts of the warnings with which jax casts all the same, while a function is traced."""
 WIDE_SHARE = 0.05
 """The largest share of the products' FLOPs that is computed in float32 where the config computes in bfloat16."""
 SLACK = 1.5
@@ -74,9 +77,7 @@ def host_finding(programs: Mapping[str, ClosedJaxpr]) -> Finding:
     return Finding.of("host", problem, f"no callback in {len(programs)} program(s)", found)
 
 
-def promotions_finding(
-    objective: Callable[..., Any], params: PyTree, batch: Any, compute: Any, warned: Sequence[str] = ()
-) -> Finding:
+def promotions_finding(objective: Callable[..., Any], params: PyTree, batch: Any, compute: Any) -> Finding:
     """Checks that the objective computes in the dtype of the config: nothing in float64, no wide products in bfloat16.
 
     Call it inside `jax.set_mesh(mesh)`.
@@ -86,7 +87,6 @@ def promotions_finding(
       params: shapes of its parameters.
       batch: shapes of the batch as it sees it.
       compute: dtype that parameters are cast to.
-      warned: the warnings that tracing raised; what is lost by a cast is told there.
     """
 
     def run(params: PyTree, batch: Any, key: Any) -> Any:
@@ -96,7 +96,10 @@ def promotions_finding(
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     given = {str(getattr(x, "dtype", "")) for x in jax.tree.leaves((params, batch))}
-    traced = jax.make_jaxpr(run)(params, batch, key)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced = jax.make_jaxpr(run)(params, batch, key)
+    lossy = [str(one.message) for one in caught if any(words in str(one.message) for words in LOSSY)]
     wide, total = 0.0, 0.0
     doubles: dict[str, None] = {}
     for eqn, times in equations(traced.jaxpr):
@@ -110,8 +113,8 @@ def promotions_finding(
         return Finding(
             "promotions", "failed", f"float32 became float64 in {', '.join(list(doubles)[:4])}", len(doubles), 0
         )
-    if warned:
-        return Finding("promotions", "failed", f"a cast loses something: {warned[0]}", list(warned))
+    if lossy:
+        return Finding("promotions", "failed", f"a cast loses something: {lossy[0]}", lossy)
     if compute != jnp.bfloat16:
         return Finding("promotions", "passed", f"everything is computed in {jnp.dtype(compute).name}")
     share = wide / (total or 1.0)

@@ -106,7 +106,7 @@ def placed(tree: Any, mesh: Mesh) -> Any:
             x = np.asarray(x)
             x = jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
         spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else P()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec), weak_type=x.weak_type)
 
     return jax.tree.map(one, tree)
 

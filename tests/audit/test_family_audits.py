@@ -37,7 +37,7 @@ CONFIGS = {
         "batch.global=16",
         "run={name: x, steps: 4}",
     ],
-    "reward": ["rm.yaml", "model={weights: base}", "mesh={data: 8}", "batch.global=16"],
+    "reward": ["rm.yaml", "tokenizer=bytes", "model={weights: base}", "mesh={data: 8}", "batch.global=16"],
     "ppo": ["ppo.yaml", *CUBE],
     "grpo": ["ppo.yaml", "algorithm={kind: grpo, group: 4}", "mesh={data: 2}"],
 }
@@ -46,7 +46,7 @@ CONFIGS = {
 @pytest.mark.usefixtures("_furnished")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_small_config_passes(config, capsys):
-    assert main(["audit", *config, "--json"]) == 0, capsys.readouterr().out
+    assert main(["audit", *config, "--json"]) == 0, capsys.readouterr()
     found = {one["check"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
     for name in ("counts", "sums", "examples", "gradients", "one device", "accumulation", "recompiles", "donation"):
         assert found[name]["verdict"] == "passed", found[name]
@@ -56,7 +56,7 @@ def test_a_small_config_passes(config, capsys):
 
 @pytest.mark.usefixtures("_furnished")
 def test_a_config_whose_data_are_not_here_is_audited_over_stand_ins(capsys):
-    config = [*CONFIGS["language"], "data.path=none.jsonl", "mesh={fsdp: 8}"]
+    config = [*CONFIGS["language"], "data.path=none.jsonl", "mesh={data: 1, fsdp: 8, tensor: 1}"]
     assert main(["audit", *config]) == 2
     assert "--stand-ins audits what needs neither data nor weights" in capsys.readouterr().err
     assert main(["audit", *config, "--stand-ins", "--json"]) == 0

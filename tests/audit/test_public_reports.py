@@ -20,7 +20,8 @@ from jaxops.audit.programs import donation_finding, types_finding
 from jaxops.audit.runs import recompiles_finding
 from jaxops.audit.updates import packing_finding, trial_of, update_findings
 from jaxops.core.sums import Sum
-from jaxops.plan.program import Compiled
+from jaxops.plan.program import Compiled, placed
+from jaxops.run import training
 
 
 def mean_of_tokens(params, batch, key):
@@ -103,6 +104,14 @@ def test_a_weak_type_in_the_state():
         assert (types.verdict, again.verdict) == (verdict, verdict)
         if verdict == "failed":
             assert "opt_state" in types.why and "weak" in types.why and again.measured == 1
+
+
+def test_a_weak_type_is_not_lost_where_the_state_is_abstract():
+    with jax.set_mesh(mesh_of(data=2)):
+        found = training.abstract(lambda: {"weak": jnp.multiply(2.0, 3.0), "strong": jnp.float32(1)}, mesh_of(data=2))
+        assert found["weak"].weak_type and not found["strong"].weak_type
+        again = placed(found, mesh_of(data=2))
+        assert again["weak"].weak_type and not again["strong"].weak_type
 
 
 def abstract(x):

@@ -1,6 +1,7 @@
 """What `jaxops.testing` gives a user's own tests: its examples run, and the plugin makes a suite strict."""
 
 import doctest
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from toys import init, regression, rows
 import jaxops as jx
 from jaxops import testing
 from jaxops.audit import reference
+from jaxops.audit.audit import _OBJECTIVE, _STEPPED
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +60,19 @@ def test_sharded_parameters_of_ones_own():
     assert np.isfinite(init(None)["up"]["kernel"]).all()
 
 
+def test_the_page_names_what_is_there():
+    names = set(re.findall(r"jx\.testing\.(\w+)", (ROOT / "docs" / "audit.md").read_text()))
+    assert names >= {"check", "audit", "reference"} and all(hasattr(testing, name) for name in names)
+    page = (ROOT / "docs" / "audit.md").read_text()
+    listed = re.search(r"compare with: (.*?)\.$", page, re.S | re.M)
+    assert listed is not None
+    for name in re.findall(r"`(\w+)`", listed[1]):
+        assert callable(getattr(reference, name))
+    checks = set(re.findall(r"^\| `([a-z ]+)` \|", page, re.M))
+    assert checks == {*_OBJECTIVE, *_STEPPED, *PROGRAMS}
+
+
+PROGRAMS = {"fence", "promotions", "host", "types", "donation", "replicated", "collectives"}
 SUITE = """
 import jax, jax.numpy as jnp, numpy as np, pytest, warnings
 
