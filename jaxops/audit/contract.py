@@ -24,6 +24,8 @@ from jaxops.core.sums import LOSS, Max, Sum, Sums
 
 SUM_BOUND = 1e-4
 """The largest difference of a total from the total of its parts, over the largest of these: float32 rounds far less."""
+SMALL = 0.01
+"""Totals are not expected to be more exact than SUM_BOUND of this for each count: terms of both signs may cancel."""
 MOVED = 1_000_003
 """Added to the ids of examples, to see whether draws follow them."""
 RATE = 0.1
@@ -170,7 +172,8 @@ def examples_finding(trial: Trial) -> Finding:
     apart, worst = 0.0, ""
     for name in _losses(ab):
         total = [np.float64(one[name].total) for one in (ab, ba, aa, bb)]  # type: ignore[union-attr]
-        found = float(abs(total[0] + total[1] - total[2] - total[3]) / (sum(map(abs, total)) or 1.0))
+        scale = sum(map(abs, total)) + SMALL * float(ab[name].count)  # type: ignore[union-attr]
+        found = float(abs(total[0] + total[1] - total[2] - total[3]) / (scale or 1.0))
         apart, worst = max((apart, worst), (found if np.isfinite(found) else np.inf, name))
     problem = (
         f"{worst} of an example depends on other examples: declare how many neighbours are coupled (block), or compute"
@@ -293,9 +296,10 @@ def _additivity(trial: Trial, key: Array | None) -> tuple[str, float, bool]:
             found = _apart(totals[0], np.maximum(totals[1], totals[2]), totals)
             worst = max(worst, (found, name, False))
             continue
-        for counts in (False, True):
-            values = [np.asarray(one.count if counts else one.total, np.float64) for one in parts]  # type: ignore[union-attr]
-            worst = max(worst, (_apart(values[0], values[1] + values[2], values), name, counts))
+        counted = [np.asarray(one.count, np.float64) for one in parts]  # type: ignore[union-attr]
+        totals = [np.asarray(one.total, np.float64) for one in parts]  # type: ignore[union-attr]
+        found = _apart(totals[0], totals[1] + totals[2], [*totals, SMALL * counted[0]])
+        worst = max(worst, (found, name, False), (_apart(counted[0], counted[1] + counted[2], counted), name, True))
     return worst[1], worst[0], worst[2]
 
 

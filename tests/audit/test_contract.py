@@ -79,6 +79,17 @@ def test_a_total_that_is_divided_is_no_sum():
     assert found.verdict == "failed" and "the total of loss/mse is not a sum" in found.why
 
 
+def test_terms_that_cancel_are_not_taken_for_an_error():
+    """The total of a policy's loss may be nearly zero, of terms that are not: its rounding is that of the terms."""
+    advantage = np.array([1.0, -1.0] * 4, np.float32) + np.arange(8, dtype=np.float32) * 1e-7
+
+    def signed(params, batch, key):
+        return {"loss/policy": Sum.of(batch["advantage"] * (1 + 1e-7 * batch["x"][:, 0]))}
+
+    found = trial(signed, rows(0, 8) | {"advantage": advantage})
+    assert sums_finding(found).verdict == examples_finding(found).verdict == "passed"
+
+
 def test_a_metric_that_does_not_add_up_is_named():
     def wrong(params, batch, key):
         return regression(params, batch, key) | {"rmse": Sum(jnp.sqrt(jnp.sum(error_of(params, batch))), jnp.ones(()))}
