@@ -1,272 +1,147 @@
-"""Checks for users' own tasks: every mesh layout and number of microbatches must train like one device.
+"""Checks for users' own tests: of an objective, of a task on every mesh layout, and the references they compare with.
+
+`pytest_plugins = ["jaxops.audit.pytest_plugin"]` in a `conftest.py` makes a suite strict (docs/audit.md).
 
 Example:
-    >>> jaxops.use_cpu_devices(8)
-    >>> task = jaxops.build_task(jaxops.load_config("configs/rec/ctr_linear.yaml"))
-    >>> found = jaxops.testing.check(task)  # AssertionError names the layouts that do not agree
+    >>> import jax, jax.numpy as jnp, jaxops
+    >>> def objective(params, batch, key):
+    ...     error = batch["x"] @ params["w"] - batch["y"]
+    ...     return {"loss/mse": jaxops.Sum.of(error**2, batch["weight"])}
+    >>> rows = {"x": jnp.ones((8, 2)), "y": jnp.arange(8.0), "weight": jnp.arange(8.0) % 3, "id": jnp.arange(8)}
+    >>> found = jaxops.testing.check_objective(objective, {"w": jnp.ones(2)}, rows)
+    >>> [one.check for one in found if one.verdict == "passed"]
+    ['counts', 'sums', 'examples', 'gradients']
 """
 
-import contextlib
-import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
+from jaxops.audit import reference as reference
+from jaxops.audit.audit import Report as Report
+from jaxops.audit.audit import audit as audit
+from jaxops.audit.contract import Trial, contract_findings
+from jaxops.audit.finding import Finding as Finding
+from jaxops.audit.finding import require as require
+from jaxops.audit.layouts import BFLOAT16 as BFLOAT16
+from jaxops.audit.layouts import LAYOUTS as LAYOUTS
+from jaxops.audit.layouts import Agreement as Agreement
+from jaxops.audit.layouts import check as check
+from jaxops.audit.layouts import compare_layouts as compare_layouts
+from jaxops.audit.updates import packing_finding
 from jaxops.core.accumulate import Objective
-from jaxops.core.failures import UserError
-from jaxops.core.fresh_state import init_state
-from jaxops.core.mesh import make_mesh, use_cpu_devices
-from jaxops.core.sharding import named_leaves
-from jaxops.core.step import build_step
-from jaxops.core.sums import Sums
-from jaxops.run.fence import require_constrained_kernels
+from jaxops.core.sharding import Rule
 from jaxops.run.task import Task
-from jaxops.run.training import tables_on
-
-LAYOUTS: tuple[dict[str, int], ...] = (
-    {"data": 1},
-    {"data": 8},
-    {"fsdp": 8},
-    {"data": 2, "fsdp": 2, "tensor": 2},
-    {"replica": 2, "fsdp": 4},
-)
 
 
-BFLOAT16 = 2.0**-3
-"""The bound on the difference of gradients in bfloat16 and in float32: the norm of the difference over the norm.
-
-A bfloat16 has eight bits of precision, so the relative error of a rounding is at most 2^-9, which alone would be
-negligible. With ReLUs it is not: an input within a rounding error of zero switches its unit on or off, and that happens
-to a share of about 2^-8 of the inputs. If a share of 2^-8 of a gradient's entries differs, the difference is 2^-4 of
-its norm, for each such layer. (So the largest entry is no measure: it may be one that switched.) Four such layers make
-2^-3. The shipped losses measured at most 2^-4.5. Sums over a batch or a catalogue that are accumulated in bfloat16
-exceed the bound."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """The difference between one layout and one device with one microbatch in float32.
-
-    Attributes:
-      layout: sizes of the mesh axes.
-      accumulation: number of microbatches.
-      reduction: the reduction that the step used.
-      gradient: in float32 the largest difference of a gradient entry, over the largest entry; in bfloat16 the norm of
-        the difference of all gradients, over their norm.
-      parameter: the largest difference of a parameter after the steps of gradient descent, over the largest parameter.
-        Rows of tables count as parameters. Slots of table optimizers count too, over the largest entry of their name.
-      compute: dtype in which the objective received its parameters.
-    """
-
-    layout: dict[str, int]
-    accumulation: int
-    reduction: str
-    gradient: float
-    parameter: float
-    compute: str = "float32"
-
-
-def compare_layouts(
-    task: Task,
-    layouts: Sequence[dict[str, int]] = LAYOUTS,
-    accumulations: Sequence[int] = (1, 4),
+def check_objective(
+    objective: Objective,
+    params: PyTree,
+    batch: Mapping[str, Any],
     *,
-    batch_size: int = 32,
-    steps: int = 5,
-    bfloat16: bool = False,
-) -> list[Agreement]:
-    """Compares gradients and parameters of every layout with one device and one microbatch; dropout and draws are on.
+    block: int = 1,
+    frozen: Sequence[str] = (),
+    weights: Mapping[str, float] | None = None,
+) -> list[Finding]:
+    """Checks an objective against the contract on one device: counts, sums, examples, keys, gradients and packing.
 
-    Parameters that the task or `optimizer.frozen` names are frozen. It runs on CPU devices, even where there is an
-    accelerator.
+    docs/audit.md says what each check finds.
 
     Args:
-      task: the task.
-      layouts: mesh layouts, each with the sizes of its axes.
-      accumulations: numbers of microbatches to try with each layout.
-      batch_size: examples per step.
-      steps: steps of gradient descent.
-      bfloat16: also try every layout in bfloat16, with the first of the accumulations.
+      objective: (params, batch, key) -> Sums.
+      params: its parameters.
+      batch: a batch of at least two blocks, every leaf with rows.
+      block: the number of neighbouring examples that the objective couples.
+      frozen: path patterns of parameters that are not trained.
+      weights: the weight of each loss term (default 1).
 
     Raises:
-      RuntimeError: there are fewer than eight CPU devices (call `use_cpu_devices(8)` before the first computation).
-      UserError: the objective reads an entry that its batch does not have.
+      AssertionError: a check failed; the message says why.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxops
+        >>> def mean(params, batch, key):  # a mean is no sum: two microbatches would weigh their examples otherwise
+        ...     error = (batch["x"] - params["w"]) ** 2
+        ...     return {"loss/mse": jaxops.Sum(jnp.mean(error), jnp.ones(()))}
+        >>> check_objective(mean, {"w": jnp.zeros(())}, {"x": jnp.arange(4.0)})
+        Traceback (most recent call last):
+        ...
+        AssertionError: FAILED  sums           the count of loss/mse is not a sum ...
     """
-    if len(jax.devices("cpu")) < 8:
-        raise RuntimeError("comparing layouts needs 8 CPU devices: call jaxops.use_cpu_devices(8) first")
-    batches = [task.source.batch(i * batch_size, batch_size) for i in range(steps)]
-    one = _run(task, LAYOUTS[0], 1, batches, batch_size)
-    cases = [(layout, accumulation, "float32") for layout in layouts for accumulation in accumulations]
-    if bfloat16:
-        cases += [(layout, accumulation, "bfloat16") for layout in layouts for accumulation in accumulations[:1]]
-    out = []
-    for layout, accumulation, compute in cases:
-        alone = (layout, accumulation, compute) == (LAYOUTS[0], 1, "float32")
-        found = one if alone else _run(task, layout, accumulation, batches, batch_size, compute)
-        gradient = (_distance if compute == "bfloat16" else _difference)(found.grads, one.grads)
-        tables = [_difference(found.slots[slot], one.slots[slot]) for slot in one.slots]
-        parameter = float(np.max([_difference(found.params, one.params), *tables]))
-        out.append(Agreement(layout, accumulation, found.reduction, gradient, parameter, compute))
-    return out
+    trial = Trial(objective, params, batch, block=block, frozen=frozen, weights=weights)
+    return require([*contract_findings(trial), packing_finding(trial)])
 
 
-def check(
-    task: Task,
-    layouts: Sequence[dict[str, int]] = LAYOUTS,
-    accumulations: Sequence[int] = (1, 4),
+class _Given:
+    """Parameters and one batch, as a task's model and source."""
+
+    padding: dict[str, str] = {}
+
+    def __init__(self, params: PyTree, batch: Mapping[str, Any], rules: Sequence[Rule]) -> None:
+        self._params, self._batch = jax.tree.map(np.asarray, (params, dict(batch)))
+        self.rules, self.examples = list(rules), len(jax.tree.leaves(self._batch)[0])
+        self.shapes = jax.eval_shape(lambda: self.init(None))
+
+    def init(self, key: Any) -> PyTree:
+        """Returns the parameters."""
+        del key
+        return jax.tree.map(jax.numpy.asarray, self._params)
+
+    def batch(self, cursor: int, size: int) -> dict[str, Any]:
+        """Returns the batch, whatever is asked for."""
+        del cursor
+        found: dict[str, Any] = jax.tree.map(lambda x: x[: len(x) * size // self.examples], self._batch)
+        return found
+
+
+def check_invariance(
+    objective: Objective,
+    params: PyTree,
+    batch: Mapping[str, Any],
     *,
-    gradient: float = 1e-6,
-    parameter: float = 1e-5,
-    batch_size: int = 32,
-    steps: int = 5,
-    bfloat16: bool | None = None,
+    layouts: Sequence[dict[str, int]] = LAYOUTS,
+    accumulations: Sequence[int] = (1, 2),
+    rules: Sequence[Rule] = (("", ()),),
+    block: int = 1,
+    frozen: Sequence[str] = (),
 ) -> list[Agreement]:
-    """Runs `compare_layouts`, and raises an error that names the layouts which do not agree.
-
-    First it refuses parameters that are multiplied while they are sharded over fsdp: there a small batch may agree
-    where a large one does not (core/fence.py).
+    """Checks that an update is the same on every mesh layout and in microbatches, as `check` does for a whole task.
 
     Args:
-      task: the task.
+      objective: (params, batch, key) -> Sums.
+      params: its parameters.
+      batch: a batch; the layouts and microbatches must divide it.
       layouts: mesh layouts, each with the sizes of its axes.
       accumulations: numbers of microbatches to try with each layout.
-      gradient: largest allowed difference of a gradient in float32, over the largest entry; in bfloat16 the bound is
-        `BFLOAT16`.
-      parameter: largest allowed difference of a parameter in float32, over the largest; in bfloat16 it is `BFLOAT16`.
-      batch_size: examples per step.
-      steps: steps of gradient descent.
-      bfloat16: also try bfloat16; None does so if the task's config computes in it (`precision.compute`).
+      rules: sharding rules of the parameters; by default every device holds all.
+      block: the number of neighbouring examples that the objective couples.
+      frozen: path patterns of parameters that are not trained.
 
     Raises:
-      UserError: parameters are multiplied while sharded over fsdp, or the objective reads an entry that its batch does
-        not have.
-      AssertionError: a gradient or a parameter differs by more than its bound.
+      UserError: a parameter is multiplied while it is sharded over fsdp.
+      AssertionError: an update differs.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxops
+        >>> def objective(params, batch, key):
+        ...     return {"loss/mse": jaxops.Sum.of((batch["x"] - params["w"]) ** 2, batch["weight"])}
+        >>> rows = {"x": jnp.arange(16.0), "weight": jnp.arange(16.0) % 3}
+        >>> (found,) = check_invariance(objective, {"w": jnp.zeros(())}, rows, layouts=[{"data": 1}], accumulations=[2])
+        >>> found.gradient < 1e-6
+        True
     """
-    with contextlib.suppress(RuntimeError):  # jax is in use already, so its devices cannot change
-        use_cpu_devices(8)
-    if bfloat16 is None:
-        bfloat16 = task.config is not None and task.config.precision.compute == "bfloat16"
-    for layout in layouts:
-        if layout.get("fsdp", 1) > 1:
-            mesh = _mesh(layout)
-            tables = tables_on(task, mesh, batch_size)
-            batch = task.source.batch(0, batch_size)
-            require_constrained_kernels(task, mesh, tables, tables.plan(batch) if tables else batch)
-    found = compare_layouts(task, layouts, accumulations, batch_size=batch_size, steps=steps, bfloat16=bfloat16)
-    bad = []
-    for case in found:
-        most = (BFLOAT16, BFLOAT16) if case.compute == "bfloat16" else (gradient, parameter)
-        if not (case.gradient <= most[0] and case.parameter <= most[1]):
-            bad.append(case)
-    if bad:
-        lines = [
-            f"  {a.layout} x {a.accumulation}{' in bfloat16' if a.compute == 'bfloat16' else ''}:"
-            f" gradient {a.gradient:.1e}, parameter {a.parameter:.1e}"
-            for a in bad
-        ]
-        why = "Terms must be Sums over examples, and randomness must come from jaxops.example_keys(key, batch['id'])."
-        if all(a.compute == "bfloat16" for a in bad):
-            why = "In float32 all is well: cast to float32 before what adds up over examples, positions or items."
-        raise AssertionError("the objective's update depends on the layout:\n" + "\n".join([*lines, why]))
-    return found
-
-
-class _Update(NamedTuple):
-    """The first step's gradients, and the parameters, table rows and table slots (by name) after the last step."""
-
-    grads: PyTree
-    params: PyTree
-    slots: dict[str, PyTree]
-    reduction: str
-
-
-def _mesh(layout: dict[str, int]) -> Mesh:
-    return make_mesh(**layout, devices=jax.devices("cpu")[: int(np.prod(list(layout.values())))])
-
-
-def _run(
-    task: Task,
-    layout: dict[str, int],
-    accumulation: int,
-    batches: list[Any],
-    batch_size: int,
-    compute: str = "float32",
-) -> _Update:
-    """Runs gradient descent over these batches; a skipped step makes the gradients NaN, so that no bound holds."""
-    mesh = _mesh(layout)
-    remember = optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, old, params=None: (grads, grads)
+    given = _Given(params, batch, rules)
+    task = Task(
+        config=None,
+        resolved={},
+        model=given,
+        objective=objective,
+        source=given,
+        rules=given.rules,
+        block=block,
+        frozen=tuple(frozen),
     )
-    tx = optax.chain(remember, optax.sgd(0.1))
-    frozen = (*task.frozen, *(() if task.config is None else task.config.optimizer.frozen))
-    with jax.set_mesh(mesh):
-        tables = tables_on(task, mesh, batch_size)
-        extras = dict(task.extras)
-        state = init_state(
-            task.model.init, jax.random.key(0), tx, mesh, task.rules, frozen=frozen, tables=tables, extras=extras
-        )
-        step = build_step(
-            _told(task),
-            tx,
-            mesh,
-            seed=1,
-            rules=task.rules,
-            accumulation=accumulation,
-            block=task.block,
-            loss_weights=task.loss_weights,
-            compute_dtype=jnp.bfloat16 if compute == "bfloat16" else None,
-            tables=tables,
-            extras=extras,
-            logical=task.logical,
-        )
-        grads: PyTree = None
-        for batch in map(tables.plan, batches) if tables else batches:
-            state, sums = jax.block_until_ready(step(state, batch))
-            seen = jax.device_get(state.opt_state[0]) if grads is None else grads
-            skipped = float(sums["nonfinite"].total) > 0
-            grads = jax.tree.map(lambda g: np.full_like(g, np.nan), seen) if skipped else seen
-        held: dict[str, Any] = {}
-        for name, table in jax.device_get(state.tables).items():
-            for slot, x in table.items():
-                held.setdefault(slot, {})[name] = np.asarray(x, np.float64)
-        params = {"params": jax.device_get(state.params), "tables": held.pop("rows", {})}
-        return _Update(grads, params, held, step.reduction)
-
-
-def _told(task: Task) -> Objective:
-    """Returns the objective, wrapped so that a missing batch entry raises an error with advice."""
-
-    def objective(params: PyTree, batch: Any, key: Array | None) -> Sums:
-        try:
-            return task.objective(params, batch, key)
-        except KeyError as error:
-            name = error.args[0] if error.args else None
-            if name in batch or name in params:
-                raise
-            raise UserError(
-                f"objective: it asks for {name!r}, which its batch has not (there are: {', '.join(sorted(batch))}), nor"
-                f" its parameters ({', '.join(sorted(params))}). What is neither data nor a parameter comes from the"
-                f" `read` of an Extra in Task.extras (there are: {', '.join(sorted(task.extras)) or 'none'})"
-            ) from error
-
-    return objective
-
-
-def _difference(a: PyTree, b: PyTree) -> float:
-    """Returns the largest difference of an entry, over the largest entry of `b` unless that is zero; NaN if one is."""
-    pairs = [(x, y) for (_, x), (_, y) in zip(named_leaves(a), named_leaves(b), strict=True)]
-    largest = float(np.max([np.max(np.abs(y)) for _, y in pairs]))
-    return float(np.max([np.max(np.abs(x - y)) for x, y in pairs])) / (largest or 1.0)
-
-
-def _distance(a: PyTree, b: PyTree) -> float:
-    """Returns the norm of the difference over the norm of `b`, of all entries together; NaN if any is NaN."""
-    norm = lambda trees: float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in trees)))
-    of_both = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    return norm(x - y for x, y in of_both) / (norm(y for _, y in of_both) or 1.0)
+    return check(task, layouts, accumulations, batch_size=given.examples)

@@ -17,7 +17,7 @@ FLOORS = [
     {"rl", "evaluate", "report"},
     {"run"},
     {"families"},
-    {"sweep", "plan", "launch", "testing", "registry", "serve", "experiment", "monitor", "label"},
+    {"sweep", "plan", "launch", "audit", "testing", "registry", "serve", "experiment", "monitor", "label"},
     {"flow"},
     {"cli", "__main__"},
 ]

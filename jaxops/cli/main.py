@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from jaxops.cli import audit, launch, plan, rlhf, runs, sweep, writing
 from jaxops.cli import help as help_of
-from jaxops.cli import launch, plan, rlhf, runs, sweep, writing
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, NO_ROOM, RunFailed, UserError, nearest
 from jaxops.core.secret_text import printable, without_secrets
 from jaxops.core.version import VERSION
@@ -127,6 +127,8 @@ def _parser() -> Parser:
     sweep.add_arguments(command("sweep", what, config=True, as_json=True))
     what = "Whether a config fits an accelerator that is not here, and how fast it can be."
     plan.add_arguments(command("plan", what, config=True, as_json=True))
+    what = "Whether updates on a mesh are those of one device, and what else is wrong with an objective or a step."
+    audit.add_arguments(command("audit", what, config=True, as_json=True))
     made = command("launch", "Train a config on other machines, or in the background of this one.", config=True)
     launch.add_arguments(made, command("job", "What `launch` has started: look, stop, remove."), Parser)
     evaluate = command("evaluate", "Evaluate a run's model on its validation and test data.", run=True, as_json=True)
@@ -308,6 +310,8 @@ def _run(args: argparse.Namespace) -> int:
         return sweep.sweep(args)
     if args.command in plan.COMMANDS:
         return plan.plan(args)
+    if args.command in audit.COMMANDS:
+        return audit.audit(args)
     if args.command in launch.COMMANDS:
         return getattr(launch, args.command)(args)
     if args.command == "examples":

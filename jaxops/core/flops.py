@@ -68,18 +68,18 @@ def _equation(eqn: JaxprEqn) -> _Counts:
         return Counter({name: _LEAVES[name](eqn)}), set()
     if name in _OPAQUE:
         return Counter(), {f"{name} {eqn.params.get('name') or ''}".strip()}
-    bodies = [_walk(body) for body in _bodies(eqn)]
+    bodies = [_walk(body) for body in bodies_of(eqn)]
     unknown = set().union(*(unsure for _, unsure in bodies))
     if name == "cond":
         return max((counts for counts, _ in bodies), key=Counter.total, default=Counter()), unknown
     counts: Counter[str] = sum((counts for counts, _ in bodies), Counter())
     if name == "while" and counts.total():
         unknown.add("while loop of unknown length, counted once")
-    times = _times(eqn)
+    times = times_of(eqn)
     return Counter({primitive: n * times for primitive, n in counts.items()}), unknown
 
 
-def _times(eqn: JaxprEqn) -> int:
+def times_of(eqn: JaxprEqn) -> int:
     """Returns the number of times that the body of `eqn` runs: a scan's length, or the devices of a shard_map."""
     if eqn.primitive.name == "scan":
         return int(eqn.params["length"])
@@ -90,7 +90,7 @@ def _times(eqn: JaxprEqn) -> int:
     return 1
 
 
-def _bodies(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+def bodies_of(eqn: JaxprEqn) -> Iterator[Jaxpr]:
     """Yields the jaxprs that an equation runs: jit, remat, custom derivatives, loops, branches."""
     values: Sequence[Any] = tuple(eqn.params.values())
     if eqn.primitive.name == "custom_linear_solve":  # its other jaxprs serve differentiation and do not run
@@ -153,6 +153,13 @@ _LEAVES: dict[str, Callable[[JaxprEqn], int]] = {
     "ragged_dot_general": _ragged_dot_general,
     "conv_general_dilated": _conv_general_dilated,
 }
+
+
+def product_flops(eqn: JaxprEqn) -> int:
+    """Returns the FLOPs of one equation, zero where it is no product of matrices; bodies inside it do not count."""
+    count = _LEAVES.get(eqn.primitive.name)
+    return count(eqn) if count else 0
+
 
 _OPAQUE = frozenset(
     {

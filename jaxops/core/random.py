@@ -1,8 +1,27 @@
 """Randomness without state: every key folds in seed, update and example id, so no layout can change a draw."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, Key
+
+Objective = TypeVar("Objective", bound=Callable[..., Any])
+SHARED_DRAWS = "shared_draws"
+"""The attribute of an objective that says which of its draws all examples of a step share."""
+
+
+def shared_draws(objective: Objective, what: str) -> Objective:
+    """Declares that all examples of a step share draws of an objective, for `jaxops audit`; returns the objective.
+
+    Example:
+      def build(model):
+          def objective(params, batch, key): ...
+          return shared_draws(objective, "negatives")
+    """
+    setattr(objective, SHARED_DRAWS, what)
+    return objective
 
 
 def example_keys(key: Key[Array, ""] | None, ids: Int[Array, " batch"]) -> Key[Array, " batch"] | None:

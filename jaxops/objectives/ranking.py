@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from pydantic import Field
 
 from jaxops.config.part import Part
-from jaxops.core.random import example_keys
+from jaxops.core.random import example_keys, shared_draws
 from jaxops.core.sharding import constrain
 from jaxops.core.sums import Sum, Sums
 
@@ -191,7 +191,7 @@ def sampled_softmax(model: Ranker, negatives: int = 256) -> Objective:
         loss = sampled_softmax_cross_entropy(positive, others, hits, negatives / model.n_items)
         return _sums("sampled_softmax", loss, batch)
 
-    return objective
+    return shared_draws(objective, "the negatives")
 
 
 def sampled_softmax_on_tables(model: Ranker) -> Objective:

@@ -193,7 +193,7 @@ def _planned(
     rows = task.config.batch.global_
     batch = abstract_batch(task, training.tables)
     update = abstract_update_batch(task, training.tables)
-    traced = list(_traced(task, mesh, step, state, batch, count))
+    traced = list(trace_programs(task, mesh, step, state, batch, count))
     unknown = [name for name in only if name not in {one.plan.name for one in traced}]
     if unknown:
         names = [one.plan.name for one in traced]
@@ -215,7 +215,7 @@ def _planned(
         compiling,
     )
     if compiling and found.problem is None:
-        version = _version(accelerator)
+        version = version_of(accelerator)
         for at, one in enumerate(traced):
             if only and one.plan.name not in only:
                 continue
@@ -239,10 +239,10 @@ def _assumed(task: Task, accelerator: Accelerator) -> Iterator[str]:
 def _fitting(task: Task, mesh: Mesh, memory: int | None, notes: list[str]) -> tuple[int, Training, Step, State]:
     """Returns the number of microbatches, as configured or the least whose estimate fits, and what is built with it."""
     if task.config.batch.microbatch != "auto":
-        return microbatches_of(task), *_built(task, mesh, microbatches_of(task))
+        return microbatches_of(task), *build_on(task, mesh, microbatches_of(task))
     count = 1
     for _ in range(MOST_HALVINGS):
-        built = _built(task, mesh, count)
+        built = build_on(task, mesh, count)
         training, _, state = built
         rows = update_rows(task)
         more = rows % (2 * count * batch_shards(mesh) * task.block) == 0
@@ -262,7 +262,11 @@ def _microbatch_sizes(task: Task, mesh: Mesh) -> list[int]:
     return [size for size in range(unit, rows + 1, unit) if rows % size == 0]
 
 
-def _built(task: Task, mesh: Mesh, count: int) -> tuple[Training, Step, State]:
+def build_on(task: Task, mesh: Mesh, count: int) -> tuple[Training, Step, State]:
+    """Returns the training, the step and the abstract state of a task whose updates have `count` microbatches.
+
+    Call it inside `jax.set_mesh(mesh)`.
+    """
     training = build_training(task, mesh, count)
     parts = StepParts(training.update, training.fresh, mesh, "")
     step: Step = training.update if task.step is None else task.step(parts)
@@ -282,12 +286,22 @@ def _shards(task: Task, mesh: Mesh, state: State, count: int) -> Any:
     return shards_of((state.params, state.frozen), sorted(sizes), batch_shards(mesh))
 
 
-def _traced(task: Task, mesh: Mesh, step: Step, state: State, batch: Any, count: int) -> Iterator[Traced]:
+def trace_programs(task: Task, mesh: Mesh, step: Step, state: State, batch: Any, count: int) -> Iterator[Traced]:
+    """Yields the programs of a step, traced for a mesh but not compiled; call it inside `jax.set_mesh(mesh)`.
+
+    Args:
+      task: the task.
+      mesh: the mesh of the devices.
+      step: the step, of `build_on`.
+      state: the abstract state, of `build_on`.
+      batch: shapes and dtypes of a global batch.
+      count: the number of microbatches.
+    """
     for program in step.programs(state, abstract_placed(batch, mesh)):
         yield Traced(program, state, mesh, _shards(task, mesh, state, count))
 
 
-def _version(accelerator: Accelerator) -> str:
+def version_of(accelerator: Accelerator) -> str:
     """Returns what tells compilers and topologies apart."""
     package = "libtpu" if accelerator.chip is not None else "jaxlib"
     named = [accelerator.type, accelerator.topology, jax.__version__, importlib.metadata.version(package)]

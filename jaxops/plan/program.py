@@ -106,7 +106,7 @@ def placed(tree: Any, mesh: Mesh) -> Any:
             x = np.asarray(x)
             x = jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
         spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else P()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec), weak_type=x.weak_type)
 
     return jax.tree.map(one, tree)
 
@@ -124,7 +124,7 @@ class Traced:
     def __init__(self, program: Program, state: State, mesh: Mesh, shards: Shards):
         self.program, self._mesh = program, mesh
         self._traced = program.fn.trace(*placed(program.args, mesh))
-        jaxpr = self._traced.jaxpr
+        self.jaxpr = jaxpr = self._traced.jaxpr
         used = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[1]
         own = {id(leaf) for leaf in jax.tree.leaves(state)}
         beside = {name: {id(leaf) for leaf in jax.tree.leaves(tree)} for name, tree in program.beside.items()}

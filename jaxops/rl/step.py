@@ -82,6 +82,37 @@ def ready_shapes(algorithm: Algorithm, completions: int, width: int, longest: in
     return kept | {"policy_on": rows, "coefficient": rows}
 
 
+def drawn_batch(algorithm: Algorithm, completions: int, width: int, longest: int, vocab: int) -> dict[str, np.ndarray]:
+    """Returns a batch of `ready_shapes` whose values are drawn: what an audit differentiates without sampling anything.
+
+    Args:
+      algorithm: the algorithm.
+      completions: the number of completions of a step.
+      width: number of tokens that prompts have room for.
+      longest: number of tokens that completions have room for.
+      vocab: number of token ids.
+    """
+    draw = np.random.default_rng(0)
+    shapes = ready_shapes(algorithm, completions, width, longest)
+    (size,) = shapes["id"].shape
+    written = draw.integers(1, longest + 1, size)
+    found: dict[str, np.ndarray] = {
+        "id": np.arange(size),
+        "length": draw.integers(1, width + 1, size),
+        "mask": np.arange(longest)[None] < written[:, None],
+        "policy_on": np.ones(size),
+        "coefficient": np.full(size, 0.05),
+    }
+    found["end"] = found["length"] + written
+    for name, shape in shapes.items():
+        if name in ("tokens", "completion"):
+            found[name] = draw.integers(0, vocab, shape.shape)
+        elif name not in found:
+            likely = -np.log(vocab) if name in ("old", "reference") else 0.0
+            found[name] = likely + 0.5 * draw.normal(size=shape.shape)
+    return {name: found[name].astype(shape.dtype) for name, shape in shapes.items()}
+
+
 class PolicyStep:
     """One iteration of policy optimisation, as the loop's step.
 

@@ -51,13 +51,13 @@ def find_unconstrained(
     placed = place(task.model.shapes, task.rules, mesh)
     if not over_fsdp(placed):
         return []
-    seen = _seen(task, mesh, tables, batch)
+    seen = seen_shapes(task, mesh, tables, batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with logical_axes(task.logical):
         return unconstrained_kernels(task.objective, task.model.shapes, seen, key, mesh=mesh, placed=placed)
 
 
-def _seen(task: Task, mesh: Mesh, tables: EmbeddingTables | None, batch: Batch | None) -> dict[str, Any]:
+def seen_shapes(task: Task, mesh: Mesh, tables: EmbeddingTables | None, batch: Batch | None = None) -> dict[str, Any]:
     """Returns the shapes of the batch that an objective gets: examples, rows of its tables, and entries of extras."""
     if batch is None and task.update_batch is not None:
         batch = task.update_batch(task.config.batch.global_)

@@ -119,7 +119,8 @@ def abstract(fresh: Callable[[], State], mesh: Mesh) -> State:
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        weak = leaf.weak_type  # as the arrays have it: what is traced is what runs
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec), weak_type=weak)
 
     return jax.tree.map(placed, jax.eval_shape(fresh))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toys import Regression, Rows, init, predict, regression, regression_task
 
-from jaxops import testing
+from jaxops.audit import layouts
 from jaxops.core.failures import UserError
 from jaxops.core.random import example_keys
 from jaxops.core.sharding import named_leaves
@@ -97,7 +97,7 @@ def test_what_is_not_finite_does_not_agree():
 
 def test_too_few_devices(monkeypatch):
     few = jax.devices()[:2]
-    monkeypatch.setattr(testing.jax, "devices", lambda *kind: few)
+    monkeypatch.setattr(layouts.jax, "devices", lambda *kind: few)
     with pytest.raises(RuntimeError, match="needs 8 CPU devices"):
         compare_layouts(regression_task())
 
@@ -126,7 +126,7 @@ def test_what_the_config_freezes_is_held_out():
     task = regression_task(regression_with_codes, model=WithCodes(), config=frozen_config("codes", "up/kernel"))
     (found,) = check(task, [{"data": 8}], (4,), steps=1)
     assert 0 < found.gradient < 1e-6
-    seen = testing._run(task, {"data": 1}, 1, [task.source.batch(0, 32)], 32)
+    seen = layouts._run(task, {"data": 1}, 1, [task.source.batch(0, 32)], 32)
     assert {path for path, _ in named_leaves(seen.grads)} == {"up/bias", "down/kernel", "down/bias"}
     with pytest.raises(TypeError, match="int8"):
         check(regression_task(regression_with_codes, model=WithCodes()), [{"data": 8}], (4,), steps=1)
@@ -144,7 +144,7 @@ def in_its_dtype(params, batch, key):
 def test_bfloat16_where_it_is_asked_for_or_computed_in():
     asked = check(regression_task(), bfloat16=True, **QUICK)
     assert [(case.accumulation, case.compute) for case in asked] == [(1, "float32"), (4, "float32"), (1, "bfloat16")]
-    assert 1e-4 < asked[-1].gradient < testing.BFLOAT16 / 8 and asked[-1].parameter > 1e-5
+    assert 1e-4 < asked[-1].gradient < layouts.BFLOAT16 / 8 and asked[-1].parameter > 1e-5
     config = frozen_config(compute="bfloat16")
     assert check(regression_task(config=config), [{"data": 8}], (1,), steps=1)[-1].compute == "bfloat16"
     assert len(check(regression_task(config=config), [{"data": 8}], (1,), steps=1, bfloat16=False)) == 1
@@ -213,7 +213,7 @@ def test_slots_of_tables_are_held_to_it():
     options = {"layouts": [{"data": 2}], "accumulations": (2,), "steps": 2}
     (found,) = check(task(regression), **options)
     assert found.parameter < 1e-6
-    seen = testing._run(task(regression), {"data": 1}, 1, [WithItems().batch(0, 32)], 32)
+    seen = layouts._run(task(regression), {"data": 1}, 1, [WithItems().batch(0, 32)], 32)
     assert seen.slots.keys() == {"sum", "count"} and seen.slots["sum"]["item"].shape[1:] == (8,)
     (wrong,) = compare_layouts(task(lambda p, b, k: {"loss/mse": mean_of_means(p, b, k)["loss/mse"]}), **options)
     assert wrong.parameter > 1e-4

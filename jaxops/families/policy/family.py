@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -30,11 +29,11 @@ from jaxops.models.decoder.unrolled import Unrolled
 from jaxops.models.policy import POLICY
 from jaxops.rl.collect import Collector
 from jaxops.rl.options import SampleOptions
-from jaxops.rl.ptx import PTX, PtxRows, ptx_extra, text_shapes, with_ptx
+from jaxops.rl.ptx import PTX, PtxRows, ptx_extra, with_ptx
 from jaxops.rl.rewards.function import check_columns
 from jaxops.rl.rewards.scoring import Scoring
 from jaxops.rl.sample import Sampler
-from jaxops.rl.step import PolicyStep, UpdateParts, policy_extras, ready_shapes
+from jaxops.rl.step import PolicyStep, UpdateParts, drawn_batch, policy_extras
 from jaxops.rl.watch import PolicyAlarms
 from jaxops.run.family import Family, Given
 from jaxops.run.pretrained.config import Pretrained
@@ -181,14 +180,15 @@ class _Parts:
         return completions // self._config.algorithm.minibatches * self._config.mixed_text.rows_per_completion
 
     def update_batch(self, size: int) -> Mapping[str, Any]:
-        """Returns a batch as the update reads it, of which shapes and dtypes count."""
-        algorithm = self._config.algorithm
+        """Returns a batch as the update reads it: its completions are drawn, not sampled."""
+        algorithm, vocab = self._config.algorithm, self._opened.model.decoder.real_vocab
         completions = size * algorithm.completions
-        shapes: dict[str, Any] = ready_shapes(algorithm, completions, self.width, self._config.sample.max_tokens)
-        if self._text is not None:
-            shapes |= {PTX: text_shapes(self._text, self._rows_of_text(completions))}
-        found: dict[str, Any] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-        return found | {"length": found["length"] + 1, "end": found["end"] + 2}
+        found: dict[str, Any] = {
+            **drawn_batch(algorithm, completions, self.width, self._config.sample.max_tokens, vocab)
+        }
+        return (
+            found if self._text is None else found | {PTX: dict(self._text.batch(0, self._rows_of_text(completions)))}
+        )
 
     def evaluation(self, held_out: Prompts) -> PolicyEvaluation:
         """Returns the evaluation on the held-out prompts."""
