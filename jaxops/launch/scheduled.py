@@ -45,6 +45,11 @@ class ScheduledLaunch:
         """What the cluster runs."""
         return Job(record=self.record)
 
+    @property
+    def deadline(self) -> float:
+        """The Unix time at which the hours are used up; 0 before the first attempt."""
+        return worker_files.deadline(self.job) or 0.0
+
     def note(self, **changes: Any) -> None:
         """Changes the record, durably; call it before the change is made in the cluster."""
         self.record = self.folder.save(dataclasses.replace(self.record, **changes))
@@ -129,6 +134,11 @@ def submit(launch: ScheduledLaunch, code: Code, fresh: LaunchRecord, hours: floa
         if _adopt(launch, code):
             return True
         launch.backend.remove(launch.job)  # what an earlier launcher has left half made
+    elif (state := launch.backend.look(launch.job).state) in ("waiting", "running"):
+        raise UserError(
+            f"a job of run {fresh.spec.name} in {fresh.spec.run_dir} is {state} in the cluster, and this machine knows"
+            f" nothing of it: stop it where it was launched (jaxops job stop {launch.folder.id}), or rename the run"
+        )
     launch.folder.forget_stop()
     launch.record = fresh
     record, tar = _begun(launch, code, hours, worker_files.next_attempt(launch.job))
