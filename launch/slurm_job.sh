@@ -46,7 +46,7 @@ while kill -0 "$task" 2>/dev/null; do
 done
 trap '' TERM
 
-found=$(python3 -S "$LAUNCH_FOLDER/attend_worker.py" decide "$LAUNCH_FOLDER" "$LAUNCH_ATTEMPT" "$LAUNCH_WORKERS")
+found=$(python3 -S "$LAUNCH_FOLDER/judge_attempt.py" "$LAUNCH_FOLDER" "$LAUNCH_ATTEMPT" "$LAUNCH_WORKERS")
 say "$found"
 status=$(printf '%s' "$found" | sed -n 's/.*"status": \([0-9]*\).*/\1/p')
 case $found in

@@ -80,7 +80,7 @@ class Slurm(Scheduler):
 
     def files(self, job: Job) -> dict[str, str]:
         """Returns the batch script, and the host scripts that it calls before anything is unpacked."""
-        scripts = {name: script(name).read_text() for name in ("start_worker.sh", "attend_worker.py")}
+        scripts = {name: script(name).read_text() for name in ("start_worker.sh", "judge_attempt.py")}
         return {"job.sbatch": batch_script(job), **scripts}
 
     def commands(self, job: Job) -> list[list[str]]:
