@@ -304,6 +304,8 @@ class Attendant:
                     self._terminate()
             if self.told and now - self.told >= self.spec["grace"]:
                 os.killpg(self.process.pid, signal.SIGKILL)
+        if self.told and not why and not self.place.url and os.path.exists(self.place.attempt + "/late"):
+            why = "max-hours"  # it is the cluster that told it, because the time is over
         return (128 - code if code < 0 else code), why
 
     def _bad_peer(self):
