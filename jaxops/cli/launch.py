@@ -64,11 +64,12 @@ def add_arguments(launch: Any, job: Any, parser: Any) -> None:
 
 def launch(args: argparse.Namespace) -> int:
     """Runs `jaxops launch CONFIG [a.b=VALUE ...] --on TYPE --backend B --max-hours H`."""
+    from jaxops.launch.arguments import Request
     from jaxops.launch.code import bundle
     from jaxops.launch.engine import launch as started
     from jaxops.launch.engine import open_session, supervise
     from jaxops.launch.record import LaunchFolder, LaunchRecord
-    from jaxops.launch.request import Request, make_spec
+    from jaxops.launch.request import check, make_spec
     from jaxops.launch.session import Session
     from jaxops.run.build import load_config
 
@@ -79,7 +80,7 @@ def launch(args: argparse.Namespace) -> int:
         secrets=args.secret,
         accept_code=args.accept_code,
     )
-    request.check()
+    check(request)
     loaded = load_config(args.config, args.overrides)
     code = bundle(Path.cwd())
     fresh = LaunchRecord(spec=make_spec(request, loaded, code), grace=args.grace, retries=args.retries)
@@ -128,7 +129,7 @@ def _hide(names: Sequence[str]) -> None:
 
 
 def _pause(session: "Session") -> float:
-    return 0.5 if session.record.spec.backend == "local" else 3.0
+    return 0.5 if session.backend.on_this_machine else 3.0
 
 
 def _say(line: str) -> None:

@@ -1,7 +1,8 @@
-"""What a host looks at before it trains: `python -m jaxops.launch.preflight hosts|devices`, a question on stdin.
+"""What a host looks at before it trains: `python -m jaxops.launch.preflight VERB`, with a question on stdin.
 
-`hosts` is about one host, `devices` is a job of all workers. Each check has a time-out, and the answer is one line of
-JSON: {"problems": [sentence], "facts": {name: value that all hosts must share}, "clock", "asked"}.
+`hosts` is about one host, `devices` is a job of all workers; `together` is both, for workers that nobody drives: they
+compare what they found among themselves. Each check has a time-out, and the answer is one line of JSON: {"problems":
+[sentence], "facts": {name: value that all hosts must share}, "clock", "asked"}.
 """
 
 import contextlib
@@ -27,6 +28,8 @@ CLOCK = time.time()
 LEAST_DISK, LEAST_MEMORY = 2 << 30, 1 << 30
 """Bytes that must be free for a worker."""
 CHECK_SECONDS = 60.0
+CLOCK_SECONDS = 60.0
+"""How far the clocks of two hosts may be apart."""
 
 
 def examine_host(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,6 +159,14 @@ def examine_devices(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {"problems": [told] if (told := _problem("devices", lambda: _meet(asked), asked["limit"])) else []}
 
 
+def examine_together(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs the checks of one host; if they pass, joins the job, and compares with the other workers as well."""
+    found = examine_host(asked)
+    if not found["problems"]:
+        found["problems"] = examine_devices({**asked, "facts": found["facts"]})["problems"]
+    return found
+
+
 def _meet(asked: Mapping[str, Any]) -> None:
     os.environ.update(asked["env"])
     os.environ.setdefault("JAXOPS_INIT_SECONDS", str(int(asked["limit"] // 2)))
@@ -185,7 +196,32 @@ def _meet(asked: Mapping[str, Any]) -> None:
         total = jax.jit(jax.shard_map(add, mesh=mesh, in_specs=one_each, out_specs=PartitionSpec()))(rows)
         if int(np.asarray(total.addressable_data(0))[0]) != size * (size - 1) // 2:
             raise RuntimeError(f"a sum over the {size} devices of mesh axis {axis} is wrong")
+    if "facts" in asked and jax.process_count() > 1:
+        _compare(asked["facts"])
     distributed.shut_down()
+
+
+def _compare(facts: Mapping[str, str]) -> None:
+    """Compares what all workers found, and their clocks; each worker raises the same error."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    digests = [hashlib.sha256(f"{name}={facts[name]}".encode()).digest()[:4] for name in sorted(facts)]
+    mine = np.array([int.from_bytes(one, "little") for one in digests] + [int(time.time())], np.uint32)
+    rows = np.asarray(multihost_utils.process_allgather(mine))
+    for column, name in enumerate(sorted(facts)):
+        others = [worker for worker, row in enumerate(rows) if row[column] != rows[0][column]]
+        if others:
+            raise RuntimeError(
+                f"hosts disagree on {name}: workers {', '.join(map(str, others))} have another than worker 0; here it"
+                f" is {facts[name][:40]}; all workers must run the same"
+            )
+    clocks = rows[:, -1].astype(np.int64)
+    if int(clocks.max() - clocks.min()) > CLOCK_SECONDS:
+        raise RuntimeError(
+            f"the clocks of workers {clocks.argmin()} and {clocks.argmax()} are {clocks.max() - clocks.min()} s apart:"
+            " set them (chrony, ntp)"
+        )
 
 
 def main() -> None:
@@ -194,7 +230,8 @@ def main() -> None:
     os.environ.update(asked["secrets"])  # what the config may name
     if hasattr(signal, "alarm"):  # the launcher may be gone
         signal.alarm(int(asked["limit"]) + 30)
-    answer = {"hosts": examine_host, "devices": examine_devices}[sys.argv[1]](asked)
+    verbs = {"hosts": examine_host, "devices": examine_devices, "together": examine_together}
+    answer = verbs[sys.argv[1]](asked)
     print(f"\n{json.dumps(answer)}", flush=True)
     os._exit(0)
 

@@ -31,17 +31,20 @@ class Spec:
     Attributes:
       name: the run's name.
       run_dir: the folder of runs, absolute or a URL.
-      backend: `local` or `ssh`.
+      backend: the name of a module in jaxops/launch/backends.
       hosts: the names of the hosts, one for each worker.
       type: the accelerator, such as `cpu-8`.
       argv: the arguments of `jaxops` on a worker, such as `train my.yaml run.dir=/runs`.
       devices: the number of virtual CPU devices of a worker; None where there are chips.
       mesh: the size of each mesh axis.
-      secrets: names of environment variables that are handed to the workers.
+      secrets: environment variables that workers get, as NAME, whose value is handed to them, or as NAME=SOURCE, which
+        says where they find it.
       python: the interpreter on the hosts; empty where an environment is made from the lock file.
       lock: the lock file below the code.
       wheelhouse: a folder of wheels on the hosts; empty where they reach a package index.
       coordinator: the address at which the workers reach the first host; empty takes the one that ssh's config has.
+      options: the backend's own, by name.
+      price: the price class: `spot`, `flex`, `reservation` or `on demand`; empty where nothing is bought.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Spec:
     lock: str = "requirements.lock"
     wheelhouse: str = ""
     coordinator: str = ""
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+    price: str = ""
 
     @property
     def id(self) -> str:
@@ -73,12 +78,15 @@ class LaunchRecord:
       state: `preparing` until the workers are started, `running` until their end is known, `ended`.
       roots: each host's folder of this launch; empty until they are known.
       code: the SHA-256 of the code.
+      host: the SHA-256 of the host scripts and worker.json; empty where the launcher drives the hosts.
       inside: the folder in the code in which the workers run.
       python: the interpreter of each worker.
       attempt: the number of the attempt, from 1; 0 before the first.
       coordinator: where the workers of this attempt meet, as `host:port`.
       started: Unix time of the first attempt since the launch began.
       deadline: Unix time at which the hours are used up.
+      hours: how long it may last, retries included.
+      handle: the name of the submission in the cluster; empty where there is none.
       grace: seconds between SIGTERM and SIGKILL.
       retries: the most attempts after the first.
       retried: attempts so far after the first.
@@ -90,12 +98,15 @@ class LaunchRecord:
     state: State = "preparing"
     roots: tuple[str, ...] = ()
     code: str = ""
+    host: str = ""
     inside: str = "."
     python: tuple[str, ...] = ()
     attempt: int = 0
     coordinator: str = ""
     started: float = 0.0
     deadline: float = 0.0
+    hours: float = 0.0
+    handle: str = ""
     grace: float = 120.0
     retries: int = 10
     retried: int = 0

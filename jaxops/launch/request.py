@@ -1,11 +1,9 @@
 """From the arguments of `jaxops launch` to what is launched: all that can be wrong without a host is said here."""
 
-import dataclasses
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,74 +11,98 @@ from jaxops.config.files import find_config, shipped_configs
 from jaxops.core import stores
 from jaxops.core.failures import UserError, nearest
 from jaxops.core.home import expand_home
+from jaxops.core.secret_text import printable
 from jaxops.launch.accelerators import Accelerator, find_accelerator
+from jaxops.launch.arguments import Request
+from jaxops.launch.backends.protocol import Backend
+from jaxops.launch.backends.table import find_backend
 from jaxops.launch.code import Code
-from jaxops.launch.hosts import Host, LocalHost, SshHost, parse_hosts
 from jaxops.launch.record import Spec
 
-BACKENDS = ("local", "ssh")
 _SECRET_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET_PLACE = re.compile(r"[A-Za-z0-9_~/][A-Za-z0-9_./~-]*")
+_SOURCES = {"file": "file:PATH (0600, on the hosts)", "sm": "sm:SECRET (Secret Manager)", "k8s": "k8s:SECRET/KEY"}
+"""Where workers find secrets, by the word before the colon."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """The arguments of `jaxops launch`, as they are given; see the command's help for each."""
+def check(request: Request) -> Accelerator:
+    """Checks what needs no config, and returns the accelerator.
 
-    config: str
-    overrides: Sequence[str]
-    on: str
-    backend: str
-    hosts: str | None = None
-    workers: int | None = None
-    max_hours: float | None = None
-    grace: float = 120.0
-    retries: int = 10
-    python: str | None = None
-    lock: str = "requirements.lock"
-    wheelhouse: str | None = None
-    coordinator: str | None = None
-    secrets: Sequence[str] = ()
-    accept_code: bool = False
+    Raises:
+      UserError: a value is missing, unknown, out of range, or does not go with the backend.
+    """
+    backend = find_backend(request.backend)
+    accelerator = find_accelerator(request.on)
+    if request.max_hours is None:
+        raise UserError("--max-hours is missing: after how many hours must the hosts be free, at the latest?")
+    if not (math.isfinite(request.max_hours) and 0 < request.max_hours <= 24 * 366):
+        raise UserError(f"--max-hours {request.max_hours:g}: expected a number of hours above zero (a year at most)")
+    if not 1 <= request.grace <= 3600:
+        raise UserError(f"--grace {request.grace:g}: expected seconds for a save, from 1 to 3600")
+    if not 0 <= request.retries <= 1000:
+        raise UserError(f"--retries {request.retries}: expected a number from 0 to 1000")
+    for given in request.secrets:
+        _check_secret(given, backend)
+    if request.coordinator is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", request.coordinator):
+        raise UserError(
+            f"--coordinator {request.coordinator[:80]!r}: expected a host name or an address, without a port"
+        )
+    _check_options(request, backend)
+    _check_price(request, backend)
+    if problems := backend.problems(request, accelerator):
+        raise UserError("\n  ".join(problems))
+    return accelerator
 
-    def check(self) -> Accelerator:
-        """Checks what needs no config, and returns the accelerator.
 
-        Raises:
-          UserError: a value is missing, unknown, out of range, or does not go with the backend.
-        """
-        if self.backend not in BACKENDS:
+def _check_options(request: Request, backend: Backend) -> None:
+    for given in request.options:
+        key, equals, value = given.partition("=")
+        known = ", ".join(f"{name} ({what})" for name, what in backend.options.items()) or "none"
+        if key not in backend.options:
             raise UserError(
-                f"--backend {self.backend}: no such backend{nearest(self.backend, BACKENDS)} (known:"
-                f" {', '.join(BACKENDS)})"
+                f"--option {key[:60]}: --backend {backend.name} has no such option{nearest(key, backend.options)}"
+                f" (it has: {known})"
             )
-        accelerator = find_accelerator(self.on)
-        if self.max_hours is None:
-            raise UserError("--max-hours is missing: after how many hours must the hosts be free, at the latest?")
-        if not (math.isfinite(self.max_hours) and 0 < self.max_hours <= 24 * 366):
-            raise UserError(f"--max-hours {self.max_hours:g}: expected a number of hours above zero (a year at most)")
-        if not 1 <= self.grace <= 3600:
-            raise UserError(f"--grace {self.grace:g}: expected seconds for a save, from 1 to 3600")
-        if not 0 <= self.retries <= 1000:
-            raise UserError(f"--retries {self.retries}: expected a number from 0 to 1000")
-        for name in self.secrets:
-            if not _SECRET_NAME.fullmatch(name):
-                raise UserError(
-                    f"--secret {name.partition('=')[0][:60]!r}: expected the name of an environment variable, without"
-                    " its value, which would be seen in the list of processes"
-                )
-            if name not in os.environ:
-                raise UserError(f"--secret {name}: there is no environment variable of that name here")
-        if self.coordinator is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.coordinator):
-            raise UserError(
-                f"--coordinator {self.coordinator[:80]!r}: expected a host name or an address, without a port"
-            )
-        if self.backend == "local" and self.hosts is not None:
-            raise UserError("--hosts goes with --backend ssh; --backend local takes --workers N")
-        if self.backend == "ssh" and self.hosts is None:
-            raise UserError("--backend ssh needs --hosts HOST[,HOST], or --hosts @FILE with one a line")
-        if self.backend == "ssh" and self.workers is not None:
-            raise UserError("--workers goes with --backend local; over ssh each host of --hosts runs one worker")
-        return accelerator
+        if not equals or not value or not printable(value) == value or "\n" in value:
+            raise UserError(f"--option {key}: expected {key}=VALUE ({backend.options[key]})")
+
+
+def _check_price(request: Request, backend: Backend) -> None:
+    asked = [
+        flag
+        for flag, given in (("--spot", request.spot), ("--flex", request.flex), ("--reservation", request.reservation))
+        if given
+    ]
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)}: expected one price class")
+    if asked and request.price not in backend.prices:
+        has = ", ".join(backend.prices) or "none: nothing is bought there"
+        raise UserError(f"{asked[0]}: --backend {backend.name} has no such price class (it has: {has})")
+    if request.detach and request.price == "spot" and not backend.tries_again:
+        raise UserError(
+            f"--detach --spot: with --backend {backend.name} the launcher tries again after a preemption, and one"
+            " in the background of this machine is gone when the machine sleeps. Launch without --detach on a"
+            " machine that stays awake (a small VM of the same project, under tmux or systemd); or have cron there"
+            " give the same `jaxops launch` every few minutes, which adopts or resumes; or use a backend whose"
+            " cluster tries again by itself (gke, slurm)"
+        )
+
+
+def _check_secret(given: str, backend: Backend) -> None:
+    name, equals, source = given.partition("=")
+    kind, _, place = source.partition(":")
+    if not _SECRET_NAME.fullmatch(name) or (equals and kind not in _SOURCES):
+        raise UserError(
+            f"--secret {name[:60]!r}: expected the name of an environment variable, without"
+            " its value, which would be seen in the list of processes"
+        )
+    if (kind or "env") not in backend.secrets:
+        ways = " or ".join(f"NAME={_SOURCES[way]}" if way != "env" else "NAME" for way in backend.secrets)
+        raise UserError(f"--secret {name}: with --backend {backend.name} say where workers find it: {ways}")
+    if not equals and name not in os.environ:
+        raise UserError(f"--secret {name}: there is no environment variable of that name here")
+    if equals and not _SECRET_PLACE.fullmatch(place):
+        raise UserError(f"--secret {name}: expected {name}={_SOURCES[kind]}")
 
 
 def make_spec(request: Request, loaded: Any, code: Code) -> Spec:
@@ -89,10 +111,11 @@ def make_spec(request: Request, loaded: Any, code: Code) -> Spec:
     Raises:
       UserError: workers, devices and mesh do not fit each other; the run's folder or the config is not for all to see.
     """
-    accelerator = request.check()
-    hosts = _hosts(request, accelerator)
+    accelerator = check(request)
+    backend = find_backend(request.backend)
+    hosts = backend.workers(request, accelerator)
     run = loaded.config.run
-    local = request.backend == "local"
+    local = backend.on_this_machine
     if run.name == "code":
         raise UserError("run.name=code: `code` in run.dir is where launches keep their code; name the run otherwise")
     run_dir = _run_dir(run.dir, local)
@@ -128,29 +151,10 @@ def make_spec(request: Request, loaded: Any, code: Code) -> Spec:
         lock=request.lock,
         wheelhouse=request.wheelhouse or "",
         coordinator=request.coordinator or "",
+        options=dict(one.split("=", 1) for one in request.options)
+        | ({"reservation": request.reservation} if request.reservation else {}),
+        price=request.price if backend.prices else "",
     )
-
-
-def hosts_of(spec: Spec) -> list[Host]:
-    """Returns the hosts of a launch."""
-    kind: Callable[[str], Host] = LocalHost if spec.backend == "local" else SshHost
-    return [kind(name) for name in spec.hosts]
-
-
-def _hosts(request: Request, accelerator: Accelerator) -> list[str]:
-    if request.backend == "ssh":
-        hosts = parse_hosts(str(request.hosts))
-        if accelerator.chip is not None and len(hosts) != accelerator.hosts:
-            raise UserError(f"--hosts: {len(hosts)} given, and {accelerator}")
-        return hosts
-    workers = 1 if request.workers is None else request.workers
-    if not 1 <= workers <= 64:
-        raise UserError(f"--workers {workers}: expected from 1 to 64 processes on this machine")
-    if accelerator.chip is not None and (accelerator.hosts > 1 or workers > 1):
-        raise UserError(
-            f"--on {request.on} --backend local: this machine is one host with one worker, and {accelerator}"
-        )
-    return [f"local-{worker}" for worker in range(workers)]
 
 
 def _run_dir(given: str, local: bool) -> str:
@@ -160,8 +164,8 @@ def _run_dir(given: str, local: bool) -> str:
         return os.path.abspath(expand_home(given, "run.dir"))
     if not given.startswith("/"):
         raise UserError(
-            f"run.dir={given}: over ssh it must be one place that all hosts see, whatever folder they start in: an"
-            " absolute path on a file system that they share, or an object store (gs://BUCKET/..., s3://BUCKET/...)"
+            f"run.dir={given}: it must be one place that all hosts see, whatever folder they start in: an absolute"
+            " path on a file system that they share, or an object store (gs://BUCKET/..., s3://BUCKET/...)"
         )
     return os.path.normpath(given)
 

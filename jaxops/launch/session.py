@@ -11,9 +11,10 @@ from typing import Any
 
 from jaxops.core.cache import state_root
 from jaxops.core.failures import RunFailed
+from jaxops.launch.backends.protocol import Driven
+from jaxops.launch.backends.table import find_backend
 from jaxops.launch.hosts import Host, Output, each
 from jaxops.launch.record import LaunchFolder, LaunchRecord
-from jaxops.launch.request import hosts_of
 from jaxops.launch.scripts import script
 
 _PUT = (
@@ -33,7 +34,10 @@ class Session:
     dry: bool = False
 
     def __post_init__(self) -> None:
-        self.hosts = hosts_of(self.record.spec)
+        spec, backend = self.record.spec, find_backend(self.record.spec.backend)
+        assert isinstance(backend, Driven)
+        self.backend = backend
+        self.hosts: list[Host] = [backend.host(name, spec) for name in spec.hosts]
 
     def note(self, **changes: Any) -> None:
         """Changes the record, durably; call it before the change is made on a host."""
@@ -67,7 +71,7 @@ class Session:
         """
         id, path = self.record.spec.id, script(name)
         argv = ["sh", "-c", _PUT, "sh", id, name]
-        state = str(state_root()) if self.record.spec.backend == "local" else "~/.local/state/jaxops"
+        state = str(state_root()) if self.backend.on_this_machine else "~/.local/state/jaxops"
         dry = f"{state}/launch/hosts/{id}"
         done = self.run(host, argv, stdin=path.read_bytes(), source=str(path), dry=dry)
         if done.code:
@@ -106,7 +110,7 @@ class Session:
     def _python(self) -> str:
         """Returns the interpreter of the host script, which any Python 3 can be."""
         spec = self.record.spec
-        return sys.executable if spec.backend == "local" else spec.python or "python3"
+        return sys.executable if self.backend.on_this_machine else spec.python or "python3"
 
     def poll(self, worker: int, offset: int = 0) -> Mapping[str, Any]:
         """Returns how a worker is, as `launch/worker.py poll` has it.

@@ -17,13 +17,12 @@ from jaxops.core.store_paths import path as store_path
 from jaxops.launch.accelerators import find_accelerator
 from jaxops.launch.code import Code
 from jaxops.launch.hosts import Host, Unreachable, each
+from jaxops.launch.preflight import CLOCK_SECONDS
 from jaxops.launch.record import Spec
 from jaxops.launch.session import Session
 
 SETUP_SECONDS = 3600.0
 CHECK_SECONDS = 300.0
-CLOCK_SECONDS = 60.0
-"""How far the clocks of two hosts may be apart."""
 
 
 def prepare(session: Session, code: Code) -> None:
@@ -234,7 +233,9 @@ def _meeting_point(session: Session) -> str:
     if len(session.hosts) == 1:
         return ""
     spec = session.record.spec
-    address = spec.coordinator or ("HOST" if session.dry and spec.backend != "local" else session.hosts[0].address())
+    address = spec.coordinator or (
+        "HOST" if session.dry and not session.backend.on_this_machine else session.hosts[0].address()
+    )
     return f"{address}:{session.ask(0, 'port', port=8476)['port']}"
 
 

@@ -54,7 +54,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "too few hosts": (["--on", "v5p-16", *SSH[2:], "--hosts", "alpha"], "1 given, and v5p-16 = 8 chips on 2 hosts"),
     "a relative folder": (
         [*SSH, "--hosts", "alpha,beta"],
-        "run.dir=runs: over ssh it must be one place",
+        "run.dir=runs: it must be one place that all hosts see",
     ),
     "no lock file": (["run.dir=/s", *SSH[:-2], "--hosts", "alpha"], "--lock requirements.lock: the code in"),
     "a secret's value": ([*GOOD, "--secret", "TOKEN=abc"], "--secret 'TOKEN': expected the name of an environment"),
