@@ -1,4 +1,4 @@
-"""JobSets as they are rendered: their shape, their rules for another attempt, and what Kubernetes' own types say of them.
+"""JobSets as they are rendered: their shape, their rules for another attempt, and what others' types say of them.
 
 tests/launch/kubernetes.md says where each field and rule comes from. The checks by other people's types and schemas run
 in an environment of their own (`make launch-env`); without one they are skipped in words.
@@ -258,7 +258,7 @@ def test_kubernetes_schemas_take_the_inner_jobs_and_refuse_a_misspelt_one():
 
 
 def test_kubectl_reads_the_yaml_where_it_is_installed(tmp_path):
-    """Without a cluster kubectl gets as far as asking which kinds there are: its own parser has read the file by then."""
+    """Without a cluster kubectl asks in vain which kinds there are, after its own parser has read the file."""
     if shutil.which("kubectl") is None:
         pytest.skip("no kubectl on this machine")
     for name, text in (("good", to_yaml(jobset(plan()))), ("bad", "a: [")):

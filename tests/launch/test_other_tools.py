@@ -1,5 +1,6 @@
 """The printed lines of gcluster and xpk; xpk's own dry run, where it is installed, asks for the same shape as we do."""
 
+import itertools
 import os
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ ARGV = ["jaxops", "train", "my.yaml", "run.dir=gs://b/runs", "run.name=it's"]
 
 def flags(line: str) -> dict[str, str]:
     words = shlex.split(line)
-    return {name: value for name, value in zip(words, words[1:], strict=False) if name.startswith("--")}
+    return {name: value for name, value in itertools.pairwise(words) if name.startswith("--")}
 
 
 def test_the_line_of_gcluster_names_shape_retries_and_price():

@@ -253,9 +253,9 @@ def _listed(path: Path, top: Path) -> Listed:
         wall_s=_wall_s(run),
         last_activity=_last_activity(run),
         problems=run.problems,
-        attempts=launched and launched.count,
-        preemptions=launched and launched.preemptions,
-        chip_hours=launched and launched.chip_hours,
+        attempts=launched.count if launched else None,
+        preemptions=launched.preemptions if launched else None,
+        chip_hours=launched.chip_hours if launched else None,
     )
 
 
