@@ -47,9 +47,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """Writes `report.html` into a run folder, finished or not, and returns its path.
 
     It reads `config.yaml`, `metrics.jsonl`, `data.json`, `attempts.json` and `summary.json`; any may be missing or cut
-    off. Besides the results it shows of the summary: name, state, reason, device, step, steps, best_step (the step of the parameters
-    that were evaluated), wall_s, finished (Unix or ISO), command, versions (by package), seed. Lists named
-    `valid/reliability` or `test/reliability` (evaluate/clicks.py) are drawn.
+    off. Besides the results it shows of the summary: name, state, reason, device, step, steps, best_step (the step of
+    the parameters that were evaluated), wall_s, finished (Unix or ISO), command, versions (by package), seed. Lists
+    named `valid/reliability` or `test/reliability` (evaluate/clicks.py) are drawn.
 
     Raises:
       UserError: there is no such folder.

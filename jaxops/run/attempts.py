@@ -1,8 +1,8 @@
 """The attempts of a run that something else starts: `attempts.json` in the run's folder, kept by the run itself.
 
-Whoever starts a run may describe it in the variable JAXOPS_ATTEMPT, a JSON object: `chips` (their number), `began` (Unix
-time of the start of the worker), and any other facts, such as accelerator, price or labels. The run knows nothing of
-what they mean. The report shows them. Tested in tests/run/test_attempts.py.
+Whoever starts a run may describe it in the variable JAXOPS_ATTEMPT, a JSON object: `chips` (their number), `began` (the
+Unix time at which the worker was started), and any other facts, such as accelerator, price or labels. The run knows
+nothing of what they mean. The report shows them. Tested in tests/run/test_attempts.py.
 """
 
 import json
