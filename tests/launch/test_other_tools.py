@@ -13,7 +13,7 @@ from test_jobset import parts, plan
 from jaxops.launch.render.jobset import jobset
 from jaxops.launch.render.other_tools import gcluster_line, xpk_line
 
-XPK = Path(__file__).parents[2] / ".venv-xpk" / "bin" / "xpk"
+XPK = Path(__file__).parents[2] / ".venv-launch" / "bin" / "xpk"
 ARGV = ["jaxops", "train", "my.yaml", "run.dir=gs://b/runs", "run.name=it's"]
 
 

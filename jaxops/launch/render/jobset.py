@@ -6,9 +6,7 @@ the JobSet. Where each field comes from is told in tests/launch/kubernetes.md. T
 """
 
 import dataclasses
-import hashlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
@@ -16,7 +14,7 @@ import yaml
 from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_LOST
 from jaxops.launch.accelerators import Accelerator
 
-Price = Literal["on-demand", "spot", "flex", "reservation"]
+Price = Literal["on demand", "spot", "flex", "reservation"]
 WORKER = "worker"
 """The name of the replicated job, and of the container in its pods."""
 _PLACE = """\
@@ -30,7 +28,6 @@ RETRIED = (EXIT_INTERRUPTED, EXIT_LOST, *(128 + signal for signal in (1, 2, 6, 7
 """The statuses after which a new attempt may help: saved, a lost peer, and the signals that end a process."""
 SPOT_GRACE = 15
 """Seconds that GKE gives the pods of a spot node, unless its node pool is configured for more (120 at most)."""
-_LONGEST_NAME = 39  # what xpk takes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +35,7 @@ class JobSetPlan:
     """All that a JobSet needs to know.
 
     Attributes:
-      name: the name of the JobSet, from `kubernetes_name`.
+      name: the name of the JobSet; its pods' names end with `-worker-SLICE-POD-xxxxx` and have 63 letters at most.
       accelerator: the chips of all slices.
       image: the container image.
       script: what each pod runs, in `sh`, with LAUNCH_WORKER, LAUNCH_ATTEMPT and LAUNCH_ADDRESS set.
@@ -53,8 +50,7 @@ class JobSetPlan:
       queue: Kueue's LocalQueue; empty where the cluster has no Kueue.
       namespace: the namespace; empty takes that of kubectl's context.
       service_account: the Kubernetes service account of the pods, which may read and write the bucket of runs.
-      secret: the name of the Secret that holds the variables of `secrets`.
-      secrets: names of variables that come from the Secret.
+      secrets: the Secret and its key, as `SECRET/KEY`, by the variable that comes from it.
       mounts: persistent volume claims by the path at which all pods see them.
       labels: further labels of the JobSet and its pods.
     """
@@ -69,13 +65,12 @@ class JobSetPlan:
     retries: int = 10
     attempt: int = 1
     workers: int = 1
-    price: Price = "on-demand"
+    price: Price = "on demand"
     reservation: str = ""
     queue: str = ""
     namespace: str = ""
     service_account: str = ""
-    secret: str = ""
-    secrets: Sequence[str] = ()
+    secrets: Mapping[str, str] = dataclasses.field(default_factory=dict)
     mounts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -89,21 +84,6 @@ class JobSetPlan:
     def address(self) -> str:
         """The name at which all pods of an attempt reach the first one."""
         return f"{self.name}-{WORKER}-0-0.{self.name}"
-
-
-def kubernetes_name(run: str, id: str) -> str:
-    """Returns a name that Kubernetes takes for a JobSet and for all that is made from it.
-
-    The names of its pods end with `-worker-SLICE-POD-xxxxx`, and none may be longer than 63 characters.
-
-    Args:
-      run: the name of the run, of which as much is kept as fits.
-      id: what tells this launch from others.
-    """
-    digest = hashlib.sha256(id.encode()).hexdigest()[:8]
-    kept = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
-    kept = kept if kept[:1].isalpha() else f"run-{kept}"
-    return f"{kept[: _LONGEST_NAME - 9].strip('-')}-{digest}"
 
 
 def jobset(plan: JobSetPlan) -> dict[str, Any]:
@@ -225,6 +205,7 @@ def _environment(plan: JobSetPlan) -> list[dict[str, Any]]:
         "JOB_RESTARTS": field("metadata.labels['jobset.sigs.k8s.io/restart-attempt']"),
         "JOB_PODS": {"value": str(plan.pods)},
         "JOB_FIRST_ATTEMPT": {"value": str(plan.attempt)},
+        "LAUNCH_STATUS_DECIDES": {"value": "1"},
         "LAUNCH_ADDRESS": {"value": plan.address},
     }
     if slices > 1:
@@ -234,25 +215,10 @@ def _environment(plan: JobSetPlan) -> list[dict[str, Any]]:
             "MEGASCALE_COORDINATOR_ADDRESS": {"value": plan.address},
         }
     places |= {name: {"value": value} for name, value in plan.env.items()}
-    places |= {
-        name: {"valueFrom": {"secretKeyRef": {"name": plan.secret, "key": name}}}
-        for name in dict.fromkeys(plan.secrets)
-    }
+    for name, place in plan.secrets.items():
+        kept, _, key = place.partition("/")
+        places[name] = {"valueFrom": {"secretKeyRef": {"name": kept, "key": key or name}}}
     return [{"name": name, **source} for name, source in places.items()]
-
-
-def secret(plan: JobSetPlan, values: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the Secret with the values of a launch's secrets; it goes to the cluster over stdin alone."""
-    metadata: dict[str, Any] = {"name": plan.secret, "labels": dict(plan.labels)}
-    if plan.namespace:
-        metadata["namespace"] = plan.namespace
-    return {
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": metadata,
-        "type": "Opaque",
-        "stringData": {name: values[name] for name in plan.secrets},
-    }
 
 
 def to_yaml(thing: Mapping[str, Any]) -> str:

@@ -52,7 +52,7 @@ def xpk_line(plan: JobSetPlan, argv: Sequence[str]) -> str:
     words += ["--restart-on-exit-codes", ",".join(str(code) for code in RETRIED if code < 127)]
     words += ["--termination-grace-period-seconds", str(max(1, round(plan.grace)))]
     words += {
-        "on-demand": [],
+        "on demand": [],
         "spot": ["--spot"],
         "flex": ["--flex"],
         "reservation": ["--reservation", plan.reservation],
