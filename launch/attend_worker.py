@@ -142,6 +142,8 @@ class Attendant:
             try:
                 self.place.write(self.place.mine + ".beat", json.dumps(beat).encode())
                 self._ship()
+                if not self.told and self.place.read(self.place.folder + "/stop"):
+                    os.kill(os.getpid(), signal.SIGTERM)
             except OSError:
                 pass  # a file system that is away for a moment
             self.over.wait(BEAT_SECONDS)
@@ -195,7 +197,7 @@ class Attendant:
         with open(lock, "rb") as file:
             parts = [file.read(), self.spec["accel"].encode(), self.spec["wheelhouse"].encode()]
         digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-        folder = os.path.join(os.environ["LAUNCH_WORK"], "env", digest)
+        folder = os.path.join(os.environ.get("LAUNCH_ENVS") or os.environ["LAUNCH_WORK"] + "/env", digest)
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "setup_host.sh")
         argv = ["sh", script, lock, folder] + [word for word in [self.spec["wheelhouse"]] if word]
         env = {**os.environ, "ACCEL": self.spec["accel"]}

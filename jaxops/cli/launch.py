@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from jaxops.core.failures import EXIT_OK, UserError
 from jaxops.core.secret_text import remember_secret
+from jaxops.launch.backends.table import MODULES
 
 if TYPE_CHECKING:
+    from jaxops.launch.code import Code
+    from jaxops.launch.record import LaunchFolder, LaunchRecord
+    from jaxops.launch.scheduled import ScheduledLaunch
     from jaxops.launch.session import Session
+
+    Launch = Session | ScheduledLaunch
 
 COMMANDS = ("launch", "job")
 _ACTIONS = {
@@ -31,11 +37,15 @@ def add_arguments(launch: Any, job: Any, parser: Any) -> None:
     """Adds the arguments of both commands to their parsers."""
     add = launch.add_argument
     add("--on", required=True, metavar="TYPE", help="the accelerator: cpu-8, v5e-8, ... (all hosts together)")
-    add(
-        "--backend", default="local", metavar="B", help="local (processes of this machine) or ssh (hosts that you have)"
-    )
+    text = f"the way to reach machines (default: local): {', '.join(MODULES)}"
+    add("--backend", default="local", metavar="B", help=text)
     add("--hosts", metavar="HOST,...", help="ssh: one worker on each; @FILE has one a line")
-    add("--workers", type=int, metavar="N", help="local: the number of worker processes (default: 1)")
+    add("--workers", type=int, metavar="N", help="local, slurm: the number of workers (default: 1)")
+    text = "an option of the backend (may be given again); a wrong KEY prints those that it has"
+    add("--option", action="append", default=[], metavar="KEY=VALUE", help=text)
+    add("--spot", action="store_true", help="buy at the price of machines that may be taken away")
+    add("--flex", action="store_true", help="flex-start: wait for machines, and have them for the hours asked for")
+    add("--reservation", metavar="R", help="use machines of this reservation")
     add("--max-hours", type=float, metavar="H", help="when the hosts end the workers by themselves, retries included")
     add("--grace", type=float, default=120.0, metavar="S", help="seconds for a save, before a kill (default: 120)")
     add("--retries", type=int, default=10, metavar="N", help="attempts after the first (default: 10)")
@@ -64,28 +74,41 @@ def add_arguments(launch: Any, job: Any, parser: Any) -> None:
 
 def launch(args: argparse.Namespace) -> int:
     """Runs `jaxops launch CONFIG [a.b=VALUE ...] --on TYPE --backend B --max-hours H`."""
+    from jaxops.launch.accelerators import find_accelerator
     from jaxops.launch.arguments import Request
+    from jaxops.launch.backends.protocol import Scheduler
+    from jaxops.launch.backends.table import find_backend
     from jaxops.launch.code import bundle
-    from jaxops.launch.engine import launch as started
-    from jaxops.launch.engine import open_session, supervise
     from jaxops.launch.record import LaunchFolder, LaunchRecord
     from jaxops.launch.request import check, make_spec
-    from jaxops.launch.session import Session
     from jaxops.run.build import load_config
 
     request = Request(
         **{name: getattr(args, name) for name in ("config", "overrides", "on", "backend", "hosts", "workers")},
         **{name: getattr(args, name) for name in ("max_hours", "grace", "retries", "python", "lock", "wheelhouse")},
+        **{name: getattr(args, name) for name in ("spot", "flex", "reservation", "detach", "accept_code")},
         coordinator=args.coordinator,
         secrets=args.secret,
-        accept_code=args.accept_code,
+        options=args.option,
     )
     check(request)
     loaded = load_config(args.config, args.overrides)
     code = bundle(Path.cwd())
     fresh = LaunchRecord(spec=make_spec(request, loaded, code), grace=args.grace, retries=args.retries)
     _hide(fresh.spec.secrets)
-    folder, hours = LaunchFolder(fresh.spec.id), float(args.max_hours)
+    if fresh.spec.price:
+        _say(_say(f"{find_accelerator(fresh.spec.type)}, {fresh.spec.price}, for at most {args.max_hours:g} hours"))
+    way = _scheduled if isinstance(find_backend(request.backend), Scheduler) else _driven
+    return way(args, LaunchFolder(fresh.spec.id), fresh, code)
+
+
+def _driven(args: argparse.Namespace, folder: "LaunchFolder", fresh: "LaunchRecord", code: "Code") -> int:
+    """Launches on hosts that this process reaches."""
+    from jaxops.launch.engine import launch as started
+    from jaxops.launch.engine import open_session, supervise
+    from jaxops.launch.session import Session
+
+    hours = float(args.max_hours)
     if args.dry_run:
         started(Session(folder, fresh, _say, dry=True), code, fresh, hours)
         return EXIT_OK
@@ -98,13 +121,35 @@ def launch(args: argparse.Namespace) -> int:
             raise
         if not args.detach:
             return supervise(session, code, _pause(session), adopted)
-    return _detach(session)
+    return _detach(folder)
 
 
-def _detach(session: "Session") -> int:
+def _scheduled(args: argparse.Namespace, folder: "LaunchFolder", fresh: "LaunchRecord", code: "Code") -> int:
+    """Launches in a cluster that starts the workers by itself."""
+    from jaxops.launch.scheduled import Follower, ScheduledLaunch, open_scheduled, show, submit
+
+    if args.dry_run:
+        show(ScheduledLaunch(folder, fresh, _say), code, float(args.max_hours))
+        return EXIT_OK
+    with folder.held():
+        opened = open_scheduled(folder, fresh, _say)
+        try:
+            adopted = submit(opened, code, fresh, float(args.max_hours))
+        except KeyboardInterrupt:
+            _say(f"`jaxops job down {folder.id}` ends and removes what was submitted")
+            raise
+        if not args.detach:
+            return Follower(opened, _pause(opened), adopted).follow()
+    if not opened.backend.tries_again:
+        return _detach(folder)
+    _say(f"{fresh.spec.backend} tries again by itself; jaxops job status|logs|stop {folder.id}")
+    return EXIT_OK
+
+
+def _detach(folder: "LaunchFolder") -> int:
     """Starts a launcher of its own session, which adopts the workers, and leaves it."""
     argv = [word for word in sys.argv[1:] if word != "--detach"]
-    with open(session.folder.log, "ab") as log:
+    with open(folder.log, "ab") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "jaxops", *argv],
             stdin=subprocess.DEVNULL,
@@ -112,23 +157,22 @@ def _detach(session: "Session") -> int:
             stderr=log,
             start_new_session=True,
         )
-    id = session.folder.id
     _say(
         f"process {child.pid} of this machine watches it and tries again after a preemption, as long as this machine is"
-        f" awake; the workers, and their --max-hours, do not need it. It writes {session.folder.log};"
-        f" jaxops job status|logs|stop {id}"
+        f" awake; the workers, and their --max-hours, do not need it. It writes {folder.log};"
+        f" jaxops job status|logs|stop {folder.id}"
     )
     return EXIT_OK
 
 
 def _hide(names: Sequence[str]) -> None:
     """Keeps the values of these variables out of all that is printed here."""
-    for name in names:
+    for name in (given.partition("=")[0] for given in names):
         if value := os.environ.get(name):
             remember_secret(value, f"${{secret:{name}}}")
 
 
-def _pause(session: "Session") -> float:
+def _pause(session: "Launch") -> float:
     return 0.5 if session.backend.on_this_machine else 3.0
 
 
@@ -138,16 +182,27 @@ def _say(line: str) -> None:
 
 def job(args: argparse.Namespace) -> int:
     """Runs `jaxops job list | status RUN | logs RUN | stop RUN | down RUN | ssh RUN`."""
+    from jaxops.launch.backends.protocol import Scheduler
+    from jaxops.launch.backends.table import find_backend
     from jaxops.launch.record import find_launch
-    from jaxops.launch.session import Session
 
     if args.action == "list":
         return _list(args)
-    session = Session(*find_launch(args.name), _say)
-    _hide(session.record.spec.secrets)
-    worker = getattr(args, "worker", None)
-    if worker is not None and not 0 <= worker < len(session.hosts):
-        raise UserError(f"--worker {worker}: this launch has workers 0 to {len(session.hosts) - 1}")
+    folder, record = find_launch(args.name)
+    _hide(record.spec.secrets)
+    worker, count = getattr(args, "worker", None), len(record.spec.hosts)
+    if worker is not None and not 0 <= worker < count:
+        raise UserError(f"--worker {worker}: this launch has workers 0 to {count - 1}")
+    if isinstance(find_backend(record.spec.backend), Scheduler):
+        from jaxops.launch.scheduled import ScheduledLaunch
+
+        scheduled = ScheduledLaunch(folder, record, _say)
+        return {"status": _status, "logs": _logs_kept, "stop": _end, "down": _end, "ssh": _shell}[args.action](
+            scheduled, args
+        )
+    from jaxops.launch.session import Session
+
+    session = Session(folder, record, _say)
     return {"status": _status, "logs": _logs, "stop": _stop, "down": _down, "ssh": _ssh}[args.action](session, args)
 
 
@@ -167,14 +222,14 @@ def _list(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _status(session: "Session", args: argparse.Namespace) -> int:
+def _status(session: "Launch", args: argparse.Namespace) -> int:
     from jaxops.cli.printing import print_json
     from jaxops.cli.text import aligned
 
     record, polls = session.record, session.polls()
     workers = [
-        {"worker": n, "host": host.name, "state": poll["state"], "code": poll["code"], "why": poll["why"]}
-        for n, (host, poll) in enumerate(zip(session.hosts, polls, strict=True))
+        {"worker": n, "host": poll.get("host", name), "state": poll["state"], "code": poll["code"], "why": poll["why"]}
+        for n, (name, poll) in enumerate(zip(record.spec.hosts, polls, strict=True))
     ]
     watched = session.folder.supervised()
     left = max(record.deadline - time.time(), 0.0) / 3600 if record.deadline else None
@@ -187,12 +242,14 @@ def _status(session: "Session", args: argparse.Namespace) -> int:
     facts = [("launch", session.folder.id), ("run", f"{record.spec.run_dir}/{record.spec.name}")]
     facts += [("state", f"{record.state}{f': {record.why}' if record.why else ''}; {by}")]
     facts += [("attempt", f"{record.attempt} ({record.retried} of {record.retries} retries)")]
+    facts += [("job", f"{record.handle} ({record.spec.backend})")] if record.handle else []
+    facts += [("price class", record.spec.price)] if record.spec.price else []
     facts += [("hours left", f"{left:.2f}")] if left is not None and alive else []
     for one in workers:
         ended = "" if one["code"] is None else f" with exit status {one['code']}"
         facts.append((f"worker {one['worker']}", f"{one['host']}: {one['state']}{ended} {one['why']}".rstrip()))
     print("\n".join(aligned(facts)))
-    if alive and not watched:
+    if alive and not watched and not session.backend.tries_again:
         print("nobody would try again after a preemption: give the same `jaxops launch` again")
     return EXIT_OK
 
@@ -240,3 +297,43 @@ def _ssh(session: "Session", args: argparse.Namespace) -> int:
         argv.append(f'cd {shlex.quote(session.record.roots[worker])} && exec "$SHELL" -l')
     sys.stdout.flush()
     os.execvp("ssh", argv)
+
+
+def _logs_kept(launch: "ScheduledLaunch", args: argparse.Namespace) -> int:
+    """Prints what the workers have written into the folder of runs, all attempts of the launch."""
+    from jaxops.core.secret_text import printable, without_secrets
+    from jaxops.launch.worker_files import attempts, read_log
+
+    offsets: dict[tuple[int, int], int] = {}
+    while True:
+        sight, busy = launch.backend.look(launch.job), False
+        for attempt in attempts(launch.job):
+            for worker in range(len(launch.record.spec.hosts)):
+                if args.worker in (None, worker):
+                    text, end = read_log(launch.job, attempt, worker, offsets.get((attempt, worker), 0))
+                    for line in printable(without_secrets(text)).splitlines():
+                        print(f"[{worker}] {line}", flush=True)
+                    offsets[attempt, worker] = end
+                    busy |= bool(text)
+        if not busy and not (args.follow and sight.state in ("waiting", "running")):
+            return EXIT_OK
+        if args.follow:
+            time.sleep(_pause(launch))
+
+
+def _end(launch: "ScheduledLaunch", args: argparse.Namespace) -> int:
+    from jaxops.launch.scheduled import remove_scheduled, stop_scheduled
+
+    status = stop_scheduled(launch, _pause(launch))
+    if args.action == "down":
+        for left in remove_scheduled(launch):
+            _say(f"kept {left}")
+    return status
+
+
+def _shell(launch: "ScheduledLaunch", args: argparse.Namespace) -> int:
+    argv = launch.backend.shell(launch.job, args.worker or 0)
+    if argv is None:
+        raise UserError(f"job ssh: no worker of {launch.record.spec.name} runs, or its backend has no way to a shell")
+    sys.stdout.flush()
+    os.execvp(argv[0], argv)

@@ -14,7 +14,7 @@ from jaxops.core.home import expand_home
 from jaxops.core.secret_text import printable
 from jaxops.launch.accelerators import Accelerator, find_accelerator
 from jaxops.launch.arguments import Request
-from jaxops.launch.backends.protocol import Backend
+from jaxops.launch.backends.protocol import Backend, Scheduler
 from jaxops.launch.backends.table import find_backend
 from jaxops.launch.code import Code
 from jaxops.launch.record import Spec
@@ -119,6 +119,8 @@ def make_spec(request: Request, loaded: Any, code: Code) -> Spec:
     if run.name == "code":
         raise UserError("run.name=code: `code` in run.dir is where launches keep their code; name the run otherwise")
     run_dir = _run_dir(run.dir, local)
+    if isinstance(backend, Scheduler) and (problem := backend.folder_problem(run_dir)):
+        raise UserError(problem)
     if accelerator.devices % len(hosts):
         raise UserError(
             f"--on {request.on}: {accelerator.devices} devices cannot be shared out over {len(hosts)} workers"

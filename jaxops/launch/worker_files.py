@@ -45,13 +45,19 @@ def worker_json(record: LaunchRecord, code: Code, backend: Scheduler) -> dict[st
         "devices": spec.devices,
         "coordinator": spec.coordinator,
         "meet": backend.meet,
-        "secrets": {name: source or "env" for name, _, source in (one.partition("=") for one in spec.secrets)},
+        "secrets": dict(map(_where, spec.secrets)),
         "hours": record.hours,
         "grace": record.grace,
         # The cluster takes the hosts away when the hours are used up, so the save comes before.
         "early": min(record.grace, record.hours * 1800),
         "asked": asked,
     }
+
+
+def _where(secret: str) -> tuple[str, str]:
+    """Returns a secret's name, and where the worker looks: Kubernetes has put its own into the environment."""
+    name, _, source = secret.partition("=")
+    return name, "env" if source.startswith("k8s:") else source or "env"
 
 
 def host_tar(record: LaunchRecord, code: Code, backend: Scheduler) -> bytes:
@@ -95,17 +101,62 @@ def _write(place: epath.Path, data: bytes) -> None:
     scratch.replace(place)
 
 
+def attempts(job: Job) -> list[int]:
+    """Returns the numbers of the attempts that have begun, in their order."""
+    root = store_path(job.folder)
+    try:
+        names = [place.name for place in root.iterdir()] if root.exists() else []
+    except OSError as error:
+        raise UserError(f"run.dir={job.spec.run_dir} cannot be read: {error}") from None
+    numbers = [name[len("attempt-") :] for name in names if name.startswith("attempt-")]
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
+def next_attempt(job: Job) -> int:
+    """Returns the number of the next attempt: no folder of an earlier one has it."""
+    return max(attempts(job), default=0) + 1
+
+
+def current_attempt(job: Job) -> int:
+    """Returns the number of the attempt that the cluster has begun last, where it counts by itself."""
+    try:
+        number = int((store_path(job.folder) / "attempt").read_text())
+    except (OSError, ValueError):
+        return job.record.attempt
+    return max(number, job.record.attempt)
+
+
+def deadline(job: Job) -> float | None:
+    """Returns the Unix time at which the hours are used up; None where no attempt has begun."""
+    try:
+        return float((store_path(job.folder) / "started").read_text()) + job.record.hours * 3600
+    except (OSError, ValueError):
+        return None
+
+
 def ask_to_stop(job: Job) -> None:
     """Notes in the launch's folder that nobody tries again."""
     _write(store_path(job.folder) / "stop", b"stop\n")
 
 
-def forget_stop(job: Job) -> None:
-    """Takes the wish back, and the beginning of the hours and the ends of earlier attempts, as a new launch does."""
+def stop_wanted(job: Job) -> bool:
+    """Returns whether the launch's folder says that nobody tries again."""
+    return bool((store_path(job.folder) / "stop").exists())
+
+
+def begin_anew(job: Job) -> None:
+    """Takes back the wish to stop, and the beginning of the hours, as a new launch does."""
     for name in ("stop", "started"):
         place = store_path(job.folder) / name
         if place.exists():
             place.unlink()
+
+
+def remove_files(job: Job) -> None:
+    """Removes the launch's folder with its logs; the run and its code stay."""
+    place = store_path(job.folder)
+    if place.exists():
+        place.rmtree()
 
 
 def read_end(job: Job, attempt: int, worker: int) -> Mapping[str, Any] | None:

@@ -6,6 +6,7 @@ run.dir, and saves at SIGTERM. `FAKE` in the environment says what goes wrong.
 
 import dataclasses
 import fcntl
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,16 @@ from pathlib import Path
 from jaxops.launch.code import Code, bundle
 from jaxops.launch.engine import launch, open_session, supervise
 from jaxops.launch.record import LaunchFolder, LaunchRecord, Spec
+from jaxops.launch.scheduled import Follower, ScheduledLaunch, open_scheduled, submit
 from jaxops.launch.session import Session
 
 STEPS = 20
 PYTHON = """#!{python} -S
 import fcntl, json, os, signal, sys, time
 
-mode = os.environ.get("FAKE", "")
+own = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "fake.json")
+own = json.load(open(own)) if os.path.exists(own) else {{}}
+mode = os.environ.get("FAKE") or own.get("mode", "")
 if "jaxops.launch.preflight" in sys.argv:
     asked = json.load(sys.stdin)
     facts = {{"jax": str(os.getpid()) if mode == "disagree" else "1"}}
@@ -44,7 +48,7 @@ if mode in ("1", "2", "76") and rank == "0":
 step = int(open(path("steps")).read()) if os.path.exists(path("steps")) else 0
 print("from step", step, flush=True)
 while step < {steps}:
-    time.sleep(0.05)
+    time.sleep(own.get("pause", 0.05))
     step += 1
     with open(path("new"), "w") as file:
         file.write(str(step))
@@ -67,6 +71,14 @@ class Scene:
         self.python.write_text(PYTHON.format(python=sys.executable, steps=STEPS))
         self.python.chmod(0o755)
         return self
+
+    def fail(self, code: int) -> None:
+        """Lets worker 0 end with this status, on hosts that have no variable of this process."""
+        (self.home / "fake.json").write_text(json.dumps({"mode": str(code)}))
+
+    def slow(self, pause: float) -> None:
+        """Lets a step take so many seconds."""
+        (self.home / "fake.json").write_text(json.dumps({"pause": pause}))
 
     @property
     def code_folder(self) -> Path:
@@ -109,6 +121,21 @@ class Scene:
             session = open_session(folder, fresh, lambda line: print(line, file=sys.stderr, flush=True))
             adopted = launch(session, self.code(), fresh, hours)
             return session, supervise(session, self.code(), 0.05, adopted) if watch else None
+
+    def submit(self, hours: float = 1.0, watch: bool = True, pause: float = 0.2, **changes) -> int | None:
+        """`jaxops launch` with a backend that starts the workers by itself, in this process."""
+        fresh = self.record(**changes)
+        folder = LaunchFolder(fresh.spec.id)
+        with folder.held():
+            opened = open_scheduled(folder, fresh, lambda line: print(line, file=sys.stderr, flush=True))
+            adopted = submit(opened, self.code(), fresh, hours)
+            return Follower(opened, pause, adopted).follow() if watch else None
+
+    def scheduled(self) -> ScheduledLaunch:
+        """The launch as `jaxops job` finds it, of a backend that starts the workers by itself."""
+        record = self.folder.load()
+        assert record is not None
+        return ScheduledLaunch(self.folder, record, lambda line: None)
 
     def session(self) -> Session:
         """The launch as `jaxops job` finds it."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from children import CODE
 from object_stores import needs_moto, objects, s3  # noqa: F401
 from run_records import records, state
+from slurm_cluster import slurm
 from sshd import sshd
 from tiny_runs import furnish
 
@@ -67,6 +69,30 @@ def hosts(backend: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     if backend == "local":
         yield ["--workers", "2"]
         return
+    if backend == "slurm":
+        with slurm(home / "slurm") as env:
+            for name, value in env.items():
+                monkeypatch.setenv(name, value)
+            # Nothing of this process reaches a job of Slurm, so its Python brings what the test needs.
+            python = home / "python"
+            exports = " ".join(f"{name}={value}" for name, value in variables(home).items() if name != "PYTHONPATH")
+            path = f'PYTHONPATH="${{PYTHONPATH:-}}:{ROOT}"'
+            python.write_text(f'#!/bin/sh\nexec env {exports} {path} {sys.executable} "$@"\n')
+            python.chmod(0o755)
+            seed = home / "seed"
+            seed.touch(0o600)
+            seed.write_text("3\n")
+            yield [
+                "--backend",
+                "slurm",
+                "--workers",
+                "2",
+                "--python",
+                str(python),
+                "--secret",
+                f"LAUNCH_SEED=file:{seed}",
+            ]
+        return
     with sshd(home / "sshd", variables(home)) as path:
         monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
         try:
@@ -87,7 +113,8 @@ class Launcher:
         self.metrics = home / "runs" / name / "metrics.jsonl"
         self.log = home / f"{name}.log"
         argv = [sys.executable, "-c", CODE, "launch", "my.yaml", f"run.name={name}", f"run.dir={runs}"]
-        argv += [*OVERRIDES, "--on", "cpu-4", "--max-hours", "0.5", "--secret", "LAUNCH_SEED", *where, *more]
+        argv += [*OVERRIDES, "--on", "cpu-4", "--max-hours", "0.5", *where, *more]
+        argv += [] if "--secret" in argv else ["--secret", "LAUNCH_SEED"]
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
         started.append(self)
@@ -115,6 +142,13 @@ class Launcher:
         """What befalls a host: its worker gets a signal from outside of the launch."""
         record = self.folder.load()
         assert record is not None
+        if record.spec.backend == "slurm":
+            found = subprocess.run(["pgrep", "-f", f"jaxops train .*run.name={record.spec.name}"], capture_output=True)
+            for pid in map(int, found.stdout.split()):
+                environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                if f"JAXOPS_PROCESS_ID={worker}".encode() in environ:
+                    os.kill(pid, signal.Signals[f"SIG{name}"])
+            return
         Session(self.folder, record, print).stop(name, [worker])
 
     def said(self) -> str:
@@ -130,7 +164,7 @@ def job(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["local", "ssh"])
+@pytest.mark.parametrize("backend", ["local", "ssh", "slurm"])
 def test_preempted_by_term_and_by_kill_it_becomes_the_undisturbed_run(backend, home, monkeypatch):
     with hosts(backend, home, monkeypatch) as where:
         whole = Launcher(home, where, "whole")

@@ -150,12 +150,14 @@ class Scheduler(Backend):
     """A backend that starts the workers itself.
 
     Attributes:
-      shared_folders: whether its workers see this machine's file system, so that run.dir may be a folder.
       meet: how the workers find each other: `folder` (worker 0 writes an address into the launch's folder) or `jax`.
     """
 
-    shared_folders: ClassVar[bool] = False
     meet: ClassVar[Literal["folder", "jax"]] = "jax"
+
+    def folder_problem(self, run_dir: str) -> str:
+        """Returns why the folder of runs cannot be used, in words; empty where it can."""
+        return ""
 
     @abc.abstractmethod
     def files(self, job: Job) -> dict[str, str]:

@@ -8,6 +8,7 @@ from jaxops.launch.backends.protocol import Backend
 MODULES = {
     "local": "jaxops.launch.backends.local",
     "ssh": "jaxops.launch.backends.ssh",
+    "slurm": "jaxops.launch.backends.slurm",
 }
 """The module of each backend; a further one is one more line."""
 

@@ -1,0 +1,332 @@
+"""The engine of launches whose workers a cluster starts: submit or adopt, follow, try again, stop, remove.
+
+The cluster and the folder of runs know all: a launcher that is killed at any moment is replaced by the next one, which
+finds the job by the launch's name. Tested in tests/launch/test_scheduled.py.
+"""
+
+import dataclasses
+import hashlib
+import shlex
+import signal
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, RunFailed, UserError
+from jaxops.core.secret_text import printable, without_secrets
+from jaxops.launch import worker_files
+from jaxops.launch.backends.protocol import Job, Scheduler, Sight
+from jaxops.launch.backends.table import find_backend
+from jaxops.launch.code import Code
+from jaxops.launch.record import LaunchFolder, LaunchRecord
+from jaxops.launch.verdict import AttemptVerdict, End, judge
+
+CLEAR_SECONDS = 120.0
+"""How long a job may take to end after its grace period, before it is removed."""
+
+
+class ScheduledLaunch:
+    """A launch as it goes on: what is recorded of it, and its job in the cluster.
+
+    Args:
+      folder: the folder of the launch on this machine.
+      record: the launch as it was left.
+      say: where the launcher's words go.
+    """
+
+    def __init__(self, folder: LaunchFolder, record: LaunchRecord, say: Callable[[str], None]):
+        self.folder, self.record, self.say = folder, record, say
+        backend = find_backend(record.spec.backend)
+        assert isinstance(backend, Scheduler)
+        self.backend = backend
+
+    @property
+    def job(self) -> Job:
+        """What the cluster runs."""
+        return Job(record=self.record)
+
+    def note(self, **changes: Any) -> None:
+        """Changes the record, durably; call it before the change is made in the cluster."""
+        self.record = self.folder.save(dataclasses.replace(self.record, **changes))
+
+    def polls(self, sight: Sight | None = None) -> list[Mapping[str, Any]]:
+        """Returns how every worker is, as `Session.polls` does."""
+        sight = sight or self.backend.look(self.job)
+        return [self._poll(worker, sight) for worker in range(len(self.record.spec.hosts))]
+
+    def _poll(self, worker: int, sight: Sight) -> Mapping[str, Any]:
+        end = worker_files.read_end(self.job, sight.attempt, worker)
+        beat = worker_files.read_beat(self.job, sight.attempt, worker)
+        host = (end or beat or {}).get("host") or (sight.hosts[worker] if worker < len(sight.hosts) else "?")
+        found = {"state": "absent", "code": None, "why": "", "host": host}
+        if end is not None:
+            return {**found, "state": "ended", "code": end["code"], "why": end.get("why", "")}
+        if sight.state in ("ended", "absent"):
+            return {**found, "state": "lost" if beat else "absent", "why": sight.why}
+        if beat is None:
+            return {**found, "state": sight.state if sight.state == "waiting" else "starting", "why": sight.why}
+        silent = time.time() - float(beat["time"])
+        quiet = f"silent for {silent:.0f} s" if silent > worker_files.SILENT_SECONDS else str(beat["phase"])
+        return {**found, "state": "running", "why": quiet}
+
+    def stop_wanted(self) -> bool:
+        """Returns whether the launch is to stop."""
+        return self.folder.stop_wanted() or worker_files.stop_wanted(self.job)
+
+
+def open_scheduled(folder: LaunchFolder, fresh: LaunchRecord, say: Callable[[str], None]) -> ScheduledLaunch:
+    """Returns the launch as it was left, or the fresh one; nothing is written.
+
+    Raises:
+      UserError: a launch of this run is there which is another one, and it is alive.
+    """
+    old, spec = folder.load(), fresh.spec
+    if old is None or not old.attempt:
+        return ScheduledLaunch(folder, fresh, say)
+    if old.spec == spec:
+        return ScheduledLaunch(folder, old, say)
+    names = [name for name in vars(spec) if getattr(spec, name) != getattr(old.spec, name)]
+    told = f"run {spec.name} in {spec.run_dir} was launched with another {', '.join(names)}"
+    if old.spec.backend != spec.backend or old.spec.options != spec.options:
+        raise UserError(f"{told}; this ends and removes that launch: jaxops job down {folder.id}")
+    state = ScheduledLaunch(folder, old, say).backend.look(Job(record=old)).state
+    if state in ("waiting", "running"):
+        raise UserError(f"{told}, and it is {state}; end it first: jaxops job stop {folder.id}")
+    return ScheduledLaunch(folder, fresh, say)
+
+
+def show(launch: ScheduledLaunch, code: Code, hours: float) -> None:
+    """Prints each file and command of a submission, and touches nothing."""
+    launch.record = _begun(launch, code, hours, 1)[0]
+    job, spec = launch.job, launch.record.spec
+    print(f"# write {spec.run_dir}/code/{code.sha256}.tar: {len(code.files)} files")
+    print(f"# write {job.folder}/host-{launch.record.host}.tar: {', '.join(worker_files.HOST_SCRIPTS)}, worker.json")
+    for name, text in launch.backend.files(job).items():
+        print(f"# write {job.folder}/{name}:\n{text.rstrip()}")
+    for argv in launch.backend.commands(job):
+        print(shlex.join(argv))
+
+
+def _begun(launch: ScheduledLaunch, code: Code, hours: float, attempt: int) -> tuple[LaunchRecord, bytes]:
+    """Returns the record of a launch that begins now, and its host tar."""
+    record = dataclasses.replace(
+        launch.record, code=code.sha256, inside=code.inside, hours=hours, attempt=attempt, handle="", retried=0
+    )
+    tar = worker_files.host_tar(record, code, launch.backend)
+    return dataclasses.replace(record, host=hashlib.sha256(tar).hexdigest()), tar
+
+
+def submit(launch: ScheduledLaunch, code: Code, fresh: LaunchRecord, hours: float) -> bool:
+    """Submits the launch, or adopts what an earlier launcher has left; call it with the launch held.
+
+    Returns:
+      Whether it was adopted.
+
+    Raises:
+      UserError, RunFailed: the folder of runs or the cluster refuses.
+    """
+    if launch.record.attempt and _adopt(launch, code):
+        return True
+    launch.folder.forget_stop()
+    launch.record = fresh
+    record, tar = _begun(launch, code, hours, worker_files.next_attempt(launch.job))
+    launch.note(**{**vars(record), "state": "preparing", "status": None, "why": "", "started": time.time()})
+    job = launch.job
+    launch.say(f"code: {len(code.files)} files, {len(code.tar) / 2**20:.1f} MiB, SHA-256 {code.sha256[:16]}")
+    worker_files.begin_anew(job)
+    worker_files.write_files(job, tar, code, launch.backend.files(job))
+    _submit_attempt(launch)
+    return False
+
+
+def _submit_attempt(launch: ScheduledLaunch) -> None:
+    handle = launch.backend.submit(launch.job, launch.say)
+    launch.note(state="running", handle=handle)
+    launch.say(f"attempt {launch.record.attempt}: submitted as {handle}")
+
+
+def _adopt(launch: ScheduledLaunch, code: Code) -> bool:
+    """Goes on with a job that waits or runs; returns whether there is one."""
+    sight = launch.backend.look(launch.job)
+    if sight.state not in ("waiting", "running"):
+        return False
+    if launch.stop_wanted():
+        raise UserError(
+            f"run {launch.record.spec.name} was told to stop, and its workers are ending; try again in a moment"
+        )
+    launch.say(f"found attempt {sight.attempt} of this run ({sight.state}): going on with it")
+    if code.sha256 != launch.record.code:
+        launch.say("the code has changed since; the workers keep that of before. For the new: stop, then launch again")
+    if launch.record.state != "running":
+        _submit_attempt(launch)  # which adopts, and makes what is missing where the launcher was killed between two
+    return True
+
+
+class Follower:
+    """Watches a job to its end, prints what its workers say, and tries again where the cluster does not.
+
+    Args:
+      launch: the launch, which is submitted.
+      pause: the time between two looks, in seconds.
+      adopted: whether an earlier launcher has printed what was said so far.
+    """
+
+    def __init__(self, launch: ScheduledLaunch, pause: float, adopted: bool = False):
+        self._launch, self._pause = launch, pause
+        self._offsets: dict[tuple[int, int], int] = {}
+        self._skip, self._stopping, self._told = adopted, False, ""
+
+    def follow(self) -> int:
+        """Returns the exit status of the launch."""
+        while True:
+            try:
+                verdict = self._attempt()
+            except KeyboardInterrupt as error:
+                self._stopped_by(error)
+                continue
+            record = self._launch.record
+            deadline = worker_files.deadline(self._launch.job)
+            late = deadline is not None and time.time() >= deadline
+            more = record.retried < record.retries and not late and not self._launch.stop_wanted()
+            if not verdict.retry or not more or self._launch.backend.tries_again:
+                enough = f" ({record.retries} retries: enough)" if verdict.retry and not late else ""
+                self._launch.say(f"attempt {record.attempt}: {verdict.why}{enough}")
+                self._launch.note(state="ended", status=verdict.status, why=verdict.why)
+                return verdict.status
+            self._again(verdict)
+
+    def _again(self, verdict: AttemptVerdict) -> None:
+        """Removes what a preemption has left, and submits the next attempt."""
+        launch, record = self._launch, self._launch.record
+        launch.say(f"attempt {record.attempt}: {verdict.why}; trying again")
+        try:
+            launch.backend.remove(launch.job)
+            launch.note(attempt=record.attempt + 1, retried=record.retried + 1, handle="")
+            _submit_attempt(launch)
+        except RunFailed as error:  # the next look finds the same end, and counts
+            launch.say(str(error))
+            time.sleep(self._pause)
+
+    def _attempt(self) -> AttemptVerdict:
+        """Returns what the job comes to, once it has ended."""
+        launch = self._launch
+        while True:
+            try:
+                if launch.stop_wanted() and not self._stopping:
+                    worker_files.ask_to_stop(launch.job)
+                    launch.backend.cancel(launch.job)
+                    self._stopping = True
+                sight = launch.backend.look(launch.job)
+            except RunFailed as error:
+                self._tell(f"{error}; looking again")
+                time.sleep(self._pause)
+                continue
+            if sight.state not in ("absent", "ended"):
+                self._tell(f"attempt {sight.attempt}: {sight.state}{f' ({sight.why})' if sight.why else ''}")
+            if sight.attempt != launch.record.attempt and sight.state != "absent":
+                launch.note(attempt=sight.attempt, retried=launch.record.retried + 1)
+            said = self._print(sight)
+            if sight.state in ("absent", "ended") and not said:
+                return self._verdict(sight)
+            time.sleep(self._pause)
+
+    def _tell(self, text: str) -> None:
+        if text != self._told:
+            self._launch.say(text)
+        self._told = text
+
+    def _print(self, sight: Sight) -> bool:
+        """Prints what the workers have said since; returns whether that was anything."""
+        anything = False
+        for worker in range(len(self._launch.record.spec.hosts)):
+            key = (sight.attempt, worker)
+            text, end = worker_files.read_log(self._launch.job, sight.attempt, worker, self._offsets.get(key, 0))
+            self._offsets[key] = end
+            anything |= bool(text)
+            if not self._skip:
+                for line in printable(without_secrets(text)).splitlines():
+                    if not line.startswith("[Gloo]"):
+                        print(f"[{worker}] {line}", flush=True)
+        self._skip = False
+        return anything
+
+    def _verdict(self, sight: Sight) -> AttemptVerdict:
+        launch, ends = self._launch, []
+        for worker in range(len(launch.record.spec.hosts)):
+            end = worker_files.read_end(launch.job, sight.attempt, worker)
+            host = (end or {}).get("host") or (sight.hosts[worker] if worker < len(sight.hosts) else "no host yet")
+            name = f"worker {worker} ({host})"
+            if end is None:
+                ends.append(End(name, None, "max-hours" if sight.late else "lost"))
+            else:
+                ends.append(End(name, end["code"], end.get("why", ""), asked=end.get("why") == "others"))
+        found = judge(ends, self._stopping or launch.stop_wanted())
+        if all(end.code is None for end in ends) and not (sight.late or self._stopping):
+            return self._without_workers(sight, found)
+        return found
+
+    def _without_workers(self, sight: Sight, found: AttemptVerdict) -> AttemptVerdict:
+        """Judges a job of which no worker has said how it ended, by the words of the cluster."""
+        for worker in range(len(self._launch.record.spec.hosts)):
+            for line in printable(without_secrets(self._launch.backend.console(self._launch.job, worker))).splitlines():
+                print(f"[{worker}] {line}", flush=True)
+        if sight.code in (None, EXIT_LOST, EXIT_INTERRUPTED) or sight.code >= 128:
+            return dataclasses.replace(found, why=f"no worker said how it ended{f': {sight.why}' if sight.why else ''}")
+        why = f"it ended with status {sight.code} before a worker began{f' ({sight.why})' if sight.why else ''}"
+        return AttemptVerdict(sight.code or EXIT_LOST, False, why)
+
+    def _stopped_by(self, error: BaseException) -> None:
+        """Has the workers save and end, as Ctrl-C asks; a closed terminal (SIGHUP) leaves them alone.
+
+        Raises:
+          KeyboardInterrupt: a second Ctrl-C, or SIGHUP; the workers may go on.
+        """
+        launch = self._launch
+        if str(error) == signal.Signals.SIGHUP.name or self._stopping:
+            launch.say(f"the workers go on; jaxops job status {launch.folder.id} finds them")
+            raise error
+        launch.say(f"stopping: the workers save (Ctrl-C again leaves them to it: jaxops job status {launch.folder.id})")
+        launch.folder.ask_to_stop()
+
+
+def stop_scheduled(launch: ScheduledLaunch, pause: float) -> int:
+    """Has the workers save and end, whether a launcher watches them or not; returns the exit status.
+
+    Raises:
+      RunFailed: the cluster does not answer.
+    """
+    launch.folder.ask_to_stop()
+    if launch.record.attempt:
+        worker_files.ask_to_stop(launch.job)
+        launch.say("stopping: the workers save")
+        launch.backend.cancel(launch.job)
+        until = time.monotonic() + launch.record.grace + CLEAR_SECONDS
+        while launch.backend.look(launch.job).state in ("waiting", "running"):
+            if time.monotonic() > until:
+                launch.say("it does not end: it is removed")
+                launch.backend.remove(launch.job)
+                break
+            time.sleep(pause)
+    while launch.folder.supervised():  # it sees the wish, and notes the end
+        time.sleep(min(pause, 0.2))
+    with launch.folder.held():
+        record = launch.folder.load()
+        if record is not None and record.state != "ended":
+            launch.record = record
+            launch.note(state="ended", status=EXIT_INTERRUPTED, why="stopped")
+    launch.say(f"run {launch.record.spec.name}: no worker is alive")
+    return EXIT_OK
+
+
+def remove_scheduled(launch: ScheduledLaunch) -> list[str]:
+    """Removes all that a launch made in the cluster, in the folder of runs and here; returns what is left, in words.
+
+    Raises:
+      RunFailed: the cluster does not answer.
+    """
+    left = launch.backend.remove(launch.job)
+    worker_files.remove_files(launch.job)
+    launch.folder.remove()
+    spec = launch.record.spec
+    own = [f"the run itself: {spec.run_dir}/{spec.name}", f"its code: {spec.run_dir}/code/{launch.record.code}.tar"]
+    return left + own
