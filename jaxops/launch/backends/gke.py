@@ -8,7 +8,6 @@ cluster answer stands in tests/launch/kubernetes.md. Tested in tests/launch/test
 import json
 import re
 import shlex
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,8 @@ from jaxops.core.secret_text import printable
 from jaxops.launch.accelerators import Accelerator
 from jaxops.launch.arguments import Request
 from jaxops.launch.backends.protocol import Job, Scheduler, Sight
+from jaxops.launch.commands import run_tool
+from jaxops.launch.hosts import Output
 from jaxops.launch.record import Spec
 from jaxops.launch.render.jobset import EXIT_HOURS, SPOT_GRACE, WORKER, JobSetPlan, jobset, to_yaml
 from jaxops.launch.render.other_tools import gcluster_line, xpk_line
@@ -33,7 +34,6 @@ _REFUSALS = (
     ("no matches for kind", "the cluster has no JobSet: a cluster's owner installs it once (jobset.sigs.k8s.io)"),
     ("current-context is not set", "kubectl has no cluster: gcloud container clusters get-credentials CLUSTER"),
     ("context was not found", "see `kubectl config get-contexts` for what --option context=... may be"),
-    ("does not exist", "see `kubectl config get-contexts` for what --option context=... may be"),
     ("must be logged in", "log in again: gcloud auth login"),
     ("Unauthorized", "log in again: gcloud auth login"),
     ("gke-gcloud-auth-plugin", "install it: gcloud components install gke-gcloud-auth-plugin"),
@@ -42,7 +42,7 @@ _REFUSALS = (
     ("namespaces", "name a namespace that is there: --option namespace=..."),
 )
 """What kubectl says, and what helps."""
-_AWAY = ("Unable to connect", "connection refused", "i/o timeout", "TLS handshake", "EOF", "ServiceUnavailable")
+_AWAY = ("Unable to connect", "was refused", "connection refused", "i/o timeout", "TLS handshake", "EOF", "ServiceUnavailable")
 
 
 class Gke(Scheduler):
@@ -102,7 +102,7 @@ class Gke(Scheduler):
                 return plan.name
             self.remove(job)  # an earlier attempt, which has ended or is being deleted
         done = _run(job.spec, ["create", "-f", "-"], stdin=to_yaml(jobset(plan)).encode())
-        if done.returncode and "AlreadyExists" not in _said(done):
+        if done.code and "AlreadyExists" not in done.err:
             raise _refused(done, f"JobSet {plan.name}")
         for tool, line in (("gcluster", gcluster_line), ("xpk", xpk_line)):
             if plan.accelerator.chip is not None:
@@ -119,7 +119,7 @@ class Gke(Scheduler):
         # Foreground: else the JobSet is gone at once, and its pods go on unseen.
         argv = ["delete", "jobsets", "-l", f"{LABEL}={job.label}", "--cascade=foreground", "--wait=false"]
         done = _run(job.spec, [*argv, "--ignore-not-found"])
-        if done.returncode:
+        if done.code:
             raise _refused(done, f"JobSet {job.label}")
 
     def remove(self, job: Job) -> list[str]:
@@ -127,7 +127,7 @@ class Gke(Scheduler):
         limit = job.record.grace + 60
         argv = ["delete", "jobsets", "-l", f"{LABEL}={job.label}", "--cascade=foreground", "--ignore-not-found"]
         done = _run(job.spec, [*argv, f"--timeout={limit:.0f}s"], seconds=limit + SECONDS)
-        if done.returncode:
+        if done.code:
             raise _refused(done, f"JobSet {job.label}")
         return []
 
@@ -135,7 +135,7 @@ class Gke(Scheduler):
         """Returns the last lines that the cluster has of a pod, for one that could not begin."""
         name = next((name for number, name in _names(_pods(job)) if number == worker), "")
         done = _run(job.spec, ["logs", name, "-c", WORKER, "--tail=200"]) if name else None
-        return done.stdout.decode("utf-8", "replace") if done is not None and not done.returncode else ""
+        return done.out if done is not None and not done.code else ""
 
     def shell(self, job: Job, worker: int) -> list[str] | None:
         """Returns `kubectl exec` into the pod of a worker."""
@@ -335,12 +335,12 @@ def _pods(job: Job) -> list[Mapping[str, Any]]:
 
 def _items(job: Job, kind: str, selector: str) -> list[Mapping[str, Any]]:
     done = _run(job.spec, ["get", kind, "-l", selector, "-o", "json"])
-    if done.returncode:
+    if done.code:
         raise _refused(done, kind)
     try:
-        return list(json.loads(done.stdout)["items"])
+        return list(json.loads(done.out)["items"])
     except (ValueError, KeyError, TypeError):
-        raise RunFailed(f"kubectl get {kind}: the answer is no list: {_said(done)[:200]}") from None
+        raise RunFailed(f"kubectl get {kind}: the answer is no list: {_words(done.err)}") from None
 
 
 def _kubectl(spec: Spec, *argv: str) -> list[str]:
@@ -348,33 +348,14 @@ def _kubectl(spec: Spec, *argv: str) -> list[str]:
     return ["kubectl", *flags, *argv]
 
 
-def _run(
-    spec: Spec, argv: Sequence[str], stdin: bytes = b"", seconds: float = SECONDS
-) -> subprocess.CompletedProcess[bytes]:
-    """Runs kubectl, apart from Ctrl-C, which is for the launcher.
-
-    Raises:
-      UserError: there is no kubectl.
-      RunFailed: it does not answer in time.
-    """
-    words = _kubectl(spec, *argv)
-    try:
-        return subprocess.run(words, input=stdin, capture_output=True, timeout=seconds, start_new_session=True)
-    except FileNotFoundError:
-        raise UserError(
-            "--backend gke: kubectl is not installed on this machine (gcloud components install kubectl)"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise RunFailed(f"no answer within {seconds:.0f} s to: {shlex.join(words)}") from None
+def _run(spec: Spec, argv: Sequence[str], stdin: bytes = b"", seconds: float = SECONDS) -> Output:
+    missing = "gcloud components install kubectl"
+    return run_tool(_kubectl(spec, *argv), missing=missing, stdin=stdin, timeout=seconds)
 
 
-def _said(done: subprocess.CompletedProcess[bytes]) -> str:
-    return printable((done.stderr or done.stdout).decode("utf-8", "replace").strip())
-
-
-def _refused(done: subprocess.CompletedProcess[bytes], what: str) -> Exception:
+def _refused(done: Output, what: str) -> Exception:
     """Returns the error for a refusal: what kubectl said, and what helps."""
-    said = " ".join(_said(done).split())[-500:]
+    said = _words(done.err or done.out)
     if any(word in said for word in _AWAY):
         return Lost(f"{what}: the cluster does not answer: {said}")
     advice = next((help for word, help in _REFUSALS if word in said), "")

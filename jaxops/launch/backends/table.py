@@ -9,6 +9,7 @@ MODULES = {
     "local": "jaxops.launch.backends.local",
     "ssh": "jaxops.launch.backends.ssh",
     "slurm": "jaxops.launch.backends.slurm",
+    "gke": "jaxops.launch.backends.gke",
 }
 """The module of each backend; a further one is one more line."""
 
