@@ -97,7 +97,7 @@ def launch(args: argparse.Namespace) -> int:
     fresh = LaunchRecord(spec=make_spec(request, loaded, code), grace=args.grace, retries=args.retries)
     _hide(fresh.spec.secrets)
     if fresh.spec.price:
-        _say(_say(f"{find_accelerator(fresh.spec.type)}, {fresh.spec.price}, for at most {args.max_hours:g} hours"))
+        _say(f"{find_accelerator(fresh.spec.type)}, {fresh.spec.price}, for at most {args.max_hours:g} hours")
     way = _scheduled if isinstance(find_backend(request.backend), Scheduler) else _driven
     return way(args, LaunchFolder(fresh.spec.id), fresh, code)
 
