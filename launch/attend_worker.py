@@ -26,6 +26,8 @@ SETTLE_SECONDS, SILENT_SECONDS, BEAT_SECONDS, MEET_SECONDS, SETUP_SECONDS = 20.0
 MOST_SHIPPED = 8 << 20
 """Bytes of a log's end that are copied to an object store."""
 PREEMPTED = (75, 129, 130, 137, 143)
+EXIT_HOURS = 3
+"""The status of a worker whose hours are used up, for a cluster that decides by it alone (see `_told_cluster`)."""
 
 
 class Ended(Exception):
@@ -117,6 +119,8 @@ class Attendant:
         except OSError as error:
             code, why = EXIT_LOST, str(error)
             self._say(why)
+        if self.told and not why and self._ended_peer():
+            why = "others"  # the cluster ends the others of a job when one of its workers has failed
         self.over.set()
         begun.join(60)
         self._ship()
@@ -125,7 +129,43 @@ class Attendant:
             if self.place.write(self.place.mine + ".json", json.dumps(end).encode()):
                 break
             time.sleep(pause)
+        return self._told_cluster(code, why)
+
+    def _told_cluster(self, code, why):
+        """Returns the status that this process ends with.
+
+        A cluster that decides by it alone whether to try again (LAUNCH_STATUS_DECIDES) is told that the hours are over,
+        and that a worker was lost where this one has failed while another one is being preempted.
+        """
+        if not os.environ.get("LAUNCH_STATUS_DECIDES"):
+            return code
+        if why == "max-hours":
+            return EXIT_HOURS
+        if self.count == 1 or code in (0, EXIT_SAVED, EXIT_LOST) or code >= 128:
+            return code
+        for _ in range(4):  # the other one's heartbeat says so within a second
+            if self._preempted_peer():
+                return EXIT_LOST
+            time.sleep(0.5)
         return code
+
+    def _peers(self):
+        """Yields, for each other worker, how it ended and its last heartbeat; None where there is none."""
+        for peer in range(self.count):
+            if peer != self.number:
+                name = f"{self.place.attempt}/worker-{peer}"
+                yield self.place.json(name + ".json"), self.place.json(name + ".beat")
+
+    def _ended_peer(self):
+        return any(end is not None and end["code"] for end, _ in self._peers())
+
+    def _preempted_peer(self):
+        for end, beat in self._peers():
+            if end is not None and end["code"] in PREEMPTED and not end["why"]:
+                return True
+            if end is None and beat is not None and beat["phase"] == "stopping":
+                return True
+        return False
 
     def _say(self, text):
         self.log.write(f"launch: {text}\n".encode("utf-8", "replace"))
@@ -136,17 +176,21 @@ class Attendant:
             self.process.terminate()
 
     def _beat(self):
-        """Writes the heartbeat, and brings the log to an object store."""
+        """Writes the heartbeat, at once where the phase has changed, and brings the log to an object store."""
+        written, last = 0.0, ""
         while not self.over.is_set():
-            beat = {"time": time.time(), "phase": self.phase, "host": self.host, "pid": os.getpid()}
-            try:
-                self.place.write(self.place.mine + ".beat", json.dumps(beat).encode())
-                self._ship()
-                if not self.told and self.place.read(self.place.folder + "/stop"):
-                    os.kill(os.getpid(), signal.SIGTERM)
-            except OSError:
-                pass  # a file system that is away for a moment
-            self.over.wait(BEAT_SECONDS)
+            phase = "stopping" if self.told else self.phase
+            if phase != last or time.time() - written >= BEAT_SECONDS:
+                last, written = phase, time.time()
+                beat = {"time": written, "phase": phase, "host": self.host, "pid": os.getpid()}
+                try:
+                    self.place.write(self.place.mine + ".beat", json.dumps(beat).encode())
+                    self._ship()
+                    if not self.told and self.place.read(self.place.folder + "/stop"):
+                        os.kill(os.getpid(), signal.SIGTERM)
+                except OSError:
+                    pass  # a file system that is away for a moment
+            self.over.wait(0.5)
 
     def _ship(self):
         if not self.place.url:

@@ -260,6 +260,9 @@ class Follower:
                 ends.append(End(name, None, "max-hours" if sight.late else "lost"))
             else:
                 ends.append(End(name, end["code"], end.get("why", ""), asked=end.get("why") == "others"))
+        known = [end for end in ends if end.code is not None]
+        if known and _is_final(sight.code):  # the cluster has judged, and ended the others, who may not have begun
+            return judge(known, self._stopping or launch.stop_wanted())
         found = judge(ends, self._stopping or launch.stop_wanted())
         if all(end.code is None for end in ends) and not (sight.late or self._stopping):
             return self._without_workers(sight, found)
@@ -270,7 +273,7 @@ class Follower:
         for worker in range(len(self._launch.record.spec.hosts)):
             for line in printable(without_secrets(self._launch.backend.console(self._launch.job, worker))).splitlines():
                 print(f"[{worker}] {line}", flush=True)
-        if sight.code in (None, EXIT_LOST, EXIT_INTERRUPTED) or sight.code >= 128:
+        if not _is_final(sight.code):
             return dataclasses.replace(found, why=f"no worker said how it ended{f': {sight.why}' if sight.why else ''}")
         why = f"it ended with status {sight.code} before a worker began{f' ({sight.why})' if sight.why else ''}"
         return AttemptVerdict(sight.code or EXIT_LOST, False, why)
@@ -287,6 +290,11 @@ class Follower:
             raise error
         launch.say(f"stopping: the workers save (Ctrl-C again leaves them to it: jaxops job status {launch.folder.id})")
         launch.folder.ask_to_stop()
+
+
+def _is_final(code: int | None) -> bool:
+    """Returns whether a status is never tried again."""
+    return code is not None and code not in (EXIT_LOST, EXIT_INTERRUPTED) and code < 128
 
 
 def stop_scheduled(launch: ScheduledLaunch, pause: float) -> int:

@@ -5,6 +5,7 @@ Pods are processes of this machine. The cluster is a file beside this one, and w
 is done at each call. A test reaches into it with `control`: it preempts a pod, or has every call refused.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -45,7 +46,7 @@ class Cluster:
     def create(self, thing):
         name, spec = thing["metadata"]["name"], thing["spec"]
         if name in self.jobsets:  # O8
-            error = 'error when creating "STDIN": jobsets.jobset.x-k8s.io "{0}" already exists'.format(name)
+            error = f'error when creating "STDIN": jobsets.jobset.x-k8s.io "{name}" already exists'
             refuse("Error from server (AlreadyExists): " + error)
         for job in spec["replicatedJobs"]:
             inner = job["template"]["spec"]
@@ -110,7 +111,9 @@ class Cluster:
                 for pod in now:
                     if pod["phase"] == "Running":
                         end(pod, one)
-        failed = [(job, state) for job, state in one["jobs"].items() if state["reason"] and state["restart"] == restarts]
+        failed = [
+            (job, state) for job, state in one["jobs"].items() if state["reason"] and state["restart"] == restarts
+        ]
         if failed:
             self.apply_failure_policy(one, failed)
             return
@@ -126,7 +129,7 @@ class Cluster:
             if fits:
                 action, job = rule["action"], fits[0]
                 break
-        first = " (first failed job: {})".format(job)
+        first = f" (first failed job: {job})"
         if action == "FailJobSet":  # J3
             condition(
                 one, "Failed", "FailJobSetFailurePolicyAction", "applying FailJobSet failure policy action" + first
@@ -191,28 +194,42 @@ def begin(one, job, slice, completion, restarts, spec):
             env[given["name"]] = labels[re.fullmatch(r"metadata\.labels\['(.*)'\]", source["fieldRef"]["fieldPath"])[1]]
         else:
             env[given["name"]] = "value of {name}/{key}".format(**source["secretKeyRef"])
-    first = "{0}-0-0.{1}".format(job.rpartition("-")[0], one["spec"]["network"]["subdomain"])  # O1
+    first = "{}-0-0.{}".format(job.rpartition("-")[0], one["spec"]["network"]["subdomain"])  # O1
     assert env["LAUNCH_ADDRESS"] == first, env["LAUNCH_ADDRESS"]
     env["LAUNCH_ADDRESS"] = "127.0.0.1"  # what the cluster's names lead to
-    name = "{}-{}-{}".format(job, completion, os.urandom(3).hex()[:5])
+    name = f"{job}-{completion}-{os.urandom(3).hex()[:5]}"
     base = os.path.join(HERE, "pods", name)
     os.makedirs(os.path.dirname(base), exist_ok=True)
     env["LAUNCH_WORK"] = base + ".work"  # a file system of its own
     # A process of its own sees the end of the container and writes its status; it outlives this call.
-    watch = 'import subprocess, sys, os, signal\np = subprocess.Popen(sys.argv[2:])\n'
+    watch = "import subprocess, sys, os, signal\np = subprocess.Popen(sys.argv[2:])\n"
     watch += "signal.signal(signal.SIGTERM, lambda *_: p.terminate())\n"
     watch += 'code = p.wait()\nopen(sys.argv[1] + ".new", "w").write(str(code if code >= 0 else 128 - code))\n'
     watch += 'os.replace(sys.argv[1] + ".new", sys.argv[1])\n'
     with open(base + ".log", "wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", watch, base + ".exit", *container["command"]],
-            env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     pods = int(env["JOB_PODS"]) if "JOB_PODS" in env else 1
     return {
-        "name": name, "job": job, "restart": restarts, "labels": labels, "worker": slice * pods + completion,
-        "pid": process.pid, "base": base, "phase": "Running", "code": None, "disrupted": False,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "told": 0.0, "grace": 0.0,
+        "name": name,
+        "job": job,
+        "restart": restarts,
+        "labels": labels,
+        "worker": slice * pods + completion,
+        "pid": process.pid,
+        "base": base,
+        "phase": "Running",
+        "code": None,
+        "disrupted": False,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "told": 0.0,
+        "grace": 0.0,
     }
 
 
@@ -234,10 +251,8 @@ def end(pod, one, grace=None):
     if not pod["told"]:
         spec = one["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
         pod["told"], pod["grace"] = time.time(), spec["terminationGracePeriodSeconds"] if grace is None else grace
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pod["pid"], signal.SIGTERM)
-        except ProcessLookupError:
-            pass
 
 
 def kill_all(pod):
@@ -245,7 +260,7 @@ def kill_all(pod):
     mark = "LAUNCH_WORK={}.work".format(pod["base"]).encode()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open("/proc/{}/environ".format(pid), "rb") as file:
+            with open(f"/proc/{pid}/environ", "rb") as file:
                 if mark in file.read().split(b"\0"):
                     os.kill(int(pid), signal.SIGKILL)
         except (OSError, ProcessLookupError):
@@ -317,8 +332,8 @@ def main(argv):
         import yaml
 
         with Cluster() as cluster:
-            name = cluster.create(yaml.safe_load(sys.stdin if "-" in flags else open(words[1])))
-        print("jobset.jobset.x-k8s.io/{} created".format(name))
+            name = cluster.create(yaml.safe_load(sys.stdin))
+        print(f"jobset.jobset.x-k8s.io/{name} created")
     elif words[0] == "get":
         with Cluster() as cluster:
             items = []
@@ -334,7 +349,9 @@ def main(argv):
         assert words[1] == "jobsets" and "--cascade=foreground" in flags
         while True:
             with Cluster() as cluster:
-                mine = [n for n, one in cluster.jobsets.items() if one["metadata"]["labels"][selector[0]] == selector[2]]
+                mine = [
+                    n for n, one in cluster.jobsets.items() if one["metadata"]["labels"][selector[0]] == selector[2]
+                ]
                 for name in mine:
                     cluster.jobsets[name]["metadata"].setdefault("deletionTimestamp", "now")
             if "--wait=false" in flags or not mine:

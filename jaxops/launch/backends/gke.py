@@ -42,7 +42,15 @@ _REFUSALS = (
     ("namespaces", "name a namespace that is there: --option namespace=..."),
 )
 """What kubectl says, and what helps."""
-_AWAY = ("Unable to connect", "was refused", "connection refused", "i/o timeout", "TLS handshake", "EOF", "ServiceUnavailable")
+_AWAY = (
+    "Unable to connect",
+    "was refused",
+    "connection refused",
+    "i/o timeout",
+    "TLS handshake",
+    "EOF",
+    "ServiceUnavailable",
+)
 
 
 class Gke(Scheduler):
