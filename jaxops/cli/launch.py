@@ -1,6 +1,7 @@
 """`jaxops launch` and `jaxops job`: a config on machines, and what becomes of it there."""
 
 import argparse
+import dataclasses
 import os
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from jaxops.core.secret_text import remember_secret
 from jaxops.launch.backends.table import MODULES
 
 if TYPE_CHECKING:
+    from jaxops.launch.backends.protocol import Rendered
     from jaxops.launch.code import Code
     from jaxops.launch.record import LaunchFolder, LaunchRecord
     from jaxops.launch.scheduled import ScheduledLaunch
@@ -76,7 +78,7 @@ def launch(args: argparse.Namespace) -> int:
     """Runs `jaxops launch CONFIG [a.b=VALUE ...] --on TYPE --backend B --max-hours H`."""
     from jaxops.launch.accelerators import find_accelerator
     from jaxops.launch.arguments import Request
-    from jaxops.launch.backends.protocol import Scheduler
+    from jaxops.launch.backends.protocol import Rendered, Scheduler
     from jaxops.launch.backends.table import find_backend
     from jaxops.launch.code import bundle
     from jaxops.launch.record import LaunchFolder, LaunchRecord
@@ -98,8 +100,21 @@ def launch(args: argparse.Namespace) -> int:
     _hide(fresh.spec.secrets)
     if fresh.spec.price:
         _say(f"{find_accelerator(fresh.spec.type)}, {fresh.spec.price}, for at most {args.max_hours:g} hours")
-    way = _scheduled if isinstance(find_backend(request.backend), Scheduler) else _driven
+    backend = find_backend(request.backend)
+    if isinstance(backend, Rendered):
+        return _rendered(backend, dataclasses.replace(fresh, hours=float(args.max_hours)))
+    way = _scheduled if isinstance(backend, Scheduler) else _driven
     return way(args, LaunchFolder(fresh.spec.id), fresh, code)
+
+
+def _rendered(backend: "Rendered", record: "LaunchRecord") -> int:
+    """Prints a launch for another tool."""
+    for name, text in backend.files(record).items():
+        print(f"# {name}\n{text.rstrip()}")
+    for line in backend.commands(record):
+        print(f"# {line}" if backend.files(record) else line)
+    _say(f"{backend.name}: only written down; nothing was started, and `jaxops job` will not know of it")
+    return EXIT_OK
 
 
 def _driven(args: argparse.Namespace, folder: "LaunchFolder", fresh: "LaunchRecord", code: "Code") -> int:

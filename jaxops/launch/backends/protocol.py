@@ -69,6 +69,18 @@ class Driven(Backend):
         return []
 
 
+class Rendered(Backend):
+    """A backend that is written down for another tool; jaxops runs nothing of it."""
+
+    def files(self, record: LaunchRecord) -> dict[str, str]:
+        """Returns the files, by name."""
+        return {}
+
+    @abc.abstractmethod
+    def commands(self, record: LaunchRecord) -> list[str]:
+        """Returns the lines that one types with these files in the folder of the code."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """What a scheduler is to run.

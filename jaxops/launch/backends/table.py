@@ -10,6 +10,8 @@ MODULES = {
     "ssh": "jaxops.launch.backends.ssh",
     "slurm": "jaxops.launch.backends.slurm",
     "gke": "jaxops.launch.backends.gke",
+    "sky": "jaxops.launch.backends.sky",
+    "ray": "jaxops.launch.backends.ray",
 }
 """The module of each backend; a further one is one more line."""
 
