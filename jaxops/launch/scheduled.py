@@ -20,6 +20,7 @@ from jaxops.launch.backends.table import find_backend
 from jaxops.launch.code import Code
 from jaxops.launch.record import LaunchFolder, LaunchRecord
 from jaxops.launch.verdict import AttemptVerdict, End, judge
+from jaxops.launch.voice import VOICE
 
 CLEAR_SECONDS = 120.0
 """How long a job may take to end after its grace period, before it is removed."""
@@ -246,7 +247,7 @@ class Follower:
             if not self._skip:
                 for line in printable(without_secrets(text)).splitlines():
                     if not line.startswith("[Gloo]"):
-                        print(f"[{worker}] {line}", flush=True)
+                        VOICE.worker(worker, self._launch.record.spec.hosts[worker], line)
         self._skip = False
         return anything
 
@@ -272,7 +273,7 @@ class Follower:
         """Judges a job of which no worker has said how it ended, by the words of the cluster."""
         for worker in range(len(self._launch.record.spec.hosts)):
             for line in printable(without_secrets(self._launch.backend.console(self._launch.job, worker))).splitlines():
-                print(f"[{worker}] {line}", flush=True)
+                VOICE.worker(worker, self._launch.record.spec.hosts[worker], line)
         if not _is_final(sight.code):
             return dataclasses.replace(found, why=f"no worker said how it ended{f': {sight.why}' if sight.why else ''}")
         why = f"it ended with status {sight.code} before a worker began{f' ({sight.why})' if sight.why else ''}"

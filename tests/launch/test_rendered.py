@@ -102,8 +102,7 @@ def ray_python() -> str:
 
 def driver(tmp_path: Path, scene: Scene, **changes) -> subprocess.CompletedProcess[str]:
     """Runs the driver of a Ray job as Ray does, in a Ray that it starts on this machine."""
-    made = dataclasses.replace(scene.record(retries=1), hours=1.0)
-    words = submission(dataclasses.replace(made, grace=5), "http://127.0.0.1:8265")
+    words = submission(dataclasses.replace(scene.record(), hours=1.0), "http://127.0.0.1:8265")
     argv = words[words.index("--") + 1 :]
     job = {**json.loads(argv[-1]), **changes}
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
