@@ -89,6 +89,7 @@ class Attendant:
         self.spec, self.code = spec, code
         self.number, self.count = int(os.environ["LAUNCH_WORKER"]), int(os.environ["LAUNCH_WORKERS"])
         self.place = Place(os.environ["LAUNCH_FOLDER"], os.environ["LAUNCH_ATTEMPT"], self.number)
+        self.began = time.time()
         self.process, self.told, self.phase, self.over = None, 0.0, "setup", threading.Event()
         self.host = os.environ.get("LAUNCH_HOST_NAME") or socket.gethostname()
         if self.place.url:
@@ -287,6 +288,8 @@ class Attendant:
             env["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
         if self.spec["devices"] is not None:
             env["JAX_PLATFORMS"] = "cpu"
+        attempt = {"attempt": int(os.environ["LAUNCH_ATTEMPT"]), "began": self.began}
+        env["JAXOPS_ATTEMPT"] = json.dumps({**self.spec.get("facts", {}), **attempt})
         env["JAXOPS_COORDINATOR"] = meet[what] if meet else ""
         env["JAXOPS_NUM_PROCESSES"], env["JAXOPS_PROCESS_ID"] = (
             (str(self.count), str(self.number)) if meet else ("", "")

@@ -16,6 +16,7 @@ from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.store_paths import path as store_path
 from jaxops.launch.accelerators import find_accelerator
 from jaxops.launch.code import Code
+from jaxops.launch.facts import VARIABLE, launch_facts
 from jaxops.launch.hosts import Host, Unreachable, each
 from jaxops.launch.preflight import CLOCK_SECONDS
 from jaxops.launch.record import Spec
@@ -248,6 +249,8 @@ def environment(session: Session, worker: int) -> dict[str, str]:
     count = len(session.hosts)
     # One worker alone is part of no job, even where the launcher is.
     place = (session.record.coordinator, str(count), str(worker)) if count > 1 else ("", "", "")
+    attempt = {"attempt": session.record.attempt, "began": time.time()}
+    env[VARIABLE] = json.dumps(launch_facts(session.record) | attempt)
     return env | dict(zip(("JAXOPS_COORDINATOR", "JAXOPS_NUM_PROCESSES", "JAXOPS_PROCESS_ID"), place, strict=True))
 
 

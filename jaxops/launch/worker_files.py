@@ -18,6 +18,7 @@ from jaxops.core.store_paths import path as store_path
 from jaxops.launch.accelerators import find_accelerator
 from jaxops.launch.backends.protocol import Job, Scheduler
 from jaxops.launch.code import Code
+from jaxops.launch.facts import launch_facts
 from jaxops.launch.record import LaunchRecord
 from jaxops.launch.scripts import script
 from jaxops.launch.stages import CHECK_SECONDS
@@ -37,6 +38,7 @@ def worker_json(record: LaunchRecord, code: Code, backend: Scheduler) -> dict[st
     asked["kind"] = accelerator.chip.kind if accelerator.chip else "cpu"
     return {
         "argv": spec.argv,
+        "facts": launch_facts(record),
         "inside": code.inside,
         "python": spec.python,
         "lock": spec.lock,
