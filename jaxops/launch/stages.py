@@ -171,9 +171,9 @@ def check_hosts(session: Session, code: Code) -> None:
       UserError: a check fails, or two hosts disagree.
     """
     spec = session.record.spec
-    words = [word for word in spec.argv[1:] if not word.startswith("--")]
-    asked: dict[str, Any] = {"config": words[0], "overrides": [word for word in words[1:] if "=" in word]}
+    asked = _config(spec)
     asked |= {"run_dir": spec.run_dir, "lock": spec.lock, "files": code.files}
+    asked["chips"] = find_accelerator(spec.type).chip is not None
     found = _checked(session, ["hosts"], lambda worker: asked, CHECK_SECONDS)
     if session.dry:
         return
@@ -190,6 +190,12 @@ def check_hosts(session: Session, code: Code) -> None:
         )
 
 
+def _config(spec: Spec) -> dict[str, Any]:
+    """Returns the config of a launch and its overrides, as the preflight reads them."""
+    words = [word for word in spec.argv[1:] if not word.startswith("--")]
+    return {"config": words[0], "overrides": [word for word in words[1:] if "=" in word]}
+
+
 def check_devices(session: Session) -> None:
     """Has all workers meet, count their devices and sum over each mesh axis.
 
@@ -198,8 +204,9 @@ def check_devices(session: Session) -> None:
     """
     spec = session.record.spec
     accelerator = find_accelerator(spec.type)
-    asked = {"mesh": spec.mesh, "devices": accelerator.devices, "cpu_devices": spec.devices}
+    asked: dict[str, Any] = {"mesh": spec.mesh, "devices": accelerator.devices, "cpu_devices": spec.devices}
     asked["kind"] = accelerator.chip.kind if accelerator.chip else "cpu"
+    asked |= {**_config(spec), "run_dir": spec.run_dir, "grace": session.record.grace}
     session.note(coordinator=_meeting_point(session))
     _checked(session, ["devices"], lambda worker: {**asked, "env": environment(session, worker)}, CHECK_SECONDS)
 

@@ -36,6 +36,7 @@ def worker_json(record: LaunchRecord, code: Code, backend: Scheduler) -> dict[st
     asked |= {"run_dir": spec.run_dir, "lock": spec.lock, "files": code.files, "limit": CHECK_SECONDS}
     asked |= {"mesh": spec.mesh, "devices": accelerator.devices, "cpu_devices": spec.devices}
     asked["kind"] = accelerator.chip.kind if accelerator.chip else "cpu"
+    asked |= {"grace": record.grace, "chips": accelerator.chip is not None}
     return {
         "argv": spec.argv,
         "facts": launch_facts(record),

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -106,11 +107,10 @@ def driver(tmp_path: Path, scene: Scene, **changes) -> subprocess.CompletedProce
     argv = words[words.index("--") + 1 :]
     job = {**json.loads(argv[-1]), **changes}
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(tmp_path / "r")}
-    return subprocess.run(
-        [ray_python(), *argv[1:-1], json.dumps(job)],
-        cwd=scene.code_folder, env=env, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    words = [ray_python(), *argv[1:-1], json.dumps(job)]
+    with tempfile.TemporaryDirectory() as short:  # the paths of Ray's sockets may have 107 characters
+        env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": short}
+        return subprocess.run(words, cwd=scene.code_folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_the_command_of_ray_carries_the_driver_and_no_secret(tmp_path):
@@ -127,6 +127,7 @@ def test_the_command_of_ray_carries_the_driver_and_no_secret(tmp_path):
 @pytest.mark.slow
 def test_rays_driver_runs_one_worker_each_tries_again_after_a_loss_and_not_after_a_mistake(tmp_path):
     scene = Scene(tmp_path).make()
+    scene.runs.mkdir()
     ray_python()
     done = driver(tmp_path, scene)
     assert done.returncode == 0, done.stderr[-3000:]
