@@ -307,7 +307,7 @@ class Attendant:
         asked = {**self.spec["asked"], "env": job, "secrets": secrets, "code": self.code, "asked": time.time()}
         argv = [python, "-m", "jaxops.launch.preflight", "together"]
         cwd = os.path.join(self.code, self.spec["inside"])
-        env = {**os.environ, "PYTHONPATH": job["PYTHONPATH"]}
+        env = {**_surroundings(), "PYTHONPATH": job["PYTHONPATH"]}
         try:
             out = self._call(argv, asked["limit"] + 60, "preflight", json.dumps(asked).encode(), cwd=cwd, env=env)
         except FileNotFoundError:
@@ -326,7 +326,7 @@ class Attendant:
         """Runs `jaxops train` and returns its exit status and why it was ended."""
         self.phase = "running"
         argv = [python, "-m", "jaxops", *self.spec["argv"]]
-        env = {**os.environ, **self._job(meet, "run"), **secrets}
+        env = {**_surroundings(), **self._job(meet, "run"), **secrets}
         cwd = os.path.join(self.code, self.spec["inside"])
         self.process = subprocess.Popen(
             argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, start_new_session=True
@@ -375,6 +375,11 @@ class Attendant:
             if silent > SILENT_SECONDS:
                 return f"worker {peer} has been silent for {silent:.0f} s"
         return ""
+
+
+def _surroundings():
+    """Returns the variables of this process without Slurm's: by those jax would see one device of each host alone."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PMI_", "PMIX_"))}
 
 
 def _own_address():

@@ -14,7 +14,7 @@
 # LAUNCH_ADDRESS       where the other workers reach this host (default: its own address)
 # LAUNCH_WORK          a folder of this host (default: /var/tmp/jaxops-launch-USER)
 #
-# On a Compute Engine VM, the same names in lower case with dashes are read from the instance's metadata. Exit statuses:
+# On a TPU VM of Compute Engine, LAUNCH_WORKER is read from the instance's metadata where it is not set. Exit statuses:
 # 0 done, 1 the run failed, 2 wrong input, 75 told to stop and saved, 76 another worker or a service was lost: try again.
 set -eu
 umask 077
@@ -109,16 +109,9 @@ except OSError:
 }
 
 command -v python3 >/dev/null || fail 2 "there is no python3 on this host"
-if [ -z "${LAUNCH_FOLDER:-}" ]; then
-    LAUNCH_FOLDER=$(metadata launch-folder)
-    LAUNCH_CODE=$(metadata launch-code)
-    LAUNCH_CODE_SHA256=$(metadata launch-code-sha256)
-    LAUNCH_HOST_SHA256=$(metadata launch-host-sha256)
-    LAUNCH_WORKERS=$(metadata launch-workers)
-    LAUNCH_ATTEMPT=$(metadata launch-attempt)
-    LAUNCH_DEADLINE=$(metadata launch-deadline)
-    LAUNCH_WORKER=$(metadata agent-worker-number) # the TPU's own number of this host in its slice
-    LAUNCH_WORKER=${LAUNCH_WORKER:-0}
+if [ -z "${LAUNCH_WORKER:-}" ]; then # a TPU VM of Compute Engine: its own number in its slice
+    LAUNCH_WORKER=$(metadata agent-worker-number)
+    if [ -z "$LAUNCH_WORKER" ] && [ "${LAUNCH_WORKERS:-}" = 1 ]; then LAUNCH_WORKER=0; fi
 fi
 for name in FOLDER CODE CODE_SHA256 HOST_SHA256 WORKER WORKERS ATTEMPT; do
     eval "value=\${LAUNCH_$name:-}"

@@ -86,6 +86,7 @@ class LaunchRecord:
       started: Unix time of the first attempt since the launch began.
       deadline: Unix time at which the hours are used up.
       hours: how long it may last, retries included.
+      submitted: Unix time at which the present attempt was submitted.
       handle: the name of the submission in the cluster; empty where there is none.
       grace: seconds between SIGTERM and SIGKILL.
       retries: the most attempts after the first.
@@ -106,6 +107,7 @@ class LaunchRecord:
     started: float = 0.0
     deadline: float = 0.0
     hours: float = 0.0
+    submitted: float = 0.0
     handle: str = ""
     grace: float = 120.0
     retries: int = 10

@@ -131,7 +131,7 @@ def submit(launch: ScheduledLaunch, code: Code, fresh: LaunchRecord, hours: floa
     launch.folder.forget_stop()
     launch.record = fresh
     record, tar = _begun(launch, code, hours, worker_files.next_attempt(launch.job))
-    launch.note(**{**vars(record), "state": "preparing", "status": None, "why": "", "started": time.time()})
+    launch.note(**{**vars(record), "state": "preparing", "status": None, "why": "", "deadline": 0.0})
     job = launch.job
     launch.say(f"code: {len(code.files)} files, {len(code.tar) / 2**20:.1f} MiB, SHA-256 {code.sha256[:16]}")
     worker_files.begin_anew(job)
@@ -141,6 +141,7 @@ def submit(launch: ScheduledLaunch, code: Code, fresh: LaunchRecord, hours: floa
 
 
 def _submit_attempt(launch: ScheduledLaunch) -> None:
+    launch.note(submitted=time.time(), deadline=worker_files.deadline(launch.job) or 0.0)
     handle = launch.backend.submit(launch.job, launch.say)
     launch.note(state="running", handle=handle)
     launch.say(f"attempt {launch.record.attempt}: submitted as {handle}")
@@ -193,8 +194,22 @@ class Follower:
                 enough = f" ({record.retries} retries: enough)" if verdict.retry and not late else ""
                 self._launch.say(f"attempt {record.attempt}: {verdict.why}{enough}")
                 self._launch.note(state="ended", status=verdict.status, why=verdict.why)
+                self._give_back()
                 return verdict.status
             self._again(verdict)
+
+    def _give_back(self) -> None:
+        """Removes machines that are paid for until somebody does."""
+        launch = self._launch
+        if not launch.record.spec.price or launch.backend.tries_again:
+            return
+        try:
+            launch.backend.remove(launch.job)
+            launch.say("the machines are removed")
+        except (RunFailed, UserError) as error:
+            launch.say(
+                f"the machines could not be removed, and cost money: jaxops job down {launch.folder.id}: {error}"
+            )
 
     def _again(self, verdict: AttemptVerdict) -> None:
         """Removes what a preemption has left, and submits the next attempt."""

@@ -26,14 +26,18 @@ own = json.load(open(own)) if os.path.exists(own) else {{}}
 mode = os.environ.get("FAKE") or own.get("mode", "")
 if "jaxops.launch.preflight" in sys.argv:
     asked = json.load(sys.stdin)
+    if mode == "hold":
+        time.sleep(600)
     facts = {{"jax": str(os.getpid()) if mode == "disagree" else "1"}}
     problems = ["disk: full"] if mode == "full" else []
     print(json.dumps({{"problems": problems, "facts": facts, "clock": time.time(), "asked": asked["asked"]}}))
     sys.exit()
 
 place = next(word for word in sys.argv if word.startswith("run.dir=")).partition("=")[2]
-rank = os.environ["JAXOPS_PROCESS_ID"]
+rank = os.environ["JAXOPS_PROCESS_ID"] or os.environ["LAUNCH_WORKER"]  # on chips jax finds the others itself
 path = lambda name: os.path.join(place, name + "-" + rank)
+if os.environ.get("TOKEN", "")[::-1] == "2retnuh2retnuh":
+    open(path("token"), "w").close()
 with open(path("starts"), "a") as file:
     file.write(os.getcwd() + "\\n")
 alone = open(path("lock"), "w")
@@ -75,6 +79,10 @@ class Scene:
     def fail(self, code: int) -> None:
         """Lets worker 0 end with this status, on hosts that have no variable of this process."""
         (self.home / "fake.json").write_text(json.dumps({"mode": str(code)}))
+
+    def hold(self) -> None:
+        """Lets workers begin only on the whole slice, as chips do: the preflight of one alone does not end."""
+        (self.home / "fake.json").write_text(json.dumps({"mode": "hold"}))
 
     def slow(self, pause: float) -> None:
         """Lets a step take so many seconds."""

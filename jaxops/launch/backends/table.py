@@ -8,6 +8,8 @@ from jaxops.launch.backends.protocol import Backend
 MODULES = {
     "local": "jaxops.launch.backends.local",
     "ssh": "jaxops.launch.backends.ssh",
+    "mig": "jaxops.launch.backends.mig",
+    "queued-resources": "jaxops.launch.backends.queued_resources",
     "slurm": "jaxops.launch.backends.slurm",
     "gke": "jaxops.launch.backends.gke",
     "sky": "jaxops.launch.backends.sky",
