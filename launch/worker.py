@@ -67,6 +67,7 @@ def _supervise(attempt, spec, tell):
         for old, new in ((null, 0), (log, 1), (log, 2)):
             os.dup2(old, new)
         os.set_inheritable(alive, True)  # the worker holds the lock too, should this process be killed
+        os.umask(USUAL)  # what a run writes is for whom its user always writes; ATTEMPT itself stays closed
         process = subprocess.Popen(
             spec["argv"],
             cwd=spec["cwd"],
@@ -186,6 +187,7 @@ def keep(path, digest):
         return {"kept": True}
     if not data:
         return {"kept": False}
+    os.umask(USUAL)  # the workers of other hosts may be other users
     os.makedirs(os.path.dirname(path), exist_ok=True)
     _write(path, data)
     return {"kept": True}
@@ -218,6 +220,7 @@ def shared(folder, action, token):
     """Writes, reads or deletes a tiny file, by which several hosts see whether a folder is the same for all."""
     path = os.path.join(folder, f".launch-{token}")
     if action == "write":
+        os.umask(USUAL)  # the workers of other hosts may be other users
         os.makedirs(folder, exist_ok=True)
         _write(path, token.encode())
     elif action == "delete":
@@ -282,7 +285,7 @@ def _write(path, data):
 VERBS = {verb.__name__: verb for verb in (start, poll, stop, keep, unpack, shared, port, remove)}
 
 if __name__ == "__main__":
-    os.umask(0o077)
+    USUAL = os.umask(0o077)  # what is kept here is for this user alone
     if len(sys.argv) < 2 or sys.argv[1] not in VERBS:
         sys.exit(__doc__)
     try:

@@ -50,6 +50,7 @@ def test_the_share_of_a_worker_is_that_of_the_state_it_would_save():
     assert share == pytest.approx(3 * found.groups["parameters"] * (8 if found.mesh["fsdp"] == 8 else 1), rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_family_that_must_read_its_data_for_it_is_not_asked(tmp_path, monkeypatch):
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
