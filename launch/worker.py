@@ -67,7 +67,7 @@ def _supervise(attempt, spec, tell):
         for old, new in ((null, 0), (log, 1), (log, 2)):
             os.dup2(old, new)
         os.set_inheritable(alive, True)  # the worker holds the lock too, should this process be killed
-        os.umask(USUAL)  # what a run writes is for whom its user always writes; ATTEMPT itself stays closed
+        os.umask(USUAL)  # what a run writes is for whom its user always writes
         process = subprocess.Popen(
             spec["argv"],
             cwd=spec["cwd"],
@@ -75,6 +75,7 @@ def _supervise(attempt, spec, tell):
             pass_fds=[alive],
             start_new_session=True,
         )
+        os.umask(0o077)
         _write(os.path.join(attempt, "pid"), str(process.pid).encode())
         os.write(tell, b"ok")
         os.close(tell)
