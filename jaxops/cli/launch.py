@@ -133,8 +133,8 @@ def _rendered(backend: "Rendered", record: "LaunchRecord") -> int:
 
 def _driven(args: argparse.Namespace, folder: "LaunchFolder", fresh: "LaunchRecord", code: "Code") -> int:
     """Launches on hosts that this process reaches."""
+    from jaxops.launch.engine import give_back, open_session, supervise
     from jaxops.launch.engine import launch as started
-    from jaxops.launch.engine import open_session, supervise
     from jaxops.launch.session import Session
 
     hours = float(args.max_hours)
@@ -149,7 +149,9 @@ def _driven(args: argparse.Namespace, folder: "LaunchFolder", fresh: "LaunchReco
             _say(f"`jaxops job down {folder.id}` ends and removes what is on {', '.join(fresh.spec.hosts)}")
             raise
         if not args.detach:
-            return supervise(session, code, _pause(session), adopted)
+            status = supervise(session, code, _pause(session), adopted)
+            give_back(session)
+            return status
     return _detach(folder)
 
 
@@ -318,14 +320,13 @@ def _down(session: "Session", args: argparse.Namespace) -> int:
 
 
 def _ssh(session: "Session", args: argparse.Namespace) -> int:
-    spec, worker = session.record.spec, args.worker or 0
-    if spec.backend != "ssh":
-        raise UserError(f"job ssh: the workers of {spec.name} are processes of this machine")
-    argv = ["ssh", "-t", "--", spec.hosts[worker]]
-    if session.record.roots:
-        argv.append(f'cd {shlex.quote(session.record.roots[worker])} && exec "$SHELL" -l')
+    worker = args.worker or 0
+    root = session.record.roots[worker] if session.record.roots else ""
+    argv = session.backend.shell(session.record, worker, f'cd {shlex.quote(root)} && exec "$SHELL" -l' if root else "")
+    if argv is None:
+        raise UserError(f"job ssh: the workers of {session.record.spec.name} are processes of this machine")
     sys.stdout.flush()
-    os.execvp("ssh", argv)
+    os.execvp(argv[0], argv)
 
 
 def _logs_kept(launch: "ScheduledLaunch", args: argparse.Namespace) -> int:

@@ -28,13 +28,14 @@ def open_session(folder: LaunchFolder, fresh: LaunchRecord, say: Callable[[str],
       UserError: a launch of this run is there which is another one: it is alive, or it lies on other hosts.
     """
     old, spec = folder.load(), fresh.spec
-    if old is None or not old.roots:  # nothing has been made
+    if old is None or not (old.roots or old.machines):  # nothing has been made
         return Session(folder, fresh, say)
     if old.spec == spec:
         return Session(folder, old, say)
     names = [name for name in vars(spec) if getattr(spec, name) != getattr(old.spec, name)]
     told = f"run {spec.name} in {spec.run_dir} was launched with another {', '.join(names)}"
-    if (old.spec.backend, old.spec.hosts) != (spec.backend, spec.hosts):
+    places = [(one.backend, one.hosts, one.options, one.price) for one in (old.spec, spec)]
+    if places[0] != places[1]:
         raise UserError(f"{told}; this removes what lies on {', '.join(old.spec.hosts)}: jaxops job down {folder.id}")
     states = [str(poll["state"]) for poll in Session(folder, old, say).polls()]
     if {"running", "unreachable"} & set(states):
@@ -44,7 +45,7 @@ def open_session(folder: LaunchFolder, fresh: LaunchRecord, say: Callable[[str],
 
 def _counted_on(old: LaunchRecord, fresh: LaunchRecord) -> LaunchRecord:
     """Returns the fresh record with the old one's attempts, since each has a folder of its own on the hosts."""
-    return dataclasses.replace(fresh, attempt=old.attempt, roots=old.roots)
+    return dataclasses.replace(fresh, attempt=old.attempt, roots=old.roots, machines=old.machines)
 
 
 def launch(
@@ -69,7 +70,11 @@ def launch(
     Raises:
       UserError, RunFailed: something is not as it must be; the message names the host.
     """
-    if not session.dry and session.record.state == "running" and _adopt(session, code):
+    running = not session.dry and session.record.state == "running"
+    if session.backend.prices:
+        session.note(machines=True, hours=hours)
+    made = session.backend.create(session.record, session.say, session.dry)
+    if running and not made and _adopt(session, code):
         return True
     session.record = _counted_on(session.record, fresh)
     if not session.dry:
@@ -151,6 +156,7 @@ def supervise(session: Session, code: Code, pause: float = 1.0, adopted: bool = 
         try:
             session.note(retried=record.retried + 1)
             time.sleep(wait)
+            session.backend.create(session.record, session.say, session.dry)
             restore_hosts(session, code)
             end_before(session)
             start_attempt(session)
@@ -162,6 +168,18 @@ def supervise(session: Session, code: Code, pause: float = 1.0, adopted: bool = 
             session.say(f"stopped between two attempts{f' by {error}' if str(error) else ''}")
             session.note(state="ended", status=EXIT_INTERRUPTED, why="stopped between two attempts")
             return EXIT_INTERRUPTED
+
+
+def give_back(session: Session) -> None:
+    """Removes machines that are paid for until somebody does; says so where it cannot."""
+    if not session.record.machines:
+        return
+    try:
+        session.backend.remove(session.record, session.say)
+        session.note(machines=False, roots=(), state="ended")
+        session.say("the machines are removed")
+    except (RunFailed, UserError) as error:
+        session.say(f"the machines could not be removed, and cost money: jaxops job down {session.folder.id}: {error}")
 
 
 def stop_and_wait(session: Session, pause: float = 1.0) -> int:
@@ -176,6 +194,8 @@ def stop_and_wait(session: Session, pause: float = 1.0) -> int:
     session.say("stopping: the workers save")
     while True:
         states = [str(poll["state"]) for poll in session.polls()]
+        if "unreachable" in states and not session.backend.standing(session.record):
+            states = ["absent"]
         if "unreachable" in states:
             raise RunFailed(f"a host does not answer ({', '.join(states)}), so its worker may go on; try again")
         if "running" not in states and not session.folder.supervised():
@@ -201,10 +221,17 @@ def remove(session: Session) -> list[str]:
     Raises:
       RunFailed: a worker lives, or a host does not answer.
     """
-    for worker in range(len(session.record.roots)):  # one after another: hosts that share a home share the folder
-        session.remove_folder(worker)
+    if session.record.machines:
+        session.backend.remove(session.record, session.say)
+    else:
+        for worker in range(len(session.record.roots)):  # one after another: hosts may share a home, and the folder
+            session.remove_folder(worker)
     session.folder.remove()
     spec = session.record.spec
     left = [f"the run itself: {spec.run_dir}/{spec.name}", f"its code: {spec.run_dir}/code/{session.record.code}.tar"]
-    made = [] if spec.python or not session.record.python else sorted(set(session.record.python))
+    made = (
+        []
+        if spec.python or not session.record.python or session.record.machines
+        else sorted(set(session.record.python))
+    )
     return left + [f"environments, for the next launch: {os.path.dirname(os.path.dirname(p))}" for p in made]

@@ -85,6 +85,7 @@ class LaunchRecord:
       coordinator: where the workers of this attempt meet, as `host:port`.
       started: Unix time of the first attempt since the launch began.
       deadline: Unix time at which the hours are used up.
+      machines: whether machines were asked for, which are there until they are removed.
       hours: how long it may last, retries included.
       submitted: Unix time at which the present attempt was submitted.
       handle: the name of the submission in the cluster; empty where there is none.
@@ -106,6 +107,7 @@ class LaunchRecord:
     coordinator: str = ""
     started: float = 0.0
     deadline: float = 0.0
+    machines: bool = False
     hours: float = 0.0
     submitted: float = 0.0
     handle: str = ""

@@ -4,6 +4,7 @@ import signal
 import time
 from typing import Any
 
+from jaxops.core.failures import RunFailed
 from jaxops.core.secret_text import printable, without_secrets
 from jaxops.launch.hosts import each
 from jaxops.launch.session import Session
@@ -62,6 +63,7 @@ class AttemptWatch:
         session = self._session
         polls = each(lambda worker, _: session.poll(worker, self._offsets[worker]), session.hosts)
         answering = any(poll["state"] != "unreachable" for poll in polls)
+        standing = answering or self._standing()
         for worker, poll in enumerate(polls):
             self._print(worker, poll)
             name = f"worker {worker} ({session.hosts[worker].name})"
@@ -70,7 +72,7 @@ class AttemptWatch:
                 since = self._silent[worker] if answering else None
                 self._silent[worker] = since or time.monotonic()
                 silent = time.monotonic() - (self._silent[worker] or 0.0)
-                if answering and silent > UNREACHABLE_SECONDS:
+                if not standing or (answering and silent > UNREACHABLE_SECONDS):
                     self._ends[worker] = End(name, None, "unreachable")
                 continue
             self._silent[worker] = None
@@ -79,6 +81,13 @@ class AttemptWatch:
                 known = poll["state"] == "ended"
                 self._ends[worker] = End(name, poll["code"] if known else None, poll["why"] or poll["state"], asked)
         return all(end is not None for end in self._ends) and not any(poll["text"] for poll in polls)
+
+    def _standing(self) -> bool:
+        """Returns whether the machines are there, as far as anybody answers."""
+        try:
+            return self._session.backend.standing(self._session.record)
+        except RunFailed:
+            return True
 
     def _print(self, worker: int, poll: Any) -> None:
         for line in printable(without_secrets(poll["text"])).splitlines():

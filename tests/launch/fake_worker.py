@@ -21,6 +21,8 @@ STEPS = 20
 PYTHON = """#!{python} -S
 import fcntl, json, os, signal, sys, time
 
+if sys.argv[1:2] == ["-S"]:  # a host script, which any Python can run
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 own = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "fake.json")
 own = json.load(open(own)) if os.path.exists(own) else {{}}
 mode = os.environ.get("FAKE") or own.get("mode", "")

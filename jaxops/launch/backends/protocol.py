@@ -57,16 +57,24 @@ class Driven(Backend):
     def host(self, name: str, spec: Spec) -> Host:
         """Returns the way to a host."""
 
-    def create(self, record: LaunchRecord, say: Callable[[str], None], dry: bool) -> None:
-        """Makes the machines, or adopts those that are there; returns when they can be reached.
+    def create(self, record: LaunchRecord, say: Callable[[str], None], dry: bool) -> bool:
+        """Makes the machines, or adopts those that are there; returns whether it made any, once they can be reached.
 
         Raises:
           UserError, RunFailed: they cannot be had within the wait limit; what was made in part is removed again.
         """
+        return False
 
-    def remove(self, record: LaunchRecord, say: Callable[[str], None]) -> list[str]:
-        """Removes the machines that `create` has made; returns what is left, in words."""
-        return []
+    def standing(self, record: LaunchRecord) -> bool:
+        """Returns whether the machines are there; where they are not, no worker is alive."""
+        return True
+
+    def remove(self, record: LaunchRecord, say: Callable[[str], None]) -> None:
+        """Removes the machines that `create` has made."""
+
+    def shell(self, record: LaunchRecord, worker: int, command: str) -> list[str] | None:
+        """Returns the command that opens a shell on the host of a worker; None where there is no way."""
+        return None
 
 
 class Rendered(Backend):

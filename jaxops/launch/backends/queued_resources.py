@@ -102,20 +102,20 @@ class QueuedResources(Driven):
         where = tuple(_where(spec))
         return TpuVmHost(name, label(spec.id), int(name.rpartition("-")[2]), where, spec.options.get("iap") == "yes")
 
-    def create(self, record: LaunchRecord, say: Callable[[str], None], dry: bool) -> None:
+    def create(self, record: LaunchRecord, say: Callable[[str], None], dry: bool) -> bool:
         """Asks for the resource, and waits until it is ACTIVE; one that is preempted or failed is deleted first."""
         spec = record.spec
         if dry:
             print(shlex.join(_create(record)))
-            return
+            return True
         limit = 60 * float(spec.options.get("wait") or _WAIT[spec.price])
-        until, told = time.monotonic() + limit, ""
+        until, told, made = time.monotonic() + limit, "", False
         while (state := _state(spec)) != "ACTIVE":
             if state in _DEAD:
                 say(f"{label(spec.id)} is {state}: it is deleted, and asked for again")
                 _delete(spec)
             if state in _DEAD or not state:
-                gcloud.make(_create(record))
+                made |= gcloud.make(_create(record))
                 continue
             if time.monotonic() > until:
                 _delete(spec)
@@ -127,13 +127,22 @@ class QueuedResources(Driven):
                 say(f"{label(spec.id)}: {state}")
                 told = state
             time.sleep(POLL_SECONDS)
+        return made
 
-    def remove(self, record: LaunchRecord, say: Callable[[str], None]) -> list[str]:
+    def standing(self, record: LaunchRecord) -> bool:
+        """Returns whether the resource is ACTIVE."""
+        return _state(record.spec) == "ACTIVE"
+
+    def remove(self, record: LaunchRecord, say: Callable[[str], None]) -> None:
         """Deletes the resource with its node."""
         if _state(record.spec):
             say(f"deleting {label(record.spec.id)}")
             _delete(record.spec)
-        return []
+
+    def shell(self, record: LaunchRecord, worker: int, command: str) -> list[str]:
+        """Returns gcloud's ssh to the host."""
+        call = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", label(record.spec.id), *_where(record.spec)]
+        return [*call, f"--worker={worker}"]
 
 
 def _where(spec: Spec) -> list[str]:

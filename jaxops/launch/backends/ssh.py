@@ -5,7 +5,7 @@ from jaxops.launch.accelerators import Accelerator
 from jaxops.launch.arguments import Request
 from jaxops.launch.backends.protocol import Driven
 from jaxops.launch.hosts import Host, SshHost, parse_hosts
-from jaxops.launch.record import Spec
+from jaxops.launch.record import LaunchRecord, Spec
 
 
 class Ssh(Driven):
@@ -32,6 +32,10 @@ class Ssh(Driven):
     def host(self, name: str, spec: Spec) -> Host:
         """Returns the way of `ssh NAME`."""
         return SshHost(name)
+
+    def shell(self, record: LaunchRecord, worker: int, command: str) -> list[str]:
+        """Returns the user's own ssh to the host."""
+        return ["ssh", "-t", "--", record.spec.hosts[worker], *filter(None, [command])]
 
 
 BACKEND = Ssh()
