@@ -106,6 +106,7 @@ class Attendant:
         begun = threading.Thread(target=self._beat, daemon=True)
         begun.start()
         try:
+            self._forget_life_before()
             self.deadline = self._deadline()
             if time.time() >= self.deadline - self.spec["early"]:
                 raise Ended(EXIT_SAVED, "max-hours")
@@ -131,6 +132,22 @@ class Attendant:
                 break
             time.sleep(pause)
         return self._told_cluster(code, why)
+
+    def _forget_life_before(self):
+        """Takes back what this worker has left in an attempt that was suspended, as Kueue does it, and goes on now.
+
+        In this order: the others take no meeting point while worker 0 counts as ended.
+        """
+        if not os.environ.get("LAUNCH_STATUS_DECIDES"):
+            return
+        names = [self.place.attempt + "/meet"] * (self.number == 0) + [self.place.mine + ".json"]
+        for name in names:
+            if self.place.read(name):
+                self.place.write(name, b"null")
+
+    def _ended_before(self, end):
+        """Returns whether this is the end of an earlier life of a worker, before this one began."""
+        return end is not None and end["time"] < self.began
 
     def _told_cluster(self, code, why):
         """Returns the status that this process ends with.
@@ -272,7 +289,7 @@ class Attendant:
         until = time.time() + MEET_SECONDS
         while time.time() < until and not self.told:
             meet = self.place.json(name)
-            if meet is not None:
+            if meet is not None and not self._ended_before(self.place.json(f"{self.place.attempt}/worker-0.json")):
                 return meet
             bad = self._bad_peer()
             if bad:
@@ -364,15 +381,16 @@ class Attendant:
                 continue
             name = f"{self.place.attempt}/worker-{peer}"
             end = self.place.json(name + ".json")
-            if end is not None:
+            if end is not None and not self._ended_before(end):
                 if end["code"]:
                     return "worker {} ended with {}".format(peer, end["code"])
                 continue
             try:
-                silent = time.time() - os.stat(name + ".beat").st_mtime
+                last = os.stat(name + ".beat").st_mtime
             except OSError:
                 continue
-            if silent > SILENT_SECONDS:
+            silent = time.time() - last
+            if last > self.began and silent > SILENT_SECONDS:
                 return f"worker {peer} has been silent for {silent:.0f} s"
         return ""
 

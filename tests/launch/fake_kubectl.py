@@ -79,9 +79,12 @@ class Cluster:
                 for pod in alive:
                     end(pod, one)
                 continue
-            if one["spec"].get("suspend"):
+            if one["spec"].get("suspend"):  # J7: its pods are deleted, and made anew when it goes on
                 for pod in alive:
                     end(pod, one)
+                if not alive:
+                    now = one["status"]["restarts"]
+                    one["pods"] = [pod for pod in one["pods"] if pod["restart"] != now]
                 continue
             self.run_jobs(name, one)
 
@@ -299,17 +302,22 @@ def refuse(text):
 
 
 def control(words):
-    """What a test does to the cluster: preempt WORKER | kill WORKER | admit | refuse TEXT."""
+    """What a test does to the cluster: preempt, kill or delete WORKER | suspend | admit | refuse TEXT."""
     with Cluster() as cluster:
         for one in cluster.jobsets.values():
             running = [pod for pod in one["pods"] if pod["phase"] == "Running"]
             if words[0] == "admit":
                 one["spec"]["suspend"] = False
                 one["status"]["conditions"] = []
+            if words[0] == "suspend":
+                one["spec"]["suspend"] = True
+                condition(one, "Suspended", "SuspendedJobs", "jobset is suspended")
             for pod in running:
                 if words[0] == "preempt" and str(pod["worker"]) == words[1]:  # R6, G7
                     pod["disrupted"] = True
                     end(pod, one, SPOT_SECONDS)
+                if words[0] == "delete" and str(pod["worker"]) == words[1]:  # O10, as `kubectl delete pod` does it
+                    end(pod, one)
                 if words[0] == "kill" and str(pod["worker"]) == words[1]:
                     kill_all(pod)
                     pod["phase"], pod["code"] = "Failed", 137

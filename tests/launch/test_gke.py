@@ -93,7 +93,7 @@ def test_it_runs_to_its_end_and_down_leaves_nothing(scene, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["preempt", "kill"])
+@pytest.mark.parametrize("how", ["preempt", "kill", "delete"])
 def test_after_a_preemption_the_jobset_restarts_and_the_run_goes_on(scene, capsys, how):
     scene.slow(0.1)
     thread = soon(lambda: scene.control(how, "1"), lambda: scene.steps(1) >= 4)
@@ -149,6 +149,26 @@ def test_what_waits_in_kueues_queue_is_shown_and_starts_when_there_is_quota(scen
     assert scene.starts() == 0
     scene.control("admit")
     assert scene.submit(options={"queue": "research"}) == 0 and scene.cluster()["created"] == 1
+
+
+@pytest.mark.slow
+def test_what_kueue_suspends_goes_on_in_the_same_attempt_and_uses_no_retry(scene):
+    """JobSet's issue 1117: a preemption by Kueue is a suspension; what the first life left misleads nobody."""
+    scene.slow(0.15)
+
+    def suspend() -> None:
+        scene.control("suspend")
+        while scene.alive():
+            time.sleep(0.1)
+            scene.control("look")
+        scene.control("admit")
+
+    thread = soon(suspend, lambda: min(map(scene.steps, (0, 1))) >= 4)
+    assert scene.submit() == 0
+    thread.join()
+    record = scene.folder.load()
+    assert (record.attempt, record.retried, scene.starts(0), scene.starts(1)) == (1, 0, 2, 2)
+    assert scene.steps(0) == scene.steps(1) == STEPS
 
 
 @pytest.mark.slow
