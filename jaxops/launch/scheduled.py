@@ -106,6 +106,8 @@ def show(launch: ScheduledLaunch, code: Code, hours: float) -> None:
         print(f"# write {job.folder}/{name}:\n{text.rstrip()}")
     for argv in launch.backend.commands(job):
         print(shlex.join(argv))
+    for note in launch.backend.notes(job):
+        print(f"# {note}")
 
 
 def _begun(launch: ScheduledLaunch, code: Code, hours: float, attempt: int) -> tuple[LaunchRecord, bytes]:
@@ -141,6 +143,8 @@ def submit(launch: ScheduledLaunch, code: Code, fresh: LaunchRecord, hours: floa
 
 
 def _submit_attempt(launch: ScheduledLaunch) -> None:
+    for note in launch.backend.notes(launch.job):
+        launch.say(note)
     launch.note(submitted=time.time(), deadline=worker_files.deadline(launch.job) or 0.0)
     handle = launch.backend.submit(launch.job, launch.say)
     launch.note(state="running", handle=handle)

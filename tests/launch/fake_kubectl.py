@@ -196,7 +196,8 @@ def begin(one, job, slice, completion, restarts, spec):
         elif "fieldRef" in source:
             env[given["name"]] = labels[re.fullmatch(r"metadata\.labels\['(.*)'\]", source["fieldRef"]["fieldPath"])[1]]
         else:
-            env[given["name"]] = "value of {name}/{key}".format(**source["secretKeyRef"])
+            with open(os.path.join(HERE, "secrets.json")) as file:
+                env[given["name"]] = json.load(file)["{name}/{key}".format(**source["secretKeyRef"])]
     first = "{}-0-0.{}".format(job.rpartition("-")[0], one["spec"]["network"]["subdomain"])  # O1
     assert env["LAUNCH_ADDRESS"] == first, env["LAUNCH_ADDRESS"]
     env["LAUNCH_ADDRESS"] = "127.0.0.1"  # what the cluster's names lead to

@@ -1,6 +1,7 @@
 """Launches as JobSets, against a stand-in for the cluster that is made from tests/launch/kubernetes.md."""
 
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -26,17 +27,21 @@ KUBECTL = Path(__file__).with_name("fake_kubectl.py")
 ROOT = Path(__file__).parents[2]
 
 
+def install_kubectl(folder: Path, secrets: dict[str, str]) -> None:
+    """Puts the stand-in for kubectl into a folder, with a cluster of its own and its secrets."""
+    folder.mkdir()
+    (folder / "kubectl").write_text(f'#!/bin/sh\nexec {sys.executable} {folder}/kubectl.py "$@"\n')
+    (folder / "kubectl").chmod(0o755)
+    (folder / "kubectl.py").write_text(KUBECTL.read_text())
+    (folder / "secrets.json").write_text(json.dumps(secrets))
+
+
 class GkeScene(Scene):
     """A launch on gke of the stand-in for the training; the folder of runs is a claim that all pods share."""
 
     def make(self):
         super().make()
-        (self.home / "bin").mkdir()
-        program = self.home / "bin" / "kubectl"
-        # Beside the cluster's own files, and with the packages of this Python.
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} {self.home}/bin/kubectl.py "$@"\n')
-        program.chmod(0o755)
-        (self.home / "bin" / "kubectl.py").write_text(KUBECTL.read_text())
+        install_kubectl(self.home / "bin", {})
         os.environ["PATH"] = f"{self.home}/bin:{os.environ['PATH']}"
         return self
 

@@ -98,11 +98,6 @@ class Gke(Scheduler):
     def submit(self, job: Job, say: Callable[[str], None]) -> str:
         """Makes the JobSet of this attempt, once: a second one of its name is refused by the cluster."""
         plan = plan_of(job)
-        if plan.price == "spot" and plan.grace > SPOT_GRACE:
-            say(
-                f"GKE gives the pods of a spot node {SPOT_GRACE} s to save, and more only where the node pool is"
-                f" configured for it (120 at most); --grace {plan.grace:g} holds for all other ends"
-            )
         there = _jobset(job)
         if there is not None:
             alive = not _conditions(there).keys() & {"Completed", "Failed"}
@@ -112,10 +107,21 @@ class Gke(Scheduler):
         done = _run(job.spec, ["create", "-f", "-"], stdin=to_yaml(jobset(plan)).encode())
         if done.code and "AlreadyExists" not in done.err:
             raise _refused(done, f"JobSet {plan.name}")
-        for tool, line in (("gcluster", gcluster_line), ("xpk", xpk_line)):
-            if plan.accelerator.chip is not None:
-                say(f"the same machines with {tool}: {line(plan, ['jaxops', *job.spec.argv])}")
         return plan.name
+
+    def notes(self, job: Job) -> list[str]:
+        """Returns the time that spot nodes give, and the lines of Google's own tools for the same machines."""
+        plan, argv = plan_of(job), ["jaxops", *job.spec.argv]
+        found = []
+        if plan.price == "spot" and plan.grace > SPOT_GRACE:
+            found.append(
+                f"GKE gives the pods of a spot node {SPOT_GRACE} s to save, and more only where the node pool is"
+                f" configured for it (120 at most); --grace {plan.grace:g} holds for all other ends"
+            )
+        if plan.accelerator.chip is not None:
+            found.append(f"the same machines by the Cluster Toolkit: {gcluster_line(plan, argv)}")
+            found.append(f"the same machines by xpk: {xpk_line(plan, argv)}")
+        return found
 
     def look(self, job: Job) -> Sight:
         """Returns how the JobSet is, from its conditions and those of its pods."""

@@ -211,6 +211,10 @@ class Scheduler(Backend):
     def remove(self, job: Job) -> list[str]:
         """Ends the job at once and removes all that was made for it; returns what is left, in words."""
 
+    def notes(self, job: Job) -> list[str]:
+        """Returns what one should know of a submission, for --dry-run and before it is submitted."""
+        return []
+
     def console(self, job: Job, worker: int) -> str:
         """Returns what the cluster itself has kept of a worker's output, for one that wrote no log."""
         return ""
