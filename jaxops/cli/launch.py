@@ -263,7 +263,7 @@ def _status(session: "Launch", args: argparse.Namespace) -> int:
         for n, (name, poll) in enumerate(zip(record.spec.hosts, polls, strict=True))
     ]
     watched = session.folder.supervised()
-    left = max(record.deadline - time.time(), 0.0) / 3600 if record.deadline else None
+    left = max(session.deadline - time.time(), 0.0) / 3600 if session.deadline else None
     if args.json:
         return print_json(
             {"id": session.folder.id, "watched": watched, "hours_left": left, "workers": workers, **vars(record)}

@@ -46,6 +46,11 @@ class ScheduledLaunch:
         """What the cluster runs."""
         return Job(record=self.record)
 
+    @property
+    def deadline(self) -> float:
+        """The Unix time at which the hours are used up; 0 before the first attempt."""
+        return worker_files.deadline(self.job) or 0.0
+
     def note(self, **changes: Any) -> None:
         """Changes the record, durably; call it before the change is made in the cluster."""
         self.record = self.folder.save(dataclasses.replace(self.record, **changes))
@@ -128,8 +133,15 @@ def submit(launch: ScheduledLaunch, code: Code, fresh: LaunchRecord, hours: floa
     Raises:
       UserError, RunFailed: the folder of runs or the cluster refuses.
     """
-    if launch.record.attempt and _adopt(launch, code):
-        return True
+    if launch.record.attempt:
+        if _adopt(launch, code):
+            return True
+        launch.backend.remove(launch.job)  # what an earlier launcher has left half made
+    elif (state := launch.backend.look(launch.job).state) in ("waiting", "running"):
+        raise UserError(
+            f"a job of run {fresh.spec.name} in {fresh.spec.run_dir} is {state} in the cluster, and this machine knows"
+            f" nothing of it: stop it where it was launched (jaxops job stop {launch.folder.id}), or rename the run"
+        )
     launch.folder.forget_stop()
     launch.record = fresh
     record, tar = _begun(launch, code, hours, worker_files.next_attempt(launch.job))
@@ -152,18 +164,21 @@ def _submit_attempt(launch: ScheduledLaunch) -> None:
 
 
 def _adopt(launch: ScheduledLaunch, code: Code) -> bool:
-    """Goes on with a job that waits or runs; returns whether there is one."""
-    sight = launch.backend.look(launch.job)
-    if sight.state not in ("waiting", "running"):
-        return False
+    """Goes on with a job that waits or runs, or whose end no launcher has seen; returns whether there is one."""
+    record, sight = launch.record, launch.backend.look(launch.job)
+    alive = sight.state in ("waiting", "running")
     if launch.stop_wanted():
-        raise UserError(
-            f"run {launch.record.spec.name} was told to stop, and its workers are ending; try again in a moment"
-        )
+        if alive:
+            raise UserError(
+                f"run {record.spec.name} was told to stop, and is still {sight.state}; try again in a moment"
+            )
+        return False
+    if not alive and (record.state != "running" or code.sha256 != record.code):
+        return False
     launch.say(f"found attempt {sight.attempt} of this run ({sight.state}): going on with it")
-    if code.sha256 != launch.record.code:
+    if code.sha256 != record.code:
         launch.say("the code has changed since; the workers keep that of before. For the new: stop, then launch again")
-    if launch.record.state != "running":
+    if record.state != "running":
         _submit_attempt(launch)  # which adopts, and makes what is missing where the launcher was killed between two
     return True
 

@@ -39,6 +39,11 @@ class Session:
         self.backend = backend
         self.hosts: list[Host] = [backend.host(name, spec) for name in spec.hosts]
 
+    @property
+    def deadline(self) -> float:
+        """The Unix time at which the hours are used up; 0 before the first attempt."""
+        return self.record.deadline
+
     def note(self, **changes: Any) -> None:
         """Changes the record, durably; call it before the change is made on a host."""
         self.record = dataclasses.replace(self.record, **changes)

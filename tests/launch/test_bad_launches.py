@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -27,6 +28,9 @@ def folder(tmp_path, monkeypatch):
 GOOD = ["--on", "cpu-4", "--max-hours", "1"]
 SSH = ["--on", "cpu-4", "--max-hours", "1", "--backend", "ssh", "--python", "/usr/bin/python3"]
 FAR = ["run.dir=/shared/runs", *SSH, "--hosts", "alpha,beta"]
+CLOUD = ["--on", "v5p-16", "--max-hours", "1"]
+MIG = ["run.dir=gs://b/r", *CLOUD, "--backend", "mig", "--python", "/usr/bin/python3"]
+MIG += ["--option", "project=my-project", "--option", "zone=us-east5-b"]
 BAD: dict[str, tuple[list[str], str]] = {
     "unknown type": (
         ["--on", "v5q-64", "--max-hours", "1"],
@@ -66,6 +70,42 @@ BAD: dict[str, tuple[list[str], str]] = {
     "the name of the code's folder": (["run.name=code", *GOOD], "run.name=code: `code` in run.dir is where launches"),
     "a dirty name": (["run.name=a;b", *GOOD], "run.name"),
     "a name of a folder above": (["run.name=../x", *GOOD], "run.name"),
+    "a price class where nothing is bought": ([*GOOD, "--spot"], "--spot: --backend local has no such price class"),
+    "two price classes": ([*MIG, "--spot", "--flex"], "--spot and --flex: expected one price class"),
+    "spot without anybody who tries again": ([*MIG, "--spot", "--detach"], "--detach --spot: with --backend mig the"),
+    "no zone": (
+        ["run.dir=gs://b/r", "--backend", "mig", *CLOUD[:4], "--option", "project=my-project"],
+        "--option zone=... is missing (the zone, such as us-east5-b)",
+    ),
+    "a zone that is a command": ([*MIG, "--option", "zone=$(id)"], "--option zone='$(id)': expected the zone"),
+    "an unknown option": ([*MIG, "--option", "zonee=x"], "has no such option; did you mean 'zone'?"),
+    "an option without a value": ([*MIG, "--option", "zone"], "--option zone: expected zone=VALUE"),
+    "a reservation that is a flag": ([*MIG, "--reservation=--x"], "expected the name of a reservation"),
+    "flex for ever": (
+        ["run.dir=gs://b/r", "--on", "v5p-16", "--max-hours", "200", *MIG[5:], "--flex"],
+        "to seven days",
+    ),
+    "several slices in one group": (["run.dir=gs://b/r", "--on", "2xv5p-16", *MIG[3:]], "several slices go with"),
+    "chips that no group has": (["run.dir=gs://b/r", "--on", "v5e-16", *MIG[3:]], "groups are made of v5p, v6e and"),
+    "an image that nobody knows": (["run.dir=gs://b/r", "--on", "tpu7x-16", *MIG[3:]], "--option image-family=..."),
+    "a group that writes to S3": (["run.dir=s3://b/r", *MIG[1:]], "VMs of Compute Engine need gs://BUCKET"),
+    "a secret in the environment of a VM": ([*MIG, "--secret", "HOME"], "say where workers find it: NAME=sm:SECRET"),
+    "a secret of a wrong source": ([*MIG, "--secret", "HOME=file:/x"], "say where workers find it: NAME=sm:SECRET"),
+    "a secret's name that is a command": ([*MIG, "--secret", "HOME=sm:$(id)"], "expected HOME=sm:SECRET"),
+    "chips that no queued resource has": (
+        ["run.dir=gs://b/r", "--on", "tpu7x-16", *MIG[3:5], "--backend", "queued-resources", *MIG[7:]],
+        "expected v4, v5e, v5p or v6e",
+    ),
+    "a store with Slurm": (
+        ["run.dir=gs://b/r", *GOOD, "--backend", "slurm"],
+        "a folder that this machine and all nodes",
+    ),
+    "a folder that sbatch misreads": (["run.dir=/a b", *GOOD, "--backend", "slurm"], "sbatch would misread it"),
+    "an option with a quote": (
+        ["run.dir=/s", *GOOD, "--backend", "slurm", "--option", "partition=a b"],
+        "--option partition='a b': expected sbatch --partition, one word",
+    ),
+    "hosts of Slurm": (["run.dir=/s", *GOOD, "--backend", "slurm", "--hosts", "a"], "Slurm chooses the nodes"),
     "a config that is wrong": (["optimizer.lrr=1", *GOOD], "did you mean 'lr'?"),
     "a store without a bucket": (["run.dir=s3://", *GOOD], "run.dir"),
 }
@@ -80,6 +120,45 @@ def test_a_mistake_gives_one_message_and_makes_nothing(name, folder, capsys):
     assert says in err and err.startswith("jaxops: ") and "Traceback" not in err
     assert "abc" not in err
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["run.dir=/s", *GOOD, "--backend", "slurm"], "there is no `squeue` on this machine: launch from a login node"),
+        (MIG, "there is no `gcloud` on this machine: install it"),
+        (
+            ["run.dir=/s", "--on", "v4-16", *MIG[3:5], "--backend", "queued-resources", *MIG[7:]],
+            "there is no `gcloud` on this machine: install it",
+        ),
+    ],
+)
+def test_without_the_tool_of_the_backend_it_says_so(folder, capsys, monkeypatch, tmp_path_factory, argv, says):
+    tools = tmp_path_factory.mktemp("tools")
+    os.symlink(str(shutil.which("git")), tools / "git")
+    monkeypatch.setenv("PATH", str(tools))
+    assert says in refused(["my.yaml", *argv, "--python", "/usr/bin/python3"], capsys)
+
+
+@pytest.mark.parametrize("backend", ["mig", "slurm"])
+def test_a_dry_run_of_a_scheduler_prints_its_files_and_commands_and_touches_nothing(
+    folder, capsys, monkeypatch, backend
+):
+    monkeypatch.setenv("PATH", f"{folder / 'none'}:{os.environ['PATH']}")
+    before = sorted(folder.rglob("*"))
+    argv = MIG if backend == "mig" else ["run.dir=/s", *GOOD, "--backend", "slurm", "--python", "/usr/bin/python3"]
+    spot = ["--spot"] if backend == "mig" else ["--workers", "2"]
+    assert main(["launch", "my.yaml", *argv, *spot, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert sorted(folder.rglob("*")) == before
+    if backend == "mig":
+        assert "v5p-16 = 8 chips on 2 hosts, spot, for at most 1 hours" in said.err
+        verbs = ["resource-policies create", "instance-templates create", "managed create", "managed resize"]
+        assert all(f" {verb} " in said.out for verb in verbs) and "--provisioning-model=SPOT" in said.out
+    else:
+        assert "#SBATCH --time=1:00:00" in said.out and "#SBATCH --signal=B:TERM@120" in said.out
+        assert "#SBATCH --export=NONE" in said.out and "\nsbatch --parsable " in said.out
+    assert "worker.json" in said.out and "start_worker.sh" in said.out
 
 
 def test_the_table_is_long_enough():

@@ -1,14 +1,20 @@
 """What a host looks at before it trains, with real jax where devices are concerned."""
 
+import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tiny_runs import furnish
 
 from jaxops.launch import preflight
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -77,3 +83,35 @@ def test_two_that_do_not_meet_say_so_in_time(asked):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ)
     assert done.returncode == 76 or "no answer within 2 s" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alike", [True, False])
+def test_workers_that_nobody_drives_compare_what_they_found_among_themselves(asked, tmp_path, alike):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"127.0.0.1:{free.getsockname()[1]}"
+    running = []
+    for rank in range(2):
+        code = tmp_path / f"code-{rank}"
+        shutil.copytree(tmp_path, code, ignore=shutil.ignore_patterns("code-*"))
+        if not alike:
+            (code / "my.yaml").write_text((code / "my.yaml").read_text() + f"# of worker {rank}\n")
+        env = {"JAXOPS_COORDINATOR": meet, "JAXOPS_NUM_PROCESSES": "2", "JAXOPS_PROCESS_ID": str(rank)}
+        more = {"code": str(code), "env": env, "mesh": {"data": 2}, "devices": 2, "cpu_devices": 1, "kind": "cpu"}
+        argv = [sys.executable, "-m", "jaxops.launch.preflight", "together"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        around = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        around.pop("XLA_FLAGS", None)
+        process = subprocess.Popen(argv, cwd=code, env=around, text=True, **pipes)
+        process.stdin.write(json.dumps({**asked, **more, "secrets": {}, "asked": time.time(), "limit": 120}))
+        process.stdin.close()
+        running.append(process)
+    answers = [json.loads(process.stdout.read().strip().splitlines()[-1]) for process in running]
+    for process in running:
+        process.wait(60)
+    if alike:
+        assert [answer["problems"] for answer in answers] == [[], []]
+    else:
+        for (problem,) in [answer["problems"] for answer in answers]:
+            assert "hosts disagree on the code: workers 1 have another than worker 0" in problem

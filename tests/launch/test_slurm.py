@@ -1,5 +1,6 @@
 """Launches in a real Slurm of two nodes on this machine: submitted once, tried again, stopped, out of time, removed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 from fake_worker import STEPS, Scene
 from slurm_cluster import slurm
 
+from jaxops.cli.main import main
+from jaxops.core.failures import UserError
 from jaxops.launch.scheduled import remove_scheduled, stop_scheduled
 
 pytestmark = pytest.mark.slow
@@ -143,6 +146,22 @@ def test_a_second_launcher_adopts_what_runs_and_one_submission_is_in_the_queue(s
     assert "of this run (" in capsys.readouterr().err
 
 
+def test_job_status_and_logs_say_how_it_is(scene, capsys):
+    scene.slow(0.2)
+    scene.submit(watch=False)
+    while not min(map(scene.steps, (0, 1))):
+        time.sleep(0.1)
+    assert main(["job", "status", "tiny", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert [one["state"] for one in status["workers"]] == ["running", "running"] and 0.9 < status["hours_left"] <= 1
+    assert main(["job", "status", "tiny"]) == 0
+    said = capsys.readouterr().out
+    assert "node1: running" in said and "(slurm)" in said and "nobody would try again" not in said
+    assert main(["job", "logs", "tiny", "--worker", "1", "--follow"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["[1] from step 0", "[1] done"]
+    assert main(["job", "down", "tiny"]) == 0 and scene.folder.load() is None
+
+
 def test_a_launcher_that_was_killed_before_it_noted_the_job_finds_it(scene):
     scene.submit(watch=False)
     launch = scene.scheduled()
@@ -150,9 +169,17 @@ def test_a_launcher_that_was_killed_before_it_noted_the_job_finds_it(scene):
     assert scene.submit() == 0 and scene.starts(0) == 1
 
 
-def test_sbatch_that_refuses_is_told_in_its_words(scene):
-    from jaxops.core.failures import UserError
+def test_a_job_that_another_machine_has_submitted_is_not_submitted_twice(scene, tmp_path, monkeypatch):
+    scene.submit(watch=False)
+    folder = scene.folder
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("JAXOPS_STATE", str(tmp_path / "elsewhere"))
+        with pytest.raises(UserError, match="in the cluster, and this machine knows nothing of it"):
+            scene.submit()
+    assert folder.load() is not None
 
+
+def test_sbatch_that_refuses_is_told_in_its_words(scene):
     with pytest.raises(UserError, match=r"sbatch refuses the job: .*invalid partition"):
         scene.submit(options={"partition": "nowhere"})
 
