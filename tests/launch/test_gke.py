@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from fake_worker import STEPS, Scene
 from jaxops.core.failures import Lost, UserError
 from jaxops.launch.accelerators import find_accelerator
 from jaxops.launch.arguments import Request
-from jaxops.launch.backends.gke import BACKEND, sight
+from jaxops.launch.backends.gke import BACKEND, plan_of, sight
 from jaxops.launch.backends.protocol import Job
+from jaxops.launch.record import LaunchRecord
+from jaxops.launch.request import check
 from jaxops.launch.scheduled import remove_scheduled, stop_scheduled
 
 KUBECTL = Path(__file__).with_name("fake_kubectl.py")
@@ -303,6 +306,27 @@ def test_a_good_request_has_no_problem_and_a_pod_for_each_host():
     request = Request(config="a", overrides=[], on="2xv6e-16", backend="gke")
     names = BACKEND.workers(request, find_accelerator("2xv6e-16"))
     assert names[0] == "worker-0-0" and names[-1] == "worker-1-3" and len(names) == 8
+
+
+@pytest.mark.parametrize("name", ["a" * 200, "Große Läufe!", "0day", "---", "run.v2_b", "x" * 27 + "-" * 9])
+def test_names_of_pods_are_dns_labels_whatever_the_run_is_called(tmp_path, name):
+    spec = dataclasses.replace(Scene(tmp_path).record().spec, name=name, options={"image": "i"}, type="2xv6e-256")
+    made = plan_of(Job(record=LaunchRecord(spec=spec, attempt=1, hours=1.0)))
+    pod = f"{made.name}-worker-9-9999-xxxxx"
+    assert len(pod) <= 63 and re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", made.name), made.name
+
+
+def test_what_tries_again_by_itself_may_be_left_alone_on_spot_machines():
+    given = {
+        "config": "a",
+        "overrides": ["run.dir=gs://b/runs"],
+        "on": "v6e-16",
+        "options": ["image=i"],
+        "max_hours": 1.0,
+    }
+    assert check(Request(**given, backend="gke", spot=True, detach=True)).hosts == 4
+    with pytest.raises(UserError, match="--detach --spot"):
+        check(Request(**{**given, "options": ["project=p", "zone=z"]}, backend="mig", spot=True, detach=True))
 
 
 def test_without_kubectl_it_says_what_to_install(scene, monkeypatch):

@@ -254,3 +254,10 @@ def test_kubectl_reads_the_yaml_where_it_is_installed(tmp_path):
         env = {**os.environ, "KUBECONFIG": str(tmp_path / "kubeconfig"), "HOME": str(tmp_path)}
         said = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=env).stderr
         assert ("error parsing" in said) == (name == "bad"), said
+
+
+def test_one_slice_asks_for_no_field_that_an_older_jobset_lacks():
+    """xpk's issue 443: a server with an older JobSet refuses a field that it does not know."""
+    spec, _, _ = parts(jobset(plan(price="spot", queue="q", mounts={"/runs": "claim"})))
+    assert spec.keys() == {"network", "failurePolicy", "replicatedJobs"}
+    assert spec["failurePolicy"].keys() == {"maxRestarts", "rules"}
