@@ -75,7 +75,10 @@ def hosts(backend: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         install_kubectl(home / "bin", {"seed/value": "3"})
         monkeypatch.setenv("PATH", f"{home}/bin:{os.environ['PATH']}")
         python = home / "python"
-        exports = " ".join(f"{name}={value}" for name, value in variables(home).items() if name != "PYTHONPATH")
+        # Each with a cache of its own: of two workers with one the first finds what it has compiled, and on a busy
+        # machine the other one's compiling outlasts the 30 s that gloo waits.
+        own = {name: value for name, value in variables(home).items() if name not in ("PYTHONPATH", "JAXOPS_CACHE")}
+        exports = " ".join(f"{name}={value}" for name, value in own.items()) + ' JAXOPS_CACHE="$(mktemp -d)"'
         path = f'PYTHONPATH="${{PYTHONPATH:-}}:{ROOT}"'
         python.write_text(f'#!/bin/sh\nexec env {exports} {path} {sys.executable} "$@"\n')
         python.chmod(0o755)
