@@ -4,7 +4,6 @@
 It needs Python 3.8 and nothing else. `start_worker.sh` calls it, and worker.json beside it says what to run:
 
     attend_worker.py run CODE             runs the worker that the LAUNCH_ variables name; CODE is its unpacked code
-    attend_worker.py decide FOLDER N      judges attempt N in the launch's folder: prints {"retry", "status", "why"}
 
 SIGTERM reaches the training, so that it saves, and `grace` seconds later comes SIGKILL. The same happens `early`
 seconds before the hours are used up, when the cluster takes the host away. It looks at the other workers in the
@@ -370,6 +369,8 @@ class Attendant:
                     self._terminate()
             if self.told and now - self.told >= self.spec["grace"]:
                 os.killpg(self.process.pid, signal.SIGKILL)
+        if self.told and not why and not self.place.url and os.path.exists(self.place.attempt + "/late"):
+            why = "max-hours"  # it is the cluster that told it, because the time is over
         return (128 - code if code < 0 else code), why
 
     def _bad_peer(self):
@@ -437,42 +438,9 @@ def _secret(name, source):
     return done.stdout.decode("utf-8").rstrip("\n")
 
 
-def decide(folder, attempt, count):
-    """Judges an attempt by the ends of its workers, as jaxops/launch/verdict.py does."""
-    ends = []
-    for worker in range(count):
-        try:
-            with open(f"{folder}/attempt-{attempt}/worker-{worker}.json") as file:
-                ends.append(json.load(file))
-        except (OSError, ValueError):
-            ends.append({"code": None, "why": "lost"})
-    codes = [end["code"] for end in ends]
-    answer = lambda retry, status, why: {"retry": retry, "status": status, "why": why}
-    if all(code == 0 for code in codes):
-        return answer(False, 0, "done")
-    saved = all(code in (0, EXIT_SAVED) for code in codes)
-    if any(end["why"] == "max-hours" for end in ends):
-        return answer(False, EXIT_SAVED if saved else EXIT_LOST, "--max-hours are used up")
-    if os.path.exists(f"{folder}/stop"):
-        return answer(False, EXIT_SAVED if saved else 130, "stopped")
-    for worker, end in enumerate(ends):
-        if end["code"] is None or (end["code"] in PREEMPTED and end["why"] != "others"):
-            status = EXIT_SAVED if end["code"] == EXIT_SAVED else EXIT_LOST
-            return answer(True, status, "worker {} was preempted ({})".format(worker, end["code"]))
-    for wrong in (EXIT_USAGE, 1):
-        if wrong in codes:
-            return answer(False, wrong, f"worker {codes.index(wrong)} ended with {wrong}")
-    for worker, code in enumerate(codes):
-        if code not in (0, EXIT_SAVED, EXIT_LOST) and code < 128:
-            return answer(False, 1, f"worker {worker} ended with {code}")
-    return answer(True, EXIT_LOST, "a worker was lost")
-
-
 if __name__ == "__main__":
     os.umask(0o077)
-    if sys.argv[1:2] == ["decide"] and len(sys.argv) == 5:
-        print(json.dumps(decide(sys.argv[2], sys.argv[3], int(sys.argv[4]))))
-    elif sys.argv[1:2] == ["run"] and len(sys.argv) == 3:
+    if sys.argv[1:2] == ["run"] and len(sys.argv) == 3:
         with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.json")) as text:
             given = json.load(text)
         sys.exit(Attendant(given, sys.argv[2]).run())

@@ -1,6 +1,6 @@
 # The body of a batch job of Slurm: the launcher puts `#SBATCH` lines and the LAUNCH_ variables of start_worker.sh in
-# front of it, and `first` (the number of the first attempt), `retries` and `seconds` (all hours).
-# shellcheck shell=sh disable=SC2154
+# front of it, and `first` (the number of the first attempt), `retries`, `seconds` (all hours) and `grace`.
+# shellcheck shell=sh disable=SC2154,SC2317
 
 set -u
 umask 077
@@ -24,7 +24,8 @@ if [ -s "$LAUNCH_FOLDER/started" ]; then
     left=$(((began + seconds - $(date +%s) + 59) / 60))
     [ "$left" -gt 0 ] && scontrol update "JobId=$SLURM_JOB_ID" "TimeLimit=$left"
 else
-    date +%s >"$LAUNCH_FOLDER/started"
+    began=$(date +%s)
+    echo "$began" >"$LAUNCH_FOLDER/started"
 fi
 
 # The address of the first node as Slurm has it, since not every node's name resolves.
@@ -32,9 +33,16 @@ node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 LAUNCH_ADDRESS=$(scontrol show node "$node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' | head -n 1)
 export LAUNCH_ADDRESS
 
-# Slurm sends SIGTERM to this shell before the time is over; srun's answer to that would be to kill, so the tasks are
-# told by scancel, which leaves this shell alone.
-trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+# Slurm sends SIGTERM to this shell before the time is over, up to a minute early: it is not a preemption then. srun's
+# answer to SIGTERM would be to kill, so the tasks are told by scancel, which leaves this shell alone.
+tell() {
+    if [ "$(date +%s)" -ge $((began + seconds - grace - 90)) ]; then
+        mkdir -p "$LAUNCH_FOLDER/attempt-$LAUNCH_ATTEMPT"
+        : >"$LAUNCH_FOLDER/attempt-$LAUNCH_ATTEMPT/late"
+    fi
+    scancel --signal=TERM "$SLURM_JOB_ID"
+}
+trap tell TERM
 say "on $SLURM_JOB_NODELIST"
 # shellcheck disable=SC2016  # each task has its own number and node
 srun --export=ALL --kill-on-bad-exit=0 --wait=0 sh -c '
@@ -46,7 +54,7 @@ while kill -0 "$task" 2>/dev/null; do
 done
 trap '' TERM
 
-found=$(python3 -S "$LAUNCH_FOLDER/attend_worker.py" decide "$LAUNCH_FOLDER" "$LAUNCH_ATTEMPT" "$LAUNCH_WORKERS")
+found=$(python3 -S "$LAUNCH_FOLDER/judge_attempt.py" "$LAUNCH_FOLDER" "$LAUNCH_ATTEMPT" "$LAUNCH_WORKERS")
 say "$found"
 status=$(printf '%s' "$found" | sed -n 's/.*"status": \([0-9]*\).*/\1/p')
 case $found in

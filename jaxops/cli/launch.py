@@ -148,6 +148,10 @@ def _driven(args: argparse.Namespace, folder: "LaunchFolder", fresh: "LaunchReco
         except KeyboardInterrupt:
             _say(f"`jaxops job down {folder.id}` ends and removes what is on {', '.join(fresh.spec.hosts)}")
             raise
+        except (UserError, RunFailed):
+            if session.record.machines:
+                _say(f"machines may be left, for the next launch, and cost money: jaxops job down {folder.id}")
+            raise
         if not args.detach:
             status = supervise(session, code, _pause(session), adopted)
             give_back(session)
@@ -305,9 +309,11 @@ def _logs(session: "Session", args: argparse.Namespace) -> int:
 
 
 def _stop(session: "Session", args: argparse.Namespace) -> int:
-    from jaxops.launch.engine import stop_and_wait
+    from jaxops.launch.engine import give_back, stop_and_wait
 
-    return stop_and_wait(session, _pause(session))
+    status = stop_and_wait(session, _pause(session))
+    give_back(session)
+    return status
 
 
 def _down(session: "Session", args: argparse.Namespace) -> int:

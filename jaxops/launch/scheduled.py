@@ -22,6 +22,8 @@ from jaxops.launch.record import LaunchFolder, LaunchRecord
 from jaxops.launch.verdict import AttemptVerdict, End, judge
 from jaxops.launch.voice import VOICE
 
+MOST_PAUSE = 60.0
+"""The longest wait before another attempt, in seconds."""
 CLEAR_SECONDS = 120.0
 """How long a job may take to end after its grace period, before it is removed."""
 
@@ -150,8 +152,24 @@ def submit(launch: ScheduledLaunch, code: Code, fresh: LaunchRecord, hours: floa
     launch.say(f"code: {len(code.files)} files, {len(code.tar) / 2**20:.1f} MiB, SHA-256 {code.sha256[:16]}")
     worker_files.begin_anew(job)
     worker_files.write_files(job, tar, code, launch.backend.files(job))
-    _submit_attempt(launch)
+    try:
+        _submit_attempt(launch)
+    except (UserError, RunFailed):
+        launch.note(state="ended", why="it was not submitted")
+        give_back(launch)
+        raise
     return False
+
+
+def give_back(launch: ScheduledLaunch) -> None:
+    """Removes machines that are paid for until somebody does; says so where it cannot."""
+    if not launch.record.spec.price or launch.backend.tries_again:
+        return
+    try:
+        launch.backend.remove(launch.job)
+        launch.say("the machines are removed")
+    except (RunFailed, UserError) as error:
+        launch.say(f"machines may be left, and cost money: jaxops job down {launch.folder.id} ({error})")
 
 
 def _submit_attempt(launch: ScheduledLaunch) -> None:
@@ -213,34 +231,21 @@ class Follower:
                 enough = f" ({record.retries} retries: enough)" if verdict.retry and not late else ""
                 self._launch.say(f"attempt {record.attempt}: {verdict.why}{enough}")
                 self._launch.note(state="ended", status=verdict.status, why=verdict.why)
-                self._give_back()
+                give_back(self._launch)
                 return verdict.status
             self._again(verdict)
-
-    def _give_back(self) -> None:
-        """Removes machines that are paid for until somebody does."""
-        launch = self._launch
-        if not launch.record.spec.price or launch.backend.tries_again:
-            return
-        try:
-            launch.backend.remove(launch.job)
-            launch.say("the machines are removed")
-        except (RunFailed, UserError) as error:
-            launch.say(
-                f"the machines could not be removed, and cost money: jaxops job down {launch.folder.id}: {error}"
-            )
 
     def _again(self, verdict: AttemptVerdict) -> None:
         """Removes what a preemption has left, and submits the next attempt."""
         launch, record = self._launch, self._launch.record
         launch.say(f"attempt {record.attempt}: {verdict.why}; trying again")
+        time.sleep(min(2.0**record.retried, MOST_PAUSE) * min(self._pause, 1.0))
         try:
             launch.backend.remove(launch.job)
             launch.note(attempt=record.attempt + 1, retried=record.retried + 1, handle="")
             _submit_attempt(launch)
         except RunFailed as error:  # the next look finds the same end, and counts
             launch.say(str(error))
-            time.sleep(self._pause)
 
     def _attempt(self) -> AttemptVerdict:
         """Returns what the job comes to, once it has ended."""
@@ -358,6 +363,7 @@ def stop_scheduled(launch: ScheduledLaunch, pause: float) -> int:
             launch.record = record
             launch.note(state="ended", status=EXIT_INTERRUPTED, why="stopped")
     launch.say(f"run {launch.record.spec.name}: no worker is alive")
+    give_back(launch)
     return EXIT_OK
 
 

@@ -91,7 +91,11 @@ def hosts(backend: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
                 monkeypatch.setenv(name, value)
             # Nothing of this process reaches a job of Slurm, so its Python brings what the test needs.
             python = home / "python"
-            exports = " ".join(f"{name}={value}" for name, value in variables(home).items() if name != "PYTHONPATH")
+            own = {
+                **variables(home),
+                "JAXOPS_CACHE": "$(mktemp -d)",
+            }  # both compile, so neither waits long for the other
+            exports = " ".join(f"{name}={value}" for name, value in own.items() if name != "PYTHONPATH")
             path = f'PYTHONPATH="${{PYTHONPATH:-}}:{ROOT}"'
             python.write_text(f'#!/bin/sh\nexec env {exports} {path} {sys.executable} "$@"\n')
             python.chmod(0o755)

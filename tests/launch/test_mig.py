@@ -130,6 +130,50 @@ def test_a_mistake_of_ones_own_is_never_tried_again(scene, cloud, code):
     assert scene.submit() == code and scene.starts() == 1 and nothing_left(cloud)
 
 
+@pytest.mark.slow
+def test_preempted_before_the_slice_was_whole_nothing_of_it_is_left_beside_the_next(scene, cloud, capsys):
+    """As in skypilot-org/skypilot#1802 and #1468: two clusters of one name, one of them preempted."""
+    cloud.home.mkdir(exist_ok=True)
+    (cloud.home / "hosts").write_text("1")
+    scene.hold()
+
+    def preempt() -> None:
+        (cloud.home / "hosts").unlink()
+        scene.slow(0.05)
+        cloud.preempt(0)
+
+    soon(preempt, lambda: bool(cloud.home.exists() and any(g["vms"] for g in cloud.look()["groups"].values())))
+    assert scene.submit() == 0
+    assert "PREEMPTED: 1 of 2 VMs are TERMINATED" in capsys.readouterr().err and nothing_left(cloud)
+
+
+@pytest.mark.slow
+def test_a_group_that_somebody_deletes_is_not_waited_for(scene, cloud, capsys):
+    """As in skypilot-org/skypilot#1150: the status of a job that nobody had submitted was asked for ever."""
+
+    def delete() -> None:
+        launch = scene.scheduled()
+        launch.backend.remove(launch.job)
+
+    scene.slow(0.3)
+    soon(delete, lambda: min(map(scene.steps, (0, 1))) >= 2)
+    assert scene.submit() == 0 and scene.folder.load().attempt == 2
+
+
+def test_a_submission_that_is_refused_leaves_nothing(scene, cloud, monkeypatch):
+    real = gcloud.call
+
+    def refuse(argv, timeout=900.0):
+        if "resize" in argv:
+            return gcloud.Output(1, "", "Quota 'TPUS' exceeded. Limit: 0.0")
+        return real(argv, timeout)
+
+    monkeypatch.setattr(gcloud, "call", refuse)
+    with pytest.raises(UserError, match="the quota does not allow it"):
+        scene.submit()
+    assert nothing_left(cloud) and scene.folder.load().state == "ended"
+
+
 REFUSED = {
     "no-account": "gcloud has no valid credentials: gcloud auth login",
     "reauth": "gcloud has no valid credentials: gcloud auth login",

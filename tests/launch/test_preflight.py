@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -91,27 +92,26 @@ def test_workers_that_nobody_drives_compare_what_they_found_among_themselves(ask
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meet = f"127.0.0.1:{free.getsockname()[1]}"
-    running = []
+
+    def worker(rank: int) -> list[str]:
+        code = tmp_path / f"code-{rank}"
+        env = {"JAXOPS_COORDINATOR": meet, "JAXOPS_NUM_PROCESSES": "2", "JAXOPS_PROCESS_ID": str(rank)}
+        more = {"code": str(code), "env": env, "mesh": {"data": 2}, "devices": 2, "cpu_devices": 1, "kind": "cpu"}
+        question = {**asked, **more, "secrets": {}, "asked": time.time(), "limit": 120}
+        argv = [sys.executable, "-m", "jaxops.launch.preflight", "together"]
+        around = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        done = subprocess.run(argv, cwd=code, env=around, input=json.dumps(question), text=True, capture_output=True)
+        return json.loads(done.stdout.strip().splitlines()[-1])["problems"]
+
     for rank in range(2):
         code = tmp_path / f"code-{rank}"
         shutil.copytree(tmp_path, code, ignore=shutil.ignore_patterns("code-*"))
         if not alike:
             (code / "my.yaml").write_text((code / "my.yaml").read_text() + f"# of worker {rank}\n")
-        env = {"JAXOPS_COORDINATOR": meet, "JAXOPS_NUM_PROCESSES": "2", "JAXOPS_PROCESS_ID": str(rank)}
-        more = {"code": str(code), "env": env, "mesh": {"data": 2}, "devices": 2, "cpu_devices": 1, "kind": "cpu"}
-        argv = [sys.executable, "-m", "jaxops.launch.preflight", "together"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        around = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        around.pop("XLA_FLAGS", None)
-        process = subprocess.Popen(argv, cwd=code, env=around, text=True, **pipes)
-        process.stdin.write(json.dumps({**asked, **more, "secrets": {}, "asked": time.time(), "limit": 120}))
-        process.stdin.close()
-        running.append(process)
-    answers = [json.loads(process.stdout.read().strip().splitlines()[-1]) for process in running]
-    for process in running:
-        process.wait(60)
+    with ThreadPoolExecutor(2) as pool:
+        problems = list(pool.map(worker, range(2)))
     if alike:
-        assert [answer["problems"] for answer in answers] == [[], []]
+        assert problems == [[], []]
     else:
-        for (problem,) in [answer["problems"] for answer in answers]:
+        for (problem,) in problems:
             assert "hosts disagree on the code: workers 1 have another than worker 0" in problem

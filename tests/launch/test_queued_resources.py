@@ -1,5 +1,6 @@
 """Queued resources, against a gcloud that is faked from google.md: waited for, preempted, made anew, removed."""
 
+import dataclasses
 import threading
 import time
 
@@ -94,6 +95,21 @@ def test_another_zone_is_refused_while_the_old_machines_may_be_there(scene, clou
     scene.launch(watch=False)
     with pytest.raises(UserError, match=r"another options; this removes what lies on .*jaxops job down"):
         scene.launch(options={**OPTIONS, "zone": "us-east5-a"})
+
+
+def test_asking_again_makes_nothing_twice_and_down_removes_what_nobody_reached(scene, cloud):
+    """As in skypilot-org/skypilot#1716 (a second TPU after a failed ssh) and marin-community/levanter#666 (Ctrl-C)."""
+    record, folder = scene.record(), scene.folder
+    fresh = dataclasses.replace(record, machines=True, hours=1.0)
+    folder.save(fresh)  # as a launcher does before it asks
+    assert fresh.spec.options == OPTIONS
+    session = scene.session()
+    assert session.backend.create(fresh, print, False) is True
+    assert session.backend.create(fresh, print, False) is False
+    assert len([call for call in cloud.calls() if "create" in call]) == 1
+    assert stop_and_wait(session, 0.05) == 0
+    remove(session)
+    assert not cloud.look()["queued"] and folder.load() is None
 
 
 def test_an_unknown_project_is_told_in_one_message(scene):

@@ -138,6 +138,15 @@ def test_the_hours_end_it_saved_and_not_tried_again(scene, capsys):
     assert "--max-hours are used up: it saved" in capsys.readouterr().err
 
 
+def test_the_time_limit_of_slurm_itself_has_it_save_and_is_no_preemption(scene, capsys):
+    scene.slow(5.0)
+    assert scene.submit(hours=1 / 60) == 75
+    record = scene.folder.load()
+    (late,) = (scene.runs / ".launch" / scene.folder.id).glob("attempt-*/late")
+    assert late.parent.name == "attempt-1" and record.attempt == 1 and 0 < scene.steps() < STEPS
+    assert "--max-hours are used up: it saved" in capsys.readouterr().err
+
+
 def test_a_second_launcher_adopts_what_runs_and_one_submission_is_in_the_queue(scene, capsys):
     scene.submit(watch=False)
     first = scene.scheduled().record

@@ -23,15 +23,16 @@ from jaxops.launch.scripts import script
 from jaxops.launch.verdict import End, judge
 
 
-def attend_worker():
-    spec = importlib.util.spec_from_file_location("attend_worker", script("attend_worker.py"))
+def host_script(name: str):
+    """A host script as a module."""
+    spec = importlib.util.spec_from_file_location(name, script(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_a_host_judges_an_attempt_as_the_launcher_does(tmp_path):
-    decide = attend_worker().decide
+    decide = host_script("judge_attempt").decide
     codes, whys = [0, 1, 2, 75, 76, 127, 137, 143, None], ["", "max-hours", "others"]
     (tmp_path / "attempt-1").mkdir()
     for stopped in (False, True):
@@ -158,5 +159,5 @@ def test_a_secret_comes_from_a_file_that_nobody_else_reads(tmp_path):
 def test_what_slurm_says_of_a_task_does_not_reach_jax(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_LOCALID", "0")
     monkeypatch.setenv("KEPT", "yes")
-    found = attend_worker()._surroundings()
+    found = host_script("attend_worker")._surroundings()
     assert "SLURM_LOCALID" not in found and found["KEPT"] == "yes"

@@ -80,7 +80,7 @@ class Slurm(Scheduler):
 
     def files(self, job: Job) -> dict[str, str]:
         """Returns the batch script, and the host scripts that it calls before anything is unpacked."""
-        scripts = {name: script(name).read_text() for name in ("start_worker.sh", "attend_worker.py")}
+        scripts = {name: script(name).read_text() for name in ("start_worker.sh", "judge_attempt.py")}
         return {"job.sbatch": batch_script(job), **scripts}
 
     def commands(self, job: Job) -> list[list[str]]:
@@ -183,6 +183,7 @@ def batch_script(job: Job) -> str:
     """Returns the sbatch script, which can be submitted by hand as well."""
     record, spec = job.record, job.spec
     seconds = math.ceil(record.hours * 3600)
+    grace = math.ceil(min(record.grace, seconds / 2))
     flags = {
         "job-name": job.label,
         "comment": f"jaxops-launch={job.id}",
@@ -190,7 +191,7 @@ def batch_script(job: Job) -> str:
         "ntasks": str(len(spec.hosts)),
         "ntasks-per-node": "1",
         "time": f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}",
-        "signal": f"B:TERM@{math.ceil(min(record.grace, seconds / 2))}",
+        "signal": f"B:TERM@{grace}",
         "open-mode": "append",
         "output": f"{job.folder}/slurm.log",
         "export": "NONE",  # the environment of the login node may hold secrets, and Slurm keeps what it is given
@@ -200,7 +201,7 @@ def batch_script(job: Job) -> str:
     head = [f"#SBATCH --{name}={value}" for name, value in flags.items()] + ["#SBATCH --requeue"]
     settings = {**job.settings(), "LAUNCH_WORK": f"{job.folder}/work", "LAUNCH_ENVS": f"{spec.run_dir}/.launch/env"}
     exports = [f"export {name}={shlex.quote(value)}" for name, value in settings.items()]
-    numbers = [f"first={record.attempt}", f"retries={record.retries}", f"seconds={seconds}"]
+    numbers = [f"first={record.attempt}", f"retries={record.retries}", f"seconds={seconds}", f"grace={grace}"]
     return "\n".join(["#!/bin/sh", *head, "", *exports, *numbers, script("slurm_job.sh").read_text()])
 
 
