@@ -14,7 +14,8 @@ find_python = $(shell for python in python$(1) $(HOME)/.pyenv/versions/$(1)*/bin
     $$python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$(1)')" >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs plan-env test-plan test test-slow test-latest lint format peers lock clean clean-all
+.PHONY: help install demo docs plan-env test-plan test test-slow test-latest launch-env test-launch test-host lint format \
+    peers lock clean clean-all
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -44,6 +45,23 @@ test: install ## the test suite
 
 test-slow: install ## the long checks
 	$(BIN)/python -m pytest -m slow
+
+launch-env: .venv-launch/.installed ## .venv-launch: xpk, SkyPilot, Ray and Kubernetes' types, which check what launches render (1.5 GB)
+
+.venv-launch/.installed: tests/launch/tools.txt
+	@echo "making .venv-launch (minutes) ..."
+	@$(PYTHON) -m venv --clear .venv-launch
+	@.venv-launch/bin/python -m pip install --quiet --disable-pip-version-check -r tests/launch/tools.txt
+	@touch $@
+
+test-launch: install launch-env ## the long checks of launches, with the tools of others
+	$(BIN)/python -m pytest -m slow tests/launch
+
+test-host: ## launch/setup_host.sh with this lock file, for a new home: what images and bare hosts run
+	@home="$$(mktemp -d)" && trap 'rm -rf "$$home"' EXIT && \
+	env -u VIRTUAL_ENV -u PYTHONPATH HOME="$$home" PYTHON="$(PYTHON)" ACCEL=cpu \
+	    sh launch/setup_host.sh requirements.lock "$$home/env" && \
+	JAX_PLATFORMS=cpu PYTHONPATH=. "$$home/env/bin/python" -m jaxops --version
 
 test-latest: ## a smoke set on the newest jax, where a Python 3.12 is found
 	@python="$(call find_python,3.12)"; \
@@ -89,4 +107,4 @@ clean: ## remove caches and built packages
 	find jaxops tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
 clean-all: clean ## remove the virtual environments too
-	rm -rf .venv .venv-docs .venv-latest .venv-plan .peers
+	rm -rf .venv .venv-docs .venv-latest .venv-plan .venv-launch .peers

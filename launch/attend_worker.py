@@ -24,6 +24,9 @@ EXIT_USAGE, EXIT_SAVED, EXIT_LOST = 2, 75, 76
 SETTLE_SECONDS, SILENT_SECONDS, BEAT_SECONDS, MEET_SECONDS, SETUP_SECONDS = 20.0, 180.0, 10.0, 600.0, 3600.0
 MOST_SHIPPED = 8 << 20
 """Bytes of a log's end that are copied to an object store."""
+PREEMPTED = (75, 129, 130, 137, 143)
+EXIT_HOURS = 3
+"""The status of a worker whose hours are used up, for a cluster that decides by it alone (see `_told_cluster`)."""
 
 
 class Ended(Exception):
@@ -85,6 +88,7 @@ class Attendant:
         self.spec, self.code = spec, code
         self.number, self.count = int(os.environ["LAUNCH_WORKER"]), int(os.environ["LAUNCH_WORKERS"])
         self.place = Place(os.environ["LAUNCH_FOLDER"], os.environ["LAUNCH_ATTEMPT"], self.number)
+        self.began = time.time()
         self.process, self.told, self.phase, self.over = None, 0.0, "setup", threading.Event()
         self.host = os.environ.get("LAUNCH_HOST_NAME") or socket.gethostname()
         if self.place.url:
@@ -101,6 +105,7 @@ class Attendant:
         begun = threading.Thread(target=self._beat, daemon=True)
         begun.start()
         try:
+            self._forget_life_before()
             self.deadline = self._deadline()
             if time.time() >= self.deadline - self.spec["early"]:
                 raise Ended(EXIT_SAVED, "max-hours")
@@ -115,6 +120,8 @@ class Attendant:
         except OSError as error:
             code, why = EXIT_LOST, str(error)
             self._say(why)
+        if self.told and not why and self._ended_peer():
+            why = "others"  # the cluster ends the others of a job when one of its workers has failed
         self.over.set()
         begun.join(60)
         self._ship()
@@ -123,7 +130,59 @@ class Attendant:
             if self.place.write(self.place.mine + ".json", json.dumps(end).encode()):
                 break
             time.sleep(pause)
+        return self._told_cluster(code, why)
+
+    def _forget_life_before(self):
+        """Takes back what this worker has left in an attempt that was suspended, as Kueue does it, and goes on now.
+
+        In this order: the others take no meeting point while worker 0 counts as ended.
+        """
+        if not os.environ.get("LAUNCH_STATUS_DECIDES"):
+            return
+        names = [self.place.attempt + "/meet"] * (self.number == 0) + [self.place.mine + ".json"]
+        for name in names:
+            if self.place.read(name):
+                self.place.write(name, b"null")
+
+    def _ended_before(self, end):
+        """Returns whether this is the end of an earlier life of a worker, before this one began."""
+        return end is not None and end["time"] < self.began
+
+    def _told_cluster(self, code, why):
+        """Returns the status that this process ends with.
+
+        A cluster that decides by it alone whether to try again (LAUNCH_STATUS_DECIDES) is told that the hours are over,
+        and that a worker was lost where this one has failed while another one is being preempted.
+        """
+        if not os.environ.get("LAUNCH_STATUS_DECIDES"):
+            return code
+        if why == "max-hours":
+            return EXIT_HOURS
+        if self.count == 1 or code in (0, EXIT_SAVED, EXIT_LOST) or code >= 128:
+            return code
+        for _ in range(4):  # the other one's heartbeat says so within a second
+            if self._preempted_peer():
+                return EXIT_LOST
+            time.sleep(0.5)
         return code
+
+    def _peers(self):
+        """Yields, for each other worker, how it ended and its last heartbeat; None where there is none."""
+        for peer in range(self.count):
+            if peer != self.number:
+                name = f"{self.place.attempt}/worker-{peer}"
+                yield self.place.json(name + ".json"), self.place.json(name + ".beat")
+
+    def _ended_peer(self):
+        return any(end is not None and end["code"] for end, _ in self._peers())
+
+    def _preempted_peer(self):
+        for end, beat in self._peers():
+            if end is not None and end["code"] in PREEMPTED and not end["why"]:
+                return True
+            if end is None and beat is not None and beat["phase"] == "stopping":
+                return True
+        return False
 
     def _say(self, text):
         self.log.write(f"launch: {text}\n".encode("utf-8", "replace"))
@@ -134,17 +193,21 @@ class Attendant:
             self.process.terminate()
 
     def _beat(self):
-        """Writes the heartbeat, and brings the log to an object store."""
+        """Writes the heartbeat, at once where the phase has changed, and brings the log to an object store."""
+        written, last = 0.0, ""
         while not self.over.is_set():
-            beat = {"time": time.time(), "phase": self.phase, "host": self.host, "pid": os.getpid()}
-            try:
-                self.place.write(self.place.mine + ".beat", json.dumps(beat).encode())
-                self._ship()
-                if not self.told and self.place.read(self.place.folder + "/stop"):
-                    os.kill(os.getpid(), signal.SIGTERM)
-            except OSError:
-                pass  # a file system that is away for a moment
-            self.over.wait(BEAT_SECONDS)
+            phase = "stopping" if self.told else self.phase
+            if phase != last or time.time() - written >= BEAT_SECONDS:
+                last, written = phase, time.time()
+                beat = {"time": written, "phase": phase, "host": self.host, "pid": os.getpid()}
+                try:
+                    self.place.write(self.place.mine + ".beat", json.dumps(beat).encode())
+                    self._ship()
+                    if not self.told and self.place.read(self.place.folder + "/stop"):
+                        os.kill(os.getpid(), signal.SIGTERM)
+                except OSError:
+                    pass  # a file system that is away for a moment
+            self.over.wait(0.5)
 
     def _ship(self):
         if not self.place.url:
@@ -225,7 +288,7 @@ class Attendant:
         until = time.time() + MEET_SECONDS
         while time.time() < until and not self.told:
             meet = self.place.json(name)
-            if meet is not None:
+            if meet is not None and not self._ended_before(self.place.json(f"{self.place.attempt}/worker-0.json")):
                 return meet
             bad = self._bad_peer()
             if bad:
@@ -241,6 +304,8 @@ class Attendant:
             env["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
         if self.spec["devices"] is not None:
             env["JAX_PLATFORMS"] = "cpu"
+        attempt = {"attempt": int(os.environ["LAUNCH_ATTEMPT"]), "began": self.began}
+        env["JAXOPS_ATTEMPT"] = json.dumps({**self.spec.get("facts", {}), **attempt})
         env["JAXOPS_COORDINATOR"] = meet[what] if meet else ""
         env["JAXOPS_NUM_PROCESSES"], env["JAXOPS_PROCESS_ID"] = (
             (str(self.count), str(self.number)) if meet else ("", "")
@@ -317,15 +382,16 @@ class Attendant:
                 continue
             name = f"{self.place.attempt}/worker-{peer}"
             end = self.place.json(name + ".json")
-            if end is not None:
+            if end is not None and not self._ended_before(end):
                 if end["code"]:
                     return "worker {} ended with {}".format(peer, end["code"])
                 continue
             try:
-                silent = time.time() - os.stat(name + ".beat").st_mtime
+                last = os.stat(name + ".beat").st_mtime
             except OSError:
                 continue
-            if silent > SILENT_SECONDS:
+            silent = time.time() - last
+            if last > self.began and silent > SILENT_SECONDS:
                 return f"worker {peer} has been silent for {silent:.0f} s"
         return ""
 

@@ -144,6 +144,7 @@ bring() {
 }
 
 mkdir -p "$LAUNCH_WORK" || fail 2 "$LAUNCH_WORK cannot be made"
+# shellcheck disable=SC3067 # dash, bash and busybox have -O
 [ -O "$LAUNCH_WORK" ] || fail 2 "$LAUNCH_WORK belongs to another user: name a folder of your own (LAUNCH_WORK)"
 host=$LAUNCH_WORK/host-$LAUNCH_HOST_SHA256
 code=$LAUNCH_WORK/code-$LAUNCH_CODE_SHA256

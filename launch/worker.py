@@ -14,7 +14,7 @@ It needs Python 3.8 and nothing else, and can be used by hand. Every call prints
 
 A worker lives in the folder ATTEMPT. Whether it lives is told by a lock that it holds on ATTEMPT/alive, never by a
 process id, which another process may have by now. Its time is counted here, on the host: after `seconds` it gets
-SIGTERM, so that it saves, and `grace` seconds later SIGKILL.
+SIGTERM, so that it saves, and `grace` seconds later SIGKILL. ATTEMPT/beat is its heartbeat, for those who watch hosts.
 """
 
 import fcntl
@@ -28,6 +28,8 @@ import time
 
 MOST_LOG = 256 << 10
 """Bytes of a log that one poll returns."""
+BEAT_SECONDS = 10.0
+"""Seconds between two heartbeats: the age of ATTEMPT/beat, {"time", "pid"}, says whether the host still attends."""
 STARTING = 10.0
 """Seconds after its folder is made in which a worker that holds no lock yet counts as running."""
 
@@ -65,6 +67,7 @@ def _supervise(attempt, spec, tell):
         for old, new in ((null, 0), (log, 1), (log, 2)):
             os.dup2(old, new)
         os.set_inheritable(alive, True)  # the worker holds the lock too, should this process be killed
+        os.umask(USUAL)  # what a run writes is for whom its user always writes
         process = subprocess.Popen(
             spec["argv"],
             cwd=spec["cwd"],
@@ -72,6 +75,7 @@ def _supervise(attempt, spec, tell):
             pass_fds=[alive],
             start_new_session=True,
         )
+        os.umask(0o077)
         _write(os.path.join(attempt, "pid"), str(process.pid).encode())
         os.write(tell, b"ok")
         os.close(tell)
@@ -80,9 +84,8 @@ def _supervise(attempt, spec, tell):
         os.write(tell, str(error).encode())
         os._exit(1)
     why = ""
-    try:
-        code = process.wait(spec["seconds"])
-    except subprocess.TimeoutExpired:
+    code = _wait(process, attempt, spec["seconds"])
+    if code is None:
         why = "max-hours"
         process.terminate()
         try:
@@ -93,6 +96,24 @@ def _supervise(attempt, spec, tell):
     code = 128 - code if code < 0 else code
     _write(os.path.join(attempt, "status"), json.dumps({"code": code, "why": why}).encode())
     os._exit(0)
+
+
+def _wait(process, attempt, seconds):
+    """Waits for the worker with a heartbeat in ATTEMPT/beat; returns its status, None where its time is used up."""
+    import contextlib
+    import subprocess
+
+    until = time.monotonic() + seconds
+    while True:
+        beat = {"time": time.time(), "pid": process.pid}
+        with contextlib.suppress(OSError):  # a disk that is full for a moment
+            _write(os.path.join(attempt, "beat"), json.dumps(beat).encode())
+        left = until - time.monotonic()
+        try:
+            return process.wait(max(min(left, BEAT_SECONDS), 0))
+        except subprocess.TimeoutExpired:
+            if left <= BEAT_SECONDS:
+                return None
 
 
 def _environment(spec):
@@ -167,6 +188,7 @@ def keep(path, digest):
         return {"kept": True}
     if not data:
         return {"kept": False}
+    os.umask(USUAL)  # the workers of other hosts may be other users
     os.makedirs(os.path.dirname(path), exist_ok=True)
     _write(path, data)
     return {"kept": True}
@@ -199,6 +221,7 @@ def shared(folder, action, token):
     """Writes, reads or deletes a tiny file, by which several hosts see whether a folder is the same for all."""
     path = os.path.join(folder, f".launch-{token}")
     if action == "write":
+        os.umask(USUAL)  # the workers of other hosts may be other users
         os.makedirs(folder, exist_ok=True)
         _write(path, token.encode())
     elif action == "delete":
@@ -263,7 +286,7 @@ def _write(path, data):
 VERBS = {verb.__name__: verb for verb in (start, poll, stop, keep, unpack, shared, port, remove)}
 
 if __name__ == "__main__":
-    os.umask(0o077)
+    USUAL = os.umask(0o077)  # what is kept here is for this user alone
     if len(sys.argv) < 2 or sys.argv[1] not in VERBS:
         sys.exit(__doc__)
     try:

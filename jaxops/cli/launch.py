@@ -1,6 +1,7 @@
 """`jaxops launch` and `jaxops job`: a config on machines, and what becomes of it there."""
 
 import argparse
+import dataclasses
 import os
 import shlex
 import subprocess
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from jaxops.core.failures import EXIT_OK, RunFailed, UserError
 from jaxops.core.secret_text import remember_secret
 from jaxops.launch.backends.table import MODULES
+from jaxops.launch.voice import VOICE
 
 if TYPE_CHECKING:
+    from jaxops.launch.backends.protocol import Rendered
     from jaxops.launch.code import Code
     from jaxops.launch.record import LaunchFolder, LaunchRecord
     from jaxops.launch.scheduled import ScheduledLaunch
@@ -56,6 +59,8 @@ def add_arguments(launch: Any, job: Any, parser: Any) -> None:
     text = "an environment variable that the workers get, by its name (may be given again)"
     add("--secret", action="append", default=[], metavar="NAME", help=text)
     add("--accept-code", action="store_true", help="go on although code by import path has changed")
+    text = "text (the launcher on stderr, workers on stdout), or json: all on stdout, one object a line"
+    add("--log", choices=("text", "json"), default="text", help=text)
     add("--dry-run", action="store_true", help="print every command and file, and touch nothing")
     add("--detach", action="store_true", help="leave the launcher in the background of this machine")
     actions = job.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=parser)
@@ -74,9 +79,19 @@ def add_arguments(launch: Any, job: Any, parser: Any) -> None:
 
 def launch(args: argparse.Namespace) -> int:
     """Runs `jaxops launch CONFIG [a.b=VALUE ...] --on TYPE --backend B --max-hours H`."""
+    VOICE.json = args.log == "json"
+    try:
+        return _launch(args)
+    except (UserError, RunFailed) as error:
+        if VOICE.json:
+            VOICE.say(str(error), "error")
+        raise
+
+
+def _launch(args: argparse.Namespace) -> int:
     from jaxops.launch.accelerators import find_accelerator
     from jaxops.launch.arguments import Request
-    from jaxops.launch.backends.protocol import Scheduler
+    from jaxops.launch.backends.protocol import Rendered, Scheduler
     from jaxops.launch.backends.table import find_backend
     from jaxops.launch.code import bundle
     from jaxops.launch.record import LaunchFolder, LaunchRecord
@@ -95,11 +110,25 @@ def launch(args: argparse.Namespace) -> int:
     loaded = load_config(args.config, args.overrides)
     code = bundle(Path.cwd())
     fresh = LaunchRecord(spec=make_spec(request, loaded, code), grace=args.grace, retries=args.retries)
+    VOICE.launch = fresh.spec.id
     _hide(fresh.spec.secrets)
     if fresh.spec.price:
         _say(f"{find_accelerator(fresh.spec.type)}, {fresh.spec.price}, for at most {args.max_hours:g} hours")
-    way = _scheduled if isinstance(find_backend(request.backend), Scheduler) else _driven
+    backend = find_backend(request.backend)
+    if isinstance(backend, Rendered):
+        return _rendered(backend, dataclasses.replace(fresh, hours=float(args.max_hours)))
+    way = _scheduled if isinstance(backend, Scheduler) else _driven
     return way(args, LaunchFolder(fresh.spec.id), fresh, code)
+
+
+def _rendered(backend: "Rendered", record: "LaunchRecord") -> int:
+    """Prints a launch for another tool."""
+    for name, text in backend.files(record).items():
+        print(f"# {name}\n{text.rstrip()}")
+    for line in backend.commands(record):
+        print(f"# {line}" if backend.files(record) else line)
+    _say(f"{backend.name}: only written down; nothing was started, and `jaxops job` will not know of it")
+    return EXIT_OK
 
 
 def _driven(args: argparse.Namespace, folder: "LaunchFolder", fresh: "LaunchRecord", code: "Code") -> int:
@@ -183,7 +212,7 @@ def _pause(session: "Launch") -> float:
 
 
 def _say(line: str) -> None:
-    print(f"launch: {line}", file=sys.stderr, flush=True)
+    VOICE.say(line)
 
 
 def job(args: argparse.Namespace) -> int:

@@ -24,9 +24,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxops.launch.save_speed import check_save, state_share
+
 CLOCK = time.time()
 LEAST_DISK, LEAST_MEMORY = 2 << 30, 1 << 30
 """Bytes that must be free for a worker."""
+LEAST_SHM = 512 << 20
 CHECK_SECONDS = 60.0
 CLOCK_SECONDS = 60.0
 """How far the clocks of two hosts may be apart."""
@@ -43,6 +46,8 @@ def examine_host(asked: Mapping[str, Any]) -> dict[str, Any]:
         "disk": _look_at_disk,
         "memory": _look_at_memory,
     }
+    if asked.get("chips"):
+        checks["shared memory"] = _look_at_shm
     problems = [told for name, check in checks.items() if (told := _problem(name, check))]
     return {"problems": problems, "facts": facts, "clock": CLOCK, "asked": asked["asked"]}
 
@@ -146,6 +151,17 @@ def _look_at_disk() -> None:
         raise RuntimeError(f"{free / 2**30:.1f} GiB are free where the code lies; make room for {LEAST_DISK >> 30} GiB")
 
 
+def _look_at_shm() -> None:
+    """Containers have 64 MiB of shared memory by default, which input workers and libtpu fill at once."""
+    with contextlib.suppress(OSError):
+        total = shutil.disk_usage("/dev/shm").total
+        if total < LEAST_SHM:
+            raise RuntimeError(
+                f"/dev/shm has {total >> 20} MiB, as a container has by default; give it {LEAST_SHM >> 20} or more:"
+                " docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm"
+            )
+
+
 def _look_at_memory() -> None:
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -155,8 +171,12 @@ def _look_at_memory() -> None:
 
 
 def examine_devices(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Joins the job, counts its devices, and sums over each axis of the mesh."""
-    return {"problems": [told] if (told := _problem("devices", lambda: _meet(asked), asked["limit"])) else []}
+    """Joins the job, counts its devices, sums over each axis of the mesh, and times a save against the grace period."""
+    shares: list[int] = []
+    told = _problem("devices", lambda: shares.append(_meet(asked)), asked["limit"])
+    if not told and "grace" in asked:
+        told = _problem("a save", lambda: check_save(asked["run_dir"], shares[0], asked["grace"]), asked["limit"])
+    return {"problems": [told] if told else []}
 
 
 def examine_together(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +187,8 @@ def examine_together(asked: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _meet(asked: Mapping[str, Any]) -> None:
+def _meet(asked: Mapping[str, Any]) -> int:
+    """Returns the bytes that each worker will save, where the question names a config."""
     os.environ.update(asked["env"])
     os.environ.setdefault("JAXOPS_INIT_SECONDS", str(int(asked["limit"] // 2)))
     import jax
@@ -198,7 +219,9 @@ def _meet(asked: Mapping[str, Any]) -> None:
             raise RuntimeError(f"a sum over the {size} devices of mesh axis {axis} is wrong")
     if "facts" in asked and jax.process_count() > 1:
         _compare(asked["facts"])
+    share = state_share(asked["config"], asked["overrides"], mesh) if "config" in asked else 0
     distributed.shut_down()
+    return share
 
 
 def _compare(facts: Mapping[str, str]) -> None:

@@ -20,6 +20,7 @@ from jaxops.launch.backends.table import find_backend
 from jaxops.launch.code import Code
 from jaxops.launch.record import LaunchFolder, LaunchRecord
 from jaxops.launch.verdict import AttemptVerdict, End, judge
+from jaxops.launch.voice import VOICE
 
 MOST_PAUSE = 60.0
 """The longest wait before another attempt, in seconds."""
@@ -112,6 +113,8 @@ def show(launch: ScheduledLaunch, code: Code, hours: float) -> None:
         print(f"# write {job.folder}/{name}:\n{text.rstrip()}")
     for argv in launch.backend.commands(job):
         print(shlex.join(argv))
+    for note in launch.backend.notes(job):
+        print(f"# {note}")
 
 
 def _begun(launch: ScheduledLaunch, code: Code, hours: float, attempt: int) -> tuple[LaunchRecord, bytes]:
@@ -170,6 +173,8 @@ def give_back(launch: ScheduledLaunch) -> None:
 
 
 def _submit_attempt(launch: ScheduledLaunch) -> None:
+    for note in launch.backend.notes(launch.job):
+        launch.say(note)
     launch.note(submitted=time.time(), deadline=worker_files.deadline(launch.job) or 0.0)
     handle = launch.backend.submit(launch.job, launch.say)
     launch.note(state="running", handle=handle)
@@ -281,7 +286,7 @@ class Follower:
             if not self._skip:
                 for line in printable(without_secrets(text)).splitlines():
                     if not line.startswith("[Gloo]"):
-                        print(f"[{worker}] {line}", flush=True)
+                        VOICE.worker(worker, self._launch.record.spec.hosts[worker], line)
         self._skip = False
         return anything
 
@@ -295,6 +300,9 @@ class Follower:
                 ends.append(End(name, None, "max-hours" if sight.late else "lost"))
             else:
                 ends.append(End(name, end["code"], end.get("why", ""), asked=end.get("why") == "others"))
+        known = [end for end in ends if end.code is not None]
+        if known and _is_final(sight.code):  # the cluster has judged, and ended the others, who may not have begun
+            return judge(known, self._stopping or launch.stop_wanted())
         found = judge(ends, self._stopping or launch.stop_wanted())
         if all(end.code is None for end in ends) and not (sight.late or self._stopping):
             return self._without_workers(sight, found)
@@ -304,8 +312,8 @@ class Follower:
         """Judges a job of which no worker has said how it ended, by the words of the cluster."""
         for worker in range(len(self._launch.record.spec.hosts)):
             for line in printable(without_secrets(self._launch.backend.console(self._launch.job, worker))).splitlines():
-                print(f"[{worker}] {line}", flush=True)
-        if sight.code in (None, EXIT_LOST, EXIT_INTERRUPTED) or sight.code >= 128:
+                VOICE.worker(worker, self._launch.record.spec.hosts[worker], line)
+        if not _is_final(sight.code):
             return dataclasses.replace(found, why=f"no worker said how it ended{f': {sight.why}' if sight.why else ''}")
         why = f"it ended with status {sight.code} before a worker began{f' ({sight.why})' if sight.why else ''}"
         return AttemptVerdict(sight.code or EXIT_LOST, False, why)
@@ -322,6 +330,11 @@ class Follower:
             raise error
         launch.say(f"stopping: the workers save (Ctrl-C again leaves them to it: jaxops job status {launch.folder.id})")
         launch.folder.ask_to_stop()
+
+
+def _is_final(code: int | None) -> bool:
+    """Returns whether a status is never tried again."""
+    return code is not None and code not in (EXIT_LOST, EXIT_INTERRUPTED) and code < 128
 
 
 def stop_scheduled(launch: ScheduledLaunch, pause: float) -> int:

@@ -16,6 +16,7 @@ from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.store_paths import path as store_path
 from jaxops.launch.accelerators import find_accelerator
 from jaxops.launch.code import Code
+from jaxops.launch.facts import VARIABLE, launch_facts
 from jaxops.launch.hosts import Host, Unreachable, each
 from jaxops.launch.preflight import CLOCK_SECONDS
 from jaxops.launch.record import Spec
@@ -170,9 +171,9 @@ def check_hosts(session: Session, code: Code) -> None:
       UserError: a check fails, or two hosts disagree.
     """
     spec = session.record.spec
-    words = [word for word in spec.argv[1:] if not word.startswith("--")]
-    asked: dict[str, Any] = {"config": words[0], "overrides": [word for word in words[1:] if "=" in word]}
+    asked = _config(spec)
     asked |= {"run_dir": spec.run_dir, "lock": spec.lock, "files": code.files}
+    asked["chips"] = find_accelerator(spec.type).chip is not None
     found = _checked(session, ["hosts"], lambda worker: asked, CHECK_SECONDS)
     if session.dry:
         return
@@ -189,6 +190,12 @@ def check_hosts(session: Session, code: Code) -> None:
         )
 
 
+def _config(spec: Spec) -> dict[str, Any]:
+    """Returns the config of a launch and its overrides, as the preflight reads them."""
+    words = [word for word in spec.argv[1:] if not word.startswith("--")]
+    return {"config": words[0], "overrides": [word for word in words[1:] if "=" in word]}
+
+
 def check_devices(session: Session) -> None:
     """Has all workers meet, count their devices and sum over each mesh axis.
 
@@ -197,8 +204,9 @@ def check_devices(session: Session) -> None:
     """
     spec = session.record.spec
     accelerator = find_accelerator(spec.type)
-    asked = {"mesh": spec.mesh, "devices": accelerator.devices, "cpu_devices": spec.devices}
+    asked: dict[str, Any] = {"mesh": spec.mesh, "devices": accelerator.devices, "cpu_devices": spec.devices}
     asked["kind"] = accelerator.chip.kind if accelerator.chip else "cpu"
+    asked |= {**_config(spec), "run_dir": spec.run_dir, "grace": session.record.grace}
     session.note(coordinator=_meeting_point(session))
     _checked(session, ["devices"], lambda worker: {**asked, "env": environment(session, worker)}, CHECK_SECONDS)
 
@@ -248,6 +256,8 @@ def environment(session: Session, worker: int) -> dict[str, str]:
     count = len(session.hosts)
     # One worker alone is part of no job, even where the launcher is.
     place = (session.record.coordinator, str(count), str(worker)) if count > 1 else ("", "", "")
+    attempt = {"attempt": session.record.attempt, "began": time.time()}
+    env[VARIABLE] = json.dumps(launch_facts(session.record) | attempt)
     return env | dict(zip(("JAXOPS_COORDINATOR", "JAXOPS_NUM_PROCESSES", "JAXOPS_PROCESS_ID"), place, strict=True))
 
 

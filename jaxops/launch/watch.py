@@ -9,6 +9,7 @@ from jaxops.core.secret_text import printable, without_secrets
 from jaxops.launch.hosts import each
 from jaxops.launch.session import Session
 from jaxops.launch.verdict import AttemptVerdict, End, judge
+from jaxops.launch.voice import VOICE
 
 SETTLE_SECONDS = 20.0
 """How long the others have to end by themselves once one worker has not ended well."""
@@ -91,7 +92,7 @@ class AttemptWatch:
     def _print(self, worker: int, poll: Any) -> None:
         for line in printable(without_secrets(poll["text"])).splitlines():
             if not line.startswith("[Gloo]"):
-                print(f"[{worker}] {line}", flush=True)
+                VOICE.worker(worker, self._session.hosts[worker].name, line)
         self._offsets[worker] = poll["offset"]
 
     def _end_others(self) -> None:

@@ -18,6 +18,7 @@ from jaxops.core.store_paths import path as store_path
 from jaxops.launch.accelerators import find_accelerator
 from jaxops.launch.backends.protocol import Job, Scheduler
 from jaxops.launch.code import Code
+from jaxops.launch.facts import launch_facts
 from jaxops.launch.record import LaunchRecord
 from jaxops.launch.scripts import script
 from jaxops.launch.stages import CHECK_SECONDS
@@ -35,8 +36,10 @@ def worker_json(record: LaunchRecord, code: Code, backend: Scheduler) -> dict[st
     asked |= {"run_dir": spec.run_dir, "lock": spec.lock, "files": code.files, "limit": CHECK_SECONDS}
     asked |= {"mesh": spec.mesh, "devices": accelerator.devices, "cpu_devices": spec.devices}
     asked["kind"] = accelerator.chip.kind if accelerator.chip else "cpu"
+    asked |= {"grace": record.grace, "chips": accelerator.chip is not None}
     return {
         "argv": spec.argv,
+        "facts": launch_facts(record),
         "inside": code.inside,
         "python": spec.python,
         "lock": spec.lock,

@@ -65,6 +65,7 @@ class RunRecord:
     first_time: dt.datetime | None
     last_time: dt.datetime | None
     problems: list[str]
+    attempts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -149,6 +150,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunRecord:
         first_time=min(times, default=None),
         last_time=max(times, default=None),
         problems=problems,
+        attempts=_json(path / "attempts.json", problems),
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from jaxops.report import figures, results
+from jaxops.report.attempts import attempt_rows
 from jaxops.report.figures import Mark, Plot
 from jaxops.report.folder import EVALUATED, RunRecord, Series, read_run, utc_time
 from jaxops.report.html import fill_template, write_page
@@ -46,10 +47,10 @@ _TONES = {
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """Writes `report.html` into a run folder, finished or not, and returns its path.
 
-    It reads `config.yaml`, `metrics.jsonl`, `data.json` and `summary.json`; any may be missing or cut off. Besides the
-    results it shows of the summary: name, state, reason, device, step, steps, best_step (the step of the parameters
-    that were evaluated), wall_s, finished (Unix or ISO), command, versions (by package), seed. Lists named
-    `valid/reliability` or `test/reliability` (evaluate/clicks.py) are drawn.
+    It reads `config.yaml`, `metrics.jsonl`, `data.json`, `attempts.json` and `summary.json`; any may be missing or cut
+    off. Besides the results it shows of the summary: name, state, reason, device, step, steps, best_step (the step of
+    the parameters that were evaluated), wall_s, finished (Unix or ISO), command, versions (by package), seed. Lists
+    named `valid/reliability` or `test/reliability` (evaluate/clicks.py) are drawn.
 
     Raises:
       UserError: there is no such folder.
@@ -268,6 +269,7 @@ def _reproduce(run: RunRecord) -> Iterator[tuple[str, str]]:
         yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
     if run.summary.get("device"):
         yield "Device", str(run.summary["device"])
+    yield from attempt_rows(run.attempts)
     split = run.data.get("split")
     if isinstance(split, dict) and split.get("sha256"):
         yield "Split SHA-256", str(split["sha256"])

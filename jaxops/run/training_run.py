@@ -36,6 +36,7 @@ from jaxops.core.step import Step
 from jaxops.core.watch import Watch
 from jaxops.data.loader import Loader
 from jaxops.run.accounting import Accounting, memory_line
+from jaxops.run.attempts import Attempts, attempt_facts
 from jaxops.run.checkpoints import open_checkpoints
 from jaxops.run.ending import finish
 from jaxops.run.folder.run_folder import RunFolder
@@ -87,6 +88,7 @@ class TrainingRun:
         spike = self.config.rollback.spike
         self.spikes = Spikes(spike.zscore, spike.windows) if spike else None
         self.loggers = own_loggers(self.config.run.loggers)
+        self.attempts = Attempts(folder, attempt_facts())
         self.warm = False
         self.logged = 0
         self.memory = ""
@@ -193,6 +195,7 @@ class TrainingRun:
             self.folder.create(self.task.resolved, self.task.transform, self.task.inspection)
         self.folder.write_about(about_of(self.task))  # what an older version did not write yet
         self.folder.write_text("config.yaml", dump_yaml(self.task.resolved))  # what a resumed run may change
+        self.attempts.begin()
         self.recorded()
 
     def _open_writers(self, step: int, evaluates_again: bool = False) -> None:
@@ -398,6 +401,8 @@ class TrainingRun:
         if self.task.step is not None and (oldest := self.saving.oldest()) is not None:
             self.parts.journal.trim(oldest)
         self.saving.save(at, metrics, wait=wait, again=again)
+        if distributed.is_primary():
+            self.attempts.update()
         self.watch.at(before)
 
     def _wall(self) -> float:
@@ -431,6 +436,8 @@ class TrainingRun:
     def _finish(self, step: int, state: str, values: Mapping[str, float], reason: str = "") -> FinishedRun:
         """Writes summary and report on process 0, with the baselines where the run is finished."""
         self.watch.at("summary")
+        if distributed.is_primary():
+            self.attempts.update(state)
         found: dict[str, Any] = {
             "name": self.config.run.name,
             "reason": reason,
@@ -455,4 +462,5 @@ class TrainingRun:
         if distributed.is_primary():
             step = max(self.saving.last, self.logged)
             values = {"name": self.config.run.name, "step": step, "device": describe_devices(self.mesh)}
+            self.attempts.update("failed")
             write_failure(self.folder, error, values)

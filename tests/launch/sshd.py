@@ -24,13 +24,16 @@ UsePAM no
 PasswordAuthentication no
 PermitRootLogin prohibit-password
 MaxStartups 50
-SetEnv {env}
+{env}
 """
 CLIENT = """\
+Host alpha
+    User {user}
+Host beta
+    User {other}
 Host alpha beta
     HostName 127.0.0.1
     Port {port}
-    User {user}
     IdentityFile {home}/key
     IdentitiesOnly yes
     UserKnownHostsFile {home}/known_hosts
@@ -55,10 +58,11 @@ def find_sshd() -> str:
 
 
 @contextlib.contextmanager
-def sshd(home: Path, env: Mapping[str, str]) -> Iterator[Path]:
+def sshd(home: Path, env: Mapping[str, str], other: str = "") -> Iterator[Path]:
     """Runs sshd, whose sessions have these variables; yields a folder with an `ssh` for the PATH.
 
-    Two names are two hosts to ssh, each with a key of its own in known_hosts; they lie on one machine.
+    Two names are two hosts to ssh, each with a key of its own in known_hosts; they lie on one machine. With the name of
+    another user `beta` is a host of that one, where this process is root.
     """
     program = find_sshd()
     home.mkdir()
@@ -69,9 +73,10 @@ def sshd(home: Path, env: Mapping[str, str]) -> Iterator[Path]:
         port = free.getsockname()[1]
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # where sshd, as root, keeps itself apart
-    values = " ".join(f'"{name}={value}"' for name, value in env.items())
+    user = getpass.getuser()
+    values = " ".join(["SetEnv", *(f'"{name}={value}"' for name, value in env.items())]) if env else ""
     (home / "sshd_config").write_text(CONFIG.format(port=port, home=home, env=values))
-    (home / "config").write_text(CLIENT.format(port=port, home=home, user=getpass.getuser()))
+    (home / "config").write_text(CLIENT.format(port=port, home=home, user=user, other=other or user))
     key = (home / "host_key.pub").read_text().split()
     (home / "known_hosts").write_text("".join(f"{name} {key[0]} {key[1]}\n" for name in ("alpha", "beta")))
     (home / "bin").mkdir()

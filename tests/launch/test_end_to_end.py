@@ -69,6 +69,22 @@ def hosts(backend: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     if backend == "local":
         yield ["--workers", "2"]
         return
+    if backend == "gke":
+        from test_gke import install_kubectl
+
+        install_kubectl(home / "bin", {"seed/value": "3"})
+        monkeypatch.setenv("PATH", f"{home}/bin:{os.environ['PATH']}")
+        python = home / "python"
+        # Each with a cache of its own: of two workers with one the first finds what it has compiled, and on a busy
+        # machine the other one's compiling outlasts the 30 s that gloo waits.
+        own = {name: value for name, value in variables(home).items() if name not in ("PYTHONPATH", "JAXOPS_CACHE")}
+        exports = " ".join(f"{name}={value}" for name, value in own.items()) + ' JAXOPS_CACHE="$(mktemp -d)"'
+        path = f'PYTHONPATH="${{PYTHONPATH:-}}:{ROOT}"'
+        python.write_text(f'#!/bin/sh\nexec env {exports} {path} {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        options = ["--option", "image=img:1", "--option", f"mount=runs:{home}", "--workers", "2"]
+        yield ["--backend", "gke", *options, "--python", str(python), "--secret", "LAUNCH_SEED=k8s:seed/value"]
+        return
     if backend == "slurm":
         with slurm(home / "slurm") as env:
             for name, value in env.items():
@@ -193,6 +209,31 @@ def test_preempted_by_term_and_by_kill_it_becomes_the_undisturbed_run(backend, h
         assert job("down", "cut").returncode == 0 and job("down", "whole").returncode == 0
         assert not list((home / "state" / "launch").rglob("attempt-*"))
         assert (home / "runs" / "cut" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_a_jobset_that_lost_pods_becomes_the_undisturbed_run(home, monkeypatch):
+    """The cluster is a stand-in; the workers, their preflight, the training and the folder of runs are real."""
+    with hosts("gke", home, monkeypatch) as where:
+        whole = Launcher(home, where, "whole")
+        whole.end()
+        cut = Launcher(home, where, "cut")
+        for attempt, how, worker in ((1, "delete", "1"), (2, "kill", "0")):
+            cut.reach(attempt)
+            subprocess.run(["kubectl", "control", how, worker], check=True, timeout=60)
+        said = cut.end()
+        assert "attempt 3: running" in said and "attempt 3: done" in said and said.count("submitted as") == 1
+        whole_run, cut_run = home / "runs" / "whole", home / "runs" / "cut"
+        assert records(cut_run) == records(whole_run) and len(records(cut_run)) >= 40
+        assert state(cut_run) == state(whole_run) and "seed: 3" in (cut_run / "config.yaml").read_text()
+        attempts = json.loads((cut_run / "attempts.json").read_text())["attempts"]
+        assert [(one["attempt"], one["backend"], one.get("state")) for one in attempts] == [
+            (1, "gke", "preempted"),
+            (2, "gke", None),
+            (3, "gke", "finished"),
+        ]
+        assert job("down", "cut").returncode == 0 and job("down", "whole").returncode == 0
+        assert json.loads((home / "bin" / "cluster.json").read_text())["jobsets"] == {}
 
 
 @pytest.mark.slow

@@ -160,3 +160,13 @@ def test_a_folder_is_shared_where_others_see_the_token(tmp_path):
     assert worker("shared", tmp_path / "other", "read", "abc") == {"seen": False}
     worker("shared", tmp_path, "delete", "abc")
     assert worker("shared", tmp_path, "read", "abc") == {"seen": False} and not list(tmp_path.iterdir())
+
+
+def test_its_heartbeat_goes_on_and_does_not_stretch_its_time(attempt):
+    code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(75)); print('up'); time.sleep(60)"
+    begun = time.time()
+    start(attempt, code, seconds=1.5)
+    poll = reach(attempt, "ended")
+    beat = json.loads((attempt / "beat").read_text())
+    assert begun <= beat["time"] <= time.time() and beat["pid"] == int((attempt / "pid").read_text())
+    assert (poll["code"], poll["why"]) == (75, "max-hours")

@@ -1,9 +1,10 @@
 """The table of backends, by name: each is one module here that holds one value `BACKEND`; table.py lists them.
 
-There are two sorts of backends, and nothing outside of this folder asks for more than the sort.
+There are three sorts of backends, and nothing outside of this folder asks for more than the sort.
 
 * **Driven** (`local`, `ssh`, `queued-resources`): the launcher reaches the hosts and runs every stage there itself
   (jaxops/launch/engine.py, stages.py). A driven backend gives the hosts; one that makes its machines also creates them.
+* **Rendered** (`sky`, `ray`): files and commands for another tool are printed, and nothing is run.
 * **Scheduler** (`slurm`, `mig`, `gke`): the cluster starts the workers, nobody reaches a host, and a worker does all
   stages by itself with `launch/start_worker.sh` (jaxops/launch/scheduled.py is their engine). A scheduler gives the
   files and commands of a submission, and says what became of it.

@@ -77,6 +77,18 @@ class Driven(Backend):
         return None
 
 
+class Rendered(Backend):
+    """A backend that is written down for another tool; jaxops runs nothing of it."""
+
+    def files(self, record: LaunchRecord) -> dict[str, str]:
+        """Returns the files, by name."""
+        return {}
+
+    @abc.abstractmethod
+    def commands(self, record: LaunchRecord) -> list[str]:
+        """Returns the lines that one types with these files in the folder of the code."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """What a scheduler is to run.
@@ -198,6 +210,10 @@ class Scheduler(Backend):
     @abc.abstractmethod
     def remove(self, job: Job) -> list[str]:
         """Ends the job at once and removes all that was made for it; returns what is left, in words."""
+
+    def notes(self, job: Job) -> list[str]:
+        """Returns what one should know of a submission, for --dry-run and before it is submitted."""
+        return []
 
     def console(self, job: Job, worker: int) -> str:
         """Returns what the cluster itself has kept of a worker's output, for one that wrote no log."""

@@ -11,6 +11,9 @@ MODULES = {
     "mig": "jaxops.launch.backends.mig",
     "queued-resources": "jaxops.launch.backends.queued_resources",
     "slurm": "jaxops.launch.backends.slurm",
+    "gke": "jaxops.launch.backends.gke",
+    "sky": "jaxops.launch.backends.sky",
+    "ray": "jaxops.launch.backends.ray",
 }
 """The module of each backend; a further one is one more line."""
 

@@ -19,6 +19,7 @@ from jaxops.core.home import expand_home
 from jaxops.core.metrics_file import read_metrics
 from jaxops.core.small_files import read_bytes, read_end
 from jaxops.report import results
+from jaxops.report.attempts import read_attempts
 from jaxops.report.compare import MAX_RUNS, Comparison, Side, compare_sides
 from jaxops.report.folder import RunRecord, finite, read_run, utc_time
 from jaxops.run.folder import lease, mirror
@@ -65,6 +66,9 @@ class Listed:
       wall_s: seconds of training. Without a summary it is the time that the log spans, without pauses.
       last_activity: the time of the last record of the run.
       problems: files that could not be read, with the reason.
+      attempts: how often a run that was launched was begun.
+      preemptions: how many of these attempts were preempted or killed.
+      chip_hours: what they took together.
     """
 
     name: str
@@ -79,6 +83,9 @@ class Listed:
     wall_s: float | None
     last_activity: dt.datetime | None
     problems: list[str]
+    attempts: int | None = None
+    preemptions: int | None = None
+    chip_hours: float | None = None
 
 
 def list_runs(directory: str | os.PathLike[str]) -> list[Listed]:
@@ -232,6 +239,7 @@ def _listed(path: Path, top: Path) -> Listed:
     stands = standing(run)
     metric = _metric(run)
     best = None if metric is None else _best(run, metric)
+    launched = read_attempts(run.attempts)
     return Listed(
         name=path.name if path == top else str(path.relative_to(top)),
         path=path,
@@ -245,6 +253,9 @@ def _listed(path: Path, top: Path) -> Listed:
         wall_s=_wall_s(run),
         last_activity=_last_activity(run),
         problems=run.problems,
+        attempts=launched.count if launched else None,
+        preemptions=launched.preemptions if launched else None,
+        chip_hours=launched.chip_hours if launched else None,
     )
 
 
