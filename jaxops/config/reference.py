@@ -1,7 +1,7 @@
 """What every field of a config is: its type, default and meaning, read out of the dataclasses and their docstrings.
 
 `jaxops config --help FIELD` and the configuration reference of the documentation are made of it.
-Tested in tests/config/test_reference.py.
+Tested in tests/config/test_config_reference.py.
 """
 
 import dataclasses
