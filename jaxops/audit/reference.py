@@ -1,6 +1,6 @@
 """Losses and metrics in numpy and float64, each as plain as its definition: what one's own are compared with.
 
-They are written for reading, not for speed. Tested against the shipped ones in tests/audit/test_reference.py.
+They are written for reading, not for speed. Tested against the shipped ones in tests/audit/test_numpy_references.py.
 """
 
 import numpy as np

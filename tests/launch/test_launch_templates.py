@@ -1,6 +1,6 @@
 """The templates in launch/, which need no CLI: each is what the launcher renders, with words to fill in.
 
-`python tests/launch/test_templates.py` writes them again.
+`python tests/launch/test_launch_templates.py` writes them again.
 """
 
 import subprocess
@@ -65,7 +65,9 @@ def rendered() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["jobset.yaml", "sky.yaml"])
 def test_the_template_is_what_the_launcher_renders(name):
-    assert (FOLDER / name).read_text() == rendered()[name], "write it again: python tests/launch/test_templates.py"
+    assert (FOLDER / name).read_text() == rendered()[name], (
+        "write it again: python tests/launch/test_launch_templates.py"
+    )
 
 
 def test_a_template_that_is_filled_in_is_a_jobset_whose_script_is_one():
