@@ -192,7 +192,8 @@ def killed_at_ten_moments(overrides: list[str], count) -> None:
         assert (point["state"] == "finished") == (len(steps) == 6 and point["value"] is not None)
     done = [point["id"] for point in found["points"] if point["state"] == "finished"]
     summary = {run: Path("runs/find", run, "summary.json").stat().st_mtime_ns for run in done}
-    assert lead(*overrides).communicate()[0]
+    out, err = lead(*overrides).communicate()
+    assert json.loads(out or "{}").get("points") == found["points"], err
     assert {run: Path("runs/find", run, "summary.json").stat().st_mtime_ns for run in done} == summary
 
 

@@ -12,12 +12,14 @@ PAGE = (Path(__file__).parents[2] / "docs/sweeps.md").read_text(encoding="utf-8"
 
 def test_the_sweep_of_the_page_has_its_points(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text, search, *runners = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    text, search = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     Path("sweep.yaml").write_text(text)
     Path("my.yaml").write_text("base: rec/movielens_sasrec")
     plan = make_plan("sweep.yaml")
     assert len(plan.points) == 3 * (1 + 2) * 2 * 3 and plan.runner.jobs == 2
     Path("search.yaml").write_text(search)
+    runners = re.findall(r"^`(runner: .*)`$", PAGE, re.MULTILINE)
+    assert len(runners) == 2
     for runner in runners:
         Path("elsewhere.yaml").write_text(search + runner)
         assert make_plan("elsewhere.yaml").runner.kind in ("slurm", "launch")

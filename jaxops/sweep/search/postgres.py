@@ -40,7 +40,7 @@ class PostgresJournal:
             raise UserError("search.storage: needs psycopg: pip install 'jaxops[postgres]'") from None
         self._errors: type[Exception] = psycopg.Error
         try:
-            self._connection: Any = psycopg.connect(url, autocommit=True, connect_timeout=10)
+            self._connection: Any = psycopg.connect(url, autocommit=True, connect_timeout=30)
             self._connection.execute("SELECT pg_advisory_lock(hashtext(%s))", (TABLE,))  # of two, one creates it
             self._connection.execute(_CREATE)
             self._connection.execute("SELECT pg_advisory_unlock(hashtext(%s))", (TABLE,))
