@@ -140,7 +140,8 @@ class ManagedInstanceGroup(Scheduler):
         listed = gcloud.ask([*groups, "list-instances", name, *where]) or []
         states = [str(one.get("instanceStatus") or "PENDING") for one in listed]
         hosts = tuple(str(one.get("instance", "")).rpartition("/")[2] for one in listed)
-        begun = any(read_beat(job, attempt, worker) is not None for worker in range(count))
+        # A part of a slice starts its workers too, which wait for the others.
+        begun = all(read_beat(job, attempt, worker) is not None for worker in range(count))
         gone = [state for state in states if state not in _ALIVE]
         if gone or (begun and len(states) < count):
             why = f"PREEMPTED: {len(gone)} of {count} VMs are {', '.join(sorted(set(gone))) or 'gone'}"
