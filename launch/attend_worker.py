@@ -160,21 +160,29 @@ class Attendant:
             return EXIT_HOURS
         if self.count == 1 or code in (0, EXIT_SAVED, EXIT_LOST) or code >= 128:
             return code
-        for _ in range(4):  # the other one's heartbeat says so within a second
+        until = time.time() + 2  # the other one's heartbeat says so within a second
+        while True:
             if self._preempted_peer():
                 return EXIT_LOST
+            if time.time() > until:
+                break
             time.sleep(0.5)
         return code
 
     def _peers(self):
-        """Yields, for each other worker, how it ended and its last heartbeat; None where there is none."""
+        """Yields, for each other worker, how it ended and its last heartbeat; None where there is none.
+
+        It gives up after SETTLE_SECONDS: each look at an object store takes a second, and there may be a hundred.
+        """
+        until = time.time() + SETTLE_SECONDS
         for peer in range(self.count):
-            if peer != self.number:
+            if peer != self.number and time.time() < until:
                 name = f"{self.place.attempt}/worker-{peer}"
                 yield self.place.json(name + ".json"), self.place.json(name + ".beat")
 
     def _ended_peer(self):
-        return any(end is not None and end["code"] for end, _ in self._peers())
+        """Returns whether another worker has not ended well; on an object store nobody looks, for time is short."""
+        return not self.place.url and any(end is not None and end["code"] for end, _ in self._peers())
 
     def _preempted_peer(self):
         for end, beat in self._peers():

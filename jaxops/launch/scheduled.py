@@ -300,9 +300,10 @@ class Follower:
                 ends.append(End(name, None, "max-hours" if sight.late else "lost"))
             else:
                 ends.append(End(name, end["code"], end.get("why", ""), asked=end.get("why") == "others"))
-        known = [end for end in ends if end.code is not None]
-        if known and _is_final(sight.code):  # the cluster has judged, and ended the others, who may not have begun
-            return judge(known, self._stopping or launch.stop_wanted())
+        if _is_final(sight.code):  # the cluster has judged, and ended the others, who saved or had not begun
+            decisive = [end for end in ends if end.code == sight.code]
+            if decisive:
+                return judge(decisive, self._stopping or launch.stop_wanted())
         found = judge(ends, self._stopping or launch.stop_wanted())
         if all(end.code is None for end in ends) and not (sight.late or self._stopping):
             return self._without_workers(sight, found)
