@@ -78,7 +78,7 @@ def test_the_package_imports_only_what_it_asks_for():
     """Never what another package happens to bring, nor what only a developer's environment holds."""
     needed = JAX_PACKAGES | OTHERS
     extras = PROJECT["project"]["optional-dependencies"]
-    optional = ("gcs", "s3", "wandb", "lm", "hf", "gguf", "judge")
+    optional = ("gcs", "s3", "wandb", "lm", "hf", "gguf", "judge", "testing")
     needed |= {Requirement(r).name for extra in optional for r in extras[extra]}
     known, homes = {canonical(name) for name in needed}, importlib.metadata.packages_distributions()
     stray = [
@@ -102,6 +102,7 @@ def test_the_extras_are_there():
         "gguf",
         "judge",
         "plan",
+        "testing",
         "dev",
     }
 
