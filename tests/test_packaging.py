@@ -78,7 +78,7 @@ def test_the_package_imports_only_what_it_asks_for():
     """Never what another package happens to bring, nor what only a developer's environment holds."""
     needed = JAX_PACKAGES | OTHERS
     extras = PROJECT["project"]["optional-dependencies"]
-    optional = ("gcs", "s3", "wandb", "lm", "hf", "gguf", "judge", "postgres")
+    optional = ("gcs", "s3", "wandb", "lm", "hf", "gguf", "judge", "postgres", "testing")
     needed |= {Requirement(r).name for extra in optional for r in extras[extra]}
     known, homes = {canonical(name) for name in needed}, importlib.metadata.packages_distributions()
     stray = [
@@ -86,7 +86,6 @@ def test_the_package_imports_only_what_it_asks_for():
         for path in sorted(ROOT.joinpath("jaxops").rglob("*.py"))
         for name in sorted(third_party(path))
         if not known & {canonical(home) for home in homes.get(name, [name])}
-        and (path.name, name) != ("pytest_plugin.py", "pytest")  # pytest itself imports it, and nothing else does
     ]
     assert not stray, "\n".join(stray)
 
@@ -105,6 +104,7 @@ def test_the_extras_are_there():
         "gguf",
         "judge",
         "plan",
+        "testing",
         "dev",
     }
 

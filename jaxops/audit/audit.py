@@ -60,7 +60,7 @@ class Report:
 
     Attributes:
       mesh: sizes of the axes of the mesh above one, for which programs were compiled.
-      ran_on: the same of the mesh that updates ran on.
+      ran_on: the same of the mesh that updates ran on; None where nothing ran.
       devices: the devices, in words.
       rows: the number of examples of the batches that ran.
       findings: the findings, in order.
@@ -68,7 +68,7 @@ class Report:
     """
 
     mesh: Mapping[str, int]
-    ran_on: Mapping[str, int]
+    ran_on: Mapping[str, int] | None
     devices: str
     rows: int
     findings: Sequence[Finding]
@@ -83,8 +83,11 @@ class Report:
         """Returns the report as lines for people."""
         counts = {verdict: sum(one.verdict == verdict for one in self.findings) for verdict in ("passed", "failed")}
         rest = len(self.findings) - sum(counts.values())
+        ran = "nothing ran"
+        if self.ran_on is not None:
+            ran = f"ran on {_axes(self.ran_on)} ({self.devices}), batches of {self.rows}"
         return [
-            f"compiled for {_axes(self.mesh)}; ran on {_axes(self.ran_on)} ({self.devices}), batches of {self.rows}",
+            f"compiled for {_axes(self.mesh)}; {ran}",
             *(f"note: {note}" for note in self.notes),
             *(one.line() for one in self.findings),
             f"{counts['passed']} passed, {counts['failed']} failed, {rest} not applicable",
@@ -159,7 +162,7 @@ def audit(
             findings += _guarded("updates", update_findings(updates, layout, rows))
             findings += _guarded("steps", _stepped(task, updates, layout, rows))
     kept = {axis: size for axis, size in mesh.shape.items() if size > 1}
-    return Report(kept, layout, describe_devices(mesh_of(layout)), rows, findings, notes)
+    return Report(kept, None if why else layout, describe_devices(mesh_of(layout)), rows, findings, notes)
 
 
 def _guarded(group: str, findings: Iterator[Finding]) -> Iterator[Finding]:
