@@ -32,7 +32,7 @@ from jaxops.audit.updates import (
     UpdateBatches,
     audited_rows,
     packing_finding,
-    trial_of,
+    tested_objective,
     update_findings,
     with_update_batches,
 )
@@ -56,7 +56,7 @@ COPIES = 6
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What an audit found.
+    """The findings of an audit, and the mesh and devices that they hold for.
 
     Attributes:
       mesh: sizes of the axes of the mesh above one, for which programs were compiled.
@@ -182,9 +182,9 @@ def _guarded(group: str, findings: Iterator[Finding]) -> Iterator[Finding]:
 
 def _objective(updates: Task, rows: int) -> Iterator[Finding]:
     """Yields the findings about the objective on one device."""
-    trial = trial_of(updates, rows)
-    yield from contract_findings(trial)
-    yield packing_finding(trial)
+    tested = tested_objective(updates, rows)
+    yield from contract_findings(tested)
+    yield packing_finding(tested)
 
 
 _STEPPED = ("one device", "accumulation", "batches", "recompiles")
