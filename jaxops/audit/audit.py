@@ -31,8 +31,8 @@ from jaxops.audit.runs import STEPS, batches_finding, recompiles_finding
 from jaxops.audit.updates import (
     UpdateBatches,
     audited_rows,
+    objective_under_test,
     packing_finding,
-    tested_objective,
     update_findings,
     with_update_batches,
 )
@@ -182,7 +182,7 @@ def _guarded(group: str, findings: Iterator[Finding]) -> Iterator[Finding]:
 
 def _objective(updates: Task, rows: int) -> Iterator[Finding]:
     """Yields the findings about the objective on one device."""
-    tested = tested_objective(updates, rows)
+    tested = objective_under_test(updates, rows)
     yield from contract_findings(tested)
     yield packing_finding(tested)
 

@@ -99,29 +99,29 @@ class ObjectiveUnderTest:
         return self.pick(range(self.blocks // 2 * 2 or self.blocks))
 
 
-def contract_findings(tested: ObjectiveUnderTest) -> Iterator[Finding]:
+def contract_findings(subject: ObjectiveUnderTest) -> Iterator[Finding]:
     """Yields the findings of all checks of the contract."""
-    yield counts_finding(tested)
-    yield sums_finding(tested)
-    yield examples_finding(tested)
-    yield keys_finding(tested)
-    yield gradients_finding(tested)
+    yield counts_finding(subject)
+    yield sums_finding(subject)
+    yield examples_finding(subject)
+    yield keys_finding(subject)
+    yield gradients_finding(subject)
 
 
-def counts_finding(tested: ObjectiveUnderTest) -> Finding:
+def counts_finding(subject: ObjectiveUnderTest) -> Finding:
     """Checks that the counts of loss terms depend on the batch alone; a pass of its own computes them without model."""
 
     def counts(params: PyTree) -> list[Array]:
-        return list(loss_counts(tested.whole(params, tested.batch, jax.random.key(0))).values())
+        return list(loss_counts(subject.whole(params, subject.batch, jax.random.key(0))).values())
 
-    traced = tested.on_mesh(lambda: jax.make_jaxpr(counts)(tested.params))
+    traced = subject.on_mesh(lambda: jax.make_jaxpr(counts)(subject.params))
     used = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))[1]
-    reached = [path for (path, _), reads in zip(named_leaves(tested.params), used, strict=True) if reads]
+    reached = [path for (path, _), reads in zip(named_leaves(subject.params), used, strict=True) if reads]
     if not reached:
         return Finding("counts", "passed", "the counts of loss terms depend on the batch alone")
-    moved = _elsewhere(tested.params)
-    run = tested.on_mesh(
-        lambda: jax.device_get(jax.jit(lambda one, two: (counts(one), counts(two)))(tested.params, moved))
+    moved = _elsewhere(subject.params)
+    run = subject.on_mesh(
+        lambda: jax.device_get(jax.jit(lambda one, two: (counts(one), counts(two)))(subject.params, moved))
     )
     apart = max(float(np.max(np.abs(a - b), initial=0)) for a, b in zip(*run, strict=True))
     named = ", ".join(reached[:3]) + (", ..." if len(reached) > 3 else "")
@@ -143,11 +143,11 @@ def _elsewhere(params: PyTree) -> PyTree:
     return jax.tree.map(one, params)
 
 
-def sums_finding(tested: ObjectiveUnderTest) -> Finding:
+def sums_finding(subject: ObjectiveUnderTest) -> Finding:
     """Checks that totals and counts of a batch are the sums of those of its parts, in evaluation."""
-    if tested.blocks < 2:
+    if subject.blocks < 2:
         return Finding.skipped("sums", "the batch is one block, which has no parts")
-    name, apart, counts = _additivity(tested, None)
+    name, apart, counts = _additivity(subject, None)
     if apart <= SUM_BOUND:
         return Finding(
             "sums", "passed", "totals and counts are the sums of those of parts of a batch", apart, SUM_BOUND
@@ -157,17 +157,17 @@ def sums_finding(tested: ObjectiveUnderTest) -> Finding:
     else:
         problem = (
             f"the total of {name} is not a sum over examples: it is divided, or examples depend on each other"
-            f" (block is {tested.block})"
+            f" (block is {subject.block})"
         )
     return Finding("sums", "failed", problem, apart, SUM_BOUND)
 
 
-def examples_finding(tested: ObjectiveUnderTest) -> Finding:
+def examples_finding(subject: ObjectiveUnderTest) -> Finding:
     """Checks that no example depends on another one: f(AB) + f(BA) = f(AA) + f(BB) for the totals of two halves."""
-    if tested.blocks < 2:
+    if subject.blocks < 2:
         return Finding.skipped("examples", "the batch is one block, whose examples may depend on each other")
-    a, b = (range(0, tested.blocks // 2 * 2, 2), range(1, tested.blocks // 2 * 2, 2))
-    mixed = lambda first, second: tested.sums(tested.pick(np.stack([first, second], axis=1).reshape(-1)), None)
+    a, b = (range(0, subject.blocks // 2 * 2, 2), range(1, subject.blocks // 2 * 2, 2))
+    mixed = lambda first, second: subject.sums(subject.pick(np.stack([first, second], axis=1).reshape(-1)), None)
     ab, ba, aa, bb = mixed(a, b), mixed(b, a), mixed(a, a), mixed(b, b)
     apart, worst = 0.0, ""
     for name in _losses(ab):
@@ -184,18 +184,18 @@ def examples_finding(tested: ObjectiveUnderTest) -> Finding:
     )
 
 
-def keys_finding(tested: ObjectiveUnderTest) -> Finding:
+def keys_finding(subject: ObjectiveUnderTest) -> Finding:
     """Checks that random draws follow the ids of examples: not their places, and not the key alone."""
     one, two = jax.random.key(1), jax.random.key(2)
 
     def losses(batch: Mapping[str, Any], key: Array) -> list[float]:
-        sums = tested.sums(batch, key)
+        sums = subject.sums(batch, key)
         return [float(sums[name].total) for name in _losses(sums)]  # type: ignore[union-attr]
 
-    if losses(tested.both, one) == losses(tested.both, two):
+    if losses(subject.both, one) == losses(subject.both, two):
         return Finding.skipped("keys", "no loss draws anything: it is the same for another key")
-    if tested.blocks >= 2 and _additivity(tested, None)[1] <= SUM_BOUND:
-        name, apart, _ = _additivity(tested, one)
+    if subject.blocks >= 2 and _additivity(subject, None)[1] <= SUM_BOUND:
+        name, apart, _ = _additivity(subject, one)
         if apart > SUM_BOUND:
             return Finding(
                 "keys",
@@ -205,12 +205,12 @@ def keys_finding(tested: ObjectiveUnderTest) -> Finding:
                 apart,
                 SUM_BOUND,
             )
-    if "id" not in tested.both:
+    if "id" not in subject.both:
         return Finding("keys", "failed", "the batch has no `id`, so that draws cannot follow an example")
-    renamed = {**tested.both, "id": tested.both["id"] + np.asarray(MOVED, tested.both["id"].dtype)}
-    if losses(tested.both, one) != losses(renamed, one):
+    renamed = {**subject.both, "id": subject.both["id"] + np.asarray(MOVED, subject.both["id"].dtype)}
+    if losses(subject.both, one) != losses(renamed, one):
         return Finding("keys", "passed", "draws follow the ids of examples")
-    if shared := getattr(tested.objective, SHARED_DRAWS, None):
+    if shared := getattr(subject.objective, SHARED_DRAWS, None):
         return Finding("keys", "passed", f"all draws are shared by the examples of a step, as declared: {shared}")
     return Finding(
         "keys",
@@ -220,23 +220,23 @@ def keys_finding(tested: ObjectiveUnderTest) -> Finding:
     )
 
 
-def gradients_finding(tested: ObjectiveUnderTest) -> Finding:
+def gradients_finding(subject: ObjectiveUnderTest) -> Finding:
     """Checks that every trained parameter has a finite gradient, and one that is not zero in one of two steps.
 
     A leaf may have none where the loss is the same for all its values though it is read: a bias that cancels.
     """
-    frozen, rows = tested.trained[1], tested.batch.get("rows")
+    frozen, rows = subject.trained[1], subject.batch.get("rows")
 
     def loss(both: tuple[PyTree, PyTree], key: Array) -> Array:
-        batch = tested.batch if rows is None else {**tested.batch, "rows": both[1]}
-        sums = tested.whole(join(both[0], frozen), batch, key)
-        return weighted_loss(sums, loss_counts(sums), tested.weights)
+        batch = subject.batch if rows is None else {**subject.batch, "rows": both[1]}
+        sums = subject.whole(join(both[0], frozen), batch, key)
+        return weighted_loss(sums, loss_counts(sums), subject.weights)
 
     run = jax.jit(jax.grad(loss))
-    point = start = (tested.trained[0], rows)
+    point = start = (subject.trained[0], rows)
     dead: set[str] | None = None
     for at in range(2):
-        grads = jax.device_get(tested.on_mesh(functools.partial(run, point, jax.random.key(at))))
+        grads = jax.device_get(subject.on_mesh(functools.partial(run, point, jax.random.key(at))))
         named = dict(_named(grads))
         bad = [path for path, x in named.items() if not np.isfinite(x).all()]
         if bad:
@@ -244,7 +244,7 @@ def gradients_finding(tested: ObjectiveUnderTest) -> Finding:
         zero = {path for path, x in named.items() if x.size and not np.any(x)}
         dead = zero if dead is None else dead & zero
         point = jax.tree.map(lambda x, g: (x - RATE * g).astype(x.dtype), point, grads)
-    cancels = sorted(_cancelling(tested, loss, start, dead or set()))
+    cancels = sorted(_cancelling(subject, loss, start, dead or set()))
     lost = sorted((dead or set()) - set(cancels))
     problem = (
         f"the gradient is zero in two steps: {', '.join(lost[:6])}: unused, or cut off (stop_gradient, argmax); freeze"
@@ -262,21 +262,21 @@ def _named(both: tuple[PyTree, PyTree]) -> list[tuple[str, Any]]:
 
 
 def _cancelling(
-    tested: ObjectiveUnderTest, loss: Callable[..., Array], start: tuple[PyTree, PyTree], dead: set[str]
+    subject: ObjectiveUnderTest, loss: Callable[..., Array], start: tuple[PyTree, PyTree], dead: set[str]
 ) -> Iterator[str]:
     """Yields the leaves among `dead` that the loss reads, and for any values of which it is the same."""
     if not dead:
         return
     key = jax.random.key(0)
-    traced = tested.on_mesh(lambda: jax.make_jaxpr(loss)(start, key))
+    traced = subject.on_mesh(lambda: jax.make_jaxpr(loss)(start, key))
     reads = dict(zip((path for path, _ in _named(start)), dce_jaxpr(traced.jaxpr, [True])[1], strict=False))
     moved = _elsewhere(start)
     run = jax.jit(loss)
-    before = float(tested.on_mesh(lambda: run(start, key)))
+    before = float(subject.on_mesh(lambda: run(start, key)))
     for path in dead:
         paths = iter([one for one, _ in _named(start)])
         other = jax.tree.map(lambda old, new, paths=paths, path=path: new if next(paths) == path else old, start, moved)
-        after = float(tested.on_mesh(functools.partial(run, other, key)))
+        after = float(subject.on_mesh(functools.partial(run, other, key)))
         if reads[path] and abs(after - before) <= 1e-5 * abs(before):
             yield path
 
@@ -285,9 +285,9 @@ def _losses(sums: Sums) -> list[str]:
     return [name for name, entry in sums.items() if name.startswith(LOSS) and isinstance(entry, Sum)]
 
 
-def _additivity(tested: ObjectiveUnderTest, key: Array | None) -> tuple[str, float, bool]:
+def _additivity(subject: ObjectiveUnderTest, key: Array | None) -> tuple[str, float, bool]:
     """Returns the entry whose parts differ most from the whole, by how much, and whether it is its count."""
-    whole, first, second = (tested.sums(batch, key) for batch in (tested.both, *tested.halves))
+    whole, first, second = (subject.sums(batch, key) for batch in (subject.both, *subject.halves))
     worst: tuple[float, str, bool] = (0.0, "", False)
     for name, entry in whole.items():
         parts = (entry, first[name], second[name])

@@ -102,7 +102,7 @@ def seen_by_objective(task: Task, rows: int) -> tuple[PyTree, dict[str, Any]]:
     return found
 
 
-def tested_objective(task: Task, rows: int) -> ObjectiveUnderTest:
+def objective_under_test(task: Task, rows: int) -> ObjectiveUnderTest:
     """Returns the task's objective with fresh parameters and its first batch, on one device."""
     params, batch = seen_by_objective(task, rows)
     objective = told(task)
@@ -181,21 +181,21 @@ def _agreement(check: str, cases: list[Agreement], bounds: Mapping[str, float], 
     return Finding.of(check, problem if bad else None, f"{why}: {told}", measured)
 
 
-def packing_finding(tested: ObjectiveUnderTest) -> Finding:
+def packing_finding(subject: ObjectiveUnderTest) -> Finding:
     """Checks that texts which share a row have the loss and the gradients that they have in rows of their own."""
-    batch = tested.batch
+    batch = subject.batch
     segment = batch.get("segment")
     if segment is None or np.ndim(segment) != 2:
         return Finding.skipped("packing", "rows hold one example each: there is no `segment` [batch, length]")
     if int(np.max(segment)) < 2:
         return Finding.skipped("packing", "no row of the batch holds more than one example")
-    if tested.block > 1:
-        return Finding.skipped("packing", f"the objective couples blocks of {tested.block} rows")
+    if subject.block > 1:
+        return Finding.skipped("packing", f"the objective couples blocks of {subject.block} rows")
     fullest = np.argsort(-segment.max(axis=1), kind="stable")[:PACKED_ROWS]
-    packed = tested.pick(fullest)
+    packed = subject.pick(fullest)
     apart = _taken_apart(packed)
-    run = jax.jit(jax.value_and_grad(lambda p, b: _loss(tested, p, b)))
-    both = tested.on_mesh(lambda: [jax.device_get(run(tested.trained[0], one)) for one in (packed, apart)])
+    run = jax.jit(jax.value_and_grad(lambda p, b: _loss(subject, p, b)))
+    both = subject.on_mesh(lambda: [jax.device_get(run(subject.trained[0], one)) for one in (packed, apart)])
     leaves = [named_leaves(grads) for _, grads in both]
     largest = max(float(np.max(np.abs(x), initial=0)) for _, x in leaves[1])
     gaps = {path: float(np.max(np.abs(x - y), initial=0)) for (path, x), (_, y) in zip(*leaves, strict=True)}
@@ -211,9 +211,9 @@ def packing_finding(tested: ObjectiveUnderTest) -> Finding:
     return Finding.of("packing", None if measured <= PACKED else problem, why, measured, PACKED)
 
 
-def _loss(tested: ObjectiveUnderTest, params: PyTree, batch: Any) -> Any:
-    sums = tested.whole(join(params, tested.trained[1]), batch, None)
-    return weighted_loss(sums, loss_counts(sums), tested.weights)
+def _loss(subject: ObjectiveUnderTest, params: PyTree, batch: Any) -> Any:
+    sums = subject.whole(join(params, subject.trained[1]), batch, None)
+    return weighted_loss(sums, loss_counts(sums), subject.weights)
 
 
 def _taken_apart(packed: dict[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from jaxops.audit.contract import (
     keys_finding,
     sums_finding,
 )
-from jaxops.audit.updates import tested_objective
+from jaxops.audit.updates import objective_under_test
 from jaxops.core.random import example_keys, shared_draws
 from jaxops.core.sums import Max, Sum
 
 
-def tested(objective, batch=None, **options):
+def subject(objective, batch=None, **options):
     return ObjectiveUnderTest(objective, init(None), rows(0, 8) if batch is None else batch, **options)
 
 
@@ -63,19 +63,19 @@ by_id = noisy(lambda key, batch: jax.vmap(lambda k: jax.random.normal(k, (8,)))(
 
 
 def test_a_right_one_passes_all_and_its_metrics_count_too():
-    found = tested(by_id)
+    found = subject(by_id)
     assert [check(found).verdict for check in (counts_finding, sums_finding, examples_finding)] == ["passed"] * 3
     assert keys_finding(found).verdict == gradients_finding(found).verdict == "passed"
-    assert keys_finding(tested(regression)).verdict == "not applicable"
+    assert keys_finding(subject(regression)).verdict == "not applicable"
 
 
 def test_a_mean_is_no_sum():
-    found = sums_finding(tested(mean))
+    found = sums_finding(subject(mean))
     assert found.verdict == "failed" and "count of loss/mse is not a sum" in found.why and found.measured > 0.1
 
 
 def test_a_total_that_is_divided_is_no_sum():
-    found = sums_finding(tested(divided))
+    found = sums_finding(subject(divided))
     assert found.verdict == "failed" and "the total of loss/mse is not a sum" in found.why
 
 
@@ -86,7 +86,7 @@ def test_terms_that_cancel_are_not_taken_for_an_error():
     def signed(params, batch, key):
         return {"loss/policy": Sum.of(batch["advantage"] * (1 + 1e-7 * batch["x"][:, 0]))}
 
-    found = tested(signed, rows(0, 8) | {"advantage": advantage})
+    found = subject(signed, rows(0, 8) | {"advantage": advantage})
     assert sums_finding(found).verdict == examples_finding(found).verdict == "passed"
 
 
@@ -94,15 +94,15 @@ def test_a_metric_that_does_not_add_up_is_named():
     def wrong(params, batch, key):
         return regression(params, batch, key) | {"rmse": Sum(jnp.sqrt(jnp.sum(error_of(params, batch))), jnp.ones(()))}
 
-    assert "rmse" in sums_finding(tested(wrong)).why
+    assert "rmse" in sums_finding(subject(wrong)).why
     least = lambda params, batch, key: (
         {"loss/x": regression(params, batch, key)["loss/mse"]} | {"least": Max(jnp.min(error_of(params, batch)))}
     )
-    assert "least" in sums_finding(tested(least)).why
+    assert "least" in sums_finding(subject(least)).why
 
 
 def test_counts_that_move_with_the_model():
-    found = counts_finding(tested(confident_only))
+    found = counts_finding(subject(confident_only))
     assert found.verdict == "failed" and found.measured >= 1 and "down/bias" in found.why
 
 
@@ -111,14 +111,14 @@ def test_counts_that_only_pass_through_the_model_are_right_and_said_to_be():
         entry = regression(params, batch, key)["loss/mse"]
         return {"loss/mse": Sum(entry.total, entry.count + 0 * jnp.sum(params["up"]["bias"]))}
 
-    found = counts_finding(tested(through))
+    found = counts_finding(subject(through))
     assert found.verdict == "passed" and "up/bias" in found.why
 
 
 def test_examples_that_depend_on_each_other():
-    found = examples_finding(tested(batch_normalised))
+    found = examples_finding(subject(batch_normalised))
     assert found.verdict == "failed" and found.measured > 1e-3 and "declare how many neighbours" in found.why
-    assert "examples depend on each other" in sums_finding(tested(batch_normalised)).why
+    assert "examples depend on each other" in sums_finding(subject(batch_normalised)).why
 
 
 def test_examples_may_depend_on_each_other_within_a_declared_block():
@@ -126,44 +126,44 @@ def test_examples_may_depend_on_each_other_within_a_declared_block():
         score = jnp.mean(predict(params, batch["x"]), axis=-1).reshape(-1, 2)
         return {"loss/pair": Sum.of(jax.nn.softplus(score[:, 1] - score[:, 0]))}
 
-    assert examples_finding(tested(pairs)).verdict == "failed"
-    inside = tested(pairs, block=2)
+    assert examples_finding(subject(pairs)).verdict == "failed"
+    inside = subject(pairs, block=2)
     assert examples_finding(inside).verdict == sums_finding(inside).verdict == "passed"
-    whole = tested(pairs, block=8)
+    whole = subject(pairs, block=8)
     assert examples_finding(whole).verdict == sums_finding(whole).verdict == "not applicable"
     assert keys_finding(whole).verdict == "not applicable" and gradients_finding(whole).verdict == "passed"
 
 
 def test_draws_that_follow_the_place_in_the_batch():
-    found = keys_finding(tested(by_place))
+    found = keys_finding(subject(by_place))
     assert found.verdict == "failed" and "follow an example's place" in found.why
 
 
 def test_draws_that_are_the_same_for_all_examples():
-    found = keys_finding(tested(for_all))
+    found = keys_finding(subject(for_all))
     assert found.verdict == "failed" and "same draws, whatever their ids" in found.why
-    declared = keys_finding(tested(shared_draws(noisy(lambda key, batch: jax.random.normal(key, (1, 8))), "noise")))
+    declared = keys_finding(subject(shared_draws(noisy(lambda key, batch: jax.random.normal(key, (1, 8))), "noise")))
     assert declared.verdict == "passed" and "noise" in declared.why
 
 
 def test_a_declaration_outlives_the_wrapping_of_a_task():
     task = regression_task(shared_draws(noisy(lambda key, batch: jax.random.normal(key, (1, 8))), "noise"))
-    assert keys_finding(tested_objective(task, 8)).verdict == "passed"
+    assert keys_finding(objective_under_test(task, 8)).verdict == "passed"
 
 
 def test_draws_without_ids():
     batch = rows(0, 8)
     del batch["id"]
-    assert "no `id`" in keys_finding(tested(for_all, batch)).why
+    assert "no `id`" in keys_finding(subject(for_all, batch)).why
 
 
 def test_a_leaf_that_never_gets_a_gradient():
     def deaf(params, batch, key):
         return regression(jax.tree.map(lambda x: x, params) | {"up": jax.lax.stop_gradient(params["up"])}, batch, key)
 
-    found = gradients_finding(tested(deaf))
+    found = gradients_finding(subject(deaf))
     assert found.verdict == "failed" and "up/bias, up/kernel" in found.why and "down" not in found.why
-    assert gradients_finding(tested(deaf, frozen=("^up/",))).verdict == "passed"
+    assert gradients_finding(subject(deaf, frozen=("^up/",))).verdict == "passed"
 
 
 def test_a_factor_of_a_zero_kernel_is_no_dead_leaf():
@@ -184,7 +184,7 @@ def test_a_leaf_that_is_not_used_and_one_that_cancels():
         score = predict(params, batch["x"])[:, 0]
         return {"loss/pair": Sum.of(jax.nn.softplus(score[1::2] - score[0::2]))}
 
-    found = gradients_finding(tested(ranked, block=2))
+    found = gradients_finding(subject(ranked, block=2))
     assert found.verdict == "passed" and "the loss is the same for any down/bias" in found.why
     spare = init(None) | {"spare": jnp.ones(3)}
     found = gradients_finding(ObjectiveUnderTest(regression, spare, rows(0, 8)))
@@ -199,11 +199,11 @@ def test_a_gradient_that_is_not_a_number():
         entry = regression(params, batch, key)["loss/mse"]
         return {"loss/mse": entry, "loss/root": Sum.of(jnp.sum(jnp.where(root > 0, root, 0.0), axis=-1))}
 
-    found = gradients_finding(tested(rooted))
+    found = gradients_finding(subject(rooted))
     assert found.verdict == "failed" and "not finite: " in found.why and "down/bias" in found.why
 
 
 def test_totals_that_are_not_finite_are_not_let_through():
     wrong = lambda params, batch, key: {"loss/x": Sum(jnp.log(-jnp.sum(batch["weight"])), jnp.sum(batch["weight"]))}
-    whole = tested(wrong, rows(0, 8) | {"weight": np.array([1, -1] * 4, np.float32)})
+    whole = subject(wrong, rows(0, 8) | {"weight": np.array([1, -1] * 4, np.float32)})
     assert sums_finding(whole).verdict == "failed" and examples_finding(whole).verdict in ("passed", "failed")

@@ -18,7 +18,7 @@ from toys import mesh_of, predict, regression, regression_task, rows, trainer
 from jaxops.audit.contract import ObjectiveUnderTest, keys_finding, sums_finding
 from jaxops.audit.programs import donation_finding, types_finding
 from jaxops.audit.runs import recompiles_finding
-from jaxops.audit.updates import packing_finding, tested_objective, update_findings
+from jaxops.audit.updates import objective_under_test, packing_finding, update_findings
 from jaxops.core.sums import Sum
 from jaxops.plan.program import Compiled, placed
 from jaxops.run import training
@@ -31,7 +31,7 @@ def mean_of_tokens(params, batch, key):
 
 def test_the_mean_of_each_microbatch():
     task = regression_task(mean_of_tokens)
-    assert "count of loss/nll is not a sum" in sums_finding(tested_objective(task, 16)).why
+    assert "count of loss/nll is not a sum" in sums_finding(objective_under_test(task, 16)).why
     same, parts = update_findings(task, {"data": 2}, 16, steps=1)
     assert (same.verdict, parts.verdict) == ("passed", "failed") and parts.measured["gradient"] > 1e-3
 
@@ -143,6 +143,6 @@ def test_the_same_dropout_for_all_examples():
         one = lambda x: x if key is None else jnp.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * x, 0.0)
         return regression(params, batch | {"x": jax.vmap(one)(batch["x"])}, key)
 
-    found = keys_finding(tested_objective(regression_task(dropped), 8))
+    found = keys_finding(objective_under_test(regression_task(dropped), 8))
     assert found.verdict == "failed" and "same draws, whatever their ids" in found.why
     assert mesh_of(data=1).size == 1
