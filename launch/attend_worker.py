@@ -287,6 +287,7 @@ class Attendant:
             ports = [socket.socket() for _ in range(2)]
             for one in ports:
                 one.bind(("", 0))
+            address = f"[{address.strip('[]')}]" if ":" in address else address
             found = [f"{address}:{one.getsockname()[1]}" for one in ports]
             for one in ports:
                 one.close()
