@@ -1,5 +1,6 @@
 """Following a job of a cluster to its end: what its workers say, how it ends, the next attempt after a preemption."""
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -71,7 +72,8 @@ class Follower:
         while True:
             try:
                 if launch.stop_wanted() and not self._stopping:
-                    worker_files.ask_to_stop(launch.job)
+                    with contextlib.suppress(RunFailed):  # `job stop` has said that the folder is away
+                        worker_files.ask_to_stop(launch.job)
                     launch.backend.cancel(launch.job)
                     self._stopping = True
                 sight = launch.backend.look(launch.job)
