@@ -287,6 +287,7 @@ class Attendant:
             ports = [socket.socket() for _ in range(2)]
             for one in ports:
                 one.bind(("", 0))
+            address = f"[{address.strip('[]')}]" if ":" in address else address
             found = [f"{address}:{one.getsockname()[1]}" for one in ports]
             for one in ports:
                 one.close()
@@ -429,10 +430,12 @@ def _secret(name, source):
     if kind == "file":
         path = os.path.expanduser(place)
         try:
-            with open(path) as file:
+            with open(path, encoding="utf-8") as file:
                 if os.fstat(file.fileno()).st_mode & 0o077:
                     raise Ended(EXIT_USAGE, f"--secret {name}: {path} can be read by others: chmod 600 it")
-                return file.read().rstrip("\n")
+                return _text(name, file.read())
+        except UnicodeDecodeError:  # whose message would show a part of it
+            raise Ended(EXIT_USAGE, f"--secret {name}: {path} is no text in UTF-8") from None
         except OSError as error:
             raise Ended(EXIT_USAGE, f"--secret {name}: {error}") from None
     argv = ["gcloud", "--quiet", "secrets", "versions", "access", "latest", f"--secret={place}"]
@@ -443,7 +446,17 @@ def _secret(name, source):
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip()[-300:]
         raise Ended(EXIT_USAGE, f"--secret {name}: Secret Manager refuses {place}: {said}")
-    return done.stdout.decode("utf-8").rstrip("\n")
+    try:
+        return _text(name, done.stdout.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise Ended(EXIT_USAGE, f"--secret {name}: {place} in Secret Manager is no text in UTF-8") from None
+
+
+def _text(name, value):
+    """Returns a secret as it can stand in an environment variable: without the line feeds at its end."""
+    if "\0" in value:
+        raise Ended(EXIT_USAGE, f"--secret {name}: it holds a zero byte, which no environment variable can")
+    return value.rstrip("\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxops.core.failures import EXIT_OK, RunFailed, UserError
 from jaxops.core.secret_text import remember_secret
@@ -161,7 +161,8 @@ def _driven(args: argparse.Namespace, folder: "LaunchFolder", fresh: "LaunchReco
 
 def _scheduled(args: argparse.Namespace, folder: "LaunchFolder", fresh: "LaunchRecord", code: "Code") -> int:
     """Launches in a cluster that starts the workers by itself."""
-    from jaxops.launch.scheduled import Follower, ScheduledLaunch, open_scheduled, show, submit
+    from jaxops.launch.follow import Follower
+    from jaxops.launch.scheduled import ScheduledLaunch, open_scheduled, show, submit
 
     if args.dry_run:
         show(ScheduledLaunch(folder, fresh, _say), code, float(args.max_hours))
@@ -331,8 +332,20 @@ def _ssh(session: "Session", args: argparse.Namespace) -> int:
     argv = session.backend.shell(session.record, worker, f'cd {shlex.quote(root)} && exec "$SHELL" -l' if root else "")
     if argv is None:
         raise UserError(f"job ssh: the workers of {session.record.spec.name} are processes of this machine")
+    return _become(argv)
+
+
+def _become(argv: Sequence[str]) -> NoReturn:
+    """Replaces this process by a command of the user's own.
+
+    Raises:
+      UserError: it is not installed.
+    """
     sys.stdout.flush()
-    os.execvp(argv[0], argv)
+    try:
+        os.execvp(argv[0], list(argv))
+    except FileNotFoundError:
+        raise UserError(f"job ssh: there is no `{argv[0]}` on this machine") from None
 
 
 def _logs_kept(launch: "ScheduledLaunch", args: argparse.Namespace) -> int:
@@ -360,7 +373,7 @@ def _logs_kept(launch: "ScheduledLaunch", args: argparse.Namespace) -> int:
 def _end(launch: "ScheduledLaunch", args: argparse.Namespace) -> int:
     from jaxops.launch.scheduled import remove_scheduled, stop_scheduled
 
-    status = stop_scheduled(launch, _pause(launch))
+    status = stop_scheduled(launch, _pause(launch), at_once=args.action == "down")
     if args.action == "down":
         for left in remove_scheduled(launch):
             _say(f"kept {left}")
@@ -371,5 +384,4 @@ def _shell(launch: "ScheduledLaunch", args: argparse.Namespace) -> int:
     argv = launch.backend.shell(launch.job, args.worker or 0)
     if argv is None:
         raise UserError(f"job ssh: no worker of {launch.record.spec.name} runs, or its backend has no way to a shell")
-    sys.stdout.flush()
-    os.execvp(argv[0], argv)
+    return _become(argv)

@@ -4,9 +4,12 @@ import collections
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
+from jaxops.core import distributed
 from jaxops.core.cache import cache_root
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
@@ -54,3 +57,33 @@ def enable_compilation_cache() -> None:
     if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 (mypy knows no flags)
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def forgo_cache_of_one(mesh: jax.sharding.Mesh) -> None:
+    """Gives up the compilation cache where it would serve process 0 alone: with several processes on CPU devices.
+
+    Only process 0 writes into jax's cache, and on CPUs the key of a program differs between processes. From the second
+    start on process 0 would be ready at once and wait for the others, longer than gloo does (`compile_together`).
+    """
+    if _waits_by_gloo(mesh):
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # jax asks the flag once, at its first compile
+
+
+def compile_together(fn: Any, mesh: jax.sharding.Mesh, *args: Any) -> None:
+    """Compiles a jitted function, and waits until all processes have, where a process must not run it alone.
+
+    That is so on CPU devices: at the first collective between processes gloo waits for the others for 30 s.
+
+    Raises:
+      Lost: a process has not compiled within JAXOPS_BARRIER_SECONDS.
+      RunFailed: another process failed meanwhile.
+    """
+    if _waits_by_gloo(mesh):
+        fn.lower(*args).compile()
+        distributed.barrier("compiled")
+
+
+def _waits_by_gloo(mesh: jax.sharding.Mesh) -> bool:
+    devices = mesh.devices.flat
+    return devices[0].platform == "cpu" and len({device.process_index for device in devices}) > 1

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from jaxops.core.accumulate import zeros_like_sums
+from jaxops.core.compiles import compile_together
 from jaxops.core.interrupt import Interrupted as Interrupted
 from jaxops.core.mesh import batch_axes, batch_sharding, serialise_dispatch
 from jaxops.core.sharding import Axes, logical_axes
@@ -104,7 +105,9 @@ class Evaluator:
             if poll():
                 raise Interrupted
             if total is None:
-                total = self._zeros(params, state, batch)
+                first, total = self.fresh, self._zeros(params, state, batch)
+                if first:
+                    compile_together(self._step, self.mesh, params, state, batch, total)
             total = self._step(params, state, batch, total)
             if serialise_dispatch(self.mesh):
                 jax.block_until_ready(total)

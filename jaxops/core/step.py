@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxops.core.accumulate import Batch, Objective, build_gradients, choose_reduction, zeros_like_sums
 from jaxops.core.clipping import Clip, clip_gradients
 from jaxops.core.clipping import global_norm as global_norm
+from jaxops.core.compiles import compile_together
 from jaxops.core.failures import UserError, nearest
 from jaxops.core.mesh import batch_axes, batch_sharding, serialise_dispatch
 from jaxops.core.sharding import Axes, Rule, axes_in, logical_axes
@@ -117,6 +118,7 @@ class TrainStep:
         # The window is not donated: the loop waits on the sums of earlier steps.
         self._jitted = jax.jit(train_step, in_shardings=(None, batch_sharding(mesh), None), donate_argnums=0)
         self._empty: Callable[[], Sums] | None = None
+        self._begun = False
 
     def empty_window(self, state: State, batch: Mapping[str, Any]) -> Sums:
         """Returns the sums of no update (the identity of `merge`), on the device."""
@@ -130,6 +132,9 @@ class TrainStep:
     ) -> tuple[State, Sums]:
         if window is None:
             window = self.empty_window(state, batch)
+        if not self._begun:
+            self._begun = True
+            compile_together(self._jitted, self.mesh, self._needed(state)[0], batch, window)
         if self.reads is None:
             out: tuple[State, Sums] = self._jitted(state, batch, window)
         else:

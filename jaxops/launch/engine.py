@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable
 
-from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_OK, Lost, RunFailed, UserError
+from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, Lost, RunFailed, UserError
 from jaxops.launch.code import Code
 from jaxops.launch.hosts import each
 from jaxops.launch.record import LaunchFolder, LaunchRecord
@@ -28,7 +28,7 @@ def open_session(folder: LaunchFolder, fresh: LaunchRecord, say: Callable[[str],
       UserError: a launch of this run is there which is another one: it is alive, or it lies on other hosts.
     """
     old, spec = folder.load(), fresh.spec
-    if old is None or not (old.roots or old.machines):  # nothing has been made
+    if old is None or not old.made:
         return Session(folder, fresh, say)
     if old.spec == spec:
         return Session(folder, old, say)
@@ -36,7 +36,7 @@ def open_session(folder: LaunchFolder, fresh: LaunchRecord, say: Callable[[str],
     told = f"run {spec.name} in {spec.run_dir} was launched with another {', '.join(names)}"
     places = [(one.backend, one.hosts, one.options, one.price) for one in (old.spec, spec)]
     if places[0] != places[1]:
-        raise UserError(f"{told}; this removes what lies on {', '.join(old.spec.hosts)}: jaxops job down {folder.id}")
+        raise UserError(f"{told}; this ends and removes that launch: jaxops job down {folder.id}")
     states = [str(poll["state"]) for poll in Session(folder, old, say).polls()]
     if {"running", "unreachable"} & set(states):
         raise UserError(f"{told}, and its workers are {', '.join(states)}; end it first: jaxops job stop {folder.id}")
@@ -84,7 +84,8 @@ def launch(
     now = time.time()
     session.note(started=now, deadline=now + hours * 3600)
     start_attempt(session)
-    session.say(f"attempt {session.record.attempt}: started")
+    if not session.dry:
+        session.say(f"attempt {session.record.attempt}: started")
     return False
 
 
@@ -162,6 +163,10 @@ def supervise(session: Session, code: Code, pause: float = 1.0, adopted: bool = 
             start_attempt(session)
         except RunFailed as error:  # the next look finds the same end, and counts
             session.say(str(error))
+        except UserError as error:
+            session.note(state="ended", status=EXIT_LOST, why=str(error))
+            give_back(session)
+            raise
         except KeyboardInterrupt as error:
             session.folder.ask_to_stop()
             session.stop("TERM")

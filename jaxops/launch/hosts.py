@@ -18,10 +18,15 @@ from jaxops.core.secret_text import printable
 
 MOST_AT_ONCE = 16
 """The number of hosts that are talked to at one time."""
-_HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+_HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:][A-Za-z0-9_.:%-]*")
 _SSH_FAILED = 255
 
 T = TypeVar("T")
+
+
+def at_port(address: str, port: object) -> str:
+    """Returns `address:port`, with an IPv6 address in the brackets that it needs there."""
+    return f"[{address.strip('[]')}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 class Unreachable(RunFailed):

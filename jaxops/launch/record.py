@@ -117,6 +117,11 @@ class LaunchRecord:
     status: int | None = None
     why: str = ""
 
+    @property
+    def made(self) -> bool:
+        """Whether anything was made for it that may be there yet, on hosts or in a cluster."""
+        return bool(self.roots or self.machines or self.host)
+
     def folder(self, worker: int) -> str:
         """Returns the folder of a worker's present attempt on its host."""
         return f"{self.roots[worker]}/worker-{worker}/attempt-{self.attempt}"

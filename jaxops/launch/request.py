@@ -1,5 +1,6 @@
 """From the arguments of `jaxops launch` to what is launched: all that can be wrong without a host is said here."""
 
+import ipaddress
 import math
 import os
 import re
@@ -43,7 +44,7 @@ def check(request: Request) -> Accelerator:
         raise UserError(f"--retries {request.retries}: expected a number from 0 to 1000")
     for given in request.secrets:
         _check_secret(given, backend)
-    if request.coordinator is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", request.coordinator):
+    if request.coordinator is not None and not _is_address(request.coordinator):
         raise UserError(
             f"--coordinator {request.coordinator[:80]!r}: expected a host name or an address, without a port"
         )
@@ -52,6 +53,16 @@ def check(request: Request) -> Accelerator:
     if problems := backend.problems(request, accelerator):
         raise UserError("\n  ".join(problems))
     return accelerator
+
+
+def _is_address(text: str) -> bool:
+    """Returns whether this is a host name or an address of either kind, without a port."""
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text):
+        return True
+    try:
+        return ipaddress.ip_address(text.removeprefix("[").removesuffix("]")).version == 6
+    except ValueError:
+        return False
 
 
 def _check_options(request: Request, backend: Backend) -> None:

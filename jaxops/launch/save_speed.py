@@ -25,7 +25,7 @@ LEAST_BYTES = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class SaveSpeed:
-    """What was measured: bytes written, and seconds until they were durable and read again."""
+    """A measured save: bytes written, and seconds until they were durable and read again."""
 
     written: int
     seconds: float

@@ -1,29 +1,23 @@
-"""The engine of launches whose workers a cluster starts: submit or adopt, follow, try again, stop, remove.
+"""The engine of launches whose workers a cluster starts: submit or adopt, stop, remove; follow.py watches the job.
 
 The cluster and the folder of runs know all: a launcher that is killed at any moment is replaced by the next one, which
-finds the job by the launch's name. Tested in tests/launch/test_scheduled.py.
+finds the job by the launch's name. Tested in tests/launch/, by the name of each cluster.
 """
 
 import dataclasses
 import hashlib
 import shlex
-import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, RunFailed, UserError
-from jaxops.core.secret_text import printable, without_secrets
+from jaxops.core.failures import EXIT_INTERRUPTED, EXIT_OK, RunFailed, UserError
 from jaxops.launch import worker_files
 from jaxops.launch.backends.protocol import Job, Scheduler, Sight
 from jaxops.launch.backends.table import find_backend
 from jaxops.launch.code import Code
 from jaxops.launch.record import LaunchFolder, LaunchRecord
-from jaxops.launch.verdict import AttemptVerdict, End, judge
-from jaxops.launch.voice import VOICE
 
-MOST_PAUSE = 60.0
-"""The longest wait before another attempt, in seconds."""
 CLEAR_SECONDS = 120.0
 """How long a job may take to end after its grace period, before it is removed."""
 
@@ -89,7 +83,7 @@ def open_scheduled(folder: LaunchFolder, fresh: LaunchRecord, say: Callable[[str
       UserError: a launch of this run is there which is another one, and it is alive.
     """
     old, spec = folder.load(), fresh.spec
-    if old is None or not old.attempt:
+    if old is None or not old.made:
         return ScheduledLaunch(folder, fresh, say)
     if old.spec == spec:
         return ScheduledLaunch(folder, old, say)
@@ -153,7 +147,7 @@ def submit(launch: ScheduledLaunch, code: Code, fresh: LaunchRecord, hours: floa
     worker_files.begin_anew(job)
     worker_files.write_files(job, tar, code, launch.backend.files(job))
     try:
-        _submit_attempt(launch)
+        submit_attempt(launch)
     except (UserError, RunFailed):
         launch.note(state="ended", why="it was not submitted")
         give_back(launch)
@@ -172,7 +166,12 @@ def give_back(launch: ScheduledLaunch) -> None:
         launch.say(f"machines may be left, and cost money: jaxops job down {launch.folder.id} ({error})")
 
 
-def _submit_attempt(launch: ScheduledLaunch) -> None:
+def submit_attempt(launch: ScheduledLaunch) -> None:
+    """Submits the attempt that the record names, which it notes first.
+
+    Raises:
+      UserError, RunFailed: the cluster refuses.
+    """
     for note in launch.backend.notes(launch.job):
         launch.say(note)
     launch.note(submitted=time.time(), deadline=worker_files.deadline(launch.job) or 0.0)
@@ -197,156 +196,23 @@ def _adopt(launch: ScheduledLaunch, code: Code) -> bool:
     if code.sha256 != record.code:
         launch.say("the code has changed since; the workers keep that of before. For the new: stop, then launch again")
     if record.state != "running":
-        _submit_attempt(launch)  # which adopts, and makes what is missing where the launcher was killed between two
+        submit_attempt(launch)  # which adopts, and makes what is missing where the launcher was killed between two
     return True
 
 
-class Follower:
-    """Watches a job to its end, prints what its workers say, and tries again where the cluster does not.
-
-    Args:
-      launch: the launch, which is submitted.
-      pause: the time between two looks, in seconds.
-      adopted: whether an earlier launcher has printed what was said so far.
-    """
-
-    def __init__(self, launch: ScheduledLaunch, pause: float, adopted: bool = False):
-        self._launch, self._pause = launch, pause
-        self._offsets: dict[tuple[int, int], int] = {}
-        self._skip, self._stopping, self._told = adopted, False, ""
-
-    def follow(self) -> int:
-        """Returns the exit status of the launch."""
-        while True:
-            try:
-                verdict = self._attempt()
-            except KeyboardInterrupt as error:
-                self._stopped_by(error)
-                continue
-            record = self._launch.record
-            deadline = worker_files.deadline(self._launch.job)
-            late = deadline is not None and time.time() >= deadline
-            more = record.retried < record.retries and not late and not self._launch.stop_wanted()
-            if not verdict.retry or not more or self._launch.backend.tries_again:
-                enough = f" ({record.retries} retries: enough)" if verdict.retry and not late else ""
-                self._launch.say(f"attempt {record.attempt}: {verdict.why}{enough}")
-                self._launch.note(state="ended", status=verdict.status, why=verdict.why)
-                give_back(self._launch)
-                return verdict.status
-            self._again(verdict)
-
-    def _again(self, verdict: AttemptVerdict) -> None:
-        """Removes what a preemption has left, and submits the next attempt."""
-        launch, record = self._launch, self._launch.record
-        launch.say(f"attempt {record.attempt}: {verdict.why}; trying again")
-        time.sleep(min(2.0**record.retried, MOST_PAUSE) * min(self._pause, 1.0))
-        try:
-            launch.backend.remove(launch.job)
-            launch.note(attempt=record.attempt + 1, retried=record.retried + 1, handle="")
-            _submit_attempt(launch)
-        except RunFailed as error:  # the next look finds the same end, and counts
-            launch.say(str(error))
-
-    def _attempt(self) -> AttemptVerdict:
-        """Returns what the job comes to, once it has ended."""
-        launch = self._launch
-        while True:
-            try:
-                if launch.stop_wanted() and not self._stopping:
-                    worker_files.ask_to_stop(launch.job)
-                    launch.backend.cancel(launch.job)
-                    self._stopping = True
-                sight = launch.backend.look(launch.job)
-            except RunFailed as error:
-                self._tell(f"{error}; looking again")
-                time.sleep(self._pause)
-                continue
-            if sight.state not in ("absent", "ended"):
-                self._tell(f"attempt {sight.attempt}: {sight.state}{f' ({sight.why})' if sight.why else ''}")
-            if sight.attempt != launch.record.attempt and sight.state != "absent":
-                launch.note(attempt=sight.attempt, retried=launch.record.retried + 1)
-            said = self._print(sight)
-            if sight.state in ("absent", "ended") and not said:
-                return self._verdict(sight)
-            time.sleep(self._pause)
-
-    def _tell(self, text: str) -> None:
-        if text != self._told:
-            self._launch.say(text)
-        self._told = text
-
-    def _print(self, sight: Sight) -> bool:
-        """Prints what the workers have said since; returns whether that was anything."""
-        anything = False
-        for worker in range(len(self._launch.record.spec.hosts)):
-            key = (sight.attempt, worker)
-            text, end = worker_files.read_log(self._launch.job, sight.attempt, worker, self._offsets.get(key, 0))
-            self._offsets[key] = end
-            anything |= bool(text)
-            if not self._skip:
-                for line in printable(without_secrets(text)).splitlines():
-                    if not line.startswith("[Gloo]"):
-                        VOICE.worker(worker, self._launch.record.spec.hosts[worker], line)
-        self._skip = False
-        return anything
-
-    def _verdict(self, sight: Sight) -> AttemptVerdict:
-        launch, ends = self._launch, []
-        for worker in range(len(launch.record.spec.hosts)):
-            end = worker_files.read_end(launch.job, sight.attempt, worker)
-            host = (end or {}).get("host") or (sight.hosts[worker] if worker < len(sight.hosts) else "no host yet")
-            name = f"worker {worker} ({host})"
-            if end is None:
-                ends.append(End(name, None, "max-hours" if sight.late else "lost"))
-            else:
-                ends.append(End(name, end["code"], end.get("why", ""), asked=end.get("why") == "others"))
-        if _is_final(sight.code):  # the cluster has judged, and ended the others, who saved or had not begun
-            decisive = [end for end in ends if end.code == sight.code]
-            if decisive:
-                return judge(decisive, self._stopping or launch.stop_wanted())
-        found = judge(ends, self._stopping or launch.stop_wanted())
-        if all(end.code is None for end in ends) and not (sight.late or self._stopping):
-            return self._without_workers(sight, found)
-        return found
-
-    def _without_workers(self, sight: Sight, found: AttemptVerdict) -> AttemptVerdict:
-        """Judges a job of which no worker has said how it ended, by the words of the cluster."""
-        for worker in range(len(self._launch.record.spec.hosts)):
-            for line in printable(without_secrets(self._launch.backend.console(self._launch.job, worker))).splitlines():
-                VOICE.worker(worker, self._launch.record.spec.hosts[worker], line)
-        if not _is_final(sight.code):
-            return dataclasses.replace(found, why=f"no worker said how it ended{f': {sight.why}' if sight.why else ''}")
-        why = f"it ended with status {sight.code} before a worker began{f' ({sight.why})' if sight.why else ''}"
-        return AttemptVerdict(sight.code or EXIT_LOST, False, why)
-
-    def _stopped_by(self, error: BaseException) -> None:
-        """Has the workers save and end, as Ctrl-C asks; a closed terminal (SIGHUP) leaves them alone.
-
-        Raises:
-          KeyboardInterrupt: a second Ctrl-C, or SIGHUP; the workers may go on.
-        """
-        launch = self._launch
-        if str(error) == signal.Signals.SIGHUP.name or self._stopping:
-            launch.say(f"the workers go on; jaxops job status {launch.folder.id} finds them")
-            raise error
-        launch.say(f"stopping: the workers save (Ctrl-C again leaves them to it: jaxops job status {launch.folder.id})")
-        launch.folder.ask_to_stop()
-
-
-def _is_final(code: int | None) -> bool:
-    """Returns whether a status is never tried again."""
-    return code is not None and code not in (EXIT_LOST, EXIT_INTERRUPTED) and code < 128
-
-
-def stop_scheduled(launch: ScheduledLaunch, pause: float) -> int:
+def stop_scheduled(launch: ScheduledLaunch, pause: float, at_once: bool = False) -> int:
     """Has the workers save and end, whether a launcher watches them or not; returns the exit status.
 
+    Args:
+      launch: the launch.
+      pause: the time between two looks, in seconds.
+      at_once: whether the job is removed where the workers cannot be told, since the folder of runs is away.
+
     Raises:
-      RunFailed: the cluster does not answer.
+      RunFailed: the cluster does not answer, or the folder of runs is away.
     """
     launch.folder.ask_to_stop()
-    if launch.record.attempt:
-        worker_files.ask_to_stop(launch.job)
+    if launch.record.attempt and _tell_workers(launch, at_once):
         launch.say("stopping: the workers save")
         launch.backend.cancel(launch.job)
         until = time.monotonic() + launch.record.grace + CLEAR_SECONDS
@@ -366,6 +232,19 @@ def stop_scheduled(launch: ScheduledLaunch, pause: float) -> int:
     launch.say(f"run {launch.record.spec.name}: no worker is alive")
     give_back(launch)
     return EXIT_OK
+
+
+def _tell_workers(launch: ScheduledLaunch, at_once: bool) -> bool:
+    """Notes the wish to stop where the workers look for it; returns whether it could, and else removes the job."""
+    try:
+        worker_files.ask_to_stop(launch.job)
+    except RunFailed as error:
+        if not at_once:
+            raise RunFailed(f"{error}; without it nobody saves: jaxops job down {launch.folder.id} ends it") from None
+        launch.say(f"{error}; the job is removed at once, and nobody saves")
+        launch.backend.remove(launch.job)
+        return False
+    return True
 
 
 def remove_scheduled(launch: ScheduledLaunch) -> list[str]:

@@ -64,7 +64,8 @@ class Session:
           dry: the output of the command in a dry run.
         """
         if self.dry:
-            print(f"{host.shown(argv)}{f' < {source}' if source else ''}")
+            # In one piece: hosts are asked from several threads.
+            print(f"{host.shown(argv)}{f' < {source}' if source else ''}\n", end="")
             return Output(0, dry, "")
         return host.run(argv, stdin=stdin, timeout=timeout)
 

@@ -17,9 +17,9 @@ from jaxops.core.store_paths import path as store_path
 from jaxops.launch.accelerators import find_accelerator
 from jaxops.launch.code import Code
 from jaxops.launch.facts import VARIABLE, launch_facts
-from jaxops.launch.hosts import Host, Unreachable, each
+from jaxops.launch.hosts import Host, Unreachable, at_port, each
 from jaxops.launch.preflight import CLOCK_SECONDS
-from jaxops.launch.record import Spec
+from jaxops.launch.record import LaunchRecord, Spec
 from jaxops.launch.session import Session
 
 SETUP_SECONDS = 3600.0
@@ -170,10 +170,7 @@ def check_hosts(session: Session, code: Code) -> None:
     Raises:
       UserError: a check fails, or two hosts disagree.
     """
-    spec = session.record.spec
-    asked = _config(spec)
-    asked |= {"run_dir": spec.run_dir, "lock": spec.lock, "files": code.files}
-    asked["chips"] = find_accelerator(spec.type).chip is not None
+    asked = host_question(session.record, code)
     found = _checked(session, ["hosts"], lambda worker: asked, CHECK_SECONDS)
     if session.dry:
         return
@@ -190,6 +187,21 @@ def check_hosts(session: Session, code: Code) -> None:
         )
 
 
+def host_question(record: LaunchRecord, code: Code) -> dict[str, Any]:
+    """Returns what the preflight is asked about one host."""
+    spec = record.spec
+    chips = find_accelerator(spec.type).chip is not None
+    return {**_config(spec), "run_dir": spec.run_dir, "lock": spec.lock, "files": code.files, "chips": chips}
+
+
+def device_question(record: LaunchRecord) -> dict[str, Any]:
+    """Returns what the preflight is asked about the devices of all hosts together."""
+    spec, accelerator = record.spec, find_accelerator(record.spec.type)
+    asked: dict[str, Any] = {"mesh": spec.mesh, "devices": accelerator.devices, "cpu_devices": spec.devices}
+    asked["kind"] = accelerator.chip.kind if accelerator.chip else "cpu"
+    return {**asked, **_config(spec), "run_dir": spec.run_dir, "grace": record.grace}
+
+
 def _config(spec: Spec) -> dict[str, Any]:
     """Returns the config of a launch and its overrides, as the preflight reads them."""
     words = [word for word in spec.argv[1:] if not word.startswith("--")]
@@ -202,11 +214,7 @@ def check_devices(session: Session) -> None:
     Raises:
       UserError: a device is missing or of another kind, or the workers do not reach each other.
     """
-    spec = session.record.spec
-    accelerator = find_accelerator(spec.type)
-    asked: dict[str, Any] = {"mesh": spec.mesh, "devices": accelerator.devices, "cpu_devices": spec.devices}
-    asked["kind"] = accelerator.chip.kind if accelerator.chip else "cpu"
-    asked |= {**_config(spec), "run_dir": spec.run_dir, "grace": session.record.grace}
+    asked = device_question(session.record)
     session.note(coordinator=_meeting_point(session))
     _checked(session, ["devices"], lambda worker: {**asked, "env": environment(session, worker)}, CHECK_SECONDS)
 
@@ -244,7 +252,7 @@ def _meeting_point(session: Session) -> str:
     address = spec.coordinator or (
         "HOST" if session.dry and not session.backend.on_this_machine else session.hosts[0].address()
     )
-    return f"{address}:{session.ask(0, 'port', port=8476)['port']}"
+    return at_port(address, session.ask(0, "port", port=8476)["port"])
 
 
 def environment(session: Session, worker: int) -> dict[str, str]:
@@ -289,7 +297,7 @@ def start_workers(session: Session) -> None:
             "grace": record.grace,
         }
         if session.dry:
-            print(f"# worker {worker} on {host.name}: {json.dumps(spec)}")
+            print(f"# worker {worker} on {host.name}: {json.dumps(spec)}\n", end="")
         spec["secrets"] = _secrets(session)
         source = "the worker (JSON)"
         answer = session.ask(worker, "start", record.folder(worker), stdin=json.dumps(spec).encode(), source=source)

@@ -4,7 +4,7 @@ import signal
 import time
 from typing import Any
 
-from jaxops.core.failures import RunFailed
+from jaxops.core.failures import RunFailed, UserError
 from jaxops.core.secret_text import printable, without_secrets
 from jaxops.launch.hosts import each
 from jaxops.launch.session import Session
@@ -86,7 +86,7 @@ class AttemptWatch:
         """Returns whether the machines are there, as far as anybody answers."""
         try:
             return self._session.backend.standing(self._session.record)
-        except RunFailed:
+        except (RunFailed, UserError):  # such as a login that has expired
             return True
 
     def _print(self, worker: int, poll: Any) -> None:

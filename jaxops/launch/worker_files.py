@@ -1,6 +1,6 @@
 """What a scheduler's workers find in the folder of runs, and what they leave there.
 
-The layout is described in jaxops/launch/backends/__init__.py. Tested in tests/launch/test_worker_files.py.
+The layout is described in jaxops/launch/backends/__init__.py. Tested in tests/launch/, with each cluster.
 """
 
 import io
@@ -21,7 +21,7 @@ from jaxops.launch.code import Code
 from jaxops.launch.facts import launch_facts
 from jaxops.launch.record import LaunchRecord
 from jaxops.launch.scripts import script
-from jaxops.launch.stages import CHECK_SECONDS
+from jaxops.launch.stages import CHECK_SECONDS, device_question, host_question
 
 HOST_SCRIPTS = ("start_worker.sh", "attend_worker.py", "setup_host.sh")
 SILENT_SECONDS = 180.0
@@ -31,12 +31,7 @@ SILENT_SECONDS = 180.0
 def worker_json(record: LaunchRecord, code: Code, backend: Scheduler) -> dict[str, Any]:
     """Returns what a worker runs, under which rules; it holds no secret."""
     spec, accelerator = record.spec, find_accelerator(record.spec.type)
-    words = [word for word in spec.argv[1:] if not word.startswith("--")]
-    asked: dict[str, Any] = {"config": words[0], "overrides": [word for word in words[1:] if "=" in word]}
-    asked |= {"run_dir": spec.run_dir, "lock": spec.lock, "files": code.files, "limit": CHECK_SECONDS}
-    asked |= {"mesh": spec.mesh, "devices": accelerator.devices, "cpu_devices": spec.devices}
-    asked["kind"] = accelerator.chip.kind if accelerator.chip else "cpu"
-    asked |= {"grace": record.grace, "chips": accelerator.chip is not None}
+    asked = {**host_question(record, code), **device_question(record), "limit": CHECK_SECONDS}
     return {
         "argv": spec.argv,
         "facts": launch_facts(record),
@@ -138,8 +133,15 @@ def deadline(job: Job) -> float | None:
 
 
 def ask_to_stop(job: Job) -> None:
-    """Notes in the launch's folder that nobody tries again."""
-    _write(store_path(job.folder) / "stop", b"stop\n")
+    """Notes in the launch's folder that nobody tries again.
+
+    Raises:
+      RunFailed: the folder cannot be written to.
+    """
+    try:
+        _write(store_path(job.folder) / "stop", b"stop\n")
+    except OSError as error:
+        raise RunFailed(f"run.dir={job.spec.run_dir} cannot be written to: {error}") from None
 
 
 def stop_wanted(job: Job) -> bool:
@@ -156,10 +158,17 @@ def begin_anew(job: Job) -> None:
 
 
 def remove_files(job: Job) -> None:
-    """Removes the launch's folder with its logs; the run and its code stay."""
+    """Removes the launch's folder with its logs; the run and its code stay.
+
+    Raises:
+      RunFailed: it cannot be removed.
+    """
     place = store_path(job.folder)
-    if place.exists():
-        place.rmtree()
+    try:
+        if place.exists():
+            place.rmtree()
+    except OSError as error:
+        raise RunFailed(f"{job.folder} cannot be removed: {error}") from None
 
 
 def read_end(job: Job, attempt: int, worker: int) -> Mapping[str, Any] | None:

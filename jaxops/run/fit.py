@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxops.config.secrets import secrets_in
 from jaxops.core import distributed
 from jaxops.core.alarms import stop_reason_of
-from jaxops.core.compiles import enable_compilation_cache
+from jaxops.core.compiles import enable_compilation_cache, forgo_cache_of_one
 from jaxops.core.failures import UserError
 from jaxops.core.interrupt import Interrupt
 from jaxops.core.loop import Hook
@@ -107,6 +107,7 @@ def train_task(
         task = dataclasses.replace(task, step=step)
     enable_compilation_cache()
     mesh = mesh or make_mesh(**dataclasses.asdict(config.mesh))
+    forgo_cache_of_one(mesh)
     path = folder or os.path.join(config.run.dir, config.run.name)
     where = RunFolder(path, config.may_change_on_resume, functools.partial(completed, task=config.task))
     progress = Progress(quiet or not distributed.is_primary())

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from jaxops.launch.code import Code, bundle
 from jaxops.launch.engine import launch, open_session, supervise
+from jaxops.launch.follow import Follower
 from jaxops.launch.record import LaunchFolder, LaunchRecord, Spec
-from jaxops.launch.scheduled import Follower, ScheduledLaunch, open_scheduled, submit
+from jaxops.launch.scheduled import ScheduledLaunch, open_scheduled, submit
 from jaxops.launch.session import Session
 
 STEPS = 20

@@ -63,6 +63,16 @@ def variables(home: Path) -> dict[str, str]:
     return {**own, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
+def own_python(home: Path) -> Path:
+    """A Python that brings what the test needs: nothing of this process reaches a job of Slurm or a pod."""
+    python = home / "python"
+    exports = " ".join(f"{name}={value}" for name, value in variables(home).items() if name != "PYTHONPATH")
+    path = f'PYTHONPATH="${{PYTHONPATH:-}}:{ROOT}"'
+    python.write_text(f'#!/bin/sh\nexec env {exports} {path} {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
 @contextlib.contextmanager
 def hosts(backend: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The arguments of the backend, with a real sshd where they need one."""
@@ -74,14 +84,7 @@ def hosts(backend: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
         install_kubectl(home / "bin", {"seed/value": "3"})
         monkeypatch.setenv("PATH", f"{home}/bin:{os.environ['PATH']}")
-        python = home / "python"
-        # Each with a cache of its own: of two workers with one the first finds what it has compiled, and on a busy
-        # machine the other one's compiling outlasts the 30 s that gloo waits.
-        own = {name: value for name, value in variables(home).items() if name not in ("PYTHONPATH", "JAXOPS_CACHE")}
-        exports = " ".join(f"{name}={value}" for name, value in own.items()) + ' JAXOPS_CACHE="$(mktemp -d)"'
-        path = f'PYTHONPATH="${{PYTHONPATH:-}}:{ROOT}"'
-        python.write_text(f'#!/bin/sh\nexec env {exports} {path} {sys.executable} "$@"\n')
-        python.chmod(0o755)
+        python = own_python(home)
         options = ["--option", "image=img:1", "--option", f"mount=runs:{home}", "--workers", "2"]
         yield ["--backend", "gke", *options, "--python", str(python), "--secret", "LAUNCH_SEED=k8s:seed/value"]
         return
@@ -89,29 +92,11 @@ def hosts(backend: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         with slurm(home / "slurm") as env:
             for name, value in env.items():
                 monkeypatch.setenv(name, value)
-            # Nothing of this process reaches a job of Slurm, so its Python brings what the test needs.
-            python = home / "python"
-            own = {
-                **variables(home),
-                "JAXOPS_CACHE": "$(mktemp -d)",
-            }  # both compile, so neither waits long for the other
-            exports = " ".join(f"{name}={value}" for name, value in own.items() if name != "PYTHONPATH")
-            path = f'PYTHONPATH="${{PYTHONPATH:-}}:{ROOT}"'
-            python.write_text(f'#!/bin/sh\nexec env {exports} {path} {sys.executable} "$@"\n')
-            python.chmod(0o755)
             seed = home / "seed"
             seed.touch(0o600)
             seed.write_text("3\n")
-            yield [
-                "--backend",
-                "slurm",
-                "--workers",
-                "2",
-                "--python",
-                str(python),
-                "--secret",
-                f"LAUNCH_SEED=file:{seed}",
-            ]
+            where = ["--backend", "slurm", "--workers", "2", "--python", str(own_python(home))]
+            yield [*where, "--secret", f"LAUNCH_SEED=file:{seed}"]
         return
     with sshd(home / "sshd", variables(home)) as path:
         monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")

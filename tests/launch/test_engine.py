@@ -141,7 +141,7 @@ def test_another_run_of_the_same_name_is_refused_with_what_differs(scene):
     scene.launch(watch=False)
     with pytest.raises(UserError, match=r"launched with another argv, .*running.*jaxops job stop tiny-"):
         scene.launch(argv=("train", "my.yaml", "optimizer.lr=1", f"run.dir={scene.runs}"))
-    with pytest.raises(UserError, match=r"another hosts; this removes what lies on local-0, local-1: jaxops job down"):
+    with pytest.raises(UserError, match=r"another hosts; this ends and removes that launch: jaxops job down"):
         scene.launch(hosts=("local-0",))
     with scene.folder.held(), pytest.raises(UserError, match=rf"being launched by process {os.getpid()}"):
         scene.launch()

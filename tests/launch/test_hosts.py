@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from jaxops.core.failures import RunFailed, UserError
-from jaxops.launch.hosts import LocalHost, SshHost, Unreachable, each, parse_hosts
+from jaxops.launch.hosts import LocalHost, SshHost, Unreachable, at_port, each, parse_hosts
 
 ODD = ["a b", "$HOME", "it's", "`id`", "", "-x", 'say "hi"', "semi;colon", "*", "new\nline", "ünï"]
 
@@ -75,3 +75,9 @@ def test_hosts_are_read_from_words_or_a_file(tmp_path):
 def test_what_is_no_host_is_refused(given, says):
     with pytest.raises(UserError, match=says):
         parse_hosts(given)
+
+
+def test_an_address_of_version_six_stands_in_brackets_before_a_port():
+    assert parse_hosts("::1,me@2001:db8::7,fe80::1%eth0") == ["::1", "me@2001:db8::7", "fe80::1%eth0"]
+    assert at_port("::1", 80) == at_port("[::1]", 80) == "[::1]:80"
+    assert at_port("alpha", 80) == "alpha:80"

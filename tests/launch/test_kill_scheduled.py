@@ -35,10 +35,14 @@ def launcher(name: str, scene: Scene) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def kill_and_go_on(name: str, scene: Scene, kills: int, longest: float) -> None:
-    """Kills launchers at random moments; the last one sees the run to its end."""
-    draw, before = random.Random(kills), [0, 0]
+def kill_and_go_on(name: str, scene: Scene, kills: int, longest: float) -> int:
+    """Kills launchers at random moments; the last one sees the run to its end.
+
+    Returns the most submissions that there may be: the run's own, and one of each launcher that came after its end.
+    """
+    draw, before, most = random.Random(kills), [0, 0], 1
     for _ in range(kills):
+        most += before == [STEPS, STEPS]
         process = launcher(name, scene)
         try:
             said = process.communicate(timeout=draw.uniform(0.5, longest))[1].decode()
@@ -50,22 +54,24 @@ def kill_and_go_on(name: str, scene: Scene, kills: int, longest: float) -> None:
         now = [scene.steps(rank) for rank in range(scene.workers)]
         assert now >= before  # what was saved stays
         before = now
+    most += before == [STEPS, STEPS]
     process = launcher(name, scene)
     said = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 0, said
     assert [scene.steps(rank) for rank in range(scene.workers)] == [STEPS, STEPS] and not scene.alive()
     assert not list(scene.runs.glob("twice-*"))
+    return most
 
 
 @pytest.mark.slow
 def test_of_a_group(state, monkeypatch):
     cloud, scene = fake_gcloud.install(state, monkeypatch), MigScene(state).make()
     scene.slow(0.5)
-    kill_and_go_on("mig", scene, kills=20, longest=4.0)
+    most = kill_and_go_on("mig", scene, kills=20, longest=4.0)
     left = cloud.look()
     assert not (left["groups"] or left["templates"] or left["policies"])
     made = [call for call in cloud.calls() if "instance-groups" in call and "create" in call]
-    assert len(made) == len({call[4] for call in made}) <= 3  # each group once: one a submission that was begun
+    assert len(made) == len({call[4] for call in made}) <= most  # each group once
 
 
 @pytest.mark.slow
@@ -83,10 +89,10 @@ def test_of_a_batch_job(state, monkeypatch):
             monkeypatch.setenv(name, value)
         scene = SlurmScene(state).make()
         scene.slow(0.8)
-        kill_and_go_on("slurm", scene, kills=6, longest=4.0)
+        most = kill_and_go_on("slurm", scene, kills=6, longest=4.0)
         jobs = subprocess.run(["squeue", "-h", "--states=all"], capture_output=True, text=True).stdout.splitlines()
         # A launch of a run that is done is a job of its own, which finds all done.
-        assert scene.starts(0) == scene.starts(1) == len(jobs) <= 2
+        assert scene.starts(0) == scene.starts(1) == len(jobs) <= most
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -102,8 +103,8 @@ def test_a_template_that_is_filled_in_is_a_jobset_whose_script_is_one():
 
 def test_a_wheel_carries_every_file_of_the_folder():
     """pyproject ships the whole folder; this says so where somebody would narrow it."""
-    text = (FOLDER.parent / "pyproject.toml").read_text()
-    assert 'only-include = ["jaxops", "configs", "launch"]' in text and '"launch" = "jaxops/launch/scripts"' in text
+    wheel = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert "launch" in wheel["only-include"] and wheel["sources"]["launch"] == "jaxops/launch/scripts"
 
 
 if __name__ == "__main__":

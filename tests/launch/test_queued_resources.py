@@ -93,7 +93,7 @@ def test_stop_and_down_where_it_was_preempted_meanwhile(scene, cloud):
 @pytest.mark.slow
 def test_another_zone_is_refused_while_the_old_machines_may_be_there(scene, cloud):
     scene.launch(watch=False)
-    with pytest.raises(UserError, match=r"another options; this removes what lies on .*jaxops job down"):
+    with pytest.raises(UserError, match=r"another options; this ends and removes that launch: jaxops job down"):
         scene.launch(options={**OPTIONS, "zone": "us-east5-a"})
 
 

@@ -111,11 +111,13 @@ def test_a_loss_is_tried_again_a_bounded_number_of_times(scene, capsys):
 
 
 def test_job_stop_has_it_save_and_the_next_launch_resumes(scene):
+    scene.slow(0.5)  # so that it is not done before the wish arrives
     thread = soon(lambda: stop_scheduled(scene.scheduled(), 0.2), lambda: min(map(scene.steps, (0, 1))) >= 3)
     assert scene.submit() == 75
     thread.join()
     record = scene.folder.load()
     assert record.why == "stopped: it saved" and not scene.alive() and 3 <= scene.steps() < STEPS
+    scene.slow(0.05)
     assert scene.submit() == 0 and scene.steps() == STEPS and scene.folder.load().attempt == 2
 
 

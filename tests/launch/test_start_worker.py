@@ -156,6 +156,26 @@ def test_a_secret_comes_from_a_file_that_nobody_else_reads(tmp_path):
     assert (worker.scene.runs / "token-0").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b'it\'s "two"\n$(id) lines\n', 'it\'s "two"\n$(id) lines'),
+        (b"caf\xe9-hunter2\n", "is no text in UTF-8"),
+        (b"hunter2\0hunter2", "it holds a zero byte"),
+    ],
+)
+def test_a_secret_of_any_text_is_handed_on_and_one_that_is_no_text_is_refused(tmp_path, content, found):
+    attend, place = host_script("attend_worker"), tmp_path / "secret"
+    place.write_bytes(content)
+    place.chmod(0o600)
+    if content.startswith(b"it's"):
+        assert attend._secret("TOKEN", f"file:{place}") == found
+        return
+    with pytest.raises(attend.Ended, match=found) as refused:
+        attend._secret("TOKEN", f"file:{place}")
+    assert refused.value.code == 2 and "hunter2" not in str(refused.value)
+
+
 def test_what_slurm_says_of_a_task_does_not_reach_jax(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_LOCALID", "0")
     monkeypatch.setenv("KEPT", "yes")

@@ -91,7 +91,7 @@ class Rendered(Backend):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a scheduler is to run.
+    """A launch as a scheduler is to run it.
 
     Attributes:
       record: the launch; `record.attempt` is the attempt to submit, from 1.
@@ -111,7 +111,7 @@ class Job:
 
     @property
     def accelerator(self) -> Accelerator:
-        """What the launch asks for."""
+        """The accelerator of the launch."""
         return find_accelerator(self.spec.type)
 
     @property
@@ -147,7 +147,7 @@ def label(id: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """What a look at a submission found.
+    """The state of a submission, as a look at it found it.
 
     Attributes:
       state: `absent` where there is none, `waiting` for machines, `running`, or `ended`.
