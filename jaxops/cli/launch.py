@@ -17,7 +17,7 @@ from jaxops.launch.backends.table import MODULES
 from jaxops.launch.voice import VOICE
 
 if TYPE_CHECKING:
-    from jaxops.launch.backends.protocol import Rendered
+    from jaxops.launch.backends.protocol import RenderedBackend
     from jaxops.launch.code import Code
     from jaxops.launch.record import LaunchFolder, LaunchRecord
     from jaxops.launch.scheduled import ScheduledLaunch
@@ -91,7 +91,7 @@ def launch(args: argparse.Namespace) -> int:
 def _launch(args: argparse.Namespace) -> int:
     from jaxops.launch.accelerators import find_accelerator
     from jaxops.launch.arguments import Request
-    from jaxops.launch.backends.protocol import Rendered, Scheduler
+    from jaxops.launch.backends.protocol import RenderedBackend, Scheduler
     from jaxops.launch.backends.table import find_backend
     from jaxops.launch.code import bundle
     from jaxops.launch.record import LaunchFolder, LaunchRecord
@@ -115,13 +115,13 @@ def _launch(args: argparse.Namespace) -> int:
     if fresh.spec.price:
         _say(f"{find_accelerator(fresh.spec.type)}, {fresh.spec.price}, for at most {args.max_hours:g} hours")
     backend = find_backend(request.backend)
-    if isinstance(backend, Rendered):
+    if isinstance(backend, RenderedBackend):
         return _rendered(backend, dataclasses.replace(fresh, hours=float(args.max_hours)))
     way = _scheduled if isinstance(backend, Scheduler) else _driven
     return way(args, LaunchFolder(fresh.spec.id), fresh, code)
 
 
-def _rendered(backend: "Rendered", record: "LaunchRecord") -> int:
+def _rendered(backend: "RenderedBackend", record: "LaunchRecord") -> int:
     """Prints a launch for another tool."""
     for name, text in backend.files(record).items():
         print(f"# {name}\n{text.rstrip()}")

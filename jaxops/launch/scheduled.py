@@ -39,7 +39,7 @@ class ScheduledLaunch:
 
     @property
     def job(self) -> Job:
-        """What the cluster runs."""
+        """The job that the cluster runs."""
         return Job(record=self.record)
 
     @property

@@ -25,7 +25,7 @@ _LONGEST = 600
 _STOP_LOOK = 1.0
 
 
-class Job(Protocol):
+class RunningPoint(Protocol):
     """A point that was started."""
 
     def poll(self) -> PointEnd | None:
@@ -46,13 +46,13 @@ class Runner(Protocol):
 
     slots: int
 
-    def adopt(self, point: Point) -> Job | None:
+    def adopt(self, point: Point) -> RunningPoint | None:
         """Returns the job of a point that an earlier process started and that goes on; None without one."""
         ...
 
     def start(
         self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
-    ) -> Job:
+    ) -> RunningPoint:
         """Starts a point, which holds its claim as long as it runs.
 
         Args:
@@ -88,13 +88,13 @@ class InProcessRunner:
     def __init__(self, folder: SweepFolder, accept_code: bool = False) -> None:
         self._folder, self._accept_code = folder, accept_code
 
-    def adopt(self, point: Point) -> Job | None:
+    def adopt(self, point: Point) -> RunningPoint | None:
         """Returns None: its points end with it."""
         return None
 
     def start(
         self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
-    ) -> Job:
+    ) -> RunningPoint:
         """Runs a point to its end.
 
         Args:
@@ -219,13 +219,13 @@ class LocalRunner:
         self.slots, self._folder, self._command = jobs, folder, list(command)
         self._free = shares(jobs, cores_here(), gpus_here()) if divided else [JobShare(frozenset(), ())] * jobs
 
-    def adopt(self, point: Point) -> Job | None:
+    def adopt(self, point: Point) -> RunningPoint | None:
         """Returns None: its points end with it."""
         return None
 
     def start(
         self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
-    ) -> Job:
+    ) -> RunningPoint:
         """Starts a process; it has a session of its own, so that Ctrl-C reaches the sweep alone, which stops it.
 
         Args:

@@ -25,7 +25,7 @@ from jaxops.core.interrupt import EXIT_NOW
 from jaxops.core.whole_files import replace_file, writing
 from jaxops.sweep.points import Point
 from jaxops.sweep.records import PointEnd, SweepFolder
-from jaxops.sweep.runners import Job, last_words
+from jaxops.sweep.runners import RunningPoint, last_words
 from jaxops.sweep.spec import Slurm
 
 LOOK = 5.0
@@ -63,7 +63,7 @@ class SlurmRunner:
 
     def start(
         self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
-    ) -> Job:
+    ) -> RunningPoint:
         """Writes a point's config; it is submitted with the others at the next look.
 
         Args:
@@ -77,7 +77,7 @@ class SlurmRunner:
         self._new.append(task)
         return task
 
-    def adopt(self, point: Point) -> Job | None:
+    def adopt(self, point: Point) -> RunningPoint | None:
         """Returns the task of a point that waits or runs already, submitted by an earlier process; None without one."""
         alive = self.alive()
         found = [id for id in self._known.get(point.id, []) if id in alive]

@@ -16,7 +16,7 @@ from jaxops.run.own_code import check_code, code_paths
 from jaxops.sweep.plan import SweepPlan
 from jaxops.sweep.points import Point
 from jaxops.sweep.records import PointEnd, SweepFolder
-from jaxops.sweep.runners import Job, Runner
+from jaxops.sweep.runners import Runner, RunningPoint
 
 POLL = 0.1
 """Seconds between two looks at the processes that run."""
@@ -91,7 +91,7 @@ class Sweep:
         self._waiting = guide.unfinished() if guide else list(plan.points)
         self._stopped = set[str]()
         self._later: dict[str, float] = {}
-        self._active: dict[str, tuple[Point, Job, TextIO]] = {}
+        self._active: dict[str, tuple[Point, RunningPoint, TextIO]] = {}
         self._finished = 0
         self._refused: collections.Counter[str] = collections.Counter()
 

@@ -8,7 +8,7 @@ from jaxops.launch.hosts import Host, LocalHost
 from jaxops.launch.record import Spec
 
 
-class Local(Driven):
+class LocalBackend(Driven):
     """One worker process for each of `--workers`."""
 
     name = "local"
@@ -35,4 +35,4 @@ class Local(Driven):
         return LocalHost(name)
 
 
-BACKEND = Local()
+BACKEND = LocalBackend()

@@ -77,7 +77,7 @@ class Driven(Backend):
         return None
 
 
-class Rendered(Backend):
+class RenderedBackend(Backend):
     """A backend that is written down for another tool; jaxops runs nothing of it."""
 
     def files(self, record: LaunchRecord) -> dict[str, str]:

@@ -5,7 +5,7 @@ import shlex
 
 from jaxops.launch.accelerators import Accelerator
 from jaxops.launch.arguments import Request
-from jaxops.launch.backends.protocol import Rendered
+from jaxops.launch.backends.protocol import RenderedBackend
 from jaxops.launch.backends.sky import shared_problems
 from jaxops.launch.record import LaunchRecord
 from jaxops.launch.render.ray import submission
@@ -13,7 +13,7 @@ from jaxops.launch.render.ray import submission
 _ADDRESS = re.compile(r"https?://[A-Za-z0-9_.:-]+")
 
 
-class Ray(Rendered):
+class Ray(RenderedBackend):
     """A job of Ray, whose driver starts one worker on each host of one slice."""
 
     name = "ray"

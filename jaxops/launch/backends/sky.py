@@ -5,13 +5,13 @@ import shlex
 from jaxops.core import stores
 from jaxops.launch.accelerators import Accelerator
 from jaxops.launch.arguments import Request
-from jaxops.launch.backends.protocol import Rendered
+from jaxops.launch.backends.protocol import RenderedBackend
 from jaxops.launch.record import LaunchRecord
 from jaxops.launch.render.jobset import to_yaml
 from jaxops.launch.render.sky import RUNTIMES, task
 
 
-class Sky(Rendered):
+class Sky(RenderedBackend):
     """A task of SkyPilot's managed jobs."""
 
     name = "sky"

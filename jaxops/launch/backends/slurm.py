@@ -29,7 +29,7 @@ _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE
 _LATE = ("TIMEOUT", "DEADLINE")
 
 
-class Slurm(Scheduler):
+class SlurmBackend(Scheduler):
     """One node for each worker, of a cluster whose login node this machine is."""
 
     name = "slurm"
@@ -205,4 +205,4 @@ def batch_script(job: Job) -> str:
     return "\n".join(["#!/bin/sh", *head, "", *exports, *numbers, script("slurm_job.sh").read_text()])
 
 
-BACKEND = Slurm()
+BACKEND = SlurmBackend()
