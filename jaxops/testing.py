@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 from jaxops.audit import reference as reference
 from jaxops.audit.audit import Report as Report
 from jaxops.audit.audit import audit as audit
-from jaxops.audit.contract import Trial, contract_findings
+from jaxops.audit.contract import ObjectiveCase, contract_findings
 from jaxops.audit.finding import Finding as Finding
 from jaxops.audit.finding import require as require
 from jaxops.audit.layouts import BFLOAT16 as BFLOAT16
@@ -71,8 +71,8 @@ def check_objective(
         ...
         AssertionError: FAILED  sums           the count of loss/mse is not a sum ...
     """
-    trial = Trial(objective, params, batch, block=block, frozen=frozen, weights=weights)
-    return require([*contract_findings(trial), packing_finding(trial)])
+    case = ObjectiveCase(objective, params, batch, block=block, frozen=frozen, weights=weights)
+    return require([*contract_findings(case), packing_finding(case)])
 
 
 class _Given:

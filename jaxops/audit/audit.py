@@ -31,8 +31,8 @@ from jaxops.audit.runs import STEPS, batches_finding, recompiles_finding
 from jaxops.audit.updates import (
     UpdateBatches,
     audited_rows,
+    case_of,
     packing_finding,
-    trial_of,
     update_findings,
     with_update_batches,
 )
@@ -56,7 +56,7 @@ COPIES = 6
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What an audit found.
+    """The outcome of an audit: its findings, and the meshes that they were made on.
 
     Attributes:
       mesh: sizes of the axes of the mesh above one, for which programs were compiled.
@@ -179,9 +179,9 @@ def _guarded(group: str, findings: Iterator[Finding]) -> Iterator[Finding]:
 
 def _objective(updates: Task, rows: int) -> Iterator[Finding]:
     """Yields the findings about the objective on one device."""
-    trial = trial_of(updates, rows)
-    yield from contract_findings(trial)
-    yield packing_finding(trial)
+    case = case_of(updates, rows)
+    yield from contract_findings(case)
+    yield packing_finding(case)
 
 
 _STEPPED = ("one device", "accumulation", "batches", "recompiles")

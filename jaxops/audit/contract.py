@@ -32,7 +32,7 @@ RATE = 0.1
 """The rate of the step after which gradients are looked at again: the factor of a kernel of zeros has none before."""
 
 
-class Trial:
+class ObjectiveCase:
     """An objective with parameters and one batch, evaluated on one device.
 
     Args:
@@ -99,30 +99,28 @@ class Trial:
         return self.pick(range(self.blocks // 2 * 2 or self.blocks))
 
 
-def contract_findings(trial: Trial) -> Iterator[Finding]:
+def contract_findings(case: ObjectiveCase) -> Iterator[Finding]:
     """Yields the findings of all checks of the contract."""
-    yield counts_finding(trial)
-    yield sums_finding(trial)
-    yield examples_finding(trial)
-    yield keys_finding(trial)
-    yield gradients_finding(trial)
+    yield counts_finding(case)
+    yield sums_finding(case)
+    yield examples_finding(case)
+    yield keys_finding(case)
+    yield gradients_finding(case)
 
 
-def counts_finding(trial: Trial) -> Finding:
+def counts_finding(case: ObjectiveCase) -> Finding:
     """Checks that the counts of loss terms depend on the batch alone; a pass of its own computes them without model."""
 
     def counts(params: PyTree) -> list[Array]:
-        return list(loss_counts(trial.whole(params, trial.batch, jax.random.key(0))).values())
+        return list(loss_counts(case.whole(params, case.batch, jax.random.key(0))).values())
 
-    traced = trial.on_mesh(lambda: jax.make_jaxpr(counts)(trial.params))
+    traced = case.on_mesh(lambda: jax.make_jaxpr(counts)(case.params))
     used = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))[1]
-    reached = [path for (path, _), reads in zip(named_leaves(trial.params), used, strict=True) if reads]
+    reached = [path for (path, _), reads in zip(named_leaves(case.params), used, strict=True) if reads]
     if not reached:
         return Finding("counts", "passed", "the counts of loss terms depend on the batch alone")
-    moved = _elsewhere(trial.params)
-    run = trial.on_mesh(
-        lambda: jax.device_get(jax.jit(lambda one, two: (counts(one), counts(two)))(trial.params, moved))
-    )
+    moved = _elsewhere(case.params)
+    run = case.on_mesh(lambda: jax.device_get(jax.jit(lambda one, two: (counts(one), counts(two)))(case.params, moved)))
     apart = max(float(np.max(np.abs(a - b), initial=0)) for a, b in zip(*run, strict=True))
     named = ", ".join(reached[:3]) + (", ..." if len(reached) > 3 else "")
     problem = f"counts of loss terms change with parameters ({named}): count what the batch says, not what is predicted"
@@ -143,11 +141,11 @@ def _elsewhere(params: PyTree) -> PyTree:
     return jax.tree.map(one, params)
 
 
-def sums_finding(trial: Trial) -> Finding:
+def sums_finding(case: ObjectiveCase) -> Finding:
     """Checks that totals and counts of a batch are the sums of those of its parts, in evaluation."""
-    if trial.blocks < 2:
+    if case.blocks < 2:
         return Finding.skipped("sums", "the batch is one block, which has no parts")
-    name, apart, counts = _additivity(trial, None)
+    name, apart, counts = _additivity(case, None)
     if apart <= SUM_BOUND:
         return Finding(
             "sums", "passed", "totals and counts are the sums of those of parts of a batch", apart, SUM_BOUND
@@ -157,17 +155,17 @@ def sums_finding(trial: Trial) -> Finding:
     else:
         problem = (
             f"the total of {name} is not a sum over examples: it is divided, or examples depend on each other"
-            f" (block is {trial.block})"
+            f" (block is {case.block})"
         )
     return Finding("sums", "failed", problem, apart, SUM_BOUND)
 
 
-def examples_finding(trial: Trial) -> Finding:
+def examples_finding(case: ObjectiveCase) -> Finding:
     """Checks that no example depends on another one: f(AB) + f(BA) = f(AA) + f(BB) for the totals of two halves."""
-    if trial.blocks < 2:
+    if case.blocks < 2:
         return Finding.skipped("examples", "the batch is one block, whose examples may depend on each other")
-    a, b = (range(0, trial.blocks // 2 * 2, 2), range(1, trial.blocks // 2 * 2, 2))
-    mixed = lambda first, second: trial.sums(trial.pick(np.stack([first, second], axis=1).reshape(-1)), None)
+    a, b = (range(0, case.blocks // 2 * 2, 2), range(1, case.blocks // 2 * 2, 2))
+    mixed = lambda first, second: case.sums(case.pick(np.stack([first, second], axis=1).reshape(-1)), None)
     ab, ba, aa, bb = mixed(a, b), mixed(b, a), mixed(a, a), mixed(b, b)
     apart, worst = 0.0, ""
     for name in _losses(ab):
@@ -184,18 +182,18 @@ def examples_finding(trial: Trial) -> Finding:
     )
 
 
-def keys_finding(trial: Trial) -> Finding:
+def keys_finding(case: ObjectiveCase) -> Finding:
     """Checks that random draws follow the ids of examples: not their places, and not the key alone."""
     one, two = jax.random.key(1), jax.random.key(2)
 
     def losses(batch: Mapping[str, Any], key: Array) -> list[float]:
-        sums = trial.sums(batch, key)
+        sums = case.sums(batch, key)
         return [float(sums[name].total) for name in _losses(sums)]  # type: ignore[union-attr]
 
-    if losses(trial.both, one) == losses(trial.both, two):
+    if losses(case.both, one) == losses(case.both, two):
         return Finding.skipped("keys", "no loss draws anything: it is the same for another key")
-    if trial.blocks >= 2 and _additivity(trial, None)[1] <= SUM_BOUND:
-        name, apart, _ = _additivity(trial, one)
+    if case.blocks >= 2 and _additivity(case, None)[1] <= SUM_BOUND:
+        name, apart, _ = _additivity(case, one)
         if apart > SUM_BOUND:
             return Finding(
                 "keys",
@@ -205,12 +203,12 @@ def keys_finding(trial: Trial) -> Finding:
                 apart,
                 SUM_BOUND,
             )
-    if "id" not in trial.both:
+    if "id" not in case.both:
         return Finding("keys", "failed", "the batch has no `id`, so that draws cannot follow an example")
-    renamed = {**trial.both, "id": trial.both["id"] + np.asarray(MOVED, trial.both["id"].dtype)}
-    if losses(trial.both, one) != losses(renamed, one):
+    renamed = {**case.both, "id": case.both["id"] + np.asarray(MOVED, case.both["id"].dtype)}
+    if losses(case.both, one) != losses(renamed, one):
         return Finding("keys", "passed", "draws follow the ids of examples")
-    if shared := getattr(trial.objective, SHARED_DRAWS, None):
+    if shared := getattr(case.objective, SHARED_DRAWS, None):
         return Finding("keys", "passed", f"all draws are shared by the examples of a step, as declared: {shared}")
     return Finding(
         "keys",
@@ -220,23 +218,23 @@ def keys_finding(trial: Trial) -> Finding:
     )
 
 
-def gradients_finding(trial: Trial) -> Finding:
+def gradients_finding(case: ObjectiveCase) -> Finding:
     """Checks that every trained parameter has a finite gradient, and one that is not zero in one of two steps.
 
     A leaf may have none where the loss is the same for all its values though it is read: a bias that cancels.
     """
-    frozen, rows = trial.trained[1], trial.batch.get("rows")
+    frozen, rows = case.trained[1], case.batch.get("rows")
 
     def loss(both: tuple[PyTree, PyTree], key: Array) -> Array:
-        batch = trial.batch if rows is None else {**trial.batch, "rows": both[1]}
-        sums = trial.whole(join(both[0], frozen), batch, key)
-        return weighted_loss(sums, loss_counts(sums), trial.weights)
+        batch = case.batch if rows is None else {**case.batch, "rows": both[1]}
+        sums = case.whole(join(both[0], frozen), batch, key)
+        return weighted_loss(sums, loss_counts(sums), case.weights)
 
     run = jax.jit(jax.grad(loss))
-    point = start = (trial.trained[0], rows)
+    point = start = (case.trained[0], rows)
     dead: set[str] | None = None
     for at in range(2):
-        grads = jax.device_get(trial.on_mesh(functools.partial(run, point, jax.random.key(at))))
+        grads = jax.device_get(case.on_mesh(functools.partial(run, point, jax.random.key(at))))
         named = dict(_named(grads))
         bad = [path for path, x in named.items() if not np.isfinite(x).all()]
         if bad:
@@ -244,7 +242,7 @@ def gradients_finding(trial: Trial) -> Finding:
         zero = {path for path, x in named.items() if x.size and not np.any(x)}
         dead = zero if dead is None else dead & zero
         point = jax.tree.map(lambda x, g: (x - RATE * g).astype(x.dtype), point, grads)
-    cancels = sorted(_cancelling(trial, loss, start, dead or set()))
+    cancels = sorted(_cancelling(case, loss, start, dead or set()))
     lost = sorted((dead or set()) - set(cancels))
     problem = (
         f"the gradient is zero in two steps: {', '.join(lost[:6])}: unused, or cut off (stop_gradient, argmax); freeze"
@@ -262,21 +260,21 @@ def _named(both: tuple[PyTree, PyTree]) -> list[tuple[str, Any]]:
 
 
 def _cancelling(
-    trial: Trial, loss: Callable[..., Array], start: tuple[PyTree, PyTree], dead: set[str]
+    case: ObjectiveCase, loss: Callable[..., Array], start: tuple[PyTree, PyTree], dead: set[str]
 ) -> Iterator[str]:
     """Yields the leaves among `dead` that the loss reads, and for any values of which it is the same."""
     if not dead:
         return
     key = jax.random.key(0)
-    traced = trial.on_mesh(lambda: jax.make_jaxpr(loss)(start, key))
+    traced = case.on_mesh(lambda: jax.make_jaxpr(loss)(start, key))
     reads = dict(zip((path for path, _ in _named(start)), dce_jaxpr(traced.jaxpr, [True])[1], strict=False))
     moved = _elsewhere(start)
     run = jax.jit(loss)
-    before = float(trial.on_mesh(lambda: run(start, key)))
+    before = float(case.on_mesh(lambda: run(start, key)))
     for path in dead:
         paths = iter([one for one, _ in _named(start)])
         other = jax.tree.map(lambda old, new, paths=paths, path=path: new if next(paths) == path else old, start, moved)
-        after = float(trial.on_mesh(functools.partial(run, other, key)))
+        after = float(case.on_mesh(functools.partial(run, other, key)))
         if reads[path] and abs(after - before) <= 1e-5 * abs(before):
             yield path
 
@@ -285,9 +283,9 @@ def _losses(sums: Sums) -> list[str]:
     return [name for name, entry in sums.items() if name.startswith(LOSS) and isinstance(entry, Sum)]
 
 
-def _additivity(trial: Trial, key: Array | None) -> tuple[str, float, bool]:
+def _additivity(case: ObjectiveCase, key: Array | None) -> tuple[str, float, bool]:
     """Returns the entry whose parts differ most from the whole, by how much, and whether it is its count."""
-    whole, first, second = (trial.sums(batch, key) for batch in (trial.both, *trial.halves))
+    whole, first, second = (case.sums(batch, key) for batch in (case.both, *case.halves))
     worst: tuple[float, str, bool] = (0.0, "", False)
     for name, entry in whole.items():
         parts = (entry, first[name], second[name])

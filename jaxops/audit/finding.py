@@ -29,7 +29,15 @@ class Finding:
     def of(
         cls, check: str, problem: str | None, why: str, measured: Any = None, bound: float | None = None
     ) -> "Finding":
-        """Returns a finding that failed because of `problem`, or passed because of `why` where there is no problem."""
+        """Returns a finding that failed because of `problem`, or passed because of `why` where there is no problem.
+
+        Args:
+          check: the name of the check.
+          problem: why it failed; None or empty where it did not.
+          why: why it passed.
+          measured: what was measured, a number or plain values.
+          bound: what it may be at most.
+        """
         return cls(check, "failed" if problem else "passed", problem or why, measured, bound)
 
     @classmethod

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from jaxops.audit.contract import Trial
+from jaxops.audit.contract import ObjectiveCase
 from jaxops.audit.finding import Finding
 from jaxops.audit.layouts import BFLOAT16, Agreement, compare_layouts, mesh_of, rounding, told
 from jaxops.core.accumulate import loss_counts, weighted_loss
@@ -102,7 +102,7 @@ def seen_by_objective(task: Task, rows: int) -> tuple[PyTree, dict[str, Any]]:
     return found
 
 
-def trial_of(task: Task, rows: int) -> Trial:
+def case_of(task: Task, rows: int) -> ObjectiveCase:
     """Returns the task's objective with fresh parameters and its first batch, on one device."""
     params, batch = seen_by_objective(task, rows)
     objective = told(task)
@@ -113,7 +113,7 @@ def trial_of(task: Task, rows: int) -> Trial:
 
     logical.__dict__.update(objective.__dict__)
     frozen = (*task.frozen, *(() if task.config is None else task.config.optimizer.frozen))
-    return Trial(logical, params, batch, block=task.block, frozen=frozen, weights=task.loss_weights)
+    return ObjectiveCase(logical, params, batch, block=task.block, frozen=frozen, weights=task.loss_weights)
 
 
 def update_findings(task: Task, layout: Mapping[str, int], rows: int, *, steps: int = 2) -> Iterator[Finding]:
@@ -181,21 +181,21 @@ def _agreement(check: str, cases: list[Agreement], bounds: Mapping[str, float], 
     return Finding.of(check, problem if bad else None, f"{why}: {told}", measured)
 
 
-def packing_finding(trial: Trial) -> Finding:
+def packing_finding(case: ObjectiveCase) -> Finding:
     """Checks that texts which share a row have the loss and the gradients that they have in rows of their own."""
-    batch = trial.batch
+    batch = case.batch
     segment = batch.get("segment")
     if segment is None or np.ndim(segment) != 2:
         return Finding.skipped("packing", "rows hold one example each: there is no `segment` [batch, length]")
     if int(np.max(segment)) < 2:
         return Finding.skipped("packing", "no row of the batch holds more than one example")
-    if trial.block > 1:
-        return Finding.skipped("packing", f"the objective couples blocks of {trial.block} rows")
+    if case.block > 1:
+        return Finding.skipped("packing", f"the objective couples blocks of {case.block} rows")
     fullest = np.argsort(-segment.max(axis=1), kind="stable")[:PACKED_ROWS]
-    packed = trial.pick(fullest)
+    packed = case.pick(fullest)
     apart = _taken_apart(packed)
-    run = jax.jit(jax.value_and_grad(lambda p, b: _loss(trial, p, b)))
-    both = trial.on_mesh(lambda: [jax.device_get(run(trial.trained[0], one)) for one in (packed, apart)])
+    run = jax.jit(jax.value_and_grad(lambda p, b: _loss(case, p, b)))
+    both = case.on_mesh(lambda: [jax.device_get(run(case.trained[0], one)) for one in (packed, apart)])
     leaves = [named_leaves(grads) for _, grads in both]
     largest = max(float(np.max(np.abs(x), initial=0)) for _, x in leaves[1])
     gaps = {path: float(np.max(np.abs(x - y), initial=0)) for (path, x), (_, y) in zip(*leaves, strict=True)}
@@ -211,9 +211,9 @@ def packing_finding(trial: Trial) -> Finding:
     return Finding.of("packing", None if measured <= PACKED else problem, why, measured, PACKED)
 
 
-def _loss(trial: Trial, params: PyTree, batch: Any) -> Any:
-    sums = trial.whole(join(params, trial.trained[1]), batch, None)
-    return weighted_loss(sums, loss_counts(sums), trial.weights)
+def _loss(case: ObjectiveCase, params: PyTree, batch: Any) -> Any:
+    sums = case.whole(join(params, case.trained[1]), batch, None)
+    return weighted_loss(sums, loss_counts(sums), case.weights)
 
 
 def _taken_apart(packed: dict[str, Any]) -> dict[str, Any]:

@@ -6,20 +6,20 @@ import numpy as np
 from toys import init, predict, regression, regression_task, rows
 
 from jaxops.audit.contract import (
-    Trial,
+    ObjectiveCase,
     counts_finding,
     examples_finding,
     gradients_finding,
     keys_finding,
     sums_finding,
 )
-from jaxops.audit.updates import trial_of
+from jaxops.audit.updates import case_of
 from jaxops.core.random import example_keys, shared_draws
 from jaxops.core.sums import Max, Sum
 
 
-def trial(objective, batch=None, **options):
-    return Trial(objective, init(None), rows(0, 8) if batch is None else batch, **options)
+def case(objective, batch=None, **options):
+    return ObjectiveCase(objective, init(None), rows(0, 8) if batch is None else batch, **options)
 
 
 def error_of(params, batch):
@@ -63,19 +63,19 @@ by_id = noisy(lambda key, batch: jax.vmap(lambda k: jax.random.normal(k, (8,)))(
 
 
 def test_a_right_one_passes_all_and_its_metrics_count_too():
-    found = trial(by_id)
+    found = case(by_id)
     assert [check(found).verdict for check in (counts_finding, sums_finding, examples_finding)] == ["passed"] * 3
     assert keys_finding(found).verdict == gradients_finding(found).verdict == "passed"
-    assert keys_finding(trial(regression)).verdict == "not applicable"
+    assert keys_finding(case(regression)).verdict == "not applicable"
 
 
 def test_a_mean_is_no_sum():
-    found = sums_finding(trial(mean))
+    found = sums_finding(case(mean))
     assert found.verdict == "failed" and "count of loss/mse is not a sum" in found.why and found.measured > 0.1
 
 
 def test_a_total_that_is_divided_is_no_sum():
-    found = sums_finding(trial(divided))
+    found = sums_finding(case(divided))
     assert found.verdict == "failed" and "the total of loss/mse is not a sum" in found.why
 
 
@@ -86,7 +86,7 @@ def test_terms_that_cancel_are_not_taken_for_an_error():
     def signed(params, batch, key):
         return {"loss/policy": Sum.of(batch["advantage"] * (1 + 1e-7 * batch["x"][:, 0]))}
 
-    found = trial(signed, rows(0, 8) | {"advantage": advantage})
+    found = case(signed, rows(0, 8) | {"advantage": advantage})
     assert sums_finding(found).verdict == examples_finding(found).verdict == "passed"
 
 
@@ -94,15 +94,15 @@ def test_a_metric_that_does_not_add_up_is_named():
     def wrong(params, batch, key):
         return regression(params, batch, key) | {"rmse": Sum(jnp.sqrt(jnp.sum(error_of(params, batch))), jnp.ones(()))}
 
-    assert "rmse" in sums_finding(trial(wrong)).why
+    assert "rmse" in sums_finding(case(wrong)).why
     least = lambda params, batch, key: (
         {"loss/x": regression(params, batch, key)["loss/mse"]} | {"least": Max(jnp.min(error_of(params, batch)))}
     )
-    assert "least" in sums_finding(trial(least)).why
+    assert "least" in sums_finding(case(least)).why
 
 
 def test_counts_that_move_with_the_model():
-    found = counts_finding(trial(confident_only))
+    found = counts_finding(case(confident_only))
     assert found.verdict == "failed" and found.measured >= 1 and "down/bias" in found.why
 
 
@@ -111,14 +111,14 @@ def test_counts_that_only_pass_through_the_model_are_right_and_said_to_be():
         entry = regression(params, batch, key)["loss/mse"]
         return {"loss/mse": Sum(entry.total, entry.count + 0 * jnp.sum(params["up"]["bias"]))}
 
-    found = counts_finding(trial(through))
+    found = counts_finding(case(through))
     assert found.verdict == "passed" and "up/bias" in found.why
 
 
 def test_examples_that_depend_on_each_other():
-    found = examples_finding(trial(batch_normalised))
+    found = examples_finding(case(batch_normalised))
     assert found.verdict == "failed" and found.measured > 1e-3 and "declare how many neighbours" in found.why
-    assert "examples depend on each other" in sums_finding(trial(batch_normalised)).why
+    assert "examples depend on each other" in sums_finding(case(batch_normalised)).why
 
 
 def test_examples_may_depend_on_each_other_within_a_declared_block():
@@ -126,44 +126,44 @@ def test_examples_may_depend_on_each_other_within_a_declared_block():
         score = jnp.mean(predict(params, batch["x"]), axis=-1).reshape(-1, 2)
         return {"loss/pair": Sum.of(jax.nn.softplus(score[:, 1] - score[:, 0]))}
 
-    assert examples_finding(trial(pairs)).verdict == "failed"
-    inside = trial(pairs, block=2)
+    assert examples_finding(case(pairs)).verdict == "failed"
+    inside = case(pairs, block=2)
     assert examples_finding(inside).verdict == sums_finding(inside).verdict == "passed"
-    whole = trial(pairs, block=8)
+    whole = case(pairs, block=8)
     assert examples_finding(whole).verdict == sums_finding(whole).verdict == "not applicable"
     assert keys_finding(whole).verdict == "not applicable" and gradients_finding(whole).verdict == "passed"
 
 
 def test_draws_that_follow_the_place_in_the_batch():
-    found = keys_finding(trial(by_place))
+    found = keys_finding(case(by_place))
     assert found.verdict == "failed" and "follow an example's place" in found.why
 
 
 def test_draws_that_are_the_same_for_all_examples():
-    found = keys_finding(trial(for_all))
+    found = keys_finding(case(for_all))
     assert found.verdict == "failed" and "same draws, whatever their ids" in found.why
-    declared = keys_finding(trial(shared_draws(noisy(lambda key, batch: jax.random.normal(key, (1, 8))), "noise")))
+    declared = keys_finding(case(shared_draws(noisy(lambda key, batch: jax.random.normal(key, (1, 8))), "noise")))
     assert declared.verdict == "passed" and "noise" in declared.why
 
 
 def test_a_declaration_outlives_the_wrapping_of_a_task():
     task = regression_task(shared_draws(noisy(lambda key, batch: jax.random.normal(key, (1, 8))), "noise"))
-    assert keys_finding(trial_of(task, 8)).verdict == "passed"
+    assert keys_finding(case_of(task, 8)).verdict == "passed"
 
 
 def test_draws_without_ids():
     batch = rows(0, 8)
     del batch["id"]
-    assert "no `id`" in keys_finding(trial(for_all, batch)).why
+    assert "no `id`" in keys_finding(case(for_all, batch)).why
 
 
 def test_a_leaf_that_never_gets_a_gradient():
     def deaf(params, batch, key):
         return regression(jax.tree.map(lambda x: x, params) | {"up": jax.lax.stop_gradient(params["up"])}, batch, key)
 
-    found = gradients_finding(trial(deaf))
+    found = gradients_finding(case(deaf))
     assert found.verdict == "failed" and "up/bias, up/kernel" in found.why and "down" not in found.why
-    assert gradients_finding(trial(deaf, frozen=("^up/",))).verdict == "passed"
+    assert gradients_finding(case(deaf, frozen=("^up/",))).verdict == "passed"
 
 
 def test_a_factor_of_a_zero_kernel_is_no_dead_leaf():
@@ -174,7 +174,7 @@ def test_a_factor_of_a_zero_kernel_is_no_dead_leaf():
         return {"loss/mse": Sum.of(jnp.sum(jnp.square(error), axis=-1))}
 
     params = {"a": jnp.ones((8, 2)), "b": jnp.zeros((2, 8))}
-    assert gradients_finding(Trial(adapted, params, rows(0, 8))).verdict == "passed"
+    assert gradients_finding(ObjectiveCase(adapted, params, rows(0, 8))).verdict == "passed"
 
 
 def test_a_leaf_that_is_not_used_and_one_that_cancels():
@@ -184,10 +184,10 @@ def test_a_leaf_that_is_not_used_and_one_that_cancels():
         score = predict(params, batch["x"])[:, 0]
         return {"loss/pair": Sum.of(jax.nn.softplus(score[1::2] - score[0::2]))}
 
-    found = gradients_finding(trial(ranked, block=2))
+    found = gradients_finding(case(ranked, block=2))
     assert found.verdict == "passed" and "the loss is the same for any down/bias" in found.why
     spare = init(None) | {"spare": jnp.ones(3)}
-    found = gradients_finding(Trial(regression, spare, rows(0, 8)))
+    found = gradients_finding(ObjectiveCase(regression, spare, rows(0, 8)))
     assert found.verdict == "failed" and "in two steps: spare: unused" in found.why
 
 
@@ -199,11 +199,11 @@ def test_a_gradient_that_is_not_a_number():
         entry = regression(params, batch, key)["loss/mse"]
         return {"loss/mse": entry, "loss/root": Sum.of(jnp.sum(jnp.where(root > 0, root, 0.0), axis=-1))}
 
-    found = gradients_finding(trial(rooted))
+    found = gradients_finding(case(rooted))
     assert found.verdict == "failed" and "not finite: " in found.why and "down/bias" in found.why
 
 
 def test_totals_that_are_not_finite_are_not_let_through():
     wrong = lambda params, batch, key: {"loss/x": Sum(jnp.log(-jnp.sum(batch["weight"])), jnp.sum(batch["weight"]))}
-    whole = trial(wrong, rows(0, 8) | {"weight": np.array([1, -1] * 4, np.float32)})
+    whole = case(wrong, rows(0, 8) | {"weight": np.array([1, -1] * 4, np.float32)})
     assert sums_finding(whole).verdict == "failed" and examples_finding(whole).verdict in ("passed", "failed")

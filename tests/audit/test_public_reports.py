@@ -15,10 +15,10 @@ import optax
 from jax.sharding import PartitionSpec as P
 from toys import mesh_of, predict, regression, regression_task, rows, trainer
 
-from jaxops.audit.contract import Trial, keys_finding, sums_finding
+from jaxops.audit.contract import ObjectiveCase, keys_finding, sums_finding
 from jaxops.audit.programs import donation_finding, types_finding
 from jaxops.audit.runs import recompiles_finding
-from jaxops.audit.updates import packing_finding, trial_of, update_findings
+from jaxops.audit.updates import case_of, packing_finding, update_findings
 from jaxops.core.sums import Sum
 from jaxops.plan.program import Compiled, placed
 from jaxops.run import training
@@ -31,7 +31,7 @@ def mean_of_tokens(params, batch, key):
 
 def test_the_mean_of_each_microbatch():
     task = regression_task(mean_of_tokens)
-    assert "count of loss/nll is not a sum" in sums_finding(trial_of(task, 16)).why
+    assert "count of loss/nll is not a sum" in sums_finding(case_of(task, 16)).why
     same, parts = update_findings(task, {"data": 2}, 16, steps=1)
     assert (same.verdict, parts.verdict) == ("passed", "failed") and parts.measured["gradient"] > 1e-3
 
@@ -77,9 +77,9 @@ def packed_rows():
 def test_texts_that_attend_to_the_text_before():
     params = {"table": 0.3 * jnp.ones((5, 4)) + jnp.eye(5, 4), "head": jnp.eye(4, 5)}
     own = lambda segment: (segment[:, :, None] == segment[:, None, :]).astype(jnp.float32)
-    right = packing_finding(Trial(reader(own), params, packed_rows()))
+    right = packing_finding(ObjectiveCase(reader(own), params, packed_rows()))
     assert right.verdict == "passed" and "2 packed rows are trained as 5 separate ones" in right.why
-    wrong = packing_finding(Trial(reader(lambda segment: jnp.ones((*segment.shape, 8))), params, packed_rows()))
+    wrong = packing_finding(ObjectiveCase(reader(lambda segment: jnp.ones((*segment.shape, 8))), params, packed_rows()))
     assert wrong.verdict == "failed" and wrong.measured > 1e-2 and "must not leave a segment" in wrong.why
 
 
@@ -141,6 +141,6 @@ def test_the_same_dropout_for_all_examples():
         one = lambda x: x if key is None else jnp.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * x, 0.0)
         return regression(params, batch | {"x": jax.vmap(one)(batch["x"])}, key)
 
-    found = keys_finding(trial_of(regression_task(dropped), 8))
+    found = keys_finding(case_of(regression_task(dropped), 8))
     assert found.verdict == "failed" and "same draws, whatever their ids" in found.why
     assert mesh_of(data=1).size == 1
