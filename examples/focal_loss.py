@@ -28,7 +28,7 @@ def focal(model, gamma=2.0):
 
 
 def main(overrides=()):
-    config = jx.load_config("rec/ctr_dcnv2", ["run.name=focal", "run.epochs=5", *overrides])
+    config = jx.load_config("rec/ctr_dcnv2", ["run.name=focal-clicks", "run.epochs=5", *overrides])
     run = jx.fit(jx.build_task(config, objective=focal))
     print(run.history().select(["step", "train/loss", "train/accuracy"]).slice(0, 3))
     print(f"test AUC {run.summary['test/auc']:.4f}; everything else: {run.dir}/report.html")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxops.cli.printing import console, print_json, say
-from jaxops.cli.sweep import sweeps_told
 from jaxops.cli.text import aligned, flow
 from jaxops.config.dump import diff as differences
 from jaxops.config.load import explain
@@ -25,8 +24,7 @@ def train(args: argparse.Namespace) -> int:
 
     if args.smoke:
         return _smoke(args)
-    with sweeps_told(args):
-        loaded = load_config(args.config, args.overrides)
+    loaded = load_config(args.config, args.overrides)
     if distributed.is_primary():
         for note in loaded.notes:
             print(note, file=sys.stderr)

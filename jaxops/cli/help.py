@@ -11,6 +11,8 @@ from jaxops.core.failures import EXIT_OK, UserError, nearest
 
 MOST_EXAMPLES = 3
 """The values in shipped configs that are shown of a field."""
+MOST_NAMES = 4
+"""The fields of one name that are all offered where a path is not known."""
 WIDTH = 100
 
 
@@ -31,30 +33,28 @@ class FieldHelp(argparse.Action):
 
 
 def field_help(path: str) -> list[str]:
-    """Returns lines about a field or a section of a config, in any shipped family.
+    """Returns lines about a field or a section of a config: of any shipped family, of a sweep, or of a loop.
 
     Raises:
-      UserError: no family has it; the nearest right name is given.
+      UserError: none of them has it; the nearest right name is given.
     """
     from jaxops.config.reference import find_fields, find_sections, sections
-    from jaxops.run.family import family_of, shipped
 
     # Entries that say the same are one: the common sections are those of every family.
     said: dict[tuple[str, ...], list[tuple[str, str]]] = {}
     known: set[str] = set()
-    for task in shipped():
-        found = list(sections(family_of(task).config))
+    for place, schema in _schemas():
+        found = list(sections(schema))
         known |= {field.path for section in found for field in section.fields}
         inside = find_sections(found, path)
         for section in inside:
             entry = (f"kind: {section.kind}" if section.kind else "a section", section.text, *_fields(section))
-            said.setdefault(entry, []).append((task, ""))
+            said.setdefault(entry, []).append((place, ""))
         for section, field in () if inside else find_fields(found, path):
             text = field.text or (section.text if section.path else "")
-            said.setdefault((f"{field.expected}; {_default(field.default)}", text), []).append((task, section.kind))
+            said.setdefault((f"{field.expected}; {_default(field.default)}", text), []).append((place, section.kind))
     if not said:
-        hint = nearest(path, known) or "; `jaxops config CONFIG` lists those of a config"
-        raise UserError(f"no field {path!r}{hint}")
+        raise UserError(f"no field {path!r}{_right_name(path, known)}")
     lines = [path]
     for (first, text, *fields), where in said.items():
         lines += ["", f"  {first}   [{_where(where)}]"]
@@ -64,11 +64,33 @@ def field_help(path: str) -> list[str]:
     return lines + (["", f"  shipped: {'; '.join(examples[:MOST_EXAMPLES])}"] if examples else [])
 
 
+def _schemas() -> Iterator[tuple[str, type]]:
+    """Yields the config class of every shipped family, of sweeps and of loops, each with what it is a config of."""
+    from jaxops.flow.rlhf.config import RlhfConfig
+    from jaxops.run.family import family_of, shipped
+    from jaxops.sweep.spec import SweepSpec
+
+    yield from ((task, family_of(task).config) for task in shipped())
+    yield "sweep", SweepSpec
+    yield "rlhf", RlhfConfig
+
+
+def _right_name(path: str, known: set[str]) -> str:
+    """Returns a clause with the fields of the same last name, else with the nearest one: `lr` is `optimizer.lr`."""
+    name = path.rpartition(".")[2]
+    same = sorted((one for one in known if one.rpartition(".")[2] == name), key=lambda one: (one.count("."), one))
+    if 0 < len(same) <= MOST_NAMES:
+        return f"; did you mean {' or '.join(map(repr, same))}?"
+    return nearest(path, known) or "; `jaxops config CONFIG` lists those of a config"
+
+
 def _where(places: Sequence[tuple[str, str]]) -> str:
     """Returns the tasks, and the kinds of the section around the field where there are any."""
-    tasks = ", ".join(dict.fromkeys(task for task, _ in places))
+    tasks = [place for place in dict.fromkeys(place for place, _ in places) if place != "sweep"]
+    where = [f"task {', '.join(tasks)}"] if tasks else []
+    where += ["a sweep's file"] if len(tasks) < len({place for place, _ in places}) else []
     kinds = ", ".join(dict.fromkeys(kind for _, kind in places if kind))
-    return f"{kinds}; task {tasks}" if kinds else f"task {tasks}"
+    return "; ".join([kinds, *where] if kinds else where)
 
 
 def _default(written: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from jaxops.cli import audit, launch, plan, rlhf, runs, sweep, writing
 from jaxops.cli import help as help_of
+from jaxops.cli.right_command import right_command_told
 from jaxops.core.failures import EXIT_FAILED, EXIT_OK, EXIT_USAGE, NO_ROOM, RunFailed, UserError, nearest
 from jaxops.core.secret_text import printable, without_secrets
 from jaxops.core.version import VERSION
@@ -98,7 +99,9 @@ def _subparser(parser: Parser, name: str) -> Parser:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="jaxops", description="Train recommenders, language and reward models on any JAX mesh.", epilog=EPILOG
+        prog="jaxops",
+        description="Train recommenders, language, reward and policy models on any JAX mesh.",
+        epilog=EPILOG,
     )
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a failure")
     parser.add_argument("--version", action=Version, nargs=0, help="show the versions of jaxops, jax and Python")
@@ -222,7 +225,9 @@ def _main(argv: Sequence[str]) -> int:
 
             return launch_processes(argv, args.processes)
         joined = _prepare(args)
-        return _leave(_run(args)) if joined else _run(args)
+        with right_command_told(args):
+            status = _run(args)
+        return _leave(status) if joined else status
     except (UserError, RunFailed) as error:
         status = EXIT_USAGE if isinstance(error, UserError) else error.status
         if trace:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -110,29 +109,6 @@ def _guided(
         if args.retry_failed:
             lead.retry_failed()
         yield lead
-
-
-@contextlib.contextmanager
-def sweeps_told(args: argparse.Namespace) -> Iterator[None]:
-    """Adds to the errors of a config the command that sweeps: it is a sweep, or a wrong override has several values.
-
-    Raises:
-      UserError: in place of such errors.
-    """
-    from jaxops.config.errors import ConfigError
-
-    try:
-        yield
-    except ConfigError as error:
-        from jaxops.sweep.sources import has_several_values
-
-        wrong = {problem.origin for problem in error.problems}
-        several = any(f"override '{one}'" in wrong and has_several_values(one) for one in args.overrides)
-        if not several and not any(problem.path == "runs" for problem in error.problems):
-            raise
-        typed = shlex.join(["jaxops", "sweep", args.config, *args.overrides])
-        what = "Several values are a sweep" if several else "This file is a sweep"
-        raise UserError(f"{error}\n{what}: {typed}") from None
 
 
 def _runner(args: argparse.Namespace, plan: "SweepPlan", folder: Any) -> "Runner":

@@ -142,14 +142,26 @@ def build_task(
       data: a factory of the source, called without arguments.
 
     Raises:
-      UserError: the data cannot be opened or does not fit.
+      UserError: the data cannot be opened or does not fit, or something is given that is no factory.
     """
     given = Given(objective, model, data)
     resolved = dict(loaded.resolved)
     for field in dataclasses.fields(Given):
         if (factory := getattr(given, field.name)) is not None:
+            _require_factory(field.name, factory)
             resolved[field.name] = named_factory(factory)
     return family_of(loaded.config.task).build(dataclasses.replace(loaded, resolved=resolved), given)
+
+
+def _require_factory(name: str, factory: Any) -> None:
+    if callable(factory):
+        return
+    hint = ""
+    if name == "data":
+        hint = "; events of your own are a file: frame.to_parquet('events.parquet'), and data.path=events.parquet"
+    raise UserError(
+        f"build_task: {name} is a function that makes one, got a value of type {type(factory).__name__}{hint}"
+    )
 
 
 def named_factory(factory: Callable[..., Any]) -> dict[str, Any]:

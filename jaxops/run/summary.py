@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 VERSIONS = ("jaxops", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 """The packages whose versions a summary records."""
+MOST_NUMBERS = 6
+"""The final numbers that the `repr` of a finished run shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,17 @@ class FinishedRun:
     dir: Path | str
     summary: dict[str, Any]
     state: str
+
+    def __repr__(self) -> str:
+        numbers = [
+            f"{name}: {value:.4g}"
+            for name, value in self.summary.items()
+            if name.partition("/")[0] in ("valid", "test") and isinstance(value, float)
+        ]
+        shown = ", ".join([*numbers[:MOST_NUMBERS], *(["..."] if len(numbers) > MOST_NUMBERS else [])])
+        return (
+            f"FinishedRun({str(self.dir)!r}, {self.state} at step {self.summary.get('step')}; {shown or 'no metrics'})"
+        )
 
     def history(self) -> "pa.Table":
         """Returns what was logged: a row for each step, with columns `step`, `time` and one for each metric.

@@ -1,6 +1,7 @@
 """What is said of every field comes out of the dataclasses themselves."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -107,6 +108,21 @@ def test_an_unknown_field_gets_the_nearest_one(capsys):
     assert capsys.readouterr().err == "jaxops: no field 'optimizer.lrr'; did you mean 'optimizer.lr'?\n"
     with pytest.raises(UserError, match="no field 'zzzzzz'; `jaxops config CONFIG` lists those of a config"):
         field_help("zzzzzz")
+
+
+@pytest.mark.parametrize(
+    ("asked", "offered"),
+    [("lr", "'optimizer.lr' or 'tables.*.optimizer.lr'"), ("run.lr", "'optimizer.lr' or"), ("seed", "'run.seed'")],
+)
+def test_a_name_without_its_section_gets_the_whole_path(asked, offered):
+    with pytest.raises(UserError, match=re.escape(f"no field '{asked}'; did you mean {offered}")):
+        field_help(asked)
+
+
+def test_fields_of_sweeps_and_loops_are_known():
+    assert "an integer; default 30   [tpe or gp or random; a sweep's file]" in "\n".join(field_help("search.trials"))
+    assert "kind: slurm   [a sweep's file]" in "\n".join(field_help("runner"))
+    assert "an integer; default 200   [task rlhf]" in "\n".join(field_help("pairs.per_round"))
 
 
 def test_without_a_field_it_is_the_help_of_the_command(capsys):

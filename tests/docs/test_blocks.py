@@ -37,6 +37,8 @@ BASES = (
     "policy/ppo_sentiment",
 )
 """What a part of a config is put over: it must fit one of them."""
+WIDEST_LINE = 98
+"""The letters of a line of code that fit between the side bars of the documentation."""
 
 
 def test_there_are_many():
@@ -105,6 +107,15 @@ def test_yaml_fits_a_schema(block: Block, tmp_path, monkeypatch):
     for text in re.split(r"^---$", block.text, flags=re.M):
         tree = plain_node(parse_yaml(text, str(block)))
         assert isinstance(tree, Mapping) and problems_of(tree, str(block), tmp_path) == []
+
+
+def test_no_line_is_folded_in_the_browser():
+    """docs/_static/jaxops.css makes code so small that these fit; README is read elsewhere."""
+    of_docs = [
+        block for block in blocks("bash", "yaml", "python") if block.page not in ("README.md", "CONTRIBUTING.md")
+    ]
+    wide = [f"{block}: {line}" for block in of_docs for line in block.text.splitlines() if len(line) > WIDEST_LINE]
+    assert wide == []
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)

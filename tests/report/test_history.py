@@ -56,3 +56,11 @@ def test_a_notebook_shows_the_picture(run):
 def test_an_unknown_metric_gets_the_nearest_name(run):
     with pytest.raises(UserError, match=r"no metric 'train/los' was logged; did you mean 'train/loss'\?"):
         run.plot("train/los")
+
+
+def test_a_finished_run_is_shown_in_one_short_line():
+    many = {f"valid/hr@{k}": 0.123456 for k in range(7)}
+    shown = repr(FinishedRun("runs/mine", {"step": 12, "versions": {"jax": "0"}, "wall_s": 3.0, **many}, "finished"))
+    assert shown.startswith("FinishedRun('runs/mine', finished at step 12; valid/hr@0: 0.1235, ") and len(shown) < 200
+    assert shown.endswith("valid/hr@5: 0.1235, ...)")
+    assert repr(FinishedRun("runs/mine", {}, "interrupted")).endswith("no metrics)")

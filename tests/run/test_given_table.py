@@ -5,6 +5,7 @@ import pyarrow.csv
 import pytest
 
 from jaxops.core.failures import UserError
+from jaxops.run.build import build_task, load_config
 from jaxops.run.load import load
 
 
@@ -37,3 +38,11 @@ def test_what_is_wrong_with_a_table_is_told_of_the_table(finished):
             ask(pa.table({"user": ["nobody"]}))
     with pytest.raises(UserError, match="top must be at least 1"):
         model.predict("plays.csv", top=0)
+
+
+def test_a_frame_in_place_of_a_factory_is_told_what_to_do(finished):
+    task = load_config(f"{finished}/config.yaml")
+    with pytest.raises(UserError, match=r"data is a function that makes one, got a value of type Frame; .*to_parquet"):
+        build_task(task, data=Frame(pa.table({"user": [1]})))
+    with pytest.raises(UserError, match=r"objective is a function that makes one, got a value of type dict$"):
+        build_task(task, objective={"kind": "bce"})

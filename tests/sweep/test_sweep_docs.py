@@ -32,5 +32,6 @@ def test_the_sweep_of_the_page_has_its_points(tmp_path, monkeypatch):
 
 def test_the_commands_of_the_page_are_understood():
     (block,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-    parsed = [parse_arguments(shlex.split(line, comments=True)[1:]) for line in block.splitlines()]
+    lines = [words for line in block.splitlines() if (words := shlex.split(line, comments=True))]
+    parsed = [parse_arguments(words[1:]) for words in lines]
     assert [one.command for one in parsed] == ["sweep"] * 4 and parsed[2].dry_run and parsed[3].status

@@ -91,7 +91,7 @@ class RenderedBackend(Backend):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A launch as a scheduler is to run it.
+    """One attempt of a launch, as a scheduler is to run it.
 
     Attributes:
       record: the launch; `record.attempt` is the attempt to submit, from 1.
@@ -147,7 +147,7 @@ def label(id: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """The state of a submission, as a look at it found it.
+    """The state of a submission, as the cluster tells it at one look.
 
     Attributes:
       state: `absent` where there is none, `waiting` for machines, `running`, or `ended`.
