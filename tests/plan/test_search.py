@@ -39,7 +39,7 @@ def on_virtual_chips(monkeypatch):
     """Eight virtual devices with the memory and rates of a table's row, and a compiler for them."""
     monkeypatch.setattr("jaxops.plan.plan.has_compiler", lambda accelerator: True)
     monkeypatch.setattr("jaxops.plan.devices.has_compiler", lambda accelerator: False)
-    monkeypatch.setattr("jaxops.plan.plan._version", lambda accelerator: "virtual")
+    monkeypatch.setattr("jaxops.plan.plan.version_of", lambda accelerator: "virtual")
 
 
 def test_layouts_are_ranked_by_what_fits_and_then_by_time(monkeypatch):

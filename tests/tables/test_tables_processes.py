@@ -3,6 +3,7 @@
 import json
 import pathlib
 import socket
+import os
 import subprocess
 import sys
 
@@ -55,6 +56,7 @@ def test_two_processes_are_one(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             cwd=HERE.parents[1],
+            env=cold,
         )
         for rank in range(2)
     ]
