@@ -1,9 +1,9 @@
 """Tables over two real processes: each plans for its own shards, and the run is that of one process."""
 
 import json
+import os
 import pathlib
 import socket
-import os
 import subprocess
 import sys
 
@@ -49,6 +49,8 @@ def test_two_processes_are_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    # Only the first process writes into a cache, so with a warm one it would wait while the other one compiles.
+    cold = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, port, str(rank), str(HERE), str(tmp_path / "rows.npy")],
