@@ -165,7 +165,13 @@ def _parser() -> Parser:
     help_of.add_arguments(config, command("examples", "Short programs to begin with: list them, or print one."))
     command("shardings", "Where every parameter lies on the mesh.", config=True, as_json=True)
     command("doctor", "What this machine has and what is wrong with it.", as_json=True)
-    data = command("data", "Named and own data sets.")
+    _add_data_actions(command("data", "Named and own data sets."))
+    runs.add_commands(sub)
+    return parser
+
+
+def _add_data_actions(data: Parser) -> None:
+    """Adds the actions of `jaxops data`: those on named data sets, and those on the data of a config."""
     data_sub = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
     for name, text in (("list", "The named data sets."), ("get", "Fetch a named data set into the cache.")):
         made = data_sub.add_parser(name, help=text, description=text)
@@ -182,8 +188,6 @@ def _parser() -> Parser:
         made.add_argument("config", help="a YAML file, the name of a shipped config, or of a named data set")
         made.add_argument("overrides", nargs="*", metavar=OVERRIDE)
         made.add_argument("--json", action="store_true")
-    runs.add_commands(sub)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
