@@ -32,8 +32,7 @@ def open_session(folder: LaunchFolder, fresh: LaunchRecord, say: Callable[[str],
         return Session(folder, fresh, say)
     if old.spec == spec:
         return Session(folder, old, say)
-    names = [name for name in vars(spec) if getattr(spec, name) != getattr(old.spec, name)]
-    told = f"run {spec.name} in {spec.run_dir} was launched with another {', '.join(names)}"
+    told = spec.told_apart(old.spec)
     places = [(one.backend, one.hosts, one.options, one.price) for one in (old.spec, spec)]
     if places[0] != places[1]:
         raise UserError(f"{told}; this ends and removes that launch: jaxops job down {folder.id}")

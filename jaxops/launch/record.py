@@ -68,6 +68,11 @@ class Spec:
         """The name of the launch on every machine: that of the run, and a digest of where its folder is."""
         return launch_id(self.run_dir, self.name)
 
+    def told_apart(self, earlier: "Spec") -> str:
+        """Returns, in words, what an earlier launch of the same run has that is another than here."""
+        names = [name for name in vars(self) if getattr(self, name) != getattr(earlier, name)]
+        return f"run {self.name} in {self.run_dir} was launched with another {', '.join(names)}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchRecord:

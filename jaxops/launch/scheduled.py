@@ -87,8 +87,7 @@ def open_scheduled(folder: LaunchFolder, fresh: LaunchRecord, say: Callable[[str
         return ScheduledLaunch(folder, fresh, say)
     if old.spec == spec:
         return ScheduledLaunch(folder, old, say)
-    names = [name for name in vars(spec) if getattr(spec, name) != getattr(old.spec, name)]
-    told = f"run {spec.name} in {spec.run_dir} was launched with another {', '.join(names)}"
+    told = spec.told_apart(old.spec)
     if old.spec.backend != spec.backend or old.spec.options != spec.options:
         raise UserError(f"{told}; this ends and removes that launch: jaxops job down {folder.id}")
     state = ScheduledLaunch(folder, old, say).backend.look(Job(record=old)).state

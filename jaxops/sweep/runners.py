@@ -47,8 +47,11 @@ class Runner(Protocol):
     slots: int
 
     def adopt(self, point: Point) -> RunningPoint | None:
-        """Returns the job of a point that an earlier process started and that goes on; None without one."""
-        ...
+        """Returns the job of a point that an earlier process started and that goes on.
+
+        By default there is none: points end with the process that started them.
+        """
+        return None
 
     def start(
         self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
@@ -80,17 +83,13 @@ class _Done:
         """Does nothing: it has ended."""
 
 
-class InProcessRunner:
+class InProcessRunner(Runner):
     """Runs a point in this process before `start` returns; what it prints of an error goes to the point's log."""
 
     slots = 1
 
     def __init__(self, folder: SweepFolder, accept_code: bool = False) -> None:
         self._folder, self._accept_code = folder, accept_code
-
-    def adopt(self, point: Point) -> RunningPoint | None:
-        """Returns None: its points end with it."""
-        return None
 
     def start(
         self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
@@ -205,7 +204,7 @@ def gpus_here() -> list[str]:
     return [str(number) for number, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
 
 
-class LocalRunner:
+class LocalRunner(Runner):
     """Runs each point in a process of its own.
 
     Args:
@@ -218,10 +217,6 @@ class LocalRunner:
     def __init__(self, folder: SweepFolder, jobs: int, command: Sequence[str], *, divided: bool = True) -> None:
         self.slots, self._folder, self._command = jobs, folder, list(command)
         self._free = shares(jobs, cores_here(), gpus_here()) if divided else [JobShare(frozenset(), ())] * jobs
-
-    def adopt(self, point: Point) -> RunningPoint | None:
-        """Returns None: its points end with it."""
-        return None
 
     def start(
         self, point: Point, config: Mapping[str, Any], claim: TextIO, given_up: Callable[[], bool] | None = None
