@@ -26,8 +26,6 @@ def launch_facts(record: LaunchRecord) -> dict[str, Any]:
         "image_digest": digest,
         "launch": spec.id,
         "hosts": len(spec.hosts),
-        "labels": {
-            key: spec.options[key] for key in ("queue", "namespace", "partition", "account") if spec.options.get(key)
-        },
+        "labels": {key: spec.options[key] for key in _LABELS if spec.options.get(key)},
     }
     return {name: value for name, value in facts.items() if value not in ("", None, {})}
